@@ -1,0 +1,151 @@
+"""Attention over a packed row: several documents lie in one flattened row and none may see another.
+
+Three backends compute the same thing. `flash_attn` (Dao, arXiv 2307.08691) and `varlen` (the same kernel as shipped by
+torch >= 2.10) take the document boundaries `cu_seqlens` themselves; `sdpa` calls torch's attention once a document,
+which is slower and runs everywhere. There is no backend that takes a padding mask: a mask of the wrong shape is the usual way in
+which packed documents leak into one another (trl#3910), and boundaries that are an argument of the kernel can't be forgotten.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first
+
+
+class AttentionError(RuntimeError):
+    """The attention that was asked for can't run here, or was called without document boundaries."""
+
+
+@functools.cache
+def _flash_attn_varlen():
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+@functools.cache
+def _torch_varlen():
+    """torch's varlen kernel with one signature: torch 2.10 said `is_causal`, 2.13 says `window_size` and `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = "enable_gqa" in known
+
+    def attend(query, key, value, cu_seqlens, max_seqlen, scale):
+        if key.shape[1] != query.shape[1]:
+            if grouped:
+                causal["enable_gqa"] = True
+            else:  # each key-value head serves a group of query heads: repeat it
+                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+                value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        scaled = {"scale": scale} if "scale" in known else {}
+        if not scaled and scale is not None:
+            query = query * (scale * query.shape[-1] ** 0.5)  # the kernel divides by sqrt(head_dim) itself
+        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **scaled, **causal)
+
+    return attend
+
+
+def _sdpa_per_document(query, key, value, cu_seqlens, scale):
+    bounds = cu_seqlens.tolist()  # waits for the GPU: one more reason why this is the last choice there
+    parts = []
+    for start, end in zip(bounds, bounds[1:]):
+        if end == start:
+            continue  # cu_seqlens may be padded by repeating its last entry
+        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, L, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: str, scale: float | None = None):
+    """Causal attention of each document of a packed row over itself alone.
+
+    query [T, Hq, D], key and value [T, Hkv, D] with Hq a multiple of Hkv (grouped queries); cu_seqlens int32 [n + 1], the
+    documents' boundaries from 0 to T on the tensors' device; max_seqlen, an upper bound of their lengths; scale, by default
+    1/sqrt(D). Returns [T, Hq, D] in the dtype of query (flash_attn and varlen: bf16 or fp16 only)."""
+    if backend == "flash_attn":
+        return _flash_attn_varlen()(
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds with atomics otherwise
+        )  # fmt: skip
+    if backend == "varlen":
+        return _torch_varlen()(query, key, value, cu_seqlens, max_seqlen, scale)
+    if backend == "sdpa":
+        return _sdpa_per_document(query, key, value, cu_seqlens, scale)
+    raise AttentionError(f"attention={backend}: unknown, one of {', '.join(BACKENDS)} is possible")
+
+
+def _for_transformers(backend: str, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """What transformers calls: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
+    if kwargs.get("cu_seqlens") is None or attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise AttentionError("packed attention takes one row with cu_seqlens, without a mask or a cache")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    out = packed_attention(q, k, v, kwargs["cu_seqlens"], kwargs["max_seqlen"], backend, scale=scaling)
+    return out.unsqueeze(0), None
+
+
+# A name of our own for each backend. transformers builds no mask for a name that it has no mask function for, which is what we want.
+for _name in BACKENDS:
+    AttentionInterface.register(f"packed_{_name}", functools.partial(_for_transformers, _name))
+
+
+def available_backends(device: torch.device | str) -> dict[str, str]:
+    """For each backend its version where it can run on this device, otherwise "missing: " and the reason."""
+    cuda = torch.device(device).type == "cuda"
+    found = {"sdpa": f"torch {torch.__version__}"}
+    for name, probe in (("flash_attn", _flash_attn_varlen), ("varlen", _torch_varlen)):
+        if not cuda:
+            found[name] = "missing: needs an NVIDIA GPU"
+            continue
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            found[name] = "missing: needs compute capability 8.0 or newer"
+            continue
+        try:
+            probe()
+        except (ImportError, OSError, AttributeError) as error:  # not installed, or built for another torch (undefined symbol)
+            found[name] = f"missing: {str(error).splitlines()[0][:120]}"
+        else:
+            found[name] = importlib.metadata.version("flash-attn") if name == "flash_attn" else f"torch {torch.__version__}"
+    return {name: found[name] for name in BACKENDS}
+
+
+@torch.no_grad()
+def _keeps_documents_apart(backend: str, device) -> bool:
+    """Runs the kernel: the second document's output must not move by a bit when the first one's tokens change."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    q, k, v = (torch.randn(96, 4, 64, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3))
+    bounds = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
+    before = packed_attention(q, k, v, bounds, 64, backend)
+    for x in (q, k, v):
+        x[:40].neg_()
+    after = packed_attention(q, k, v, bounds, 64, backend)
+    return torch.isfinite(before).all().item() and torch.equal(before[40:], after[40:]) and not torch.equal(before[:40], after[:40])
+
+
+def choose_backend(wanted: str, device, dtype: torch.dtype) -> tuple[str, str]:
+    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs here and was just seen to keep
+    documents apart. Raises AttentionError when `wanted` can't run or leaks."""
+    found = available_backends(device)
+    remarks = []
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        reason = found.get(name, f"missing: one of auto, {', '.join(BACKENDS)} is possible")
+        if not reason.startswith("missing") and name != "sdpa" and dtype not in (torch.bfloat16, torch.float16):
+            reason = f"missing: takes bf16 or fp16, not {dtype}"
+        if not reason.startswith("missing"):
+            try:
+                if _keeps_documents_apart(name, device):
+                    return name, "; ".join([f"attention: {name} ({reason})", *remarks])
+                reason = "wrong: it leaks between documents on this machine"
+            except RuntimeError as error:
+                reason = f"wrong: {str(error).splitlines()[0][:120]}"
+        if wanted != "auto":
+            raise AttentionError(f"attention={wanted}: {reason}; use attention=auto, or see ./launch.sh check")
+        remarks.append(f"{name} {reason}")
+    raise AttentionError("attention=auto: no backend works here: " + "; ".join(remarks))

@@ -1,0 +1,234 @@
+"""The run's one configuration: typed, YAML + `key=value`, every mistake named in one line before anything expensive.
+
+One owner a knob. This file owns the recipe: model, LoRA, data, token budgets, optimiser, schedule, intervals, paths.
+`ds_config.json` owns what DeepSpeed does with it: ZeRO stage, buckets, precision, communication, offload. A knob that stood in
+both would have to be kept equal by hand, so `build_ds_config` refuses it.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+Fraction = Field(ge=0, lt=1)
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, said in one line that names the key and what is allowed. main() turns it into exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value, info):
+        # pydantic takes true for 1; in a configuration that is a slip, not a number
+        if isinstance(value, bool) and not any(t in str(cls.model_fields[info.field_name].annotation) for t in ("bool", "Any")):
+            raise ValueError("true/false is not allowed here")
+        return value
+
+
+class Data(Section):
+    """Where the examples come from. A source is a .jsonl/.csv/.parquet file, a folder in the hub's layout, or a hub id;
+    `SOURCE:SPLIT` names a split, otherwise train, validation and test are taken."""
+
+    train: str | list[str]
+    valid: str | list[str] | None = None
+    test: str | list[str] | None = None
+    columns: dict[Literal["id", "dialogue", "note", "messages"], str] = {"id": "id", "dialogue": "dialogue", "note": "soap"}
+    supervise: Literal["note", "all"] = "note"  # all: every token after the first is a target (pre-training)
+    overlong: Literal["drop", "error"] = "drop"  # what happens to an example above max_seq_len
+    limit: int | None = Field(None, ge=1)  # take only the first N examples of each split
+
+
+class Run(Section):
+    dir: str = "runs"
+    name: str = "soap"
+    resume: bool = True  # go on from the newest whole checkpoint of this run, if there is one
+    save_steps: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    bad_steps: int = Field(3, ge=1)  # stop after this many non-finite steps in a row
+
+
+class Monitor(Section):
+    eval_steps: int = Field(100, ge=1)
+    sample_notes: list[str] = []  # ids of held-out examples whose notes are shown; anything else stays out of every log
+    sample_max_new_tokens: int = Field(400, ge=1)
+
+
+class Config(Section):
+    """Every knob of a run. Lengths are in tokens; a batch size is in rows of max_seq_len tokens."""
+
+    base: str  # hub id, or a local folder in the hub's layout
+    revision: str | None = None
+    method: Literal["qlora", "lora", "full"] = "qlora"
+    double_quant: bool = True  # NF4 quantises its own scales as well (QLoRA, arXiv 2305.14314, section 3)
+    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}  # peft.LoraConfig
+    loraplus_lr_ratio: float = Field(1.0, gt=0)  # lr of the B matrices over lr of the A matrices (LoRA+, arXiv 2402.12354)
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+
+    data: Data
+    max_seq_len: int = Field(2048, ge=8)
+    batch_size: int = Field(8, ge=1)  # rows of an optimizer step over all ranks: batch_size * max_seq_len tokens
+    micro_batch_size: int | Literal["auto"] = "auto"  # rows of one forward and backward on one rank
+
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    restart_steps: int | None = Field(None, ge=1)  # length of the first cosine cycle; none: one cycle over the whole run
+    restart_mult: int = Field(1, ge=1)  # each further cycle is this many times longer (SGDR, arXiv 1608.03983)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = Field(42, ge=0)
+
+    deepspeed: str = "ds_config.json"
+    run: Run = Run()
+    monitor: Monitor = Monitor()
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_fields(cls, lora: dict[str, Any]) -> dict[str, Any]:
+        from peft import LoraConfig  # late: it takes seconds, and --help needs none of it
+
+        known = {f.name for f in dataclasses.fields(LoraConfig)}
+        for key in lora:
+            if key not in known:
+                raise ValueError(f"unknown field {key!r} of peft.LoraConfig")
+        if not isinstance(lora.get("r", 8), int) or lora.get("r", 8) < 1:
+            raise ValueError("r must be a whole number of at least 1")
+        # DoRA needs the norm of the dense weight, PiSSA/OLoRA/LoftQ/EVA rewrite it: a partitioned 4-bit base offers neither.
+        if lora.get("use_dora"):
+            raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
+        if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+            raise ValueError(f"init_lora_weights={lora['init_lora_weights']!r} rewrites the base, which stays frozen here")
+        return lora
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if isinstance(self.micro_batch_size, int) and not 1 <= self.micro_batch_size <= self.batch_size:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must lie between 1 and batch_size={self.batch_size}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if "messages" not in self.data.columns and not {"dialogue", "note"} <= set(self.data.columns):
+            raise ValueError("data.columns must map either messages, or dialogue and note")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, runs/<name>."""
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.max_seq_len
+
+
+def _set(tree: dict, dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        if not isinstance(tree.setdefault(key, {}), dict):
+            raise ConfigError(f"{dotted}: {key} is a value, not a section")
+        tree = tree[key]
+    tree[last] = value
+
+
+def default_config_path() -> Path:
+    """The seed configuration where there is an NVIDIA GPU, the embedded one elsewhere."""
+    import torch
+
+    return ROOT / "loop" / "configs" / ("soap_qlora.yaml" if torch.cuda.is_available() else "embedded.yaml")
+
+
+def load_config(argv: list[str]) -> Config:
+    """Reads `[--config FILE] [key=value ...]`, e.g. `--config my.yaml lr=2e-4 lora.r=16 data.train=notes.jsonl`.
+
+    A value is parsed as YAML, so lists and null work. Raises ConfigError with one line that names the key."""
+    args = [a for a in argv if not a.startswith("--local_rank")]  # DeepSpeed's launcher may add it; the environment says the same
+    path = default_config_path()
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise ConfigError("--config: the file is missing")
+        path = Path(args.pop(at + 1))
+        args.pop(at)
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path}: must hold `key: value` lines")
+    for arg in args:
+        key, separator, value = arg.partition("=")
+        if not separator or key.startswith("-"):
+            raise ConfigError(f"{arg}: not understood; write --config FILE or key=value")
+        try:
+            _set(tree, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}={value}: not a YAML value") from error
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal[", "list[", "dict[")))
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = "unknown key"
+        shown = f"={first['input']!r}" if key and isinstance(first["input"], (str, int, float)) else ""
+        raise ConfigError(f"{key}{shown}: {what} ({path.name} or the command line)") from error
+
+
+OWNED_HERE = {"optimizer": "lr, betas, eps, weight_decay", "scheduler": "lr, warmup_steps, restart_steps",
+              "gradient_clipping": "max_grad_norm", "train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
+              "train_micro_batch_size_per_gpu": "micro_batch_size", "activation_checkpointing": "gradient_checkpointing"}  # fmt: skip
+
+
+def build_ds_config(config: Config) -> dict[str, Any]:
+    """The dict that transformers and `deepspeed.initialize` both get: the JSON plus the few figures that DeepSpeed insists on."""
+    path = ROOT / config.deepspeed  # an absolute path stays as it is
+    try:
+        ds = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"deepspeed={config.deepspeed}: {error}") from error
+    for key, ours in OWNED_HERE.items():
+        if key in ds:
+            raise ConfigError(f"{path.name}: {key} is set by the run's configuration ({ours}); remove it from the JSON")
+    if "auto" in (text := json.dumps(ds)) and '"auto"' in text:
+        raise ConfigError(f'{path.name}: "auto" is not filled in by anybody here; write the value')
+    zero = ds.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise ConfigError(f"{path.name}: zero_optimization.stage must be 3, the loop reads ZeRO-3's partitions")
+    if ds.get("fp16", {}).get("enabled"):
+        raise ConfigError(f"{path.name}: fp16 corrupts packed NF4 weights silently; use bf16")
+    if ds.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        raise ConfigError(f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place")
+    if zero.get("zero_quantized_weights") and config.method == "qlora":
+        raise ConfigError(f"{path.name}: zero_quantized_weights (qwZ) would round NF4 codes as if they were numbers")
+    return ds | {
+        "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # left out, DeepSpeed would clip at 1.0 after our own clipping
+    }
+
+
+def exit_with_config_error(error: ConfigError) -> None:
+    """One line on stderr (from one rank) and exit code 2."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

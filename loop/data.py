@@ -1,0 +1,166 @@
+"""From files to checked examples: token ids, and labels that supervise the note, its end-of-sequence token included, and nothing else."""
+
+import dataclasses
+import re
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from .config import Config, ConfigError
+from .soap import soap_messages
+
+SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # our name -> the hub's usual name
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+IGNORE = -100  # the label of a token that is not supervised, as everywhere in the field
+
+# For a base that brings no chat template of its own.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation. A label is the token itself where it is supervised, otherwise -100."""
+
+    id: str
+    input_ids: np.ndarray  # int32 [L]
+    labels: np.ndarray  # int32 [L]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens. The first token of a document has no predecessor that could predict it."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+def load_rows(source: str, split: str) -> tuple[datasets.Dataset, str]:
+    """Rows of one source and the split's name. `source` is a file, a folder in the hub's layout or a hub id, each with an
+    optional `:SPLIT`. Raises ConfigError naming the source when it can't be read."""
+    name, _, wanted = source.partition(":")
+    wanted = wanted or SPLITS[split]
+    path = Path(name)
+    try:
+        # The cache would keep a copy of patients' dialogues in the home folder; a temporary one goes with this block.
+        with tempfile.TemporaryDirectory() as cache:
+            if path.suffix in READERS:
+                if not path.is_file():
+                    raise ConfigError(f"data.{split}={source}: no such file")
+                read = {"path": READERS[path.suffix], "data_files": {wanted: str(path)}, "cache_dir": cache}
+                return datasets.load_dataset(**read, split=wanted, keep_in_memory=True), wanted
+            if path.is_dir():
+                return datasets.load_dataset(str(path), split=wanted, cache_dir=cache, keep_in_memory=True), wanted
+        return datasets.load_dataset(name, split=wanted), wanted
+    except ConfigError:
+        raise
+    except Exception as error:  # each reader has its own exceptions; their root cause says what and where
+        while error.__cause__ is not None:
+            error = error.__cause__
+        remedy = "repair the file" if path.exists() else "no such file or folder, and the hub has no answer; point it at a local file or folder"
+        raise ConfigError(f"data.{split}={source}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0][:160]})") from error
+
+
+def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[str, str]]]]:
+    """The (id, messages) of a split, each row checked: columns there, texts of type str, none empty, ids unique.
+    Raises ConfigError that names source and row, never a patient's words."""
+    sources = getattr(config.data, split)
+    columns = config.data.columns
+    found: dict[str, list[dict[str, str]]] = {}
+    for source in [sources] if isinstance(sources, str) else sources or []:
+        rows, name = load_rows(source, split)
+        needed = [columns["messages"]] if "messages" in columns else [columns["dialogue"], columns["note"]]
+        for column in needed:
+            if column not in rows.column_names:
+                raise ConfigError(f"data.columns: {source} has no column {column!r}, only {', '.join(rows.column_names)}")
+        for number, row in enumerate(rows.select(range(min(len(rows), config.data.limit or len(rows))))):
+            key = row.get(columns.get("id", "id"))
+            key = f"{name}-{number}" if key is None else str(key)
+            where = f"{source}, row {number + 1} (id {key})"
+            if key in found:
+                raise ConfigError(f"{where}: this id occurs twice; make ids unique")
+            if "messages" in columns:
+                messages = row[columns["messages"]]
+                if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
+                    raise ConfigError(f"{where}: {columns['messages']} must be a list of role and content with an assistant's turn")
+            else:
+                for column in needed:
+                    if not isinstance(row[column], str) or not row[column].strip():
+                        raise ConfigError(f"{where}: {column} is {'empty' if isinstance(row[column], str) else 'not a text'}")
+                messages = soap_messages(row[columns["dialogue"]], row[columns["note"]])
+            found[key] = messages
+    return list(found.items())
+
+
+def encode(tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template. Training and generation both come through here.
+
+    Text that spells a special token ("</s>") inside a message stays text: such a conversation is put together from the
+    template's frame, where special tokens count, and the contents, where they don't."""
+    contents = [m["content"] for m in messages]
+    specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    if not any(s in c for s in specials for c in contents):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt)
+    ids: list[int] = []
+    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+        inside = i % 2 == 1
+        piece = contents[int(piece)] if inside else piece
+        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=inside)["input_ids"] if piece else []
+    return ids
+
+
+def encode_example(tokenizer, key: str, messages: list[dict[str, str]], supervise: str = "note") -> Example:
+    """Tokens and labels of one conversation, up to and including the EOS of its last assistant turn.
+
+    The prompt's tokens are exactly those that generation will feed. Where the template's text tokenises differently as a whole
+    (trl#6105), the answer is tokenised on its own behind the prompt. An answer that the template ends without an EOS gets one
+    (trl#7230: an EOS never supervised is never learned)."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = encode(tokenizer, messages[:turn], add_generation_prompt=True)
+        whole = encode(tokenizer, messages[: turn + 1])
+        if whole[: len(prompt)] != prompt:
+            whole = prompt + tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        answer = whole[len(prompt) :]
+        if tokenizer.eos_token_id in answer:  # the template's own line break behind the EOS is not part of the answer
+            answer = answer[: len(answer) - answer[::-1].index(tokenizer.eos_token_id)]
+        else:
+            answer = answer + [tokenizer.eos_token_id]
+        if prompt[: len(ids)] != ids:
+            raise ConfigError(f"id {key}: the chat template rewrites earlier turns; train on one turn at a time")
+        ids = prompt + answer
+        spans.append((len(prompt), len(ids)))
+    input_ids = np.asarray(ids, np.int32)
+    labels = np.full_like(input_ids, IGNORE)
+    for start, end in [(1, len(ids))] if supervise == "all" else spans:
+        labels[start:end] = input_ids[start:end]
+    return Example(key, input_ids, labels)
+
+
+def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], list[str]]:
+    """The examples of a split ("train", "valid", "test") and the ids of those dropped for being longer than max_seq_len."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    kept, dropped = [], []
+    for key, messages in read_conversations(config, split):
+        example = encode_example(tokenizer, key, messages, config.data.supervise)
+        if len(example) > config.max_seq_len:
+            if config.data.overlong == "error":
+                raise ConfigError(f"data.{split}, id {key}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; "
+                                  "raise it, or set data.overlong=drop")  # fmt: skip
+            dropped.append(key)
+        else:
+            kept.append(example)
+    if not kept and getattr(config.data, split):
+        raise ConfigError(f"data.{split}: no example is left ({len(dropped)} are longer than max_seq_len={config.max_seq_len})")
+    return kept, dropped

@@ -1,0 +1,101 @@
+"""Notes from dialogues: `./launch.sh generate --adapter DIR --dialogue FILE`, and the sample notes of a run."""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from .config import ConfigError, exit_with_config_error
+from .data import PLAIN_TEMPLATE, encode
+from .model import load_base, load_tokenizer
+from .soap import soap_messages
+
+
+@torch.no_grad()
+def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, synced: bool = False) -> list[str]:
+    """Greedy notes for prompts of token ids, as one left-padded batch with a KV cache. synced: several ZeRO-3 ranks run on
+    until the last one has finished, since each of them must take part in every gather."""
+    config, was_training = model.config, model.training
+    packed, cache = config._attn_implementation, config.use_cache
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        model.eval()
+        inner.set_attn_implementation("sdpa")  # packed attention has no cache; torch's own takes the padding mask
+        config.use_cache = True
+        out = model.generate(
+            input_ids=ids.to(inner.device), attention_mask=mask.to(inner.device), max_new_tokens=max_new_tokens, do_sample=False,
+            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, synced_gpus=synced,
+        )  # fmt: skip
+    finally:
+        inner.set_attn_implementation(packed)
+        config.use_cache = cache
+        model.train(was_training)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, width:].cpu()]
+
+
+def load_for_notes(adapter: str | None, base: str | None, device):
+    """(model, tokenizer) for generation on one device, in the precision the adapter was trained on: `trained.json` beside it says."""
+    folder = Path(adapter) if adapter else None
+    if folder and not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
+    settings = json.loads((folder / "adapter_config.json").read_text()) if folder else {}
+    trained = json.loads((folder / "trained.json").read_text()) if folder and (folder / "trained.json").is_file() else {}
+    base = base or settings.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError("give --adapter DIR or --base DIR")
+    tokenizer = load_tokenizer(base, trained.get("revision"))
+    dtype = torch.bfloat16 if trained.get("dtype", "bfloat16") == "bfloat16" else torch.float32
+    model = load_base(base, dtype, device, revision=trained.get("revision"), quantized=trained.get("method", "qlora") == "qlora" and bool(folder),
+                      double_quant=trained.get("double_quant", True))  # fmt: skip
+    if folder:
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model.eval(), tokenizer
+
+
+def prompt_ids(tokenizer, dialogue: str) -> list[int]:
+    """The prompt exactly as training tokenised it."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return encode(tokenizer, soap_messages(dialogue), add_generation_prompt=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="launch.sh generate", description="Write the SOAP note of a dialogue.")
+    parser.add_argument("--adapter", help="a run's adapter/ folder; without it the base answers alone")
+    parser.add_argument("--base", help="the base, where it is not the one the adapter names")
+    parser.add_argument("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=600)
+    args = parser.parse_args(argv)
+    from .monitor import quiet_libraries
+
+    quiet_libraries()
+    try:
+        if args.dialogue == "-":
+            dialogue = sys.stdin.read()
+        else:
+            try:
+                dialogue = Path(args.dialogue).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"--dialogue {args.dialogue}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        if not dialogue.strip():
+            raise ConfigError(f"--dialogue {args.dialogue}: the dialogue is empty")
+        model, tokenizer = load_for_notes(args.adapter, args.base, "cuda:0" if torch.cuda.is_available() else "cpu")
+    except ConfigError as error:
+        exit_with_config_error(error)
+    with contextlib.suppress(BrokenPipeError):
+        print(write_notes(model, tokenizer, [prompt_ids(tokenizer, dialogue)], args.max_new_tokens)[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from deepspeed.utils import set_z3_leaf_modules
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from .config import ROOT, Config, ConfigError
+
+
+def resolve_base(base: str) -> dict[str, Any]:
+    """Where to load from, as keyword arguments of `from_pretrained`. A local folder never touches the network."""
+    for path in (Path(base), ROOT / base):
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ConfigError(f"base={base}: the folder has no config.json, so it is not a model in the hub's layout")
+            return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ConfigError(f"base={base}: no such folder; give a folder in the hub's layout or a hub id (owner/name)")
+    return {"pretrained_model_name_or_path": base}
+
+
+@contextlib.contextmanager
+def loading(base: str):
+    """Turns a failed load into one line that says how to go on without the hub."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder here (config.json, "
+                          "tokenizer, *.safetensors) and set base=/path/to/folder") from error  # fmt: skip
+
+
+def load_tokenizer(base: str, revision: str | None = None):
+    with loading(base):
+        return AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+
+
+def dtype_of(ds: dict) -> torch.dtype:
+    """The compute dtype, which ds_config.json owns."""
+    return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
+
+
+def nf4_config(dtype: torch.dtype, double_quant: bool = True) -> BitsAndBytesConfig:
+    """4-bit NormalFloat (QLoRA, arXiv 2305.14314). ZeRO-3 casts floating-point storage to the engine's dtype by value, which would
+    garble packed codes: the storage is the engine's own dtype (so the cast is none), or bytes, which are never cast."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.bfloat16 if dtype == torch.bfloat16 else torch.uint8,
+    )  # fmt: skip
+
+
+def load_base(base: str, dtype: torch.dtype, device, *, revision=None, quantized=True, double_quant=True, attention="sdpa", ds=None) -> PreTrainedModel:
+    """The causal language model, frozen weights in NF4 when `quantized`. With `ds`, an unquantised one is partitioned while it loads."""
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "revision": revision}
+    if quantized:
+        options |= {"quantization_config": nf4_config(dtype, double_quant), "device_map": {"": device}}
+    elif ds is None:
+        options |= {"device_map": {"": device}}
+    with loading(base):
+        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards
+            # and every gradient after it would be wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers, below PEFT's wrapping if there is one."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_decoder().layers
+
+
+def load_model(config: Config, ds: dict, device, attention: str, adapter: str | None = None) -> nn.Module:
+    """The model as the engine gets it; only what shall be trained requires a gradient. With `adapter`, its LoRA weights are loaded.
+
+    Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
+    # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference);
+    # it does not partition quantised ones, which the engine does.
+    alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
+    model = load_base(config.base, dtype_of(ds), device, revision=config.revision, quantized=config.method == "qlora",
+                      double_quant=config.double_quant, attention=f"packed_{attention}", ds=ds)  # fmt: skip
+    del alive
+    model.config.use_cache = False
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+        # The first layer's input must require a gradient: its weights don't, and checkpointing and leaf modules would see nothing to do.
+        model.enable_input_require_grads()
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+        else:
+            try:
+                lora = LoraConfig(task_type="CAUSAL_LM", **config.lora)
+                model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    # ZeRO-3 hangs hooks on every sub-module; as leaf modules, decoder layers are gathered whole and cost one pair of hooks each.
+    set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
+    return model
+
+
+def use_checkpointing(model: nn.Module, on: bool) -> None:
+    """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers. The reentrant kind: it gathers a partitioned layer again
+    in the backward pass, while the other keeps every gathered 4-bit weight alive (bitsandbytes#2034)."""
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
+    """Estimated activation memory of one micro-batch in bytes. shape: the base's configuration.
+
+    A Llama layer keeps about 8 hidden and 4 feed-forward vectors of bf16 a token for its backward pass (78 KB for TinyLlama; 75
+    were measured); checkpointed, one hidden vector, and one layer at a time is whole. A third of the tokens have logits (bf16 and fp32
+    with its gradient)."""
+    layer = 2 * (8 * shape.hidden_size + 4 * shape.intermediate_size)
+    kept = shape.num_hidden_layers * 2 * shape.hidden_size + layer if checkpointing else shape.num_hidden_layers * layer
+    return int(tokens * (kept + 10 * shape.vocab_size / 3))
+
+
+def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:
+    """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit 80 % of the free memory, and
+    recomputes activations only where even one row does not fit without. free_bytes None: a CPU, no checkpointing, all rows at once."""
+    most = -(-config.batch_size // world_size)
+    sizes = range(most, 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
+    for checkpointing in [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing]:
+        for size in sizes:
+            if free_bytes is None or activation_bytes(shape, size * config.max_seq_len, checkpointing) <= 0.8 * free_bytes:
+                return size, checkpointing
+    return sizes[-1], config.gradient_checkpointing is not False
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum, not mean, of the cross-entropies in nats, in fp32: the loop divides once by the targets of the whole step.
+
+    logits [1, N, V], targets [N] with -100 where there is none. Returns a scalar; 0 with a gradient of 0 when no target counts."""
+    return F.cross_entropy(logits.squeeze(0).float(), targets, ignore_index=-100, reduction="sum")
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,0 +1,133 @@
+"""What a person sees of a run: a few lines before it, a progress bar, TensorBoard, `metrics.jsonl`, a summary."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .config import ROOT, Config
+from .distributed import Ranks
+from .packing import Plan
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def quiet_libraries() -> None:
+    """Libraries speak when something is wrong; their news about themselves would bury the lines that matter."""
+    warnings.filterwarnings("ignore")
+    for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "torch", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def versions() -> dict[str, str]:
+    """Library versions, Python, GPU and the repository's commit, for the run's folder and for bug reports."""
+    found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found | {"commit": git.stdout.strip() or "unknown"}
+
+
+def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: Config, world_size: int, micro_batch_size: int) -> str:
+    """The batch arithmetic, before the first step."""
+    cap = micro_batch_size * config.max_seq_len
+    rounds = -(-plan.budget // (cap * world_size))
+    n = len(plan.order)
+    return "\n".join([
+        f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of whole examples, on {world_size} rank(s) "
+        f"in about {rounds} micro-batch(es) of at most {micro_batch_size} x {config.max_seq_len:,} tokens",
+        f"the run     {len(plan):,} steps, {n:,} examples, {n / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
+        f"{int(targets[plan.order].sum()):,} of them supervised; the budget is filled to {plan.fill:.1%}",
+        f"lengths     mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,} tokens",
+    ])  # fmt: skip
+
+
+class Monitor:
+    """Writes on rank 0 and is silent on the others, so that the loop needs no `if`."""
+
+    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int) -> None:
+        self.on, self.folder, self.ranks = ranks.is_main, config.folder, ranks
+        self.started = self.last = time.perf_counter()
+        if not self.on:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)  # a run on patients' data is its owner's alone
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        (self.folder / "ds_config.json").write_text(json.dumps(ds, indent=2))
+        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2))
+        # After a resume the steps behind the checkpoint are run again: cut them from the log, so that it shows one curve.
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step))
+        self.log = log.open("a")
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
+
+    def say(self, text: str) -> None:
+        if self.on:
+            self.bar.write(text)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
+        if self.on:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.log.write(json.dumps({"step": step} | values) + "\n")
+            self.log.flush()
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
+        """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr and number of tokens."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens_per_second": tokens / seconds}
+        if self.ranks.device.type == "cuda":
+            values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.scalars(step, values)
+        if self.on:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, norm {grad_norm:.2f}, lr {lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+
+    def exclude(self) -> None:
+        """Call after evaluation, sampling or saving: their time is not the next step's."""
+        self.last = time.perf_counter()
+
+    def notes(self, step: int, notes: dict[str, str]) -> None:
+        """Sample notes of held-out examples, as text in TensorBoard and as a file."""
+        if self.on and notes:
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            text = "\n\n".join(f"## {key}\n\n{note}" for key, note in notes.items())
+            (folder / f"step-{step:06d}.md").write_text(text + "\n")
+            for key, note in notes.items():
+                self.board.add_text(f"notes/{key}", "    " + note.replace("\n", "\n    "), step)
+
+    def close(self, report: dict) -> None:
+        """Writes report.json and closes the files."""
+        if self.on:
+            self.bar.close()
+            self.board.close()
+            self.log.close()
+            write_report(self.folder, {"seconds": round(time.perf_counter() - self.started, 1)} | report)
+
+
+def write_report(folder: Path, figures: dict) -> None:
+    """Adds figures to the run's report.json."""
+    path = folder / "report.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | figures, indent=2) + "\n")

@@ -1,0 +1,64 @@
+"""The optimiser's side of the step: AdamW, clipping over ZeRO-3's partitions, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_grad
+
+from .config import Config
+
+
+def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the trainable parameters. Matrices decay, vectors (norms, biases) don't;
+    LoRA's B matrices get `loraplus_lr_ratio` times the learning rate. Each group carries its `lr_scale` for `set_lr`."""
+    groups: dict[tuple[float, float], list] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            shape = getattr(p, "ds_shape", p.shape)  # under zero.Init a parameter's own shape is empty
+            decay = config.weight_decay if len(shape) > 1 else 0.0
+            scale = config.loraplus_lr_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
+            groups.setdefault((decay, scale), []).append(p)
+    # Only groups that hold something: an empty one crashes ZeRO-3 at the first boundary on torch >= 2.13.
+    params = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available())
+
+
+def cosine_lr(step: int, num_steps: int, lr: float, *, warmup_steps: int = 0, min_lr: float = 0.0,
+              restart_steps: int | None = None, restart_mult: int = 1) -> float:  # fmt: skip
+    """The learning rate of a step, counted from 0: linear warm-up from 0, then a cosine from `lr` down to `min_lr`.
+
+    With `restart_steps`, warm restarts after SGDR (arXiv 1608.03983): the first cycle has that many steps, each further one
+    `restart_mult` times more. A pure function: resuming needs no scheduler state, and the whole curve is known before the run."""
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    at, length = step - warmup_steps, num_steps - warmup_steps
+    if restart_steps:
+        length = restart_steps
+        while at >= length:
+            at, length = at - length, length * restart_mult
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(at / max(1, length), 1.0)))
+
+
+def set_lr(optimizer, lr: float) -> None:
+    """Gives every parameter group `lr` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters, max_norm: float) -> float:
+    """Clips the gradients to a global L2 norm of at most `max_norm` and returns the norm before clipping.
+
+    parameters: the trainable ones of a ZeRO-3 engine, after the step's last backward and before `engine.step()`. Under ZeRO-3
+    each rank holds a slice of every gradient, so the global norm is the root of the sum of all ranks' squares; the slices' padding
+    is zero and doesn't count. `safe_get_local_grad` gives the fp32 accumulation buffer itself, so scaling in place is scaling what
+    the optimiser will read (`build_ds_config` insists on fp32 accumulation: with bf16 it would be a copy). The result is that of
+    `torch.nn.utils.clip_grad_norm_`. Every rank must call it. A non-finite norm is returned and nothing is scaled."""
+    slices = [g for p in parameters if (g := safe_get_local_grad(p)) is not None]
+    squares = torch.stack(torch._foreach_norm(slices)).double().square().sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt().item()
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(slices, max_norm / (norm + 1e-6))
+    return norm

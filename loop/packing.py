@@ -1,0 +1,182 @@
+"""The one idea of this loop: an optimizer step is a set of whole examples, planned in advance.
+
+`make_plan` is a pure function of (lengths, budget, seed, epochs): for each step of the run the example ids that fill the step's
+token budget. `cut` is a pure function of (a step, ranks, micro-batch capacity): which rank computes which examples when.
+How a step is cut changes memory and speed and nothing else, so a run may be continued on another number of GPUs, every
+rank knows the step's number of targets without asking, and ranks always agree on the number of micro-batches, so nothing hangs.
+"""
+
+import bisect
+import dataclasses
+import heapq
+
+import numpy as np
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All steps of a run. `order[offsets[s]:offsets[s + 1]]` are the example ids of step s."""
+
+    order: np.ndarray  # int32 [epochs * examples]
+    offsets: np.ndarray  # int64 [steps + 1]
+    tokens: int  # of all examples of the plan
+    budget: int  # tokens a step may hold
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return self.order[self.offsets[step] : self.offsets[step + 1]]
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget that carries tokens."""
+        return self.tokens / (len(self) * self.budget) if len(self) else 0.0
+
+
+def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Puts items into bins, largest first, each where it leaves the least room. sizes: int [n], none above capacity.
+    Returns the bin of each item, int64 [n].
+
+    Exact best-fit-decreasing over histograms: items of one size and bins with one amount of room are moved together, so the
+    Python loop takes some thousand turns whatever n is (the item-by-item version needs a minute for 10 million)."""
+    by_size = np.argsort(-sizes, kind="stable")
+    values, starts = np.unique(-sizes[by_size], return_index=True)
+    bins = np.empty(len(sizes), np.int64)
+    rooms: list[int] = []  # the amounts of room that occur, ascending
+    holders: dict[int, list[np.ndarray]] = {}  # room -> ids of the bins that have it
+    opened = 0
+
+    def put(room: int, ids: np.ndarray) -> None:
+        if room and len(ids):
+            if room not in holders:
+                bisect.insort(rooms, room)
+                holders[room] = []
+            holders[room].append(ids)
+
+    for size, start, end in zip(-values, starts, [*starts[1:], len(sizes)]):
+        while start < end:
+            at = bisect.bisect_left(rooms, size)
+            if at < len(rooms):
+                room = rooms.pop(at)
+                ids = np.concatenate(holders.pop(room))
+            else:
+                room = capacity
+                ids = np.arange(opened, opened + -(-(end - start) // (capacity // size)))  # as many as are needed
+                opened += len(ids)
+            each = room // size  # best fit stays with a bin until its room is below the size
+            used = min(len(ids), -(-(end - start) // each))
+            take = min(end - start, used * each)
+            bins[by_size[start : start + take]] = np.repeat(ids[:used], each)[:take]
+            start += take
+            full = take // each
+            put(room - each * size, ids[:full])
+            put(room - (take - full * each) * size, ids[full:used])  # the last bin may have got fewer
+            put(room, ids[used:])
+    return bins
+
+
+def _pack_epoch(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch: (order int32 [n], examples in each step int64 [steps]).
+
+    Best-fit-decreasing alone would put long examples with long ones and short with short. So most examples are first tied
+    into random bundles of about a third of the budget; bundles are large and go first, the single examples fill the gaps."""
+    n = len(lengths)
+    shuffled = rng.permutation(n)
+    per_bundle = max(1, int(0.3 * budget / lengths.mean()))
+    tied = int(0.7 * n) // per_bundle * per_bundle if per_bundle > 1 else 0
+    bundle = np.concatenate([np.repeat(np.arange(tied // per_bundle), per_bundle), tied // per_bundle + np.arange(n - tied)])
+    sizes = np.bincount(bundle, weights=lengths[shuffled]).astype(np.int64)
+    too_large = sizes > budget  # possible when lengths are very uneven: untie these
+    if too_large.any():
+        loose = too_large[bundle]
+        bundle[loose] = len(sizes) + np.arange(loose.sum())
+        bundle = np.unique(bundle, return_inverse=True)[1]
+        sizes = np.bincount(bundle, weights=lengths[shuffled]).astype(np.int64)
+    step = best_fit_decreasing(sizes, budget)
+    step = rng.permutation(step.max() + 1)[step][bundle]  # steps in random order, else the run would go from long to short
+    return shuffled[np.argsort(step, kind="stable")].astype(np.int32), np.bincount(step)
+
+
+def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_steps: int | None = None) -> Plan:
+    """Plans the whole run. lengths: int [n], tokens of each example, none above `budget` (ValueError names the first).
+    Every epoch holds every example once and packs anew; an example has other company in every epoch and seed."""
+    lengths = np.asarray(lengths)
+    if len(lengths) == 0 or lengths.max() > budget or lengths.min() < 1:
+        raise ValueError(f"lengths must lie in 1..{budget} and not be empty")
+    orders, counts = [], []
+    for epoch in range(epochs):
+        order, count = _pack_epoch(lengths, budget, np.random.default_rng([seed, epoch]))
+        orders.append(order)
+        counts.append(count)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[: (max_steps or 2**62) + 1]
+    order = np.concatenate(orders)[: offsets[-1]]
+    return Plan(order, offsets, int(lengths[order].sum()), budget)
+
+
+def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int) -> list[list[list[int]]]:
+    """Cuts a step into `[rank][micro_batch] -> example ids`: as few micro-batches as fit `capacity` tokens each, the same
+    number on every rank, balanced by tokens. A micro-batch may be empty when there are fewer examples than places.
+
+    Longest first, each to the emptiest micro-batch (Graham's LPT rule); ties go to the lower id, so every rank finds the same cut."""
+    examples = sorted(step.tolist(), key=lambda i: (-lengths[i], i))
+    if examples and lengths[examples[0]] > capacity:
+        raise ValueError(f"an example of {lengths[examples[0]]} tokens does not fit a micro-batch of {capacity}")
+    total = int(sum(lengths[i] for i in examples))
+    rounds = max(1, -(-total // (capacity * world_size)))
+    while True:
+        places: list[list[int]] = [[] for _ in range(rounds * world_size)]
+        heap = [(0, place) for place in range(len(places))]
+        for example in examples:
+            load, place = heapq.heappop(heap)
+            if load + lengths[example] > capacity:
+                break  # the emptiest place is too full: one more round
+            places[place].append(example)
+            heapq.heappush(heap, (load + int(lengths[example]), place))
+        else:
+            return [places[rank::world_size] for rank in range(world_size)]
+        rounds += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One micro-batch: whole examples end to end in one row of T tokens."""
+
+    input_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [1, T] int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # [documents + 1] int32, where documents begin and end
+    max_seqlen: int  # an upper bound of the documents' lengths
+    target_positions: torch.Tensor  # [N] int64: the places of the row whose next token is supervised
+    targets: torch.Tensor  # [N] int64: those next tokens
+
+    def to(self, device) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+    def model_inputs(self) -> dict:
+        """What the model takes. Logits are computed where there is a target and nowhere else: a dialogue is three quarters of
+        the row, and its [T, vocabulary] logits would be the largest tensor of the step."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens,
+                "max_seqlen": self.max_seqlen, "logits_to_keep": self.target_positions, "use_cache": False}  # fmt: skip
+
+
+def collate(examples: list, max_seq_len: int) -> Batch:
+    """Packs examples (each with `input_ids` and `labels`, int [L], -100 where not supervised) into one row.
+
+    Without examples it gives a row of one unsupervised token: a rank without work still takes part in every collective."""
+    ids = [e.input_ids for e in examples] or [np.zeros(1, np.int64)]
+    labels = [e.labels for e in examples] or [np.full(1, -100)]
+    # Token t predicts token t + 1 of its own document: shift inside each document, so none predicts its neighbour's first token.
+    following = np.concatenate([np.append(label[1:], -100) for label in labels])
+    positions = np.flatnonzero(following != -100)
+    # An empty index would give empty logits and no gradient at all; one dummy target, ignored by the loss, keeps the graph whole.
+    keep = positions if len(positions) else np.zeros(1, np.int64)
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
+        max_seqlen=max_seq_len,
+        target_positions=torch.from_numpy(keep),
+        targets=torch.from_numpy(following[keep].astype(np.int64)),
+    )

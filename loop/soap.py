@@ -1,0 +1,39 @@
+"""The SOAP task itself: the one prompt that training and generation share, and how a note is taken apart again."""
+
+import re
+
+HEADINGS = ("S", "O", "A", "P")
+NAMES = {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"}
+
+SYSTEM = "You are a medical scribe. You turn the conversation of a doctor and a patient into a SOAP note."
+REQUEST = (
+    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, in plain text without markdown. "
+    "State only what was said.\n\n"
+)
+
+# "S:", "Subjective:", "**S:**" at the start of a line; markdown is tolerated here so that untuned models are judged on content.
+_HEADING = re.compile(r"^[ \t>#*_]*(" + "|".join([*HEADINGS, *NAMES.values()]) + r")[ \t*_]*:[ \t*_]*", re.MULTILINE)
+
+
+def soap_messages(dialogue: str, note: str | None = None) -> list[dict[str, str]]:
+    """The chat messages of one example: system, user and, when `note` is given, the assistant's answer."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": REQUEST + dialogue.strip()}]
+    return messages if note is None else [*messages, {"role": "assistant", "content": note.strip()}]
+
+
+def parse_note(note: str) -> dict[str, str]:
+    """Splits a note at its headings: {"S": text, ...} in the order found. Text before the first heading is left out,
+    a heading that comes twice has its texts joined, and a text without headings gives {}."""
+    marks = list(_HEADING.finditer(note))
+    sections: dict[str, str] = {}
+    for mark, following in zip(marks, [*marks[1:], None]):
+        body = note[mark.end() : following.start() if following else len(note)].strip()
+        letter = mark.group(1)[0]
+        sections[letter] = f"{sections[letter]}\n{body}" if letter in sections else body
+    return sections
+
+
+def has_all_sections(note: str) -> bool:
+    """True when S, O, A and P are all there, in this order, each with a text."""
+    sections = parse_note(note)
+    return tuple(sections) == HEADINGS and all(sections.values())
