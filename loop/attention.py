@@ -117,10 +117,10 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _keeps_documents_apart(backend: str, device) -> bool:
+def _keeps_documents_apart(backend: str, device, head_dim: int) -> bool:
     """Runs the kernel: the second document's output must not move by a bit when the first one's tokens change."""
     generator = torch.Generator(device=device).manual_seed(0)
-    q, k, v = (torch.randn(96, 4, 64, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(96, 4, head_dim, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3))
     bounds = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
     before = packed_attention(q, k, v, bounds, 64, backend)
     for x in (q, k, v):
@@ -129,9 +129,9 @@ def _keeps_documents_apart(backend: str, device) -> bool:
     return torch.isfinite(before).all().item() and torch.equal(before[40:], after[40:]) and not torch.equal(before[:40], after[:40])
 
 
-def choose_backend(wanted: str, device, dtype: torch.dtype) -> tuple[str, str]:
-    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs here and was just seen to keep
-    documents apart. Raises AttentionError when `wanted` can't run or leaks."""
+def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
+    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs heads of this size here and was just seen
+    to keep documents apart. Raises AttentionError when `wanted` can't run or leaks."""
     found = available_backends(device)
     remarks = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
@@ -140,7 +140,7 @@ def choose_backend(wanted: str, device, dtype: torch.dtype) -> tuple[str, str]:
             reason = f"missing: takes bf16 or fp16, not {dtype}"
         if not reason.startswith("missing"):
             try:
-                if _keeps_documents_apart(name, device):
+                if _keeps_documents_apart(name, device, head_dim):
                     return name, "; ".join([f"attention: {name} ({reason})", *remarks])
                 reason = "wrong: it leaks between documents on this machine"
             except RuntimeError as error:

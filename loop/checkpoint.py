@@ -180,6 +180,10 @@ def export_model(engine, config: Config, tokenizer, folder: Path, ranks: Ranks) 
             peft_config = model.peft_config["default"]
             peft_config.inference_mode = True
             peft_config.save_pretrained(target)
+            # The adapter was trained against this rounding of the base; generation and merging read it here.
+            trained = {"method": config.method, "revision": config.revision, "double_quant": config.double_quant,
+                       "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}  # fmt: skip
+            (target / "trained.json").write_text(json.dumps(trained))
         else:
             for a, b in getattr(model, "all_tied_weights_keys", {}).items():
                 state.setdefault(a, state[b]) if b in state else state.setdefault(b, state[a])

@@ -145,6 +145,19 @@ def _set(tree: dict, dotted: str, value: Any) -> None:
     tree[last] = value
 
 
+def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Takes `--name value` pairs out of `args` for the commands that have options beside the configuration."""
+    options = dict(defaults)
+    for name in options:
+        if name in args:
+            at = args.index(name)
+            if at + 1 == len(args):
+                raise ConfigError(f"{name}: its value is missing")
+            options[name] = args.pop(at + 1)
+            args.pop(at)
+    return options
+
+
 def default_config_path() -> Path:
     """The seed configuration where there is an NVIDIA GPU, the embedded one elsewhere."""
     import torch
@@ -157,13 +170,7 @@ def load_config(argv: list[str]) -> Config:
 
     A value is parsed as YAML, so lists and null work. Raises ConfigError with one line that names the key."""
     args = [a for a in argv if not a.startswith("--local_rank")]  # DeepSpeed's launcher may add it; the environment says the same
-    path = default_config_path()
-    if "--config" in args:
-        at = args.index("--config")
-        if at + 1 == len(args):
-            raise ConfigError("--config: the file is missing")
-        path = Path(args.pop(at + 1))
-        args.pop(at)
+    path = Path(take_options(args, {"--config": None})["--config"] or default_config_path())
     try:
         tree = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
@@ -183,13 +190,15 @@ def load_config(argv: list[str]) -> Config:
     try:
         return Config(**tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal[", "list[", "dict[")))
-        what = first["msg"].removeprefix("Value error, ")
+        errors = error.errors(include_url=False)
+        branches = ("literal[", "list[", "dict[", "bool", "int", "str")  # which branch of a union pydantic tried
+        keys = [".".join(str(part) for part in e["loc"] if not str(part).startswith(branches)) for e in errors]
+        key, first = keys[0], errors[0]
+        what = " or ".join(e["msg"].removeprefix("Value error, ") for k, e in zip(keys, errors) if k == key)
         if first["type"] == "extra_forbidden":
             what = "unknown key"
         shown = f"={first['input']!r}" if key and isinstance(first["input"], (str, int, float)) else ""
-        raise ConfigError(f"{key}{shown}: {what} ({path.name} or the command line)") from error
+        raise ConfigError(f"{key}{shown}{': ' if key else ''}{what} ({path.name} or the command line)") from error
 
 
 OWNED_HERE = {"optimizer": "lr, betas, eps, weight_decay", "scheduler": "lr, warmup_steps, restart_steps",

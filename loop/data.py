@@ -96,71 +96,81 @@ def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[
     return list(found.items())
 
 
-def encode(tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template. Training and generation both come through here.
+def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[list[int]]:
+    """Token ids of conversations, each (messages, add_generation_prompt), under the tokenizer's chat template. Training and
+    generation both come through here.
 
     Text that spells a special token ("</s>") inside a message stays text: such a conversation is put together from the
     template's frame, where special tokens count, and the contents, where they don't."""
-    contents = [m["content"] for m in messages]
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
     specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    if not any(s in c for s in specials for c in contents):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt)
-    ids: list[int] = []
-    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-        inside = i % 2 == 1
-        piece = contents[int(piece)] if inside else piece
-        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=inside)["input_ids"] if piece else []
-    return ids
+
+    def render(messages, prompt):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    encoded = tokenizer([render(*c) for c in conversations], add_special_tokens=False)["input_ids"]
+    for at, (messages, prompt) in enumerate(conversations):
+        if not any(s in m["content"] for s in specials for m in messages):
+            continue
+        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        encoded[at] = []
+        for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", render(marked, prompt))):
+            inside = i % 2 == 1
+            piece = messages[int(piece)]["content"] if inside else piece
+            encoded[at] += tokenizer(piece, add_special_tokens=False, split_special_tokens=inside)["input_ids"] if piece else []
+    return encoded
 
 
-def encode_example(tokenizer, key: str, messages: list[dict[str, str]], supervise: str = "note") -> Example:
-    """Tokens and labels of one conversation, up to and including the EOS of its last assistant turn.
+def encode_examples(tokenizer, conversations: list[tuple[str, list[dict[str, str]]]], supervise: str = "note") -> list[Example]:
+    """Tokens and labels of (id, messages) pairs, each up to and including the EOS of its last assistant turn.
 
     The prompt's tokens are exactly those that generation will feed. Where the template's text tokenises differently as a whole
     (trl#6105), the answer is tokenised on its own behind the prompt. An answer that the template ends without an EOS gets one
     (trl#7230: an EOS never supervised is never learned)."""
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = encode(tokenizer, messages[:turn], add_generation_prompt=True)
-        whole = encode(tokenizer, messages[: turn + 1])
-        if whole[: len(prompt)] != prompt:
-            whole = prompt + tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        answer = whole[len(prompt) :]
-        if tokenizer.eos_token_id in answer:  # the template's own line break behind the EOS is not part of the answer
-            answer = answer[: len(answer) - answer[::-1].index(tokenizer.eos_token_id)]
-        else:
-            answer = answer + [tokenizer.eos_token_id]
-        if prompt[: len(ids)] != ids:
-            raise ConfigError(f"id {key}: the chat template rewrites earlier turns; train on one turn at a time")
-        ids = prompt + answer
-        spans.append((len(prompt), len(ids)))
-    input_ids = np.asarray(ids, np.int32)
-    labels = np.full_like(input_ids, IGNORE)
-    for start, end in [(1, len(ids))] if supervise == "all" else spans:
-        labels[start:end] = input_ids[start:end]
-    return Example(key, input_ids, labels)
+    answers = [[t for t, m in enumerate(messages) if m["role"] == "assistant"] for _, messages in conversations]
+    if supervise == "all":  # only the last turn's end matters
+        answers = [turns[-1:] for turns in answers]
+    wanted = [(messages[: t + whole], not whole) for (_, messages), turns in zip(conversations, answers) for t in turns for whole in (0, 1)]
+    encoded = iter(encode(tokenizer, wanted))
+    examples = []
+    for (key, messages), turns in zip(conversations, answers):
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for turn in turns:
+            prompt, whole = next(encoded), next(encoded)
+            if whole[: len(prompt)] != prompt:
+                whole = prompt + tokenizer(messages[turn]["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            answer = whole[len(prompt) :]
+            if tokenizer.eos_token_id in answer:  # the template's own line break behind the EOS is not part of the answer
+                answer = answer[: len(answer) - answer[::-1].index(tokenizer.eos_token_id)]
+            else:
+                answer = [*answer, tokenizer.eos_token_id]
+            if prompt[: len(ids)] != ids:
+                raise ConfigError(f"id {key}: the chat template rewrites earlier turns; train on one turn at a time")
+            ids = prompt + answer
+            spans.append((len(prompt), len(ids)))
+        input_ids = np.asarray(ids, np.int32)
+        labels = np.full_like(input_ids, IGNORE)
+        for start, end in [(1, len(ids))] if supervise == "all" else spans:
+            labels[start:end] = input_ids[start:end]
+        examples.append(Example(key, input_ids, labels))
+    return examples
 
 
 def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], list[str]]:
     """The examples of a split ("train", "valid", "test") and the ids of those dropped for being longer than max_seq_len."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    conversations = read_conversations(config, split)
     kept, dropped = [], []
-    for key, messages in read_conversations(config, split):
-        example = encode_example(tokenizer, key, messages, config.data.supervise)
-        if len(example) > config.max_seq_len:
-            if config.data.overlong == "error":
-                raise ConfigError(f"data.{split}, id {key}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; "
+    for start in range(0, len(conversations), 1024):
+        for example in encode_examples(tokenizer, conversations[start : start + 1024], config.data.supervise):
+            if len(example) <= config.max_seq_len:
+                kept.append(example)
+            elif config.data.overlong == "drop":
+                dropped.append(example.id)
+            else:
+                raise ConfigError(f"data.{split}, id {example.id}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; "
                                   "raise it, or set data.overlong=drop")  # fmt: skip
-            dropped.append(key)
-        else:
-            kept.append(example)
     if not kept and getattr(config.data, split):
         raise ConfigError(f"data.{split}: no example is left ({len(dropped)} are longer than max_seq_len={config.max_seq_len})")
     return kept, dropped

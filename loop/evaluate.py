@@ -7,11 +7,11 @@ import deepspeed
 import torch
 
 from .attention import AttentionError, choose_backend
-from .config import Config, ConfigError, build_ds_config, exit_with_config_error, load_config
+from .config import Config, ConfigError, build_ds_config, exit_with_config_error, load_config, take_options
 from .data import Example, load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .generate import write_notes
-from .model import dtype_of, load_model, load_tokenizer, summed_cross_entropy
+from .model import dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy
 from .packing import collate, cut, make_plan
 from .soap import has_all_sections
 
@@ -50,13 +50,13 @@ def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int
 def evaluate(config: Config, adapter: str | None, split: str, notes: int) -> dict[str, float]:
     """Loads base and adapter under ZeRO-3 as in training and returns the figures of a split."""
     ds = build_ds_config(config)
-    tokenizer = load_tokenizer(config.base, config.revision)
+    tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
     examples, dropped = load_examples(config, tokenizer, split)
     if not examples:
         raise ConfigError(f"data.{split} is not set")
     ranks = init_distributed()
     seed_everything(config.seed)
-    backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds))
+    backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
     model = load_model(config, ds, ranks.device, backend, adapter=adapter)
     engine = deepspeed.initialize(model=model, config=ds)[0]
     rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
@@ -77,15 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     from .monitor import quiet_libraries, write_report
 
     quiet_libraries()
-    args, options = list(sys.argv[1:] if argv is None else argv), {"--adapter": None, "--split": "test", "--notes": "16"}
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        for name in options:
-            if name in args:
-                at = args.index(name)
-                if at + 1 == len(args):
-                    raise ConfigError(f"{name}: its value is missing")
-                options[name] = args.pop(at + 1)
-                args.pop(at)
+        options = take_options(args, {"--adapter": None, "--split": "test", "--notes": "16"})
         if options["--split"] not in ("train", "valid", "test"):
             raise ConfigError(f"--split {options['--split']}: one of train, valid, test")
         if not options["--notes"].isdigit():

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from .config import ConfigError, exit_with_config_error
-from .data import PLAIN_TEMPLATE, encode
+from .data import encode
 from .model import load_base, load_tokenizer
 from .soap import soap_messages
 
@@ -65,9 +65,7 @@ def load_for_notes(adapter: str | None, base: str | None, device):
 
 def prompt_ids(tokenizer, dialogue: str) -> list[int]:
     """The prompt exactly as training tokenised it."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    return encode(tokenizer, soap_messages(dialogue), add_generation_prompt=True)
+    return encode(tokenizer, [(soap_messages(dialogue), True)])[0]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from deepspeed.utils import set_z3_leaf_modules
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from .config import ROOT, Config, ConfigError
@@ -41,6 +41,14 @@ def loading(base: str):
 def load_tokenizer(base: str, revision: str | None = None):
     with loading(base):
         return AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+
+
+def load_shape(base: str, revision: str | None = None):
+    """The base's configuration: layers, hidden size, vocabulary; nothing heavy is read."""
+    with loading(base):
+        shape = AutoConfig.from_pretrained(**resolve_base(base), revision=revision)
+    shape.head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return shape
 
 
 def dtype_of(ds: dict) -> torch.dtype:

@@ -16,7 +16,7 @@ from .data import Example, load_examples
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
 from .evaluate import evaluate_loss, sample_notes
 from .model import (
-    choose_micro_batch, dtype_of, load_model, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
+    choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, describe_plan, quiet_libraries, versions
 from .optim import adamw, clip_grad_norm, cosine_lr, set_lr
@@ -69,7 +69,7 @@ def free_gpu_bytes(ranks: Ranks) -> int | None:
 def train(config: Config, ds: dict) -> dict:
     """Runs the whole job and returns the figures of report.json."""
     stop = StopRequest()
-    tokenizer = load_tokenizer(config.base, config.revision)
+    tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
     examples, dropped = load_examples(config, tokenizer, "train")
     held_out, held_out_dropped = load_examples(config, tokenizer, "valid")
     shown = [e for e in held_out if e.id in config.monitor.sample_notes]
@@ -80,10 +80,10 @@ def train(config: Config, ds: dict) -> dict:
     plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps)
 
     ranks = init_distributed()
-    backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds))
+    backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
-    micro_batch_size, checkpointing = choose_micro_batch(config, model.config, ranks.world_size, free_gpu_bytes(ranks))
+    micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)

@@ -1,0 +1,1 @@
+"""What can this machine run, how right and how fast: `python -m kernels_check`."""

@@ -1,0 +1,43 @@
+"""What the machine can do at all: bf16 matrix rate and memory bandwidth, on random data, medians of five.
+
+In the field: a GPU that is power-capped, shared or throttled trains at half its speed and nothing says so; zeros as data draw
+less power and flatter the rate by a fifth. MFU and the plan for a run want these figures, not those of the data sheet.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from kernels_check.rows import Row, emit, guarded, judge, median_seconds, relative_error
+
+
+def check_matrix_rate(device: str, matmul: Callable = torch.mm) -> Iterator[Row]:
+    """TFLOP/s of a square bf16 product, fp32 as reference: "slow" where bf16 has less than half the rate of fp32 (emulated)."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    error = relative_error(matmul(a16, b16), a16.float() @ b16.float())
+    rate = 2 * size**3 / median_seconds(lambda: matmul(a16, b16), device) / 1e12
+    plain = 2 * size**3 / median_seconds(lambda: a @ b, device) / 1e12
+    yield judge("bf16 matrix product", f"fp32 {plain:.3g} TFLOP/s", error, 1e-2, "bf16 is emulated or throttled here",
+                speed=rate, slowest=plain / 2, unit="TFLOP/s")  # fmt: skip
+
+
+def check_bandwidth(device: str, copy: Callable = torch.Tensor.copy_) -> Iterator[Row]:
+    """GB/s of a copy, read and write counted; the error is the share of elements that did not arrive."""
+    source = torch.randn((1 << 30 if device == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.empty_like(source)
+    copy(target, source)
+    lost = (target != source).double().mean().item()
+    rate = 2 * source.nbytes / median_seconds(lambda: copy(target, source), device) / 1e9
+    yield judge("memory copy", "", lost, 0.0, "memory errors: don't train on this machine", speed=rate, unit="GB/s")
+
+
+def main() -> Iterator[Row]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield from guarded("bf16 matrix product", check_matrix_rate, device)
+    yield from guarded("memory copy", check_bandwidth, device)
+
+
+if __name__ == "__main__":
+    emit(guarded("ceilings", main, required=False))

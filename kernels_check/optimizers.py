@@ -1,0 +1,56 @@
+"""The optimizers that the loop may use against torch's plain AdamW (foreach=False), ten steps on random gradients.
+
+In the field: DeepSpeed's fused Adam needs a compiler and nvcc and is not used here for that reason; bitsandbytes' 8-bit states
+are noisier (arXiv 2110.02861), and paged ones crash where managed memory does not work.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from kernels_check.rows import Row, emit, guarded, judge, median_seconds, relative_error
+
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+EIGHT_BIT_BOUND = 0.05  # measured 0.013: 8 bits a moment
+
+
+def steps(make: Callable, device: str, count: int = 10) -> tuple[torch.Tensor, Callable[[], object]]:
+    """The parameter's way from its start after `count` steps of `make([parameter], **SETTINGS)`, and a step to time."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(512, 1024, generator=generator).to(device))
+    start = parameter.detach().clone()
+    optimizer = make([parameter], **SETTINGS)
+    for _ in range(count):
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+        optimizer.step()
+    return parameter.detach() - start, optimizer.step
+
+
+def check_optimizer(name: str, version: str, make: Callable, bound: float, device: str) -> Iterator[Row]:
+    """How far the parameters have moved, against plain AdamW, as a relative error; speed is that of one step."""
+    wanted, plain_step = steps(lambda p, **settings: torch.optim.AdamW(p, foreach=False, **settings), device)
+    got, step = steps(make, device)
+    speed = median_seconds(plain_step, device) / median_seconds(step, device)
+    remedy = "choose another optimizer in the run's YAML"
+    yield judge(f"optimizer {name}", version, relative_error(got, wanted), bound, remedy, speed=speed, slowest=0.2)
+
+
+def main() -> Iterator[Row]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fused = lambda p, **settings: torch.optim.AdamW(p, fused=True, **settings)  # noqa: E731
+    yield from guarded("optimizer AdamW fused", check_optimizer, "AdamW fused", f"torch {torch.__version__}", fused, 1e-5, device)
+
+    import bitsandbytes as bnb
+
+    for name, bound in (("AdamW8bit", EIGHT_BIT_BOUND), ("PagedAdamW", 1e-5), ("PagedAdamW8bit", EIGHT_BIT_BOUND)):
+        what = f"optimizer {name}"
+        if device == "cpu":
+            yield Row(what, "", "missing", note="meant for an NVIDIA GPU, whose memory it saves", required=False)
+        else:
+            yield from guarded(
+                what, check_optimizer, name, bnb.__version__, getattr(bnb.optim, name), bound, device, required=False
+            )
+
+
+if __name__ == "__main__":
+    emit(guarded("optimizer", main))

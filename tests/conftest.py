@@ -1,0 +1,104 @@
+"""What the tests share: a tiny random base, examples of very unequal length, and a way to run code on several ranks."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(world_size: int, *command: str, timeout: int = 300, **env: str) -> list[subprocess.CompletedProcess]:
+    """Runs `python COMMAND...` as `world_size` gloo ranks and returns the finished processes by rank. A rank that hangs fails the test."""
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | quiet | ranks | env, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+    try:
+        outputs = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [subprocess.CompletedProcess(p.args, p.returncode, *out) for p, out in zip(processes, outputs)]
+
+
+def run_ok(world_size: int, *command: str, **options) -> str:
+    """run_ranks, all of which must end with 0; returns rank 0's standard output."""
+    done = run_ranks(world_size, *command, **options)
+    for rank, p in enumerate(done):
+        assert p.returncode == 0, f"rank {rank} ended with {p.returncode}:\n{p.stderr[-3000:]}"
+    return done[0].stdout
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> str:
+    """A folder in the hub's layout: three decoder layers with random weights, grouped queries, and a byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_base")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        ["Doctor: Patient: pain S: O: A: P:"],
+        trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.2,
+                        pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8) -> str:
+    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets are very unequal."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(count):
+            turns = [f"Doctor: {rng.randint(0, 999)}?\nPatient: pain {rng.randint(0, 99)}" for _ in range(rng.randint(1, longest))]
+            note = f"S: {rng.randint(0, 9)}" if i % 3 == 0 else f"S: pain\nO: {' '.join(str(rng.random()) for _ in range(rng.randint(1, 9)))}\nA: a\nP: p"
+            file.write(json.dumps({"id": f"{prefix}-{i}", "dialogue": "\n".join(turns), "soap": note}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> dict[str, str]:
+    """Paths of small train, valid and test files."""
+    folder = tmp_path_factory.mktemp("rows")
+    return {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 6, 2)}
+
+
+@pytest.fixture
+def config_file(tiny_base, rows, tmp_path) -> Path:
+    """A small but complete configuration."""
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({
+        "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 1024, "batch_size": 4, "lr": 1e-3,
+        "run": {"dir": str(tmp_path / "runs"), "name": "t", "save_steps": 2}, "monitor": {"eval_steps": 3},
+    }))  # fmt: skip
+    return path

@@ -1,0 +1,140 @@
+"""The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch."""
+
+import numpy as np
+import torch
+
+import loop.data
+import loop.model
+import loop.packing
+import loop.train
+
+
+def divide_by_accumulation_steps():
+    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as much as a long one."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+        backward, rounds = engine.backward, iter(micro_batches)
+
+        def mean_of_means(loss, scale_wrt_gas=False):
+            mine = (next(rounds).targets != -100).sum().clamp(min=1)
+            backward(loss * num_targets / mine / len(micro_batches), scale_wrt_gas=False)
+
+        engine.backward = mean_of_means
+        try:
+            return step(engine, parameters, micro_batches, num_targets, *rest)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def forget_world_size():
+    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU added."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, micro_batches, num_targets, max_grad_norm, ranks):
+        return step(engine, parameters, micro_batches, num_targets * ranks.world_size, max_grad_norm, ranks)
+
+    loop.train.train_step = wrong
+
+
+def one_document_mask():
+    """The row is treated as one document: every note reads its neighbours."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len):
+        batch = collate(examples, max_seq_len)
+        row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
+        return loop.packing.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
+
+    loop.train.collate = wrong
+
+
+def positions_run_on():
+    """Position ids count through the row. With rotary embeddings alone a shifted document attends as before: only rounding tells."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len):
+        batch = collate(examples, max_seq_len)
+        return loop.packing.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
+
+    loop.train.collate = wrong
+
+
+def targets_cross_documents():
+    """The shift by one runs over the whole row, so that the last token of a document predicts its neighbour's first."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len):
+        batch = collate(examples, max_seq_len)
+        if len(examples) > 1:
+            ends = batch.cu_seqlens[1:-1].long() - 1
+            batch = loop.packing.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
+                                          "targets": torch.cat([batch.targets, batch.input_ids[0, ends + 1]])})  # fmt: skip
+        return batch
+
+    loop.train.collate = wrong
+
+
+def unsupervised_eos():
+    """The EOS behind the note is no target: the model never learns to stop."""
+    encode = loop.data.encode_examples
+
+    def wrong(*args):
+        examples = encode(*args)
+        for e in examples:
+            e.labels[-1] = -100
+        return examples
+
+    loop.data.encode_examples = wrong
+
+
+def prompt_supervised():
+    """Every token is a target: three quarters of the gradient teach the model to play doctor and patient."""
+    encode = loop.data.encode_examples
+    loop.data.encode_examples = lambda tokenizer, conversations, supervise="note": encode(tokenizer, conversations, "all")
+
+
+def stale_grad_norm():
+    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one step late."""
+    last = [1.0]
+    clip = loop.train.clip_grad_norm
+
+    def wrong(parameters, max_norm):
+        factor = min(1.0, max_norm / last[0])
+        last[0] = clip(parameters, float("inf"))
+        for p in parameters:
+            if (g := loop.optim.safe_get_local_grad(p)) is not None:
+                g.mul_(factor)
+        return last[0]
+
+    loop.train.clip_grad_norm = wrong
+
+
+def deepspeed_clips_too():
+    """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own clipping."""
+    build = loop.train.build_ds_config
+    loop.train.build_ds_config = lambda config: {k: v for k, v in build(config).items() if k != "gradient_clipping"}
+
+
+def lr_stepped_twice():
+    """The schedule advances by two a step and reaches its end in half the run."""
+    cosine = loop.train.cosine_lr
+    loop.train.cosine_lr = lambda step, *args, **kwargs: cosine(2 * step, *args, **kwargs)
+
+
+def unequal_examples():
+    """Each rank drops its last example, as a sampler with drop_last does: the step's gradient lacks them."""
+    cut = loop.train.cut
+
+    def wrong(step, lengths, world_size, capacity):
+        return cut(np.asarray(step)[:-1], lengths, world_size, capacity)
+
+    loop.train.cut = wrong
+
+
+MISTAKES = {f.__name__: f for f in (
+    divide_by_accumulation_steps, forget_world_size, one_document_mask, positions_run_on, targets_cross_documents, unsupervised_eos,
+    prompt_supervised, stale_grad_norm, deepspeed_clips_too, lr_stepped_twice, unequal_examples,
+)}  # fmt: skip

@@ -1,0 +1,110 @@
+"""Runs the real `loop.train.train` for a list of cases on this rank and records what a step computed.
+
+`python tests/worker.py CASES.json`: a list of {"name", "args", "out", "patch": {...}, "mistake": null}. Rank 0 writes
+`out/NAME.safetensors` (gradients before and after clipping, weights before each step and after the last) and `out/NAME.json`."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from mistakes import MISTAKES
+from safetensors.torch import save_file
+
+import loop.data
+import loop.model
+import loop.train as train
+
+PATCHED = [train, loop.data, loop.model]
+
+
+def run(case: dict) -> None:
+    saved = [copy.copy(vars(module)) for module in PATCHED]
+    patch = case.get("patch", {})
+    if "shuffle" in patch:  # another order within the step
+        cut = train.cut
+        train.cut = lambda step, *rest: [[part[::-1] for part in rank] for rank in cut(step, *rest)]
+    if "no_leaf" in patch:
+        loop.model.set_z3_leaf_modules = lambda model, classes: None
+    if "non_reentrant" in patch:
+        train.use_checkpointing = lambda model, on: model.gradient_checkpointing_enable({"use_reentrant": False})
+    if "compile" in patch:
+        load = train.load_model
+
+        def compiled(*args, **kwargs):
+            model = load(*args, **kwargs)
+            for layer in loop.model.decoder_layers(model):
+                layer.forward = torch.compile(layer.forward)
+            return model
+
+        train.load_model = compiled
+    if "nan_step" in patch:  # one rank sees NaN in one step
+        step_of, count = train.train_step, [0]
+
+        def poisoned(engine, *args):
+            count[0] += 1
+            if count[0] == patch["nan_step"]:
+                backward = engine.backward
+                bad = float("nan") if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 else 1.0
+                engine.backward = lambda loss, **kw: backward(loss * bad, **kw)
+                try:
+                    return step_of(engine, *args)
+                finally:
+                    engine.backward = backward
+            return step_of(engine, *args)
+
+        train.train_step = poisoned
+    if case.get("mistake"):
+        MISTAKES[case["mistake"]]()
+
+    tensors, norms, scalars = {}, [], []
+    clip = train.clip_grad_norm
+
+    def recording(parameters, max_norm):
+        step = len(norms)
+        for i, p in enumerate(parameters):
+            tensors[f"{step}.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
+            tensors[f"{step}.grad.{i}"] = safe_get_full_grad(p).detach().float().clone()
+        norms.append(clip(parameters, max_norm))
+        for i, p in enumerate(parameters):
+            tensors[f"{step}.clipped.{i}"] = safe_get_full_grad(p).detach().float().clone()
+        return norms[-1]
+
+    engines = []
+    initialize = deepspeed.initialize
+    train.clip_grad_norm = recording
+
+    def remembering(**kwargs):
+        result = initialize(**kwargs)
+        engines.append(result[0])
+        return result
+
+    deepspeed.initialize = remembering
+    deepspeed_clip = []
+    try:
+        config = train.load_config(case["args"])
+        report = train.train(config, train.build_ds_config(config))
+        engine = engines[0]
+        for i, (name, p) in enumerate(loop.model.trainable(engine.module)):
+            tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
+            scalars.append(name)
+        deepspeed_clip.append(engine.gradient_clipping())
+        engine.destroy()
+    finally:
+        deepspeed.initialize = initialize
+        for module, before in zip(PATCHED, saved):
+            vars(module).update(before)
+    if torch.distributed.get_rank() == 0:
+        out = Path(case["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors")
+        (out / f"{case['name']}.json").write_text(json.dumps({"norms": norms, "names": scalars, "report": report}))
+
+
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    run(case)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
