@@ -91,9 +91,11 @@ def _for_transformers(backend: str, module, query, key, value, attention_mask, s
     return out.unsqueeze(0), None
 
 
-# A name of our own for each backend. transformers builds no mask for a name that it has no mask function for, which is what we want.
-for _name in BACKENDS:
-    AttentionInterface.register(f"packed_{_name}", functools.partial(_for_transformers, _name))
+# Names of our own. transformers builds no mask for a name that it has no mask function for, which is what we want; it takes any
+# name with "flash" in it for one of its own, so ours has none.
+IMPLEMENTATIONS = {"flash_attn": "packed_fa2", "varlen": "packed_varlen", "sdpa": "packed_sdpa"}
+for _backend, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, functools.partial(_for_transformers, _backend))
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:

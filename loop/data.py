@@ -109,7 +109,8 @@ def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) ->
     def render(messages, prompt):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
-    encoded = tokenizer([render(*c) for c in conversations], add_special_tokens=False)["input_ids"]
+    texts = [render(*c) for c in conversations]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     for at, (messages, prompt) in enumerate(conversations):
         if not any(s in m["content"] for s in specials for m in messages):
             continue
@@ -129,23 +130,25 @@ def encode_examples(tokenizer, conversations: list[tuple[str, list[dict[str, str
     (trl#6105), the answer is tokenised on its own behind the prompt. An answer that the template ends without an EOS gets one
     (trl#7230: an EOS never supervised is never learned)."""
     answers = [[t for t, m in enumerate(messages) if m["role"] == "assistant"] for _, messages in conversations]
-    if supervise == "all":  # only the last turn's end matters
+    if supervise == "all":  # one span from the first token to the last answer's end: no prompt needed
         answers = [turns[-1:] for turns in answers]
-    wanted = [(messages[: t + whole], not whole) for (_, messages), turns in zip(conversations, answers) for t in turns for whole in (0, 1)]
-    encoded = iter(encode(tokenizer, wanted))
+    wanted = [(messages[: t + whole], not whole) for (_, messages), turns in zip(conversations, answers) for t in turns
+              for whole in ((1,) if supervise == "all" else (0, 1))]  # fmt: skip
+    encoded, eos = iter(encode(tokenizer, wanted)), tokenizer.eos_token_id
     examples = []
     for (key, messages), turns in zip(conversations, answers):
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for turn in turns:
-            prompt, whole = next(encoded), next(encoded)
+            prompt = [] if supervise == "all" else next(encoded)
+            whole = next(encoded)
             if whole[: len(prompt)] != prompt:
                 whole = prompt + tokenizer(messages[turn]["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
             answer = whole[len(prompt) :]
-            if tokenizer.eos_token_id in answer:  # the template's own line break behind the EOS is not part of the answer
-                answer = answer[: len(answer) - answer[::-1].index(tokenizer.eos_token_id)]
+            if eos in answer:  # the template's own line break behind the EOS is not part of the answer
+                answer = answer[: len(answer) - answer[::-1].index(eos)]
             else:
-                answer = [*answer, tokenizer.eos_token_id]
+                answer = [*answer, eos]
             if prompt[: len(ids)] != ids:
                 raise ConfigError(f"id {key}: the chat template rewrites earlier turns; train on one turn at a time")
             ids = prompt + answer

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from .attention import IMPLEMENTATIONS
 from .config import ROOT, Config, ConfigError
 
 
@@ -96,7 +97,7 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
     # it does not partition quantised ones, which the engine does.
     alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
     model = load_base(config.base, dtype_of(ds), device, revision=config.revision, quantized=config.method == "qlora",
-                      double_quant=config.double_quant, attention=f"packed_{attention}", ds=ds)  # fmt: skip
+                      double_quant=config.double_quant, attention=IMPLEMENTATIONS[attention], ds=ds)  # fmt: skip
     del alive
     model.config.use_cache = False
     if config.method == "full":
