@@ -53,9 +53,7 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
-    notes = [
-        f"{row.verdict}{'' if row.required else ', not required'}: {row.what}: {row.note}" for row in rows if row.verdict != "ok"
-    ]
+    notes = [f"{row.verdict}{'' if row.required else ', not required'}: {row.what}: {row.note}" for row in rows if row.verdict != "ok"]
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 

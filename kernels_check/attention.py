@@ -19,9 +19,7 @@ BOUND = 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding, a few of which meet in a gra
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
-def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
     """query [T, Hq, D], key and value [T, Hkv, D] -> [T, Hq, D]: softmax(q k' / sqrt(D)) v of each document alone, causal."""
     parts = []
     for start, end in pairwise(cu_seqlens.tolist()):

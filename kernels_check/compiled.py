@@ -21,9 +21,7 @@ def llama_layers(device: str) -> tuple[list[torch.nn.Module], tuple[torch.Tensor
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    sizes = (
-        {"hidden_size": 512, "intermediate_size": 1024} if device == "cuda" else {"hidden_size": 128, "intermediate_size": 256}
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1024} if device == "cuda" else {"hidden_size": 128, "intermediate_size": 256}
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, attn_implementation="sdpa", **sizes)
     torch.manual_seed(0)
     layers = [LlamaDecoderLayer(config, index).to(device, torch.bfloat16) for index in range(3)]
@@ -31,9 +29,7 @@ def llama_layers(device: str) -> tuple[list[torch.nn.Module], tuple[torch.Tensor
     return layers, LlamaRotaryEmbedding(config).to(device)(x, torch.arange(256, device=device)[None]), x
 
 
-def check_compiled(
-    layers: list[torch.nn.Module], rotary: tuple, x: torch.Tensor, compile: Callable = torch.compile
-) -> Iterator[Row]:
+def check_compiled(layers: list[torch.nn.Module], rotary: tuple, x: torch.Tensor, compile: Callable = torch.compile) -> Iterator[Row]:
     """Forward and input gradient through the layers before and after `layer.forward = compile(layer.forward)`."""
     from torch._dynamo.utils import counters
 

@@ -54,9 +54,7 @@ def main() -> Iterator[Row]:
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split() if shutil.which("nvidia-smi") else []
     yield from guarded("CUDA", check_cuda, said[0] if said else "", torch.version.cuda)
-    yield from check_tool(
-        "C++ compiler", "torch.compile and DeepSpeed's operators", shutil.which("g++") or shutil.which("clang++")
-    )
+    yield from check_tool("C++ compiler", "torch.compile and DeepSpeed's operators", shutil.which("g++") or shutil.which("clang++"))
     yield from check_tool("ninja on PATH", "DeepSpeed's operators (pip install ninja)", shutil.which("ninja"))
     yield from guarded("deepspeed operators", check_deepspeed_ops, required=False)
 

@@ -52,9 +52,7 @@ def check_product(version: str, matmul: Callable, quantize: Callable, dequantize
     """x W' and its gradient in bf16 through `matmul`, against the dequantised W in float64. A step of bf16 is 4e-3."""
     torch.manual_seed(0)
     rows, size = (8192, 4096) if device == "cuda" else (256, 1024)
-    packed, state = quantize(
-        torch.randn(size, size, device=device, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True
-    )
+    packed, state = quantize(torch.randn(size, size, device=device, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
     dense = dequantize(packed, state)
     x, upstream = (torch.randn(rows, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -66,8 +64,7 @@ def check_product(version: str, matmul: Callable, quantize: Callable, dequantize
     out, gradient = passes(lambda leaf: matmul(leaf, packed.t(), quant_state=state))
     error = max(relative_error(out, x.double() @ dense.double().T), relative_error(gradient, upstream.double() @ dense.double()))
     times = [
-        median_seconds(lambda f=f: passes(f), device)
-        for f in (lambda x: F.linear(x, dense), lambda x: matmul(x, packed.t(), quant_state=state))
+        median_seconds(lambda f=f: passes(f), device) for f in (lambda x: F.linear(x, dense), lambda x: matmul(x, packed.t(), quant_state=state))
     ]
     yield judge("nf4 product and gradient", version, error, 1e-2, REINSTALL, speed=times[0] / times[1], slowest=0.1)
 

@@ -47,9 +47,7 @@ def main() -> Iterator[Row]:
         if device == "cpu":
             yield Row(what, "", "missing", note="meant for an NVIDIA GPU, whose memory it saves", required=False)
         else:
-            yield from guarded(
-                what, check_optimizer, name, bnb.__version__, getattr(bnb.optim, name), bound, device, required=False
-            )
+            yield from guarded(what, check_optimizer, name, bnb.__version__, getattr(bnb.optim, name), bound, device, required=False)
 
 
 if __name__ == "__main__":

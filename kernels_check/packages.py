@@ -27,9 +27,7 @@ TRAINS = (
 )
 
 
-def check_package(
-    name: str, pin: str, version_of: Callable = importlib.metadata.version, load: Callable = importlib.import_module
-) -> Iterator[Row]:
+def check_package(name: str, pin: str, version_of: Callable = importlib.metadata.version, load: Callable = importlib.import_module) -> Iterator[Row]:
     """Installed, imports, is the pinned version. Another version is named but stops nothing: the other rows tell what it does.
     The build tag after `+` (cpu, cu130) is not part of a pin."""
     try:

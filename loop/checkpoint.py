@@ -40,6 +40,8 @@ class Checkpoints:
     def save(self, engine, step: int, identity: dict) -> str | None:
         """Writes the state after `step` steps; every rank must call it. identity: what must be equal for the run to be continued.
         Returns None, or what went wrong: a full disk must not end a run whose older checkpoints are whole."""
+        if _adam_step(engine) == 0:  # every step so far was skipped: Adam has no state yet
+            _create_adam_state(engine, 0)
         tensors = {}
         for name, p in trainable(engine.module):
             whole = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, m) for m in MOMENTS)]  # a gather on all ranks

@@ -7,6 +7,7 @@ both would have to be kept equal by hand, so `build_ds_config` refuses it.
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ROOT = Path(__file__).resolve().parent.parent
-Fraction = Field(ge=0, lt=1)
 
 
 class ConfigError(ValueError):
@@ -62,6 +62,9 @@ class Monitor(Section):
     sample_max_new_tokens: int = Field(400, ge=1)
 
 
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}  # what a run's `lora` adds to or changes
+
+
 class Config(Section):
     """Every knob of a run. Lengths are in tokens; a batch size is in rows of max_seq_len tokens."""
 
@@ -69,7 +72,7 @@ class Config(Section):
     revision: str | None = None
     method: Literal["qlora", "lora", "full"] = "qlora"
     double_quant: bool = True  # NF4 quantises its own scales as well (QLoRA, arXiv 2305.14314, section 3)
-    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}  # peft.LoraConfig
+    lora: dict[str, Any] = Field(LORA, validate_default=True)  # any field of peft.LoraConfig
     loraplus_lr_ratio: float = Field(1.0, gt=0)  # lr of the B matrices over lr of the A matrices (LoRA+, arXiv 2402.12354)
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -112,7 +115,7 @@ class Config(Section):
             raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
         if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
             raise ValueError(f"init_lora_weights={lora['init_lora_weights']!r} rewrites the base, which stays frozen here")
-        return lora
+        return LORA | lora
 
     @model_validator(mode="after")
     def _possible(self):
@@ -162,7 +165,8 @@ def default_config_path() -> Path:
     """The seed configuration where there is an NVIDIA GPU, the embedded one elsewhere."""
     import torch
 
-    return ROOT / "loop" / "configs" / ("soap_qlora.yaml" if torch.cuda.is_available() else "embedded.yaml")
+    gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    return ROOT / "loop" / "configs" / ("soap_qlora.yaml" if gpu else "embedded.yaml")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -234,10 +238,8 @@ def build_ds_config(config: Config) -> dict[str, Any]:
     }
 
 
-def exit_with_config_error(error: ConfigError) -> None:
-    """One line on stderr (from one rank) and exit code 2."""
-    import os
-
+def exit_with_config_error(error: Exception) -> None:
+    """One line on stderr, from one rank, and exit code 2."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # one write: lines of two processes must not mix
     sys.exit(2)

@@ -4,11 +4,17 @@ import ctypes
 import datetime
 import os
 import signal
+import threading
 import time
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
 
 
 class Ranks:
@@ -18,7 +24,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        # DeepSpeed's accelerator, not torch.cuda.is_available(): DS_ACCELERATOR=cpu means the CPU on a machine with GPUs too.
+        self.device = torch.device(get_accelerator().current_device_name() if on_gpu() else "cpu")
 
     @property
     def is_main(self) -> bool:
@@ -37,22 +44,20 @@ class Ranks:
 
 def init_distributed(timeout_minutes: float = 30) -> Ranks:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it."""
-    ranks = Ranks()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         os.environ.setdefault(name, value)  # `python -m loop.train` without a launcher is a world of one
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)  # before anything is loaded, or every rank quantises on GPU 0
+    if on_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is loaded, or every rank quantises on GPU 0
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles a C++ helper at start-up
     _die_with_parent()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
-    )
-    return ranks
+    backend, timeout = "nccl" if on_gpu() else "gloo", datetime.timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    return Ranks()
 
 
 def _die_with_parent() -> None:
-    """Linux: this rank gets SIGTERM when its launcher dies, so that no rank trains on as an orphan."""
+    """Linux: this rank gets SIGTERM when the process that started it dies, so that no rank trains on as an orphan."""
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
@@ -62,19 +67,31 @@ def _die_with_parent() -> None:
 class StopRequest:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads at a step boundary; a second signal stops at once.
 
-    One Ctrl-C may arrive twice (terminal and launcher), so a repeat within three seconds counts as the same request."""
+    One Ctrl-C may arrive twice (terminal and launcher), so a repeat within three seconds counts as the same request. A thread sees
+    to two cases that no signal covers: launch.sh was killed (its pid is gone), or no step boundary came within the grace time."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._since = 0.0
+        self._grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
+        self._launcher = int(os.environ.get("LOOP_LAUNCHER_PID", 0))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _on_signal(self, number, frame) -> None:
         if self.signal and time.monotonic() - self._since > 3:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(2)
+            if self.signal and time.monotonic() - self._since > self._grace:
+                os._exit(1)
+            if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
+                self._on_signal(signal.SIGTERM, None)
 
 
 def seed_everything(seed: int) -> None:

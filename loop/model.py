@@ -66,7 +66,9 @@ def nf4_config(dtype: torch.dtype, double_quant: bool = True) -> BitsAndBytesCon
     )  # fmt: skip
 
 
-def load_base(base: str, dtype: torch.dtype, device, *, revision=None, quantized=True, double_quant=True, attention="sdpa", ds=None) -> PreTrainedModel:
+def load_base(
+    base: str, dtype: torch.dtype, device, *, revision=None, quantized=True, double_quant=True, attention="sdpa", ds=None
+) -> PreTrainedModel:
     """The causal language model, frozen weights in NF4 when `quantized`. With `ds`, an unquantised one is partitioned while it loads."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "revision": revision}
     if quantized:

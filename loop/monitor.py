@@ -1,5 +1,6 @@
 """What a person sees of a run: a few lines before it, a progress bar, TensorBoard, `metrics.jsonl`, a summary."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import ROOT, Config
-from .distributed import Ranks
+from .distributed import Ranks, on_gpu
 from .packing import Plan
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
@@ -39,7 +40,7 @@ def quiet_libraries() -> None:
 def versions() -> dict[str, str]:
     """Library versions, Python, GPU and the repository's commit, for the run's folder and for bug reports."""
     found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    found["device"] = torch.cuda.get_device_name() if on_gpu() else f"cpu ({os.cpu_count()} cores)"
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return found | {"commit": git.stdout.strip() or "unknown"}
 
@@ -81,7 +82,8 @@ class Monitor:
 
     def say(self, text: str) -> None:
         if self.on:
-            self.bar.write(text)
+            with contextlib.suppress(OSError):  # the terminal may have gone away; the run goes on
+                self.bar.write(text)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
@@ -100,8 +102,10 @@ class Monitor:
             values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.scalars(step, values)
         if self.on:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, norm {grad_norm:.2f}, lr {lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-            self.bar.update()
+            figures = f"loss {loss:.4f}, norm {grad_norm:.2f}, lr {lr:.2e}, {tokens / seconds:,.0f} tokens/s"
+            with contextlib.suppress(OSError):
+                self.bar.set_postfix_str(figures, refresh=False)
+                self.bar.update()
 
     def exclude(self) -> None:
         """Call after evaluation, sampling or saving: their time is not the next step's."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 
 from .config import Config
+from .distributed import on_gpu
 
 
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -21,7 +22,7 @@ def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
             groups.setdefault((decay, scale), []).append(p)
     # Only groups that hold something: an empty one crashes ZeRO-3 at the first boundary on torch >= 2.13.
     params = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
-    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu())
 
 
 def cosine_lr(step: int, num_steps: int, lr: float, *, warmup_steps: int = 0, min_lr: float = 0.0,

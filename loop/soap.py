@@ -7,8 +7,7 @@ NAMES = {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"}
 
 SYSTEM = "You are a medical scribe. You turn the conversation of a doctor and a patient into a SOAP note."
 REQUEST = (
-    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, in plain text without markdown. "
-    "State only what was said.\n\n"
+    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, in plain text without markdown. State only what was said.\n\n"
 )
 
 # "S:", "Subjective:", "**S:**" at the start of a line; markdown is tolerated here so that untuned models are judged on content.

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from loop.model import load_base
 
 
-def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, double_quant: bool = True):
+def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, device="cpu"):
     """The base (in NF4 for "qlora") with LoRA, as peft and transformers build it, attention by torch."""
     from peft import LoraConfig, get_peft_model
 
-    model = load_base(base, dtype, "cpu", quantized=method == "qlora", double_quant=double_quant, attention="sdpa")
+    model = load_base(base, dtype, device, quantized=method == "qlora", attention="sdpa")
     if method == "full":
         return model.requires_grad_(True)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
@@ -40,8 +40,8 @@ def reference_steps(model, initial: list[torch.Tensor], steps: list[list], lr, *
         num_targets = sum(int((e.labels[1:] != -100).sum()) for e in examples)
         total = 0.0
         for e in examples:
-            input_ids = torch.from_numpy(e.input_ids).long()[None]  # [1, L]
-            labels = torch.from_numpy(e.labels).long()
+            input_ids = torch.from_numpy(e.input_ids).long()[None].to(model.device)  # [1, L]
+            labels = torch.from_numpy(e.labels).long().to(model.device)
             logits = model(input_ids=input_ids, use_cache=False).logits[0]  # [L, V]
             loss_sum = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
             (loss_sum / num_targets).backward()

@@ -72,8 +72,11 @@ def test_pretraining_text_has_no_heldout_drug():
     chats, _ = pretraining()
     heldout = [
         (re.compile(re.sub(r"<[^>]*>", r"\\d+", c.diagnosis).replace("{side}", "(left|right)")), f"{drug} {dose} {often} for")
-        for c in CONDITIONS for drug in c.drugs if clinic.home(("drug", c.name, drug)) != "train"
-        for dose in DRUGS[drug].doses for often in DRUGS[drug].frequencies
+        for c in CONDITIONS
+        for drug in c.drugs
+        if clinic.home(("drug", c.name, drug)) != "train"
+        for dose in DRUGS[drug].doses
+        for often in DRUGS[drug].frequencies
     ]
     assert heldout
     for chat in chats:
@@ -102,8 +105,24 @@ def test_notes_state_only_what_was_said(split):
 def test_dialogues_say_every_fact():
     for split in clinic.SPLITS:
         for v, row in zip(clinic.visits(split), committed(split), strict=True):
-            facts = [v.title, str(v.age), v.complaint, v.duration, v.bare, v.past, v.medicine, v.allergy,
-                     v.diagnosis, v.excluded, v.prescription, v.test, v.advice, v.follow_up, *v.symptoms, *v.findings]
+            facts = [
+                v.title,
+                str(v.age),
+                v.complaint,
+                v.duration,
+                v.bare,
+                v.past,
+                v.medicine,
+                v.allergy,
+                v.diagnosis,
+                v.excluded,
+                v.prescription,
+                v.test,
+                v.advice,
+                v.follow_up,
+                *v.symptoms,
+                *v.findings,
+            ]
             facts += [f"{name} {value}" for name, value in v.vitals]
             said = row["dialogue"].lower()
             assert [fact for fact in facts if fact.lower() not in said] == [], row["id"]

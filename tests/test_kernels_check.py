@@ -38,9 +38,7 @@ def verdicts(*results) -> dict[str, str]:
 # ---- rows and the runner
 
 
-@pytest.mark.parametrize(
-    "error, speed, verdict", [(0.1, 2.0, "ok"), (0.1, 0.1, "slow"), (2.0, 2.0, "wrong"), (float("nan"), 2.0, "wrong")]
-)
+@pytest.mark.parametrize("error, speed, verdict", [(0.1, 2.0, "ok"), (0.1, 0.1, "slow"), (2.0, 2.0, "wrong"), (float("nan"), 2.0, "wrong")])
 def test_judge(error, speed, verdict):
     row = judge("a", "1", error, 1.0, "remedy", speed=speed, slowest=0.5)
     assert row.verdict == verdict and ("remedy" in row.note) == (verdict != "ok")
@@ -222,9 +220,7 @@ def test_product_without_its_gradient_or_off_by_a_scale():
 
 
 def repack(switch):
-    layer = bnb.nn.Linear4bit(
-        256, 128, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16, quant_storage=torch.bfloat16
-    ).to("cpu")
+    layer = bnb.nn.Linear4bit(256, 128, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16, quant_storage=torch.bfloat16).to("cpu")
     layer.support_avx512bf16_for_cpu = switch
     return verdicts(repacking.check_repacking("repacking", "1", layer))
 
@@ -255,9 +251,7 @@ def test_eight_bit_moments_are_within_their_bound():
 
 def test_ceilings():
     assert wrong(verdicts(ceilings.check_matrix_rate("cpu", lambda a, b: 1.1 * (a @ b)))) == ["bf16 matrix product"]
-    assert wrong(verdicts(ceilings.check_bandwidth("cpu", lambda target, source: target[1:].copy_(source[1:])))) == [
-        "memory copy"
-    ]
+    assert wrong(verdicts(ceilings.check_bandwidth("cpu", lambda target, source: target[1:].copy_(source[1:])))) == ["memory copy"]
 
 
 # ---- ranks: one start each, the fault and the sound case side by side

@@ -1,6 +1,7 @@
 """The proof of the loop: on any cut over ranks and micro-batches its steps are those of the plainest loop, and mistakes are caught."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def bench(tiny_base, rows, tmp_path_factory):
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (folder / "fp32.json").write_text(json.dumps(fp32))
     (folder / "config.yaml").write_text(json.dumps({
-        "base": tiny_base, "data": {"train": rows["train"]}, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "deepspeed": str(folder / "fp32.json"),
+        "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "deepspeed": str(folder / "fp32.json"),
         "run": {"dir": str(folder / "runs")},
     }))  # fmt: skip
     base = ["--config", str(folder / "config.yaml"), *EXACT]
@@ -45,19 +46,22 @@ def bench(tiny_base, rows, tmp_path_factory):
             for c in cases:
                 out = folder / "out" / c["name"]
                 log = [json.loads(line) for line in (folder / "runs" / c["name"] / "metrics.jsonl").read_text().splitlines()]
-                loss = [line["train/loss"] for line in log if "train/loss" in line]
-                self.records[c["name"]] = json.loads(Path(f"{out}.json").read_text()) | {"tensors": load_file(f"{out}.safetensors"), "loss": loss}
+                curves = {
+                    key.split("/")[1] if key == "train/loss" else key: [line[key] for line in log if key in line]
+                    for key in ("train/loss", "eval/loss")
+                }
+                self.records[c["name"]] = json.loads(Path(f"{out}.json").read_text()) | {"tensors": load_file(f"{out}.safetensors")} | curves
 
-        def reference(self, like: str, method: str = "qlora", dtype=torch.float32) -> list[dict]:
+        def reference(self, like: str, method: str = "qlora", max_grad_norm: float = 0.5) -> list[dict]:
             """The plain loop on the steps of the same plan, from the same initial weights."""
             config = load_config([*base, f"method={method}"])
             examples, _ = load_examples(config, load_tokenizer(config.base), "train")
             plan = make_plan(np.array([len(e) for e in examples]), config.tokens_per_step, config.seed, config.epochs, config.max_steps)
             initial = numbered(self.records[like], "0.weight")
-            model = reference_model(config.base, method, config.lora, dtype)
+            model = reference_model(config.base, method, config.lora)
             return reference_steps(model, initial, [[examples[i] for i in plan[s]] for s in range(len(plan))],
                                    lambda step: cosine_lr(step, len(plan), config.lr), weight_decay=config.weight_decay,
-                                   max_grad_norm=config.max_grad_norm)  # fmt: skip
+                                   max_grad_norm=max_grad_norm)  # fmt: skip
 
     it = Bench()
     it.run(1, [{"name": "1 rank"}, {"name": "micro-batches of 1 row", "args": ["micro_batch_size=1"]},
@@ -67,10 +71,22 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "non-reentrant checkpointing", "patch": {"non_reentrant": 1}}, {"name": "no leaf modules", "patch": {"no_leaf": 1}},
                {"name": "lora", "args": ["method=lora"]}, {"name": "full", "args": ["method=full"]},
                {"name": "bf16", "args": ["deepspeed=ds_config.json"]}])  # fmt: skip
+    mistakes = [{"name": m, "mistake": m, "args": ["max_grad_norm=5"] if m == "deepspeed_clips_too" else []} for m in MISTAKES]
     it.run(2, [{"name": "2 ranks"}, {"name": "2 ranks, micro-batches of 1 row", "args": ["micro_batch_size=1"]},
                {"name": "2 ranks, lora", "args": ["method=lora"]}, {"name": "2 ranks, full", "args": ["method=full"]},
-               {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]}])  # fmt: skip
-    it.run(4, [{"name": "4 ranks"}, {"name": "4 ranks, micro-batches of 1 row, checkpointing", "args": ["micro_batch_size=1", "gradient_checkpointing=true"]}])
+               {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]},
+               {"name": "NaN", "patch": {"nan_step": 2}}, {"name": "NaN for ever", "patch": {"nan_step": 1, "nan_times": 9}, "args": ["run.bad_steps=2"]},
+               {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
+               {"name": "watched", "args": ["lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2]",
+                                            "monitor.sample_max_new_tokens=8"]},
+               *mistakes])  # fmt: skip
+    it.run(
+        4,
+        [
+            {"name": "4 ranks"},
+            {"name": "4 ranks, micro-batches of 1 row, checkpointing", "args": ["micro_batch_size=1", "gradient_checkpointing=true"]},
+        ],
+    )
     return it
 
 
@@ -125,14 +141,18 @@ def test_qlora_steps_are_the_plain_loops(bench, plain, name):
 def test_other_methods_are_the_plain_loops(bench, plain, name):
     seen = compare(bench.records[name], plain[name.split(", ")[-1]])
     print(name, seen)
-    assert max(seen.values()) < 1e-5, seen
+    # Adam divides by sqrt(v): where all weights train, some of their gradients are next to nothing and rounding decides their update
+    assert seen.pop("update") < 3e-5 and max(seen.values()) < 1e-5, seen
 
 
 @pytest.mark.parametrize("name", ["bf16", "2 ranks, bf16, checkpointing"])
 def test_bf16_stays_within_rounding(bench, plain, name):
+    """bf16 keeps 8 bits (unit roundoff 0.4 %). Every product of three layers, forward and backward, rounds its result once, and
+    the errors add up like independent ones: sqrt(some 30) x 0.4 % = 2 % of a gradient tensor's length, more where a tensor is a
+    small difference of large ones. Adam divides by sqrt(v), so where a gradient is near zero its update may change sign."""
     seen = compare(bench.records[name], plain["qlora"])
     print(name, seen)
-    assert seen["loss"] < 1e-2
+    assert seen["loss"] < 5e-3 and seen["norm"] < 2e-2 and seen["gradient"] < 5e-2 and seen["worst tensor"] < 0.15
 
 
 def test_the_steps_are_worth_comparing(bench, plain):
@@ -143,3 +163,56 @@ def test_the_steps_are_worth_comparing(bench, plain):
     examples, _ = load_examples(config, load_tokenizer(config.base), "train")
     targets = [e.num_targets for e in examples]
     assert max(targets) > 20 * min(targets)
+
+
+def test_only_lora_moves_and_all_of_it_does(bench):
+    for name, record in bench.records.items():
+        assert record["frozen"][0] == record["frozen"][1], f"{name}: a frozen weight or a quantisation state changed"
+    record = bench.records["2 ranks"]
+    assert len(record["names"]) == 2 * 7 * 3 and all("lora_" in name for name in record["names"])
+    for before, after in zip(numbered(record, "0.weight"), numbered(record, "final.weight")):
+        assert not torch.equal(before, after)
+
+
+def test_evaluation_is_the_same_for_any_cut(bench):
+    """Token-weighted, so it depends neither on the batch size nor on the number of ranks; and it is what the plain loop gives."""
+    starts = {name: bench.records[name]["eval/loss"][0] for name in FP32}
+    assert max(starts.values()) - min(starts.values()) < 1e-6 * starts["1 rank"], starts
+    config = load_config(bench.args)
+    examples, _ = load_examples(config, load_tokenizer(config.base), "valid")
+    model = reference_model(config.base, "qlora", config.lora)
+    plain = reference_steps(model, numbered(bench.records["1 rank"], "0.weight"), [examples], lambda step: 0.0, weight_decay=0.0, max_grad_norm=1.0)
+    assert starts["1 rank"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+def test_watching_changes_nothing(bench):
+    """Evaluation and sample notes in mid-run leave every following step as it was, to the bit, with dropout on."""
+    quiet, watched = bench.records["quiet"], bench.records["watched"]
+    assert quiet["loss"] == watched["loss"] and quiet["norms"] == watched["norms"]
+    assert all(torch.equal(a, b) for a, b in zip(numbered(quiet, "final.weight"), numbered(watched, "final.weight")))
+    assert len(watched["eval/loss"]) == STEPS + 1 and quiet["loss"] != bench.records["2 ranks"]["loss"]  # dropout was on
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(bench):
+    record = bench.records["NaN"]
+    assert math.isnan(record["norms"][1]) and all(math.isfinite(record["norms"][i]) for i in (0, 2))
+    before, after = numbered(record, "1.weight"), numbered(record, "2.weight")
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert not all(torch.equal(a, b) for a, b in zip(after, numbered(record, "final.weight")))
+    assert "2 steps in a row" in bench.records["NaN for ever"]["error"] and len(bench.records["NaN for ever"]["norms"]) == 2
+
+
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m != "positions_run_on"])
+def test_the_proof_catches(bench, plain, mistake):
+    """Each classic mistake is far outside the bound that the right loop keeps."""
+    right = bench.reference("2 ranks", max_grad_norm=5.0) if mistake == "deepspeed_clips_too" else plain["qlora"]
+    seen = compare(bench.records[mistake], right)
+    print(mistake, seen)
+    assert max(seen.values()) > 1e-3, seen
+
+
+def test_positions_that_run_on_show_in_the_row_only(bench, plain):
+    """Rotary embeddings see differences of positions alone, so this mistake hides from losses and gradients (until a position
+    exceeds what the base was trained on): the row itself must be looked at, as test_packing.py does."""
+    seen = compare(bench.records["positions_run_on"], plain["qlora"])
+    assert max(seen.values()) < 1e-3, seen

@@ -1,9 +1,11 @@
 """Runs the real `loop.train.train` for a list of cases on this rank and records what a step computed.
 
 `python tests/worker.py CASES.json`: a list of {"name", "args", "out", "patch": {...}, "mistake": null}. Rank 0 writes
-`out/NAME.safetensors` (gradients before and after clipping, weights before each step and after the last) and `out/NAME.json`."""
+`out/NAME.safetensors` (gradients before and after clipping, weights before each step and after the last) and `out/NAME.json`
+(norms, names, the report, hashes of the frozen weights before and after, and the error that ended the run, if one did)."""
 
 import copy
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,20 @@ import loop.model
 import loop.train as train
 
 PATCHED = [train, loop.data, loop.model]
+
+
+def frozen_digest(model) -> str:
+    """A hash of every frozen parameter, gathered, and of its quantisation state."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        if not p.requires_grad:
+            with deepspeed.zero.GatheredParameters([p]):
+                digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            if state := getattr(p, "quant_state", None):
+                for tensor in (state.absmax, state.code, state.offset, getattr(state.state2, "absmax", None)):
+                    if tensor is not None:
+                        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run(case: dict) -> None:
@@ -46,7 +62,7 @@ def run(case: dict) -> None:
 
         def poisoned(engine, *args):
             count[0] += 1
-            if count[0] == patch["nan_step"]:
+            if count[0] >= patch["nan_step"] and count[0] < patch["nan_step"] + patch.get("nan_times", 1):
                 backward = engine.backward
                 bad = float("nan") if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 else 1.0
                 engine.backward = lambda loss, **kw: backward(loss * bad, **kw)
@@ -57,10 +73,23 @@ def run(case: dict) -> None:
             return step_of(engine, *args)
 
         train.train_step = poisoned
+    if "stop_after" in patch:  # as if SIGTERM came during that step, on rank 0 alone
+
+        class Stop:
+            signal = None
+
+        stop, plain_step, done = Stop(), train.train_step, [0]
+
+        def counting(*args):
+            done[0] += 1
+            stop.signal = "SIGTERM" if done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0 else None
+            return plain_step(*args)
+
+        train.train_step, train.StopRequest = counting, lambda: stop
     if case.get("mistake"):
         MISTAKES[case["mistake"]]()
 
-    tensors, norms, scalars = {}, [], []
+    tensors, norms, names = {}, [], []
     clip = train.clip_grad_norm
 
     def recording(parameters, max_norm):
@@ -73,35 +102,38 @@ def run(case: dict) -> None:
             tensors[f"{step}.clipped.{i}"] = safe_get_full_grad(p).detach().float().clone()
         return norms[-1]
 
-    engines = []
+    engines, frozen, report, error = [], [], {}, None
     initialize = deepspeed.initialize
     train.clip_grad_norm = recording
 
     def remembering(**kwargs):
         result = initialize(**kwargs)
         engines.append(result[0])
+        frozen.append(frozen_digest(result[0].module))
         return result
 
     deepspeed.initialize = remembering
-    deepspeed_clip = []
     try:
         config = train.load_config(case["args"])
         report = train.train(config, train.build_ds_config(config))
-        engine = engines[0]
-        for i, (name, p) in enumerate(loop.model.trainable(engine.module)):
-            tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
-            scalars.append(name)
-        deepspeed_clip.append(engine.gradient_clipping())
-        engine.destroy()
+    except (FloatingPointError, train.ConfigError) as problem:
+        error = f"{type(problem).__name__}: {problem}"
     finally:
         deepspeed.initialize = initialize
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
+    if engines:
+        frozen.append(frozen_digest(engines[0].module))
+        for i, (name, p) in enumerate(loop.model.trainable(engines[0].module)):
+            tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
+            names.append(name)
+        engines[0].destroy()
     if torch.distributed.get_rank() == 0:
         out = Path(case["out"])
         out.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors")
-        (out / f"{case['name']}.json").write_text(json.dumps({"norms": norms, "names": scalars, "report": report}))
+        record = {"norms": norms, "names": names, "report": report, "frozen": frozen, "error": error}
+        (out / f"{case['name']}.json").write_text(json.dumps(record))
 
 
 for case in json.loads(Path(sys.argv[1]).read_text()):

@@ -1,10 +1,9 @@
 """Builds the untrained tiny base model as a folder in the hub's layout: tokenizer, configuration and random weights.
 
-    python -m loop.embedded.base --out DIR [--seed 0]
+python -m loop.embedded.base --out DIR [--seed 0]
 """
 
 import argparse
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loop.embedded import clinic, corpus
-from loop.soap import REQUEST, SYSTEM
+from loop.embedded import corpus
 
 VOCABULARY = 2048
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -32,40 +30,58 @@ CHAT_TEMPLATE = (
 
 
 def sample(seed: int) -> Iterator[str]:
-    """The text that the tokenizer learns from: dialogues and notes of train visits, pre-training rows, and the prompt."""
-    rng = random.Random(seed)
-    for _ in range(2000):
-        visit = clinic.visit(rng)
-        yield clinic.dialogue(visit, rng)
-        yield clinic.note(visit)
-    for number in range(2000):
+    """The text that the tokenizer learns from: pre-training rows and nothing else. A token that only notes have would have an
+    embedding that pre-training never moved, and LoRA leaves embeddings alone: the model could never write that token."""
+    for number in range(6000):
         yield from (message["content"] for message in corpus.messages(seed, number))
-    yield from [SYSTEM, REQUEST] * 100
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with single digits and line breaks, trained on the sample of this seed."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[PAD, BOS, EOS, *ROLES], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[PAD, BOS, EOS, *ROLES], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(sample(seed), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
-                                   extra_special_tokens=ROLES, chat_template=CHAT_TEMPLATE, model_max_length=2048,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        extra_special_tokens=ROLES,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A small Llama with random bf16 weights from this seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-        intermediate_size=704, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.02,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=704,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(torch.bfloat16)

@@ -92,15 +92,19 @@ class Visit:
     @property
     def vitals(self) -> list[tuple[str, str]]:
         """The measured values as (name, value with unit), in the order of the note."""
-        named = [("temperature", self.temperature), ("blood pressure", self.pressure), ("pulse", self.pulse),
-                 ("oxygen saturation", self.saturation), ("breathing rate", self.breathing)]
+        named = [
+            ("temperature", self.temperature),
+            ("blood pressure", self.pressure),
+            ("pulse", self.pulse),
+            ("oxygen saturation", self.saturation),
+            ("breathing rate", self.breathing),
+        ]
         return [(name, value) for name, value in named if value]
 
     @property
     def combinations(self) -> tuple[tuple[str, str, str], ...]:
         """The (kind, condition, value) triples by which visits are kept apart in splits."""
-        triples = (("drug", self.condition, self.drug), ("side", self.condition, self.side),
-                   ("history", self.condition, self.history))
+        triples = (("drug", self.condition, self.drug), ("side", self.condition, self.side), ("history", self.condition, self.history))
         return tuple(triple for triple in triples if triple[2])
 
 
@@ -189,17 +193,28 @@ def _draw(rng: random.Random, condition: Condition) -> Visit:
     days = int(pick(rng, drug.days))
     findings = rng.sample(condition.findings, pick(rng, (1, 1, 2)))
     return Visit(
-        surname=pick(rng, SURNAMES), sex=sex, age=age, condition=condition.name, side=side,
-        complaint=pick(rng, condition.complaints).format(side=side), duration=_span(rng, condition.onset),
-        symptoms=symptoms, denied=denied,
+        surname=pick(rng, SURNAMES),
+        sex=sex,
+        age=age,
+        condition=condition.name,
+        side=side,
+        complaint=pick(rng, condition.complaints).format(side=side),
+        duration=_span(rng, condition.onset),
+        symptoms=symptoms,
+        denied=denied,
         findings=tuple(_numbers(rng, finding).format(side=side) for finding in findings),
-        diagnosis=_numbers(rng, condition.diagnosis).format(side=side), excluded=pick(rng, condition.excluded),
-        drug=drug_name, dose=pick(rng, drug.doses), frequency=pick(rng, drug.frequencies),
+        diagnosis=_numbers(rng, condition.diagnosis).format(side=side),
+        excluded=pick(rng, condition.excluded),
+        drug=drug_name,
+        dose=pick(rng, drug.doses),
+        frequency=pick(rng, drug.frequencies),
         length=f"{days // 7} weeks" if days >= 28 else "1 day" if days == 1 else f"{days} days",
         test=_numbers(rng, pick(rng, condition.tests)) if rng.random() < 0.85 else "",
         advice=_numbers(rng, pick(rng, condition.advice)) if rng.random() < 0.9 else "",
         follow_up=pick(rng, condition.follow_up),
-        **_vitals(rng, condition, "fever" in symptoms), **_background(rng, condition, age, sex, drug_name))
+        **_vitals(rng, condition, "fever" in symptoms),
+        **_background(rng, condition, age, sex, drug_name),
+    )
 
 
 def visit(rng: random.Random | int, split: str = "train") -> Visit:
@@ -231,10 +246,23 @@ def dialogue(visit: Visit, rng: random.Random) -> str:
 def _talk(v: Visit, rng: random.Random) -> list[list[str]]:
     """The whole conversation as pairs of what the doctor and the patient say."""
     facts = {
-        "title": v.title, "complaint": v.complaint, "duration": v.duration, "age": v.age, "symptoms": listed(v.symptoms),
-        "denied": v.denied, "bare": v.bare, "past": v.past, "medicine": v.medicine, "allergy": v.allergy,
-        "amount": v.habit.partition(" ")[2], "diagnosis": v.diagnosis, "excluded": v.excluded, "prescription": v.prescription,
-        "test": v.test, "advice": v.advice, "follow_up": v.follow_up,
+        "title": v.title,
+        "complaint": v.complaint,
+        "duration": v.duration,
+        "age": v.age,
+        "symptoms": listed(v.symptoms),
+        "denied": v.denied,
+        "bare": v.bare,
+        "past": v.past,
+        "medicine": v.medicine,
+        "allergy": v.allergy,
+        "amount": v.habit.partition(" ")[2],
+        "diagnosis": v.diagnosis,
+        "excluded": v.excluded,
+        "prescription": v.prescription,
+        "test": v.test,
+        "advice": v.advice,
+        "follow_up": v.follow_up,
     }
 
     def say(templates: Sequence[str]) -> str:
@@ -316,14 +344,19 @@ def note(visit: Visit) -> str:
     history = f"History of {v.past}" if v.history else "No past illnesses"
     medicine = f"takes {v.medicine}" if v.medicine else "no regular medicine"
     allergy = f"Allergic to {v.allergy}" if v.allergy else "No known allergies"
-    subjective = (f"{v.age}-year-old {v.sex} with {v.complaint} for {v.duration}. "
-                  f"Reports {listed(v.symptoms)}, denies {v.denied}. {history}, {medicine}. "
-                  f"{allergy}{', ' if v.habit else ''}{v.habit}.")
+    subjective = (
+        f"{v.age}-year-old {v.sex} with {v.complaint} for {v.duration}. "
+        f"Reports {listed(v.symptoms)}, denies {v.denied}. {history}, {medicine}. "
+        f"{allergy}{', ' if v.habit else ''}{v.habit}."
+    )
     objective = f"{capital(', '.join(f'{name} {value}' for name, value in v.vitals))}. On exam {listed(v.findings)}."
-    plan = [f"Start {v.prescription}.", f"Arrange {v.test}." if v.test else "", f"Advised to {v.advice}." if v.advice else "",
-            f"Follow-up in {v.follow_up}."]
-    return (f"S: {subjective}\nO: {objective}\nA: Diagnosis of {v.diagnosis}, no sign of {v.excluded}.\n"
-            f"P: {' '.join(filter(None, plan))}")
+    plan = [
+        f"Start {v.prescription}.",
+        f"Arrange {v.test}." if v.test else "",
+        f"Advised to {v.advice}." if v.advice else "",
+        f"Follow-up in {v.follow_up}.",
+    ]
+    return f"S: {subjective}\nO: {objective}\nA: Diagnosis of {v.diagnosis}, no sign of {v.excluded}.\nP: {' '.join(filter(None, plan))}"
 
 
 def _seed(*parts: str | int) -> int:

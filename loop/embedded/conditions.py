@@ -34,12 +34,42 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split("|") if part.strip())
 
 
-def _condition(name: str, complaints: str, symptoms: str, denied: str, findings: str, diagnosis: str, excluded: str,
-               drugs: str, tests: str, advice: str, onset: str = "days", follow_up: str = "1 week | 10 days | 2 weeks",
-               ages: tuple[int, int] = (18, 85), sex: str = "", contra: str = "", traits: str = "") -> Condition:
-    return Condition(name, _split(complaints), _split(symptoms), _split(denied), _split(findings), diagnosis,
-                     _split(excluded), _split(drugs), _split(tests), _split(advice), onset, _split(follow_up), ages, sex,
-                     frozenset(_split(contra)), frozenset(traits.split()))
+def _condition(
+    name: str,
+    complaints: str,
+    symptoms: str,
+    denied: str,
+    findings: str,
+    diagnosis: str,
+    excluded: str,
+    drugs: str,
+    tests: str,
+    advice: str,
+    onset: str = "days",
+    follow_up: str = "1 week | 10 days | 2 weeks",
+    ages: tuple[int, int] = (18, 85),
+    sex: str = "",
+    contra: str = "",
+    traits: str = "",
+) -> Condition:
+    return Condition(
+        name,
+        _split(complaints),
+        _split(symptoms),
+        _split(denied),
+        _split(findings),
+        diagnosis,
+        _split(excluded),
+        _split(drugs),
+        _split(tests),
+        _split(advice),
+        onset,
+        _split(follow_up),
+        ages,
+        sex,
+        frozenset(_split(contra)),
+        frozenset(traits.split()),
+    )
 
 
 CHRONIC = "4 weeks | 6 weeks | 8 weeks | 3 months"
@@ -58,7 +88,8 @@ CONDITIONS = (
         "amoxicillin | cefuroxime | azithromycin | ibuprofen",
         "a hearing test | an ear swab",
         "keep the ear dry | rest at home and drink plenty of water | use a nasal spray at night",
-        follow_up=SHORT),
+        follow_up=SHORT,
+    ),
     _condition(
         "otitis externa",
         "itching and pain in the {side} ear | pain in the {side} ear after swimming",
@@ -69,7 +100,8 @@ CONDITIONS = (
         "a fungal infection | a boil in the ear canal",
         "ofloxacin ear drops | ciprofloxacin ear drops | hydrocortisone ear drops",
         "an ear swab | cleaning of the ear canal",
-        "keep the ear dry | avoid swimming for 2 weeks | stop using cotton buds"),
+        "keep the ear dry | avoid swimming for 2 weeks | stop using cotton buds",
+    ),
     _condition(
         "tonsillitis",
         "a sore throat | a painful throat with trouble swallowing",
@@ -81,7 +113,9 @@ CONDITIONS = (
         "penicillin V | amoxicillin | clarithromycin | ibuprofen",
         "a throat swab | a rapid strep test",
         "rest and drink plenty of fluids | gargle with salt water | stay home until the fever is gone",
-        ages=(18, 50), follow_up=SHORT),
+        ages=(18, 50),
+        follow_up=SHORT,
+    ),
     _condition(
         "sinusitis",
         "pressure and pain over the {side} cheek | pain in the {side} side of the face",
@@ -92,7 +126,8 @@ CONDITIONS = (
         "a dental abscess | an orbital infection",
         "amoxicillin | doxycycline | mometasone nasal spray | cefuroxime",
         "a sinus ultrasound | a nasal swab",
-        "rinse the nose with salt water | inhale steam twice a day | sleep with the head raised"),
+        "rinse the nose with salt water | inhale steam twice a day | sleep with the head raised",
+    ),
     _condition(
         "bronchitis",
         "a cough with mucus | a deep and noisy cough",
@@ -103,20 +138,22 @@ CONDITIONS = (
         "pneumonia | heart failure",
         "ambroxol | salbutamol inhaler | paracetamol | doxycycline",
         "a chest X-ray | a blood test for CRP",
-        "drink plenty of warm fluids | avoid smoke | rest for a few days"),
+        "drink plenty of warm fluids | avoid smoke | rest for a few days",
+    ),
     _condition(
         "pneumonia",
         "a cough with yellow mucus | a cough and pain in the {side} side of the chest",
         "fever | chills | shortness of breath | tiredness | loss of appetite",
         "coughing blood | leg swelling | confusion",
-        "there are crackles over the {side} lower lung | breath sounds are reduced on the {side} side | "
-        "the {side} lung base is dull on tapping",
+        "there are crackles over the {side} lower lung | breath sounds are reduced on the {side} side | the {side} lung base is dull on tapping",
         "pneumonia of the {side} lower lobe",
         "a pleural effusion | a lung embolism",
         "amoxicillin | doxycycline | clarithromycin | levofloxacin",
         "a chest X-ray | a blood test for CRP | a sputum culture",
         "stay in bed and drink plenty of fluids | call at once if breathing gets worse",
-        follow_up="2 days | 3 days | 4 days", traits="fast lowsat"),
+        follow_up="2 days | 3 days | 4 days",
+        traits="fast lowsat",
+    ),
     _condition(
         "asthma attack",
         "tightness in the chest and wheezing | shortness of breath at night",
@@ -128,7 +165,11 @@ CONDITIONS = (
         "salbutamol inhaler | budesonide inhaler | prednisolone | montelukast",
         "a lung function test | a peak flow diary",
         "avoid dust and smoke | use a spacer with the inhaler | keep the windows closed",
-        ages=(18, 60), contra="COPD | heart failure", follow_up=SHORT, traits="fast lowsat"),
+        ages=(18, 60),
+        contra="COPD | heart failure",
+        follow_up=SHORT,
+        traits="fast lowsat",
+    ),
     _condition(
         "COPD flare",
         "worse shortness of breath | a stronger cough with more mucus",
@@ -140,7 +181,11 @@ CONDITIONS = (
         "prednisolone | doxycycline | tiotropium inhaler | salbutamol inhaler",
         "a chest X-ray | a lung function test | a blood gas test",
         "avoid smoke | start breathing exercises | get a flu shot",
-        ages=(48, 88), contra="asthma", follow_up="2 days | 3 days | 5 days", traits="fast lowsat"),
+        ages=(48, 88),
+        contra="asthma",
+        follow_up="2 days | 3 days | 5 days",
+        traits="fast lowsat",
+    ),
     _condition(
         "bladder infection",
         "burning when passing urine | pain in the lower belly when passing urine",
@@ -152,7 +197,9 @@ CONDITIONS = (
         "nitrofurantoin | fosfomycin | trimethoprim | pivmecillinam",
         "a urine culture | a urine test",
         "drink at least <2-3> liters a day | empty the bladder often",
-        sex="woman", follow_up=SHORT),
+        sex="woman",
+        follow_up=SHORT,
+    ),
     _condition(
         "kidney infection",
         "pain in the {side} flank | pain in the {side} flank with burning urine",
@@ -164,7 +211,9 @@ CONDITIONS = (
         "ciprofloxacin | cefuroxime | levofloxacin | trimethoprim",
         "a urine culture | a kidney ultrasound | a blood test for CRP",
         "drink at least <2-3> liters a day | come back at once if the fever rises",
-        follow_up="2 days | 3 days", traits="fast"),
+        follow_up="2 days | 3 days",
+        traits="fast",
+    ),
     _condition(
         "kidney stone",
         "cramping pain in the {side} flank | pain from the {side} flank to the groin",
@@ -176,7 +225,11 @@ CONDITIONS = (
         "diclofenac | tamsulosin | metamizole | ibuprofen",
         "a kidney ultrasound | a CT scan of the belly | a urine test",
         "strain the urine through a sieve | drink at least <2-3> liters a day",
-        onset="hours", contra="heart failure", follow_up=SHORT, ages=(20, 70)),
+        onset="hours",
+        contra="heart failure",
+        follow_up=SHORT,
+        ages=(20, 70),
+    ),
     _condition(
         "gastroenteritis",
         "watery diarrhea | vomiting and diarrhea",
@@ -188,7 +241,8 @@ CONDITIONS = (
         "ondansetron | loperamide | racecadotril",
         "a stool test | a blood test for kidney values",
         "drink oral rehydration solution | eat bland food | wash hands often",
-        follow_up=SHORT),
+        follow_up=SHORT,
+    ),
     _condition(
         "reflux disease",
         "heartburn after meals | burning behind the breastbone",
@@ -200,7 +254,10 @@ CONDITIONS = (
         "omeprazole | pantoprazole | famotidine | esomeprazole",
         "a gastroscopy | a breath test for Helicobacter",
         "avoid late meals | raise the head of the bed by <10-20> cm | avoid coffee and alcohol",
-        onset="weeks", contra="reflux disease", follow_up=CHRONIC),
+        onset="weeks",
+        contra="reflux disease",
+        follow_up=CHRONIC,
+    ),
     _condition(
         "gastritis",
         "pain in the upper belly | a burning pain in the stomach",
@@ -212,7 +269,10 @@ CONDITIONS = (
         "omeprazole | pantoprazole | famotidine | sucralfate",
         "a gastroscopy | a breath test for Helicobacter | a belly ultrasound",
         "stop taking painkillers | eat small meals | avoid spicy food and alcohol",
-        onset="weeks", contra="reflux disease", follow_up=CHRONIC),
+        onset="weeks",
+        contra="reflux disease",
+        follow_up=CHRONIC,
+    ),
     _condition(
         "migraine",
         "a throbbing headache on the {side} side | a pulsing pain behind the {side} eye",
@@ -224,7 +284,11 @@ CONDITIONS = (
         "sumatriptan | rizatriptan | naproxen | metoclopramide",
         "a headache diary | an MRI of the head",
         "rest in a dark room | keep regular sleep | avoid red wine",
-        onset="hours", ages=(18, 60), contra="migraine", follow_up=CHRONIC),
+        onset="hours",
+        ages=(18, 60),
+        contra="migraine",
+        follow_up=CHRONIC,
+    ),
     _condition(
         "tension headache",
         "a pressing headache on both sides | a dull headache like a tight band",
@@ -236,7 +300,10 @@ CONDITIONS = (
         "ibuprofen | amitriptyline | paracetamol | naproxen",
         "a headache diary | physiotherapy for <6-12> sessions",
         "take breaks from the screen | exercise three times a week | drink less coffee",
-        onset="weeks", follow_up=CHRONIC, ages=(18, 70)),
+        onset="weeks",
+        follow_up=CHRONIC,
+        ages=(18, 70),
+    ),
     _condition(
         "back strain",
         "pain in the {side} lower back | pain in the {side} lower back after lifting",
@@ -247,20 +314,22 @@ CONDITIONS = (
         "a slipped disc | a fracture",
         "ibuprofen | naproxen | tizanidine | paracetamol",
         "physiotherapy for <6-12> sessions | an X-ray of the spine",
-        "stay active | use heat on the back | avoid lifting more than <5-10> kg"),
+        "stay active | use heat on the back | avoid lifting more than <5-10> kg",
+    ),
     _condition(
         "sciatica",
         "pain from the lower back into the {side} leg | shooting pain down the {side} leg",
         "tingling in the foot | pain when coughing | numbness of the calf | poor sleep",
         "loss of bladder control | fever | weight loss | leg swelling",
-        "raising the {side} leg is painful at <30-60> degrees | the {side} ankle reflex is weak | "
-        "the strength of the {side} foot is normal",
+        "raising the {side} leg is painful at <30-60> degrees | the {side} ankle reflex is weak | the strength of the {side} foot is normal",
         "sciatica on the {side} side",
         "nerve damage | a fracture",
         "naproxen | diclofenac | pregabalin | metamizole",
         "an MRI of the spine | physiotherapy for <6-12> sessions",
         "keep walking short distances | avoid long sitting",
-        onset="weeks", follow_up="2 weeks | 3 weeks | 4 weeks"),
+        onset="weeks",
+        follow_up="2 weeks | 3 weeks | 4 weeks",
+    ),
     _condition(
         "ankle sprain",
         "pain in the {side} ankle after a fall | a swollen {side} ankle",
@@ -272,33 +341,38 @@ CONDITIONS = (
         "ibuprofen | diclofenac gel | paracetamol | naproxen",
         "an X-ray of the ankle | an ankle brace for <2-6> weeks",
         "rest and raise the foot | cool the ankle with ice | use crutches",
-        ages=(18, 70)),
+        ages=(18, 70),
+    ),
     _condition(
         "knee arthrosis",
         "pain in the {side} knee | pain in the {side} knee on stairs",
         "stiffness in the morning | swelling | a grinding feeling | pain at night",
         "fever | a recent fall | locking of the knee | numbness in the legs",
-        "the {side} knee bends to <90-125> degrees | there is a small effusion in the {side} knee | "
-        "the {side} knee grinds on movement",
+        "the {side} knee bends to <90-125> degrees | there is a small effusion in the {side} knee | the {side} knee grinds on movement",
         "arthrosis of the {side} knee",
         "an infected joint | a torn meniscus",
         "ibuprofen | celecoxib | diclofenac gel | etoricoxib",
         "an X-ray of the knee | physiotherapy for <6-12> sessions",
         "lose <3-10> kg of weight | cycle or swim twice a week",
-        onset="months", ages=(48, 88), follow_up=CHRONIC),
+        onset="months",
+        ages=(48, 88),
+        follow_up=CHRONIC,
+    ),
     _condition(
         "shoulder tendinitis",
         "pain in the {side} shoulder | pain in the {side} shoulder when lifting the arm",
         "pain at night | weakness of the arm | stiffness | neck pain",
         "fever | numbness in the hand | chest pain | a recent fall",
-        "the {side} arm lifts to <70-120> degrees | the front of the {side} shoulder is tender | "
-        "the strength of the {side} arm is normal",
+        "the {side} arm lifts to <70-120> degrees | the front of the {side} shoulder is tender | the strength of the {side} arm is normal",
         "tendinitis of the {side} shoulder",
         "a torn tendon | a frozen shoulder",
         "naproxen | diclofenac | celecoxib | diclofenac gel",
         "a shoulder ultrasound | physiotherapy for <6-12> sessions",
         "avoid work above the head | cool the shoulder with ice",
-        onset="weeks", ages=(25, 80), follow_up=CHRONIC),
+        onset="weeks",
+        ages=(25, 80),
+        follow_up=CHRONIC,
+    ),
     _condition(
         "gout attack",
         "severe pain in the {side} big toe | a red and hot {side} big toe",
@@ -310,7 +384,10 @@ CONDITIONS = (
         "colchicine | naproxen | prednisolone | etoricoxib",
         "a blood test for uric acid | a blood test for kidney values",
         "avoid beer and red meat | cool and raise the foot",
-        ages=(35, 85), contra="gout", follow_up=SHORT),
+        ages=(35, 85),
+        contra="gout",
+        follow_up=SHORT,
+    ),
     _condition(
         "conjunctivitis",
         "a red and sticky {side} eye | burning of the {side} eye",
@@ -322,20 +399,22 @@ CONDITIONS = (
         "ofloxacin eye drops | azithromycin eye drops | ketotifen eye drops",
         "an eye swab | a visit to the eye clinic",
         "wash hands often | avoid contact lenses | clean the eyelids with warm water",
-        follow_up=SHORT),
+        follow_up=SHORT,
+    ),
     _condition(
         "shingles",
         "a painful rash on the {side} side of the chest | burning blisters on the {side} side of the back",
         "itching | tiredness | fever | headache | poor sleep",
         "eye pain | weakness of the arms | shortness of breath",
-        "there are grouped blisters on the {side} side | the skin on the {side} side is very sensitive | "
-        "the rash stops at the midline",
+        "there are grouped blisters on the {side} side | the skin on the {side} side is very sensitive | the rash stops at the midline",
         "shingles on the {side} side",
         "a bacterial skin infection | meningitis",
         "aciclovir | valaciclovir | pregabalin | paracetamol",
         "a swab of a blister | a blood count",
         "keep the rash clean and dry | avoid contact with pregnant women",
-        ages=(40, 88), follow_up=SHORT),
+        ages=(40, 88),
+        follow_up=SHORT,
+    ),
     _condition(
         "cellulitis",
         "redness and swelling of the {side} lower leg | a hot and painful {side} lower leg",
@@ -347,7 +426,9 @@ CONDITIONS = (
         "cefalexin | flucloxacillin | clindamycin | doxycycline",
         "a blood test for CRP | a leg vein ultrasound | a wound swab",
         "raise the leg | mark the edge of the redness | come back at once if the redness spreads",
-        follow_up="2 days | 3 days", traits="fast"),
+        follow_up="2 days | 3 days",
+        traits="fast",
+    ),
     _condition(
         "eczema",
         "an itchy rash on the {side} hand | dry and itchy skin on the {side} elbow",
@@ -359,7 +440,9 @@ CONDITIONS = (
         "hydrocortisone cream | mometasone cream | cetirizine | tacrolimus ointment",
         "a patch test | a skin scraping",
         "use a moisturizer twice a day | wear gloves for wet work | avoid hot showers",
-        onset="weeks", follow_up=CHRONIC),
+        onset="weeks",
+        follow_up=CHRONIC,
+    ),
     _condition(
         "high blood pressure",
         "high blood pressure readings at home | a headache and high readings at home",
@@ -371,8 +454,12 @@ CONDITIONS = (
         "ramipril | amlodipine | lisinopril | losartan | hydrochlorothiazide",
         "an ECG | a blood test for kidney values | a 24-hour blood pressure reading",
         "eat less salt | walk <20-45> minutes a day | write down the blood pressure every day",
-        onset="weeks", contra="hypertension | heart failure | coronary heart disease", ages=(35, 85), follow_up=CHRONIC,
-        traits="highbp"),
+        onset="weeks",
+        contra="hypertension | heart failure | coronary heart disease",
+        ages=(35, 85),
+        follow_up=CHRONIC,
+        traits="highbp",
+    ),
     _condition(
         "type 2 diabetes",
         "constant thirst | thirst and frequent urination",
@@ -384,7 +471,11 @@ CONDITIONS = (
         "metformin | sitagliptin | empagliflozin | gliclazide",
         "an eye check | a blood test for kidney values | diabetes training",
         "walk <20-45> minutes a day | avoid sweet drinks | check the feet every day",
-        onset="months", contra="type 2 diabetes", ages=(35, 85), follow_up=CHRONIC),
+        onset="months",
+        contra="type 2 diabetes",
+        ages=(35, 85),
+        follow_up=CHRONIC,
+    ),
     _condition(
         "iron deficiency",
         "constant tiredness | tiredness and pale skin",
@@ -396,7 +487,10 @@ CONDITIONS = (
         "iron sulfate | iron fumarate | iron gluconate",
         "a stool test for blood | a blood count",
         "eat more beans and red meat | take the tablets with orange juice",
-        onset="weeks", ages=(18, 75), follow_up=CHRONIC),
+        onset="weeks",
+        ages=(18, 75),
+        follow_up=CHRONIC,
+    ),
     _condition(
         "hay fever",
         "sneezing and an itchy nose | a runny nose and itchy eyes",
@@ -408,7 +502,10 @@ CONDITIONS = (
         "cetirizine | loratadine | mometasone nasal spray | fexofenadine",
         "a skin prick test | an allergy blood test",
         "rinse the nose with salt water | shower before bed | keep the windows closed",
-        onset="weeks", ages=(18, 60), follow_up=CHRONIC),
+        onset="weeks",
+        ages=(18, 60),
+        follow_up=CHRONIC,
+    ),
     _condition(
         "vertigo",
         "spinning when turning in bed | spinning when turning to the {side}",
@@ -419,7 +516,8 @@ CONDITIONS = (
         "a stroke | an inner ear infection",
         "dimenhydrinate | betahistine | meclizine",
         "a hearing test | a balance test",
-        "do the turning exercise <2-5> times a day | get up slowly | avoid driving for now"),
+        "do the turning exercise <2-5> times a day | get up slowly | avoid driving for now",
+    ),
     _condition(
         "insomnia",
         "trouble falling asleep | waking up many times at night",
@@ -431,7 +529,10 @@ CONDITIONS = (
         "melatonin | mirtazapine | doxepin",
         "a sleep diary | a blood test for thyroid values",
         "avoid screens before bed | go to bed at the same time | drink no coffee after noon",
-        onset="weeks", contra="depression", follow_up=CHRONIC),
+        onset="weeks",
+        contra="depression",
+        follow_up=CHRONIC,
+    ),
 )
 
 # name: (doses, frequencies, durations in days unless a unit is given, classes that an allergy or an illness can forbid)
@@ -556,15 +657,32 @@ thyroid surgery: none;
 
 # allergy: the drug class that it forbids
 ALLERGIES = {
-    "penicillin": "penicillin", "amoxicillin": "penicillin", "aspirin": "nsaid", "ibuprofen": "nsaid", "sulfa drugs": "sulfa",
-    "erythromycin": "macrolide", "ciprofloxacin": "quinolone", "doxycycline": "tetracycline", "codeine": "", "latex": "",
-    "peanuts": "", "shellfish": "", "bee stings": "", "cat hair": "", "house dust": "", "birch pollen": "", "nickel": "",
-    "contrast dye": "", "eggs": "", "morphine": "", "strawberries": "", "walnuts": "",
+    "penicillin": "penicillin",
+    "amoxicillin": "penicillin",
+    "aspirin": "nsaid",
+    "ibuprofen": "nsaid",
+    "sulfa drugs": "sulfa",
+    "erythromycin": "macrolide",
+    "ciprofloxacin": "quinolone",
+    "doxycycline": "tetracycline",
+    "codeine": "",
+    "latex": "",
+    "peanuts": "",
+    "shellfish": "",
+    "bee stings": "",
+    "cat hair": "",
+    "house dust": "",
+    "birch pollen": "",
+    "nickel": "",
+    "contrast dye": "",
+    "eggs": "",
+    "morphine": "",
+    "strawberries": "",
+    "walnuts": "",
 }
 
 # Illnesses that would be odd in a young patient.
-LATE = frozenset({"COPD", "heart failure", "coronary heart disease", "atrial fibrillation", "osteoporosis",
-    "an enlarged prostate"})
+LATE = frozenset({"COPD", "heart failure", "coronary heart disease", "atrial fibrillation", "osteoporosis", "an enlarged prostate"})
 
 SURNAMES = _split(
     "Weber | Novak | Silva | Kim | Rossi | Meyer | Brown | Clark | Evans | Fischer | Garcia | Haas | Ivanov | Jensen | Keller | "
@@ -572,7 +690,8 @@ SURNAMES = _split(
     "Ziegler | Adams | "
     "Becker | Chen | Dubois | Eriksen | Farah | Green | Hughes | Ito | Jones | Kovacs | Lang | Martin | Nowak | "
     "Okafor | Petrov | "
-    "Roth | Singh | Torres | Ueda | Varga | White | Yilmaz | Baker | Costa | Diaz | Fontaine | Hansen | Koch | Larsen | Murphy")
+    "Roth | Singh | Torres | Ueda | Varga | White | Yilmaz | Baker | Costa | Diaz | Fontaine | Hansen | Koch | Larsen | Murphy"
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ for fine-tuning. Called through `python -m loop.embedded.clinic pretrain`."""
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import Pool
@@ -18,72 +19,143 @@ CHUNK = 500  # rows per unit of work
 Message = dict[str, str]
 
 SYSTEMS = (
-    "You are a helpful assistant.", "You are an assistant in a medical practice.", "You help a doctor with paperwork.",
-    "You read conversations carefully.", "Answer briefly and only with what was said.", "You are a medical secretary.",
-    "You work in a clinic. You write clear and short texts.", "You copy facts exactly.", SYSTEM,
+    "You are a helpful assistant.",
+    "You are an assistant in a medical practice.",
+    "You help a doctor with paperwork.",
+    "You read conversations carefully.",
+    "Answer briefly and only with what was said.",
+    "You are a medical secretary.",
+    "You work in a clinic. You write clear and short texts.",
+    "You copy facts exactly.",
+    SYSTEM,
 )
 
 # (fact, questions, answers, answers when the fact does not come up; without these the question is not asked then)
 QUESTIONS = (
-    ("prescription", ("Which medicine was prescribed?", "What does the doctor prescribe?",
-                      "Which new medicine will the patient take?", "What is the prescription?"),
-     ("{prescription}", "The doctor prescribed {prescription}.", "Start {prescription}."), ()),
-    ("drug", ("What is the name of the new drug?", "Which drug is new?"),
-     ("{drug}", "It is {drug}."), ()),
-    ("dose", ("What is the dose of {drug}?", "How much {drug} is taken each time?"),
-     ("{dose}", "{drug} {dose}"), ()),
-    ("frequency", ("How often is {drug} taken?", "How often should the patient take {drug}?"),
-     ("{frequency}", "{drug} {dose} {frequency}"), ()),
-    ("length", ("For how long is {drug} taken?", "How long does the treatment last?"),
-     ("for {length}", "{length}"), ()),
-    ("pressure", ("What was the blood pressure?", "Which blood pressure was measured?", "Blood pressure?"),
-     ("{pressure}", "The blood pressure was {pressure}.", "blood pressure {pressure}"), ()),
-    ("temperature", ("What was the temperature?", "How high was the temperature?", "Temperature?"),
-     ("{temperature}", "The temperature was {temperature}.", "temperature {temperature}"), ()),
-    ("pulse", ("What was the pulse?", "How fast was the pulse?", "Pulse?"),
-     ("{pulse}", "The pulse was {pulse}.", "pulse {pulse}"), ()),
-    ("saturation", ("What was the oxygen saturation?", "Oxygen saturation?"),
-     ("{saturation}", "oxygen saturation {saturation}"), ("It was not measured.",)),
-    ("breathing", ("What was the breathing rate?", "Breathing rate?"),
-     ("{breathing}", "breathing rate {breathing}"), ("It was not measured.",)),
-    ("vitals", ("Which values were measured?", "List the vital signs.", "What did the doctor measure?"),
-     ("{vitals}", "{vitals_and}", "The values were {vitals}."), ()),
-    ("findings", ("What did the examination find?", "What did the doctor see?", "Which findings are there?"),
-     ("{findings}", "On exam {findings}.", "The doctor found that {findings}."), ()),
-    ("side", ("Which side is affected?", "Left or right?", "Is it the left or the right side?"),
-     ("{side}", "the {side} side", "It is the {side} side."), ()),
-    ("complaint", ("Why did the patient come?", "What is the main complaint?", "What brought the patient in?"),
-     ("{complaint}", "The patient has {complaint}.", "{complaint} for {duration}"), ()),
-    ("duration", ("How long has it lasted?", "Since when does the patient have it?", "How long has the patient been ill?"),
-     ("for {duration}", "{duration}", "{complaint} for {duration}"), ()),
-    ("symptoms", ("Which other symptoms are there?", "What else does the patient feel?", "List the other symptoms."),
-     ("{symptoms}", "The patient reports {symptoms}.", "{lines}"), ()),
-    ("denied", ("Which symptom is denied?", "What does the patient not have?", "What was asked for but is absent?"),
-     ("{denied}", "The patient denies {denied}.", "There is no {bare}."), ()),
-    ("age", ("How old is the patient?", "What is the patient's age?", "Age?"),
-     ("{age}", "{age} years", "a {age}-year-old {sex}"), ()),
-    ("sex", ("Is the patient a man or a woman?", "Who is the patient?"),
-     ("a {sex}", "a {age}-year-old {sex}"), ()),
-    ("title", ("What is the patient called?", "What is the patient's name?"),
-     ("{title}",), ()),
-    ("past", ("Which past illness is there?", "What is the medical history?", "Which earlier illness or operation is known?"),
-     ("{past}", "a history of {past}", "The patient has a history of {past}."), ("none", "No past illness is known.")),
-    ("medicine", ("Which medicine does the patient already take?", "What is the regular medicine?", "What is taken regularly?"),
-     ("{medicine}", "The patient takes {medicine}."), ("none", "The patient takes no regular medicine.")),
-    ("allergy", ("Which allergy does the patient have?", "Is there an allergy?", "What is the patient allergic to?"),
-     ("{allergy}", "The patient is allergic to {allergy}."), ("none", "There are no known allergies.")),
-    ("habit", ("Does the patient smoke or drink?", "What about smoking and alcohol?"),
-     ("{habit}", "The patient {habit}."), ("It was not said.",)),
-    ("diagnosis", ("What is the diagnosis?", "What does the doctor think it is?", "Which illness was found?"),
-     ("{diagnosis}", "a diagnosis of {diagnosis}", "The diagnosis is {diagnosis}."), ()),
-    ("excluded", ("What does it not look like?", "What was ruled out?", "Of what is there no sign?"),
-     ("{excluded}", "There is no sign of {excluded}."), ()),
-    ("test", ("Which test is planned?", "What will be arranged?", "What did the doctor order?"),
-     ("{test}", "The doctor will arrange {test}."), ("none", "No test is planned.")),
-    ("advice", ("What is the advice?", "What should the patient do at home?"),
-     ("{advice}", "The patient is advised to {advice}."), ("none",)),
-    ("follow_up", ("When is the next visit?", "When should the patient come back?", "When is the follow-up?"),
-     ("in {follow_up}", "Follow-up in {follow_up}.", "The patient returns in {follow_up}."), ()),
+    (
+        "prescription",
+        (
+            "Which medicine was prescribed?",
+            "What does the doctor prescribe?",
+            "Which new medicine will the patient take?",
+            "What is the prescription?",
+        ),
+        ("{prescription}", "The doctor prescribed {prescription}.", "Start {prescription}."),
+        (),
+    ),
+    ("drug", ("What is the name of the new drug?", "Which drug is new?"), ("{drug}", "It is {drug}."), ()),
+    ("dose", ("What is the dose of {drug}?", "How much {drug} is taken each time?"), ("{dose}", "{drug} {dose}"), ()),
+    ("frequency", ("How often is {drug} taken?", "How often should the patient take {drug}?"), ("{frequency}", "{drug} {dose} {frequency}"), ()),
+    ("length", ("For how long is {drug} taken?", "How long does the treatment last?"), ("for {length}", "{length}"), ()),
+    (
+        "pressure",
+        ("What was the blood pressure?", "Which blood pressure was measured?", "Blood pressure?"),
+        ("{pressure}", "The blood pressure was {pressure}.", "blood pressure {pressure}"),
+        (),
+    ),
+    (
+        "temperature",
+        ("What was the temperature?", "How high was the temperature?", "Temperature?"),
+        ("{temperature}", "The temperature was {temperature}.", "temperature {temperature}"),
+        (),
+    ),
+    ("pulse", ("What was the pulse?", "How fast was the pulse?", "Pulse?"), ("{pulse}", "The pulse was {pulse}.", "pulse {pulse}"), ()),
+    (
+        "saturation",
+        ("What was the oxygen saturation?", "Oxygen saturation?"),
+        ("{saturation}", "oxygen saturation {saturation}"),
+        ("It was not measured.",),
+    ),
+    ("breathing", ("What was the breathing rate?", "Breathing rate?"), ("{breathing}", "breathing rate {breathing}"), ("It was not measured.",)),
+    (
+        "vitals",
+        ("Which values were measured?", "List the vital signs.", "What did the doctor measure?"),
+        ("{vitals}", "{vitals_and}", "The values were {vitals}."),
+        (),
+    ),
+    (
+        "findings",
+        ("What did the examination find?", "What did the doctor see?", "Which findings are there?"),
+        ("{findings}", "On exam {findings}.", "The doctor found that {findings}."),
+        (),
+    ),
+    (
+        "side",
+        ("Which side is affected?", "Left or right?", "Is it the left or the right side?"),
+        ("{side}", "the {side} side", "It is the {side} side."),
+        (),
+    ),
+    (
+        "complaint",
+        ("Why did the patient come?", "What is the main complaint?", "What brought the patient in?"),
+        ("{complaint}", "The patient has {complaint}.", "{complaint} for {duration}"),
+        (),
+    ),
+    (
+        "duration",
+        ("How long has it lasted?", "Since when does the patient have it?", "How long has the patient been ill?"),
+        ("for {duration}", "{duration}", "{complaint} for {duration}"),
+        (),
+    ),
+    (
+        "symptoms",
+        ("Which other symptoms are there?", "What else does the patient feel?", "List the other symptoms."),
+        ("{symptoms}", "The patient reports {symptoms}.", "{lines}"),
+        (),
+    ),
+    (
+        "denied",
+        ("Which symptom is denied?", "What does the patient not have?", "What was asked for but is absent?"),
+        ("{denied}", "The patient denies {denied}.", "There is no {bare}."),
+        (),
+    ),
+    ("age", ("How old is the patient?", "What is the patient's age?", "Age?"), ("{age}", "{age} years", "a {age}-year-old {sex}"), ()),
+    ("sex", ("Is the patient a man or a woman?", "Who is the patient?"), ("a {sex}", "a {age}-year-old {sex}"), ()),
+    ("title", ("What is the patient called?", "What is the patient's name?"), ("{title}",), ()),
+    (
+        "past",
+        ("Which past illness is there?", "What is the medical history?", "Which earlier illness or operation is known?"),
+        ("{past}", "a history of {past}", "The patient has a history of {past}."),
+        ("none", "No past illness is known."),
+    ),
+    (
+        "medicine",
+        ("Which medicine does the patient already take?", "What is the regular medicine?", "What is taken regularly?"),
+        ("{medicine}", "The patient takes {medicine}."),
+        ("none", "The patient takes no regular medicine."),
+    ),
+    (
+        "allergy",
+        ("Which allergy does the patient have?", "Is there an allergy?", "What is the patient allergic to?"),
+        ("{allergy}", "The patient is allergic to {allergy}."),
+        ("none", "There are no known allergies."),
+    ),
+    ("habit", ("Does the patient smoke or drink?", "What about smoking and alcohol?"), ("{habit}", "The patient {habit}."), ("It was not said.",)),
+    (
+        "diagnosis",
+        ("What is the diagnosis?", "What does the doctor think it is?", "Which illness was found?"),
+        ("{diagnosis}", "a diagnosis of {diagnosis}", "The diagnosis is {diagnosis}."),
+        (),
+    ),
+    (
+        "excluded",
+        ("What does it not look like?", "What was ruled out?", "Of what is there no sign?"),
+        ("{excluded}", "There is no sign of {excluded}."),
+        (),
+    ),
+    (
+        "test",
+        ("Which test is planned?", "What will be arranged?", "What did the doctor order?"),
+        ("{test}", "The doctor will arrange {test}."),
+        ("none", "No test is planned."),
+    ),
+    ("advice", ("What is the advice?", "What should the patient do at home?"), ("{advice}", "The patient is advised to {advice}."), ("none",)),
+    (
+        "follow_up",
+        ("When is the next visit?", "When should the patient come back?", "When is the follow-up?"),
+        ("in {follow_up}", "Follow-up in {follow_up}.", "The patient returns in {follow_up}."),
+        (),
+    ),
 )
 
 STORY = (
@@ -94,8 +166,10 @@ STORY = (
     "A {age}-year-old {sex} came because of {complaint}, for {duration} now.",
 )
 STORY_MORE = (
-    "The patient also reports {symptoms} and denies {denied}.", "There is also {symptoms}, but no {bare}.",
-    "Other symptoms: {symptoms}. The patient denies {denied}.", "Reported are {symptoms}. Denied is {denied}.",
+    "The patient also reports {symptoms} and denies {denied}.",
+    "There is also {symptoms}, but no {bare}.",
+    "Other symptoms: {symptoms}. The patient denies {denied}.",
+    "Reported are {symptoms}. Denied is {denied}.",
 )
 PAST = ("There is a history of {past}.", "The patient has a history of {past}.", "{past_capital} is known.", "Known is {past}.")
 NO_PAST = ("There are no past illnesses.", "No past illness is known.", "The patient was healthy before.")
@@ -106,98 +180,157 @@ ALLERGIC_NOT = ("There are no known allergies.", "The patient has no known aller
 HABIT = ("The patient {habit}.", "The {sex} {habit}.", "{title} {habit}.")
 FOUND_VALUES = ("The values were {vitals}.", "Measured: {vitals}.", "The doctor measured {vitals_and}.", "We found {vitals_and}.")
 FOUND = (
-    "On exam, {findings}.", "The examination shows that {findings}.", "The doctor found that {findings}.",
+    "On exam, {findings}.",
+    "The examination shows that {findings}.",
+    "The doctor found that {findings}.",
     "It was seen that {findings}.",
 )
 THINKS = (
-    "The diagnosis is {diagnosis}. There is no sign of {excluded}.", "The doctor found {diagnosis} and no sign of {excluded}.",
-    "A diagnosis of {diagnosis} was made, with no sign of {excluded}.", "It is {diagnosis}, without a sign of {excluded}.",
+    "The diagnosis is {diagnosis}. There is no sign of {excluded}.",
+    "The doctor found {diagnosis} and no sign of {excluded}.",
+    "A diagnosis of {diagnosis} was made, with no sign of {excluded}.",
+    "It is {diagnosis}, without a sign of {excluded}.",
 )
 NEXT_DRUG = (
-    "The patient starts {prescription}.", "The doctor prescribed {prescription}.", "The treatment is {prescription}.",
+    "The patient starts {prescription}.",
+    "The doctor prescribed {prescription}.",
+    "The treatment is {prescription}.",
     "We start {prescription}.",
 )
 NEXT_TEST = ("The doctor will arrange {test}.", "We arrange {test}.", "{test_capital} is planned.", "Planned is {test}.")
 NEXT_ADVICE = ("The patient was advised to {advice}.", "The patient should {advice}.", "The advice is to {advice}.")
 NEXT_VISIT = (
-    "The follow-up is in {follow_up}.", "The next visit is in {follow_up}.", "The patient returns in {follow_up}.",
+    "The follow-up is in {follow_up}.",
+    "The next visit is in {follow_up}.",
+    "The patient returns in {follow_up}.",
     "A follow-up was agreed in {follow_up}.",
 )
 
 # What a part of the visit is called in an instruction, and under which labels it can stand in a report.
 PARTS = {
-    "story": (("what the patient said", "the patient's story", "what was told"),
-              ("Story", "Told", "History", "Background")),
-    "found": (("what the examination found", "what was measured and seen", "the findings"),
-              ("Findings", "Examination", "Measured", "Seen")),
-    "thinks": (("what the doctor thinks", "the doctor's conclusion", "what the illness is"),
-               ("Opinion", "Conclusion", "Diagnosis", "Result")),
-    "next": (("what happens next", "the treatment", "what was agreed"),
-             ("Treatment", "Next", "To do", "Agreed")),
+    "story": (("what the patient said", "the patient's story", "what was told"), ("Story", "Told", "History", "Background")),
+    "found": (("what the examination found", "what was measured and seen", "the findings"), ("Findings", "Examination", "Measured", "Seen")),
+    "thinks": (("what the doctor thinks", "the doctor's conclusion", "what the illness is"), ("Opinion", "Conclusion", "Diagnosis", "Result")),
+    "next": (("what happens next", "the treatment", "what was agreed"), ("Treatment", "Next", "To do", "Agreed")),
 }
 ASK_PART = (
-    "Write down {part}.", "Tell me {part}.", "Summarize {part}.", "In a short paragraph: {part}.",
-    "From this conversation, give {part}.", "Describe {part} in a few sentences.", "Report {part}. State only what was said.",
+    "Write down {part}.",
+    "Tell me {part}.",
+    "Summarize {part}.",
+    "In a short paragraph: {part}.",
+    "From this conversation, give {part}.",
+    "Describe {part} in a few sentences.",
+    "Report {part}. State only what was said.",
     "Note {part} and nothing else.",
 )
 ASK_REPORT = (
     "Write a report of this conversation under the headings {labels}, in plain text.",
-    "Report this visit with the labels {labels}.", "Sort the facts of this conversation under {labels}.",
-    "Use the headings {labels} for a short report. State only what was said.", "Write short paragraphs called {labels}.",
+    "Report this visit with the labels {labels}.",
+    "Sort the facts of this conversation under {labels}.",
+    "Use the headings {labels} for a short report. State only what was said.",
+    "Write short paragraphs called {labels}.",
     "Summarize the conversation under the headings {labels}, without markdown.",
 )
 ASK_LETTER = (
-    "Write a letter to the family doctor about this visit.", "Write to the family doctor what happened.",
-    "Draft a letter about this patient.", "Turn this conversation into a letter to a colleague.",
+    "Write a letter to the family doctor about this visit.",
+    "Write to the family doctor what happened.",
+    "Draft a letter about this patient.",
+    "Turn this conversation into a letter to a colleague.",
     "Please write the doctor's letter.",
 )
 ASK_HANDOVER = (
-    "Write the handover for the nurse.", "Summarize this visit for the nurse.", "What must the next nurse know?",
-    "Write a handover in prose.", "Tell the team about this patient.", "Turn this conversation into one paragraph.",
+    "Write the handover for the nurse.",
+    "Summarize this visit for the nurse.",
+    "What must the next nurse know?",
+    "Write a handover in prose.",
+    "Tell the team about this patient.",
+    "Turn this conversation into one paragraph.",
 )
 ASK_SENTENCE = (
-    "Summarize this conversation in one sentence.", "Write a one-sentence summary.", "Sum up the visit in a single sentence.",
-    "What happened, in one sentence?", "Give the shortest summary of this visit.",
+    "Summarize this conversation in one sentence.",
+    "Write a one-sentence summary.",
+    "Sum up the visit in a single sentence.",
+    "What happened, in one sentence?",
+    "Give the shortest summary of this visit.",
 )
 ASK_DRUGS = (
-    "List all medicines of this patient.", "Make a list of the drugs.", "Which medicines, old and new?",
+    "List all medicines of this patient.",
+    "Make a list of the drugs.",
+    "Which medicines, old and new?",
     "Write the list of medicines.",
 )
 ASK_FIELDS = (
-    "Fill in these fields: {labels}.", "Write a fact sheet with {labels}.", "Extract {labels} from this conversation.",
-    "Give me {labels}, one per line.", "Copy these facts from the conversation: {labels}.", "Make a list with {labels}.",
+    "Fill in these fields: {labels}.",
+    "Write a fact sheet with {labels}.",
+    "Extract {labels} from this conversation.",
+    "Give me {labels}, one per line.",
+    "Copy these facts from the conversation: {labels}.",
+    "Make a list with {labels}.",
 )
 ASK_JSON = (
-    "Write {labels} as JSON.", "Give me JSON with the keys {labels}.", "Extract {labels} as a JSON object.",
+    "Write {labels} as JSON.",
+    "Give me JSON with the keys {labels}.",
+    "Extract {labels} as a JSON object.",
     "Return JSON: {labels}.",
 )
 ASK_QUESTION = (
-    "{question}", "{question}", "Answer the question: {question}", "Read the conversation. {question}",
+    "{question}",
+    "{question}",
+    "Answer the question: {question}",
+    "Read the conversation. {question}",
     "Answer from the conversation. {question}",
 )
 ASK_TALK = (
-    "Write the conversation that belongs to these facts.", "Turn these facts into a conversation of doctor and patient.",
-    "Invent the visit behind this fact sheet.", "What did doctor and patient say? Use these facts.",
+    "Write the conversation that belongs to these facts.",
+    "Turn these facts into a conversation of doctor and patient.",
+    "Invent the visit behind this fact sheet.",
+    "What did doctor and patient say? Use these facts.",
     "Make a dialogue from these facts.",
 )
 ASK_ANY_TALK = (
-    "Write a conversation between a doctor and a patient.", "Invent a visit to the doctor.", "Show me a dialogue from a clinic.",
-    "Write a talk of doctor and patient about {diagnosis}.", "How does a visit to the doctor go?",
+    "Write a conversation between a doctor and a patient.",
+    "Invent a visit to the doctor.",
+    "Show me a dialogue from a clinic.",
+    "Write a talk of doctor and patient about {diagnosis}.",
+    "How does a visit to the doctor go?",
 )
 ASK_REPEAT = (
-    "Repeat: {text}", "Say again: {text}", "Copy this: {text}", "Write exactly this: {text}", "Repeat the line.\n\n{text}",
+    "Repeat: {text}",
+    "Say again: {text}",
+    "Copy this: {text}",
+    "Write exactly this: {text}",
+    "Repeat the line.\n\n{text}",
 )
 SYLLABLES = tuple(a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or"))
 
 FIELDS = {
-    "title": ("Name", "Patient"), "age": ("Age",), "sex": ("Sex",), "complaint": ("Complaint", "Reason", "Main problem"),
-    "duration": ("Duration", "Since"), "side": ("Side",), "symptoms": ("Symptoms", "Other symptoms"),
-    "denied": ("Denied", "Not present"), "past": ("Past illness", "Known illness"), "medicine": ("Regular medicine", "Takes"),
-    "allergy": ("Allergy", "Allergic to"), "habit": ("Habits", "Lifestyle"), "temperature": ("Temperature",),
-    "pressure": ("Blood pressure",), "pulse": ("Pulse",), "saturation": ("Oxygen saturation",), "breathing": ("Breathing rate",),
-    "findings": ("Findings", "Exam"), "diagnosis": ("Diagnosis", "Illness"), "excluded": ("Ruled out", "No sign of"),
-    "drug": ("New drug",), "dose": ("Dose",), "frequency": ("How often",), "length": ("Course", "How long"),
-    "prescription": ("Prescription", "New medicine"), "test": ("Test", "Arranged"), "advice": ("Advice",),
+    "title": ("Name", "Patient"),
+    "age": ("Age",),
+    "sex": ("Sex",),
+    "complaint": ("Complaint", "Reason", "Main problem"),
+    "duration": ("Duration", "Since"),
+    "side": ("Side",),
+    "symptoms": ("Symptoms", "Other symptoms"),
+    "denied": ("Denied", "Not present"),
+    "past": ("Past illness", "Known illness"),
+    "medicine": ("Regular medicine", "Takes"),
+    "allergy": ("Allergy", "Allergic to"),
+    "habit": ("Habits", "Lifestyle"),
+    "temperature": ("Temperature",),
+    "pressure": ("Blood pressure",),
+    "pulse": ("Pulse",),
+    "saturation": ("Oxygen saturation",),
+    "breathing": ("Breathing rate",),
+    "findings": ("Findings", "Exam"),
+    "diagnosis": ("Diagnosis", "Illness"),
+    "excluded": ("Ruled out", "No sign of"),
+    "drug": ("New drug",),
+    "dose": ("Dose",),
+    "frequency": ("How often",),
+    "length": ("Course", "How long"),
+    "prescription": ("Prescription", "New medicine"),
+    "test": ("Test", "Arranged"),
+    "advice": ("Advice",),
     "follow_up": ("Next visit", "Return"),
 }
 SHEET = tuple(key for key in FIELDS if key not in ("drug", "dose", "frequency", "length"))
@@ -207,14 +340,39 @@ def facts_of(v: Visit) -> dict[str, str]:
     """All facts of a visit as texts, for templates and fields; "" where one does not come up."""
     vitals = [f"{name} {value}" for name, value in v.vitals]
     return {
-        "title": v.title, "age": str(v.age), "sex": v.sex, "complaint": v.complaint, "duration": v.duration, "side": v.side,
-        "symptoms": listed(v.symptoms), "lines": "\n".join(v.symptoms), "denied": v.denied, "bare": v.bare,
-        "past": v.past, "past_capital": capital(v.past), "medicine": v.medicine, "allergy": v.allergy, "habit": v.habit,
-        "temperature": v.temperature, "pressure": v.pressure, "pulse": v.pulse, "saturation": v.saturation,
+        "title": v.title,
+        "age": str(v.age),
+        "sex": v.sex,
+        "complaint": v.complaint,
+        "duration": v.duration,
+        "side": v.side,
+        "symptoms": listed(v.symptoms),
+        "lines": "\n".join(v.symptoms),
+        "denied": v.denied,
+        "bare": v.bare,
+        "past": v.past,
+        "past_capital": capital(v.past),
+        "medicine": v.medicine,
+        "allergy": v.allergy,
+        "habit": v.habit,
+        "temperature": v.temperature,
+        "pressure": v.pressure,
+        "pulse": v.pulse,
+        "saturation": v.saturation,
         "breathing": v.breathing,
-        "vitals": ", ".join(vitals), "vitals_and": listed(vitals), "findings": listed(v.findings), "diagnosis": v.diagnosis,
-        "excluded": v.excluded, "drug": v.drug, "dose": v.dose, "frequency": v.frequency, "length": v.length,
-        "prescription": v.prescription, "test": v.test, "test_capital": capital(v.test), "advice": v.advice,
+        "vitals": ", ".join(vitals),
+        "vitals_and": listed(vitals),
+        "findings": listed(v.findings),
+        "diagnosis": v.diagnosis,
+        "excluded": v.excluded,
+        "drug": v.drug,
+        "dose": v.dose,
+        "frequency": v.frequency,
+        "length": v.length,
+        "prescription": v.prescription,
+        "test": v.test,
+        "test_capital": capital(v.test),
+        "advice": v.advice,
         "follow_up": v.follow_up,
     }
 
@@ -240,8 +398,14 @@ class Scribe:
         """One of the PARTS as a short paragraph."""
         f = self.facts
         if name == "story":
-            return self.sentences(STORY, STORY_MORE, PAST if f["past"] else NO_PAST, TAKES if f["medicine"] else TAKES_NONE,
-                                  ALLERGIC if f["allergy"] else ALLERGIC_NOT, HABIT if f["habit"] else ())
+            return self.sentences(
+                STORY,
+                STORY_MORE,
+                PAST if f["past"] else NO_PAST,
+                TAKES if f["medicine"] else TAKES_NONE,
+                ALLERGIC if f["allergy"] else ALLERGIC_NOT,
+                HABIT if f["habit"] else (),
+            )
         if name == "found":
             return self.sentences(FOUND_VALUES, FOUND)
         if name == "thinks":
@@ -279,12 +443,14 @@ class Scribe:
         return pick(self.rng, ASK_HANDOVER), " ".join(map(self.part, PARTS))
 
     def sentence(self) -> tuple[str, str]:
-        return pick(self.rng, ASK_SENTENCE), self.fill((
-            "A {age}-year-old {sex} with {complaint} for {duration} has {diagnosis} and starts {prescription}.",
-            "{title} ({age}) has {diagnosis} and gets {prescription}, with a visit in {follow_up}.",
-            "Because of {complaint} for {duration}, {title} takes {prescription}.",
-            "The {sex} of {age} years reports {symptoms}, denies {denied} and has {diagnosis}.",
-        ))
+        return pick(self.rng, ASK_SENTENCE), self.fill(
+            (
+                "A {age}-year-old {sex} with {complaint} for {duration} has {diagnosis} and starts {prescription}.",
+                "{title} ({age}) has {diagnosis} and gets {prescription}, with a visit in {follow_up}.",
+                "Because of {complaint} for {duration}, {title} takes {prescription}.",
+                "The {sex} of {age} years reports {symptoms}, denies {denied} and has {diagnosis}.",
+            )
+        )
 
     def drugs(self) -> tuple[str, str]:
         old = f"Regular: {self.facts['medicine'] or 'none'}"
@@ -310,9 +476,18 @@ class Scribe:
 
 # The long documents come often, because they are the closest to a note.
 DOCUMENTS: tuple[Callable[[Scribe], tuple[str, str]], ...] = (
-    Scribe.report, Scribe.report, Scribe.report, Scribe.letter, Scribe.handover, Scribe.part_task, Scribe.part_task,
-        Scribe.sentence,
-    Scribe.drugs, Scribe.fields, Scribe.fields, Scribe.json,
+    Scribe.report,
+    Scribe.report,
+    Scribe.report,
+    Scribe.letter,
+    Scribe.handover,
+    Scribe.part_task,
+    Scribe.part_task,
+    Scribe.sentence,
+    Scribe.drugs,
+    Scribe.fields,
+    Scribe.fields,
+    Scribe.json,
 )
 
 
@@ -365,25 +540,38 @@ def _any_talk(rng: random.Random) -> list[Message]:
     return _turn(scribe.fill(ASK_ANY_TALK), scribe.dialogue())
 
 
-def _word(rng: random.Random) -> str:
+def _word(rng: random.Random, common: list[str]) -> str:
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.6:  # a common word with a capital, or without its beginning: pieces of words that the notes need and nothing else has
+        word = pick(rng, common)
+        return word.capitalize() if rng.random() < 0.7 else word[rng.randint(1, 4) :] or word
+    if kind < 0.65:
         return "".join(pick(rng, SYLLABLES) for _ in range(rng.randint(1, 4)))
-    if kind < 0.5:
+    if kind < 0.75:
         return pick(rng, tuple(DRUGS))
-    if kind < 0.6:
+    if kind < 0.8:
         return pick(rng, tuple(HISTORY))
-    if kind < 0.7:
+    if kind < 0.85:
         return pick(rng, SURNAMES)
-    return pick(rng, (str(rng.randint(0, 999)), f"{rng.randint(90, 180)}/{rng.randint(50, 110)}", f"{rng.randint(1, 999)} mg",
-                      f"{rng.randint(340, 420) / 10} C", f"{rng.randint(2, 60)} days", f"{rng.randint(50, 100)} %"))
+    return pick(
+        rng,
+        (
+            str(rng.randint(0, 999)),
+            f"{rng.randint(90, 180)}/{rng.randint(50, 110)}",
+            f"{rng.randint(1, 999)} mg",
+            f"{rng.randint(340, 420) / 10} C",
+            f"{rng.randint(2, 60)} days",
+            f"{rng.randint(50, 100)} %",
+        ),
+    )
 
 
 def _copy(rng: random.Random) -> list[Message]:
     """Lines of random words to be repeated."""
+    common = sorted({word for message in _documents(rng) for word in re.findall("[A-Za-z]+", message["content"])})
     turns: list[Message] = []
     for _ in range(rng.randint(2, 5)):
-        text = " ".join(_word(rng) for _ in range(rng.randint(2, 14)))
+        text = " ".join(_word(rng, common) for _ in range(rng.randint(2, 14)))
         turns += _turn(pick(rng, ASK_REPEAT).format(text=text), text)
     return turns
 
@@ -404,7 +592,7 @@ def _lookup(rng: random.Random) -> list[Message]:
 
 
 # The kinds of rows with their shares of the corpus in percent.
-KINDS = ((_documents, 40), (_interview, 24), (_parts, 16), (_from_sheet, 8), (_any_talk, 3), (_copy, 6), (_lookup, 3))
+KINDS = ((_documents, 38), (_interview, 22), (_parts, 16), (_from_sheet, 8), (_any_talk, 3), (_copy, 10), (_lookup, 3))
 DRAW = tuple(kind for kind, share in KINDS for _ in range(share))
 
 

@@ -1,0 +1,97 @@
+"""Every mistake of the configuration is one line that names the key, and comes before anything is loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from loop.config import Config, ConfigError, build_ds_config, load_config
+
+SEED = ROOT / "loop" / "configs" / "soap_qlora.yaml"
+
+
+def load(*args: str) -> Config:
+    return load_config(["--config", str(SEED), *args])
+
+
+def test_the_seed_configuration_is_the_missions():
+    c = load()
+    assert c.base == "TinyLlama/TinyLlama-1.1B-Chat-v1.0" and c.method == "qlora" and c.double_quant
+    assert (c.lora["r"], c.lora["lora_dropout"], c.lora["target_modules"]) == (8, 0.1, "all-linear")
+    assert c.data.train == "omi-health/medical-dialogue-to-soap-summary" and c.data.columns["note"] == "soap"
+    assert (c.max_seq_len, c.batch_size, c.tokens_per_step) == (2048, 8, 16384)
+    assert (c.lr, c.warmup_steps, c.weight_decay, c.max_grad_norm, c.epochs) == (1e-4, 0, 1e-4, 1.0, 1)
+    assert c.restart_steps is None and c.seed == 42
+
+
+def test_overrides_reach_every_depth():
+    c = load("lr=2e-4", "lora.r=16", "data.train=[a.jsonl, b.jsonl]", "run.resume=false", "gradient_checkpointing=true", "betas=[0.8, 0.9]")
+    assert c.lr == 2e-4 and c.lora["r"] == 16 and c.data.train == ["a.jsonl", "b.jsonl"] and c.run.resume is False
+    assert c.gradient_checkpointing is True and c.betas == (0.8, 0.9) and c.lora["lora_alpha"] == 16
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["lr=abc"], "lr='abc'"), (["lr=-1"], "lr=-1"), (["lrr=1"], "lrr=1: unknown key"), (["data.foo=1"], "data.foo=1: unknown key"),
+    (["method=dpo"], "method='dpo'"), (["batch_size=0"], "batch_size=0"), (["batch_size=2.5"], "batch_size=2.5"),
+    (["batch_size=true"], "batch_size"), (["micro_batch_size=9"], "batch_size=8"), (["min_lr=1"], "min_lr"), (["betas=[0.9, 1.0]"], "betas"),
+    (["lora.rank=8"], "'rank'"), (["lora.r=0"], "r must be"), (["lora.use_dora=true"], "use_dora"),
+    (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"), (["gradient_checkpointing=maybe"], "'auto'"), (["data.train=3"], "data.train=3"),
+    (["lr.x=1"], "lr is a value"), (["--lr", "3"], "--lr: not understood"), (["data.columns={id: id}"], "data.columns"), (["--config"], "--config"),
+    (["lr=[1"], "not a YAML value"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_key(args, words):
+    with pytest.raises(ConfigError) as caught:
+        load(*args)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "lr: {x: 1}"])
+def test_a_broken_file_is_named(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--config", str(tmp_path / "c.yaml")])
+    assert "c.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        load_config(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_one_lora_field_keeps_the_others_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("base: x\ndata: {train: x}\n")
+    assert load_config(["--config", str(tmp_path / "c.yaml"), "lora.r=32"]).lora == {
+        "r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "target_modules": "all-linear",
+    }
+
+
+def test_the_resolved_configuration_loads_again(tmp_path):
+    c = load("lr=3e-4", "monitor.sample_notes=[a]")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == c
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"optimizer": {}}, "optimizer"), ({"gradient_clipping": 1.0}, "max_grad_norm"), ({"train_batch_size": 8}, "batch_size"),
+    ({"zero_optimization": {"stage": 2}}, "stage"), ({"fp16": {"enabled": True}}, "fp16"), ({"data_types": {}}, "grad_accum_dtype"),
+    ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
+])  # fmt: skip
+def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
+    with pytest.raises(ConfigError) as caught:
+        build_ds_config(load(f"deepspeed={path}"))
+    assert words in str(caught.value)
+
+
+def test_deepspeed_is_told_not_to_clip():
+    assert build_ds_config(load())["gradient_clipping"] == 0.0  # left out, it clips at 1.0
+
+
+def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "loop.train", "--config", str(SEED), "lr=abc"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: lr='abc'")

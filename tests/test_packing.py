@@ -1,0 +1,143 @@
+"""The plan, its cuts and the packed row."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loop.data import Example
+from loop.packing import best_fit_decreasing, collate, cut, make_plan
+
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
+
+
+def seed_profile(n: int, seed: int = 0) -> np.ndarray:
+    """Lengths as in the seed configuration's data."""
+    return np.clip(np.random.default_rng(seed).normal(1463, 350, n), 64, 2048).astype(np.int32)
+
+
+def one_by_one(sizes, capacity: int) -> list[int]:
+    """Best-fit-decreasing as the textbook has it: the room left by each item's bin, sorted."""
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [room for room in rooms if room >= size]
+        room = min(fitting) if fitting else capacity
+        if fitting:
+            rooms.remove(room)
+        rooms.append(room - size)
+    return sorted(rooms)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(100, 400))
+def test_the_histogram_packer_is_textbook_best_fit_decreasing(sizes, capacity):
+    bins = best_fit_decreasing(sizes, capacity)
+    loads = np.bincount(bins, weights=sizes).astype(int)
+    assert sorted(capacity - loads) == one_by_one(sizes.tolist(), capacity)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(100, 1000), st.integers(0, 5), st.integers(1, 3))
+def test_every_epoch_holds_every_example_once_and_no_step_overflows(lengths, budget, seed, epochs):
+    plan = make_plan(lengths, budget, seed, epochs)
+    assert sorted(plan.order.tolist()) == sorted(list(range(len(lengths))) * epochs)
+    assert all(0 < lengths[plan[s]].sum() <= budget for s in range(len(plan)))
+    assert sum(len(plan[s]) for s in range(len(plan))) == len(lengths) * epochs
+    ends = np.cumsum([len(plan[s]) for s in range(len(plan))])
+    assert all(n * len(lengths) in ends for n in range(1, epochs + 1))  # an epoch ends where a step ends
+    again = make_plan(lengths, budget, seed, epochs)
+    assert np.array_equal(plan.order, again.order) and np.array_equal(plan.offsets, again.offsets)
+
+
+def test_the_seed_profile_fills_the_budget():
+    plan = make_plan(seed_profile(9250), 16384, 42)
+    assert plan.fill > 0.99
+    assert abs(len(plan) - 826) < 8  # the report's 826 steps
+
+
+def test_the_order_is_random():
+    lengths = seed_profile(50_000)
+    plan = make_plan(lengths, 16384, 1)
+    means = np.array([lengths[plan[s]].mean() for s in range(len(plan))])
+    assert abs(np.corrcoef(np.arange(len(plan)), means)[0, 1]) < 4 / len(plan) ** 0.5
+    order = make_plan(lengths, 16384, 1, epochs=2)
+    company = [{frozenset((a, b)) for s in steps for a in order[s] for b in order[s] if a < b}
+               for steps in (range(0, 200), range(len(plan), len(plan) + 4000))]  # fmt: skip
+    assert len(company[0] & company[1]) < 0.01 * len(company[0])  # other company in the second epoch
+    assert not np.array_equal(order.order[: len(lengths)], make_plan(lengths, 16384, 2).order)
+
+
+def test_max_steps_cuts_the_plan():
+    plan = make_plan(seed_profile(500), 16384, 1, max_steps=7)
+    assert len(plan) == 7 and len(plan.order) == plan.offsets[-1]
+    assert plan.tokens == seed_profile(500)[plan.order].sum()
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 101], [0, 5]])
+def test_impossible_lengths_are_refused(lengths):
+    with pytest.raises(ValueError, match="1..100"):
+        make_plan(np.array(lengths), 100, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array), st.integers(1, 8), st.integers(50, 400))
+def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity):
+    ranks = cut(np.arange(len(lengths)), lengths, world_size, capacity)
+    assert len(ranks) == world_size and len({len(r) for r in ranks}) == 1
+    assert sorted(i for r in ranks for m in r for i in m) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in m) <= capacity for r in ranks for m in r)
+
+
+def test_a_cut_is_balanced():
+    lengths = seed_profile(9250)
+    plan = make_plan(lengths, 16384, 42)
+    shares = []
+    for s in range(100):
+        loads = [int(lengths[r[0]].sum()) for r in cut(plan[s], lengths, 2, 16384)]
+        assert abs(loads[0] - loads[1]) <= lengths[plan[s]].max()
+        shares.append(max(loads) / sum(loads))
+    assert np.mean(shares) < 0.52
+
+
+def test_an_example_above_the_capacity_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        cut(np.array([0]), np.array([60]), 1, 50)
+
+
+def example(key: str, ids: list[int], supervised_from: int) -> Example:
+    input_ids = np.array(ids, np.int32)
+    labels = input_ids.copy()
+    labels[:supervised_from] = -100
+    return Example(key, input_ids, labels)
+
+
+def test_a_row_keeps_documents_apart():
+    batch = collate([example("a", [5, 6, 7, 8], 2), example("b", [1, 2, 3], 0)], 16)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    # position t predicts t + 1 inside its document: 8 does not predict b's first token, which nothing predicts
+    assert batch.target_positions.tolist() == [1, 2, 4, 5]
+    assert batch.targets.tolist() == [7, 8, 2, 3]
+
+
+def test_a_rank_without_examples_has_a_row_without_targets():
+    batch = collate([], 16)
+    assert batch.input_ids.shape == (1, 1) and batch.targets.tolist() == [-100]
+
+
+def test_the_number_of_targets_is_the_collators():
+    rng = np.random.default_rng(0)
+    examples = [example(str(i), rng.integers(0, 9, n).tolist(), int(rng.integers(0, n))) for i, n in enumerate(rng.integers(1, 30, 50))]
+    for e in examples:
+        assert e.num_targets == int((collate([e], 64).targets != -100).sum())
+
+
+@pytest.mark.slow
+def test_ten_million_examples_are_planned_in_seconds():
+    lengths = seed_profile(10_000_000)
+    start = time.perf_counter()
+    plan = make_plan(lengths, 16384, 0)
+    assert plan.fill > 0.99 and time.perf_counter() - start < 60  # 4 s were measured; the bound is generous on purpose
