@@ -87,7 +87,7 @@ class Monitor:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
-        if self.on:
+        if self.on and values:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.log.write(json.dumps({"step": step} | values) + "\n")
