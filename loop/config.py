@@ -1,12 +1,10 @@
 """The run's one configuration: typed, YAML + `key=value`, every mistake named in one line before anything expensive.
 
-One owner a knob. This file owns the recipe: model, LoRA, data, token budgets, optimiser, schedule, intervals, paths.
-`ds_config.json` owns what DeepSpeed does with it: ZeRO stage, buckets, precision, communication, offload. A knob that stood in
-both would have to be kept equal by hand, so `build_ds_config` refuses it.
+It owns the recipe: model, LoRA, data, token budgets, optimiser, schedule, intervals, paths. What DeepSpeed does with it stands in
+`ds_config.json`, see ds_config.py.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -139,15 +137,6 @@ class Config(Section):
         return self.batch_size * self.max_seq_len
 
 
-def _set(tree: dict, dotted: str, value: Any) -> None:
-    *path, last = dotted.split(".")
-    for key in path:
-        if not isinstance(tree.setdefault(key, {}), dict):
-            raise ConfigError(f"{dotted}: {key} is a value, not a section")
-        tree = tree[key]
-    tree[last] = value
-
-
 def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Takes `--name value` pairs out of `args` for the commands that have options beside the configuration."""
     options = dict(defaults)
@@ -187,8 +176,14 @@ def load_config(argv: list[str]) -> Config:
         key, separator, value = arg.partition("=")
         if not separator or key.startswith("-"):
             raise ConfigError(f"{arg}: not understood; write --config FILE or key=value")
+        *sections, last = key.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {name} is a value, not a section")
         try:
-            _set(tree, key, yaml.safe_load(value))
+            section[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={value}: not a YAML value") from error
     try:
@@ -203,39 +198,6 @@ def load_config(argv: list[str]) -> Config:
             what = "unknown key"
         shown = f"={first['input']!r}" if key and isinstance(first["input"], (str, int, float)) else ""
         raise ConfigError(f"{key}{shown}{': ' if key else ''}{what} ({path.name} or the command line)") from error
-
-
-OWNED_HERE = {"optimizer": "lr, betas, eps, weight_decay", "scheduler": "lr, warmup_steps, restart_steps",
-              "gradient_clipping": "max_grad_norm", "train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
-              "train_micro_batch_size_per_gpu": "micro_batch_size", "activation_checkpointing": "gradient_checkpointing"}  # fmt: skip
-
-
-def build_ds_config(config: Config) -> dict[str, Any]:
-    """The dict that transformers and `deepspeed.initialize` both get: the JSON plus the few figures that DeepSpeed insists on."""
-    path = ROOT / config.deepspeed  # an absolute path stays as it is
-    try:
-        ds = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"deepspeed={config.deepspeed}: {error}") from error
-    for key, ours in OWNED_HERE.items():
-        if key in ds:
-            raise ConfigError(f"{path.name}: {key} is set by the run's configuration ({ours}); remove it from the JSON")
-    if "auto" in (text := json.dumps(ds)) and '"auto"' in text:
-        raise ConfigError(f'{path.name}: "auto" is not filled in by anybody here; write the value')
-    zero = ds.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise ConfigError(f"{path.name}: zero_optimization.stage must be 3, the loop reads ZeRO-3's partitions")
-    if ds.get("fp16", {}).get("enabled"):
-        raise ConfigError(f"{path.name}: fp16 corrupts packed NF4 weights silently; use bf16")
-    if ds.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise ConfigError(f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place")
-    if zero.get("zero_quantized_weights") and config.method == "qlora":
-        raise ConfigError(f"{path.name}: zero_quantized_weights (qwZ) would round NF4 codes as if they were numbers")
-    return ds | {
-        "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # left out, DeepSpeed would clip at 1.0 after our own clipping
-    }
 
 
 def exit_with_config_error(error: Exception) -> None:

@@ -7,9 +7,10 @@ import deepspeed
 import torch
 
 from .attention import AttentionError, choose_backend
-from .config import Config, ConfigError, build_ds_config, exit_with_config_error, load_config, take_options
+from .config import Config, ConfigError, exit_with_config_error, load_config, take_options
 from .data import Example, load_examples
 from .distributed import Ranks, init_distributed, seed_everything
+from .ds_config import build_ds_config
 from .generate import write_notes
 from .model import dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy
 from .packing import collate, cut, make_plan

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from .attention import AttentionError, choose_backend
 from .checkpoint import Checkpoints, export_model
-from .config import Config, ConfigError, build_ds_config, exit_with_config_error, load_config
+from .config import Config, ConfigError, exit_with_config_error, load_config
 from .data import Example, load_examples
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
+from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, sample_notes
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,

@@ -130,3 +130,22 @@ def config_file(tiny_base, rows, tmp_path) -> Path:
         "run": {"dir": str(tmp_path / "runs"), "name": "t", "save_steps": 2}, "monitor": {"eval_steps": 3},
     }))  # fmt: skip
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base, rows, tmp_path_factory) -> Path:
+    """The folder of a finished run: two ranks, bf16, dropout on, six steps, evaluated, sampled, saved."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = {
+        "base": tiny_base,
+        "data": {"train": rows["train"], "valid": rows["valid"], "test": rows["valid"]},
+        "max_seq_len": 512,
+        "batch_size": 4,
+        "lr": 1e-2,
+        "max_steps": 6,
+        "run": {"dir": str(folder), "name": "run", "save_steps": 2},
+        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 12},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "stdout").write_text(run_ok(2, "-m", "loop.train", "--config", str(folder / "config.yaml")))
+    return folder / "run"

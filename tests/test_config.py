@@ -1,6 +1,5 @@
 """Every mistake of the configuration is one line that names the key, and comes before anything is loaded."""
 
-import json
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from loop.config import Config, ConfigError, build_ds_config, load_config
+from loop.config import Config, ConfigError, load_config
 
 SEED = ROOT / "loop" / "configs" / "soap_qlora.yaml"
 
@@ -72,24 +71,6 @@ def test_the_resolved_configuration_loads_again(tmp_path):
     c = load("lr=3e-4", "monitor.sample_notes=[a]")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == c
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"optimizer": {}}, "optimizer"), ({"gradient_clipping": 1.0}, "max_grad_norm"), ({"train_batch_size": 8}, "batch_size"),
-    ({"zero_optimization": {"stage": 2}}, "stage"), ({"fp16": {"enabled": True}}, "fp16"), ({"data_types": {}}, "grad_accum_dtype"),
-    ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
-])  # fmt: skip
-def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
-    with pytest.raises(ConfigError) as caught:
-        build_ds_config(load(f"deepspeed={path}"))
-    assert words in str(caught.value)
-
-
-def test_deepspeed_is_told_not_to_clip():
-    assert build_ds_config(load())["gradient_clipping"] == 0.0  # left out, it clips at 1.0
 
 
 def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):

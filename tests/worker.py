@@ -16,11 +16,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from mistakes import MISTAKES
 from safetensors.torch import save_file
 
+import loop.checkpoint
 import loop.data
 import loop.model
 import loop.train as train
 
-PATCHED = [train, loop.data, loop.model]
+PATCHED = [train, loop.data, loop.model]  # whose names cases replace; put back after each case
 
 
 def frozen_digest(model) -> str:
@@ -38,7 +39,7 @@ def frozen_digest(model) -> str:
 
 
 def run(case: dict) -> None:
-    saved = [copy.copy(vars(module)) for module in PATCHED]
+    saved, write = [copy.copy(vars(module)) for module in PATCHED], loop.checkpoint.Checkpoints._write
     patch = case.get("patch", {})
     if "shuffle" in patch:  # another order within the step
         cut = train.cut
@@ -86,6 +87,12 @@ def run(case: dict) -> None:
             return plain_step(*args)
 
         train.train_step, train.StopRequest = counting, lambda: stop
+    if "disk_full" in patch:
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        loop.checkpoint.Checkpoints._write = full
     if case.get("mistake"):
         MISTAKES[case["mistake"]]()
 
@@ -120,6 +127,7 @@ def run(case: dict) -> None:
         error = f"{type(problem).__name__}: {problem}"
     finally:
         deepspeed.initialize = initialize
+        loop.checkpoint.Checkpoints._write = write
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
     if engines:

@@ -1,0 +1,121 @@
+"""A run that is broken off goes on as if it had not been, on the same ranks to the bit and on others to rounding."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_ok, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from loop.checkpoint import Checkpoints, _sha256
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "fp32.json").write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}))
+    data = {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2)}
+    config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "max_steps": STEPS}
+    config |= {"run": {"dir": str(folder), "save_steps": 2}, "monitor": {"eval_steps": 2}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    exact = ["lora.lora_dropout=0.0", f"deepspeed={folder / 'fp32.json'}"]
+
+    def case(name: str, run: str, *args: str, **patch) -> dict:
+        return {"name": name, "args": ["--config", str(folder / "config.yaml"), f"run.name={run}", *args], "out": str(folder / "out"), "patch": patch}
+
+    def start(world_size: int, *cases: dict) -> None:
+        (folder / "cases.json").write_text(json.dumps(cases))
+        run_ok(world_size, "tests/worker.py", str(folder / "cases.json"))
+
+    start(2, case("whole", "whole"), case("first half", "broken", stop_after=3), case("second half", "broken"),
+          case("exact", "exact", *exact), case("two ranks", "elastic", *exact, stop_after=2), case("full disk", "disk", disk_full=1),
+          case("other LoRA", "whole", "lora.r=4"), case("other data", "whole", "data.limit=39"))  # fmt: skip
+    start(1, case("one rank", "elastic", *exact, "micro_batch_size=2", stop_after=2))
+    start(2, case("two ranks again", "elastic", *exact))
+    return folder
+
+
+def curve(folder: Path, key: str) -> list:
+    return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(runs):
+    assert json.loads((runs / "out" / "first half.json").read_text())["report"]["steps"] == 3
+    for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
+        assert curve(runs / "whole", key) == curve(runs / "broken", key), key
+    whole, broken = (load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
+    halves = [load_file(runs / "out" / f"{name}.safetensors") for name in ("whole", "second half")]
+    assert all(torch.equal(halves[0][f"final.weight.{i}"], halves[1][f"final.weight.{i}"]) for i in range(len(whole)))
+
+
+def test_metrics_show_one_curve(runs):
+    for name in ("broken", "elastic"):
+        steps = [json.loads(line)["step"] for line in (runs / name / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+        assert steps == list(range(1, STEPS + 1))
+
+
+def test_another_number_of_ranks_and_another_cut_go_on_with_the_same_steps(runs):
+    """2 ranks, then 1 with smaller micro-batches, then 2: in fp32 without dropout the curves differ by rounding alone."""
+    exact, elastic = (curve(runs / name, "train/loss") for name in ("exact", "elastic"))
+    assert elastic == pytest.approx(exact, rel=1e-5) and exact[0] != exact[-1]
+
+
+def test_a_full_disk_does_not_end_the_run(runs):
+    assert json.loads((runs / "out" / "full disk.json").read_text())["report"]["steps"] == STEPS
+    assert not list((runs / "disk" / "checkpoints").glob("step-*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(runs):
+    errors = [json.loads((runs / "out" / f"{name}.json").read_text())["error"] for name in ("other LoRA", "other data")]
+    assert "lora was {'r': 8" in errors[0] and "'r': 4" in errors[0] and "run.resume=false" in errors[0]
+    assert "examples was" in errors[1]
+
+
+def test_the_last_checkpoints_are_kept_whole_and_without_pickle(runs):
+    found = sorted(p.name for p in (runs / "whole" / "checkpoints").iterdir())
+    assert found == ["step-000004", "step-000006"]
+    for path in (runs / "whole").rglob("*"):
+        assert path.suffix not in {".pt", ".bin", ".pkl", ".pth"}, path
+    with safe_open(runs / "whole" / "checkpoints" / "step-000006" / "state.safetensors", "pt") as file:
+        kinds = [key.rsplit(".", 1)[1] for key in file.keys()]
+        assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())
+    assert kinds.count("master") == kinds.count("exp_avg") == kinds.count("exp_avg_sq") == 2 * 7 * 3
+
+
+@pytest.fixture
+def kept(runs, tmp_path) -> Checkpoints:
+    shutil.copytree(runs / "whole" / "checkpoints", tmp_path / "checkpoints")
+    return Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+
+
+def test_a_torn_checkpoint_is_passed_over_and_said(kept):
+    newest = kept.folder / "step-000006"
+    assert kept.newest()[0] == newest and kept.newest()[1]["step"] == 6
+    data = bytearray((newest / "state.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1  # one flipped bit
+    (newest / "state.safetensors").write_bytes(data)
+    path, manifest, remarks = kept.newest()
+    assert path.name == "step-000004" and manifest["step"] == 4 and "step-000006 passed over: state.safetensors is not what" in remarks[0]
+    (kept.folder / "step-000004" / "manifest.json").unlink()
+    path, _, remarks = kept.newest()
+    assert path is None and len(remarks) == 2
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_ones(kept, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("loop.checkpoint.save_file", full)
+    with pytest.raises(OSError):
+        kept._write(8, {}, {})
+    assert kept.newest()[0].name == "step-000006"
+    assert [p.name for p in kept.finished()] == ["step-000004", "step-000006"]
+    assert len(_sha256(kept.folder / "step-000006" / "manifest.json")) == 64

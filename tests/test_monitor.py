@@ -1,0 +1,62 @@
+"""What a run leaves for people to look at."""
+
+import json
+import stat
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loop.data import read_conversations
+from loop.config import load_config
+
+SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "eval/loss", "eval/perplexity"}
+
+
+@pytest.fixture(scope="module")
+def board(trained):
+    board = EventAccumulator(str(trained / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board):
+    assert set(board.Tags()["scalars"]) == SCALARS  # and train/gpu_memory_gib on a GPU
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    for name in SCALARS:
+        logged = [(line["step"], line[name]) for line in lines if name in line]
+        assert [e.step for e in board.Scalars(name)] == [step for step, _ in logged]
+        assert [e.value for e in board.Scalars(name)] == pytest.approx([value for _, value in logged], rel=1e-6)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 7))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 3, 6]
+
+
+def test_sample_notes_are_shown_for_the_named_examples_alone(trained, board):
+    assert {tag for tag in board.Tags()["tensors"] if "notes" in tag} == {"notes/valid-1/text_summary"}
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["step-000000.md", "step-000003.md", "step-000006.md"]
+
+
+def test_the_folder_tells_what_was_run(trained):
+    assert yaml.safe_load((trained / "config.yaml").read_text())["lr"] == 1e-2
+    assert json.loads((trained / "ds_config.json").read_text())["gradient_clipping"] == 0.0
+    versions = json.loads((trained / "versions.json").read_text())
+    assert {"torch", "deepspeed", "peft", "commit", "device"} <= set(versions)
+    report = json.loads((trained / "report.json").read_text())
+    assert report["steps"] == report["planned_steps"] == 6 and report["train/loss_last"] < report["train/loss_first"]
+
+
+def test_no_patients_word_leaves_the_files_it_came_in(trained):
+    """The run's folder is its owner's, and outside the named samples no line of a dialogue or note is in it or on the terminal."""
+    assert stat.S_IMODE(trained.stat().st_mode) == 0o700
+    config = load_config(["--config", str(trained / "config.yaml")])
+    secrets = [line for _, messages in read_conversations(config, "train") for line in messages[1]["content"].splitlines()[2:] if len(line) > 12]
+    texts = [p.read_bytes().decode("utf-8", "replace") for p in trained.rglob("*") if p.is_file() and p.parent.name != "samples"]
+    texts.append((trained.parent / "stdout").read_text())
+    assert len(secrets) > 20 and not any(s in t for s in secrets for t in texts)
+
+
+def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):
+    out = (trained.parent / "stdout").read_text()
+    for words in ("4 rows x 512 = 2,048 tokens", "the run     6 steps", "trainable parameters", "before training", "--logdir", "launch.sh generate"):
+        assert words in out, words
+    assert "warn" not in out.lower()
