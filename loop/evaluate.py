@@ -12,7 +12,7 @@ from .data import Example, load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .generate import write_notes
-from .model import dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy
+from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter, summed_cross_entropy
 from .packing import collate, cut, make_plan
 from .soap import has_all_sections
 
@@ -86,12 +86,17 @@ def main(argv: list[str] | None = None) -> None:
         if not options["--notes"].isdigit():
             raise ConfigError(f"--notes {options['--notes']}: must be a whole number")
         config = load_config(args)
-        adapter = options["--adapter"] or (str(config.folder / "adapter") if (config.folder / "adapter").is_dir() else None)
+        trained = config.folder / ("model" if config.method == "full" else "adapter")
+        adapter = options["--adapter"] or (str(trained) if trained.is_dir() and config.method != "full" else None)
+        if adapter:
+            read_adapter(adapter)
+        elif trained.is_dir():
+            config = config.model_copy(update={"base": str(trained)})
         figures = evaluate(config, adapter, options["--split"], int(options["--notes"]))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     if figures:
-        print(f"{options['--split']}, {adapter or 'the base alone'}")
+        print(f"{options['--split']}, {adapter or config.base}")
         for name, value in figures.items():
             print(f"  {name:24} {value:,.4f}" if isinstance(value, float) else f"  {name:24} {value:,}")
         if config.folder.is_dir():

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from peft import PeftModel
 
 from .config import ConfigError, exit_with_config_error
 from .data import encode
-from .model import load_base, load_tokenizer
+from .distributed import on_gpu
+from .model import load_base, load_tokenizer, read_adapter
 from .soap import soap_messages
 
 
@@ -46,20 +46,15 @@ def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
 
 def load_for_notes(adapter: str | None, base: str | None, device):
     """(model, tokenizer) for generation on one device, in the precision the adapter was trained on: `trained.json` beside it says."""
-    folder = Path(adapter) if adapter else None
-    if folder and not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
-    settings = json.loads((folder / "adapter_config.json").read_text()) if folder else {}
-    trained = json.loads((folder / "trained.json").read_text()) if folder and (folder / "trained.json").is_file() else {}
-    base = base or settings.get("base_model_name_or_path")
-    if not base:
+    if not adapter and not base:
         raise ConfigError("give --adapter DIR or --base DIR")
-    tokenizer = load_tokenizer(base, trained.get("revision"))
-    dtype = torch.bfloat16 if trained.get("dtype", "bfloat16") == "bfloat16" else torch.float32
-    model = load_base(base, dtype, device, revision=trained.get("revision"), quantized=trained.get("method", "qlora") == "qlora" and bool(folder),
-                      double_quant=trained.get("double_quant", True))  # fmt: skip
-    if folder:
-        model = PeftModel.from_pretrained(model, str(folder))
+    trained = read_adapter(adapter) if adapter else {"base": base, "revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
+    base, revision = base or trained["base"], trained["revision"]
+    tokenizer = load_tokenizer(base, revision)
+    dtype = getattr(torch, trained["dtype"])
+    model = load_base(base, dtype, device, revision=revision, quantized=trained["method"] == "qlora", double_quant=trained["double_quant"])
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), tokenizer
 
 
@@ -88,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ConfigError(f"--dialogue {args.dialogue}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
         if not dialogue.strip():
             raise ConfigError(f"--dialogue {args.dialogue}: the dialogue is empty")
-        model, tokenizer = load_for_notes(args.adapter, args.base, "cuda:0" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_for_notes(args.adapter, args.base, "cuda:0" if on_gpu() else "cpu")
     except ConfigError as error:
         exit_with_config_error(error)
     with contextlib.suppress(BrokenPipeError):

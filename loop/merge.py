@@ -1,14 +1,13 @@
 """The adapter folded into its base: an ordinary model folder, `./launch.sh merge --adapter DIR --out DIR`."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from .config import ConfigError, exit_with_config_error
-from .model import load_base, load_tokenizer
+from .model import load_base, load_tokenizer, read_adapter
 
 
 @torch.no_grad()
@@ -18,21 +17,16 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit") 
     into="16bit" merges into the base as published; into="nf4" into the dequantised 4-bit base, the one that the adapter was
     trained against (peft#2105): the first is another model by the quantisation error, the second by one rounding to bf16.
     Raises ConfigError for folders that are not what they should be."""
-    folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
+    trained = read_adapter(adapter)
     if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"--out {out}: exists and is not empty")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
-    base = base or settings["base_model_name_or_path"]
-    model = load_base(base, torch.bfloat16, "cpu", revision=trained.get("revision"), quantized=into == "nf4",
-                      double_quant=trained.get("double_quant", True))  # fmt: skip
+    base, revision = base or trained["base"], trained["revision"]
+    model = load_base(base, torch.bfloat16, "cpu", revision=revision, quantized=into == "nf4", double_quant=trained["double_quant"])
     if into == "nf4":
         model = model.dequantize(dtype=torch.bfloat16)
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
-    load_tokenizer(base, trained.get("revision")).save_pretrained(out)
+    load_tokenizer(base, revision).save_pretrained(out)
     return Path(out)
 
 

@@ -1,6 +1,7 @@
 """The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def loading(base: str):
 def load_tokenizer(base: str, revision: str | None = None):
     with loading(base):
         return AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+
+
+def read_adapter(adapter: str) -> dict[str, Any]:
+    """What an adapter folder says of itself: its base, and the revision, method, double_quant and dtype that it was trained with
+    (an adapter from elsewhere says nothing of these: then this project's defaults)."""
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
+    return {"base": base, "revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"} | trained
 
 
 def load_shape(base: str, revision: str | None = None):

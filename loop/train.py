@@ -171,12 +171,13 @@ def show_summary(config: Config, report: dict) -> None:
     samples = sorted((config.folder / "samples").glob("step-*.md"))
     if len(samples) > 1:
         print(f"\n--- before training ({samples[0]}) ---\n{samples[0].read_text()}\n--- after ({samples[-1]}) ---\n{samples[-1].read_text()}")
+    option = "--base" if config.method == "full" else "--adapter"
     evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
     print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report['train/loss_first']:.4f} -> "
           f"{report['train/loss_last']:.4f}{evaluated}, {report['train/tokens_per_second']:,.0f} tokens/s\n"
           f"  written to        {report['exported']}\n"
           f"  look at curves    tensorboard --logdir {config.run.dir}\n"
-          f"  write a note      ./launch.sh generate --adapter {report['exported']} --dialogue FILE\n"
+          f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
           f"  score it          ./launch.sh evaluate --config {config.folder}/config.yaml")  # fmt: skip
 
 
