@@ -86,6 +86,9 @@ def _for_transformers(backend: str, module, query, key, value, attention_mask, s
     """What transformers calls: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
     if kwargs.get("cu_seqlens") is None or attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise AttentionError("packed attention takes one row with cu_seqlens, without a mask or a cache")
+    window = kwargs.get("sliding_window") or kwargs["max_seqlen"]
+    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or window < kwargs["max_seqlen"]:
+        raise AttentionError(f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window is not supported")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = packed_attention(q, k, v, kwargs["cu_seqlens"], kwargs["max_seqlen"], backend, scale=scaling)
     return out.unsqueeze(0), None

@@ -17,7 +17,7 @@ from deepspeed.utils import (
     safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_optimizer_state,
 )  # fmt: skip
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import Config, ConfigError
@@ -53,14 +53,18 @@ class Checkpoints:
         if self.ranks.is_main:
             try:
                 self._write(step, tensors, {"step": step, "optimizer_step": _adam_step(engine), "identity": identity, "rng": rng})
-            except OSError as error:
-                problem = f"checkpoint of step {step} not written: {error.strerror or error} ({self.folder}); older ones stay"
+            except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+                shutil.rmtree(self._aside(step), ignore_errors=True)
+                problem = f"checkpoint of step {step} not written: {error} ({self.folder}); older ones stay"
         torch.distributed.barrier()
         return problem
 
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".writing-{step:06d}"
+
     def _write(self, step: int, tensors: dict, manifest: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".writing-{step:06d}"
+        aside = self._aside(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         save_file(tensors, aside / "state.safetensors")
@@ -75,6 +79,15 @@ class Checkpoints:
         _fsync(self.folder)
         for old in self.finished()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def agree_on_newest(self) -> tuple[Path | None, dict, list[str]]:
+        """Rank 0's `newest`, on every rank. Raises ConfigError on all of them where one can't see the file that it needs."""
+        found = [self.newest() if self.ranks.is_main else None]
+        torch.distributed.broadcast_object_list(found)
+        path, manifest, remarks = found[0]
+        if self.ranks.any(path is not None and not (path / "state.safetensors").is_file()):
+            raise ConfigError(f"{path}: not every rank can read it; run.dir must be a folder that all machines share")
+        return path, manifest, remarks
 
     def newest(self) -> tuple[Path | None, dict, list[str]]:
         """The newest whole checkpoint with its manifest, and a remark for each one passed over because it is not whole."""

@@ -6,7 +6,9 @@ It owns the recipe: model, LoRA, data, token budgets, optimiser, schedule, inter
 
 import dataclasses
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +108,8 @@ class Config(Section):
         for key in lora:
             if key not in known:
                 raise ValueError(f"unknown field {key!r} of peft.LoraConfig")
+        if isinstance(lora.get("lora_dropout"), str):  # YAML reads 1e-1 as a text
+            lora = lora | {"lora_dropout": float(lora["lora_dropout"])}
         if not isinstance(lora.get("r", 8), int) or lora.get("r", 8) < 1:
             raise ValueError("r must be a whole number of at least 1")
         # DoRA needs the norm of the dense weight, PiSSA/OLoRA/LoftQ/EVA rewrite it: a partitioned 4-bit base offers neither.
@@ -123,6 +127,8 @@ class Config(Section):
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if self.data.train == []:
+            raise ValueError("data.train=[]: name at least one source")
         if "messages" not in self.data.columns and not {"dialogue", "note"} <= set(self.data.columns):
             raise ValueError("data.columns must map either messages, or dialogue and note")
         return self
@@ -168,7 +174,7 @@ def load_config(argv: list[str]) -> Config:
         tree = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold `key: value` lines")
@@ -201,7 +207,11 @@ def load_config(argv: list[str]) -> Config:
 
 
 def exit_with_config_error(error: Exception) -> None:
-    """One line on stderr, from one rank, and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"error: {error}\n")  # one write: lines of two processes must not mix
+    """One line on stderr and exit code 2. Where all ranks make the same mistake, rank 0 says it and the launcher ends the others
+    while they wait; a rank that is alone with its mistake gets to say it after that."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")  # one write: lines must not mix
     sys.exit(2)

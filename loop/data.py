@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import jinja2
 import numpy as np
 
-from .config import Config, ConfigError
+from .config import ROOT, Config, ConfigError
 from .soap import soap_messages
 
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # our name -> the hub's usual name
@@ -42,9 +43,9 @@ class Example:
 def load_rows(source: str, split: str) -> tuple[datasets.Dataset, str]:
     """Rows of one source and the split's name. `source` is a file, a folder in the hub's layout or a hub id, each with an
     optional `:SPLIT`. Raises ConfigError naming the source when it can't be read."""
-    name, _, wanted = source.partition(":")
+    name, wanted = (source, "") if ":" not in source or Path(source).exists() else source.rsplit(":", 1)
     wanted = wanted or SPLITS[split]
-    path = Path(name)
+    path = Path(name) if Path(name).exists() else ROOT / name  # what the repository ships is found from any folder
     try:
         # The cache would keep a copy of patients' dialogues in the home folder; a temporary one goes with this block.
         with tempfile.TemporaryDirectory() as cache:
@@ -61,8 +62,9 @@ def load_rows(source: str, split: str) -> tuple[datasets.Dataset, str]:
     except Exception as error:  # each reader has its own exceptions; their root cause says what and where
         while error.__cause__ is not None:
             error = error.__cause__
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         remedy = "repair the file" if path.exists() else "no such file or folder, and the hub has no answer; point it at a local file or folder"
-        raise ConfigError(f"data.{split}={source}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0][:160]})") from error
+        raise ConfigError(f"data.{split}={source}: {remedy} ({reason})") from error
 
 
 def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[str, str]]]]:
@@ -77,15 +79,18 @@ def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[
         for column in needed:
             if column not in rows.column_names:
                 raise ConfigError(f"data.columns: {source} has no column {column!r}, only {', '.join(rows.column_names)}")
+        if columns.get("id", "id") not in ("id", *rows.column_names):
+            raise ConfigError(f"data.columns: {source} has no column {columns['id']!r}, only {', '.join(rows.column_names)}")
         for number, row in enumerate(rows.select(range(min(len(rows), config.data.limit or len(rows))))):
             key = row.get(columns.get("id", "id"))
-            key = f"{name}-{number}" if key is None else str(key)
+            key = f"{name}-{len(found)}" if key is None else str(key)
             where = f"{source}, row {number + 1} (id {key})"
             if key in found:
                 raise ConfigError(f"{where}: this id occurs twice; make ids unique")
             if "messages" in columns:
                 messages = row[columns["messages"]]
-                if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
+                whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+                if not whole or not any(m.get("role") == "assistant" for m in messages):
                     raise ConfigError(f"{where}: {columns['messages']} must be a list of role and content with an assistant's turn")
             else:
                 for column in needed:
@@ -107,7 +112,11 @@ def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) ->
     specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
 
     def render(messages, prompt):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except jinja2.TemplateError as error:  # e.g. a template that knows no system role
+            roles = ", ".join(m["role"] for m in messages)
+            raise ConfigError(f"the base's chat template refuses a conversation of {roles}: {error}") from error
 
     texts = [render(*c) for c in conversations]
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]

@@ -22,7 +22,6 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         # DeepSpeed's accelerator, not torch.cuda.is_available(): DS_ACCELERATOR=cpu means the CPU on a machine with GPUs too.
         self.device = torch.device(get_accelerator().current_device_name() if on_gpu() else "cpu")

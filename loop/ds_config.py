@@ -1,6 +1,6 @@
 """DeepSpeed's side of the configuration, with one owner a knob.
 
-`ds_config.json` owns the ZeRO stage, buckets, precision, communication and offload; the run's YAML owns everything else. A knob that
+`ds_config.json` owns the ZeRO stage, buckets, precision, communication and parameter offload; the run's YAML owns everything else. A knob that
 stood in both would have to be kept equal by hand, so it is refused here, and so is what would give wrong numbers silently.
 """
 
@@ -26,8 +26,10 @@ def build_ds_config(config: Config) -> dict[str, Any]:
     path = ROOT / config.deepspeed  # an absolute path stays as it is
     try:
         ds = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed={config.deepspeed}: {error}") from error
+    if not isinstance(ds, dict):
+        raise ConfigError(f"{path.name}: must hold one JSON object")
     for key, ours in OWNED_BY_THE_RUN.items():
         if key in ds:
             raise ConfigError(f"{path.name}: {key} is set by the run's configuration ({ours}); remove it from the JSON")
@@ -40,6 +42,8 @@ def build_ds_config(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: fp16 corrupts packed NF4 weights silently; use bf16")
     if ds.get("data_types", {}).get("grad_accum_dtype") != "fp32":
         raise ConfigError(f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place")
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ConfigError(f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our clipping gets copies of them only")
     if zero.get("zero_quantized_weights") and config.method == "qlora":
         raise ConfigError(f"{path.name}: zero_quantized_weights (qwZ) would round NF4 codes as if they were numbers")
     return ds | {

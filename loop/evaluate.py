@@ -18,17 +18,21 @@ from .soap import has_all_sections
 
 
 @torch.no_grad()
-def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: int, ranks: Ranks) -> dict[str, float]:
+def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: int, ranks: Ranks, stop=None) -> dict[str, float]:
     """Mean cross-entropy over all supervised tokens of `examples`, in nats, and its perplexity.
 
     A mean of batch means would weigh a short note like a long one and change with the batch size; sums divided once don't.
-    capacity: tokens of a micro-batch. Every rank must call it; all get the same figures, and dropout is off meanwhile."""
+    capacity: tokens of a micro-batch. Every rank must call it; all get the same figures, and dropout is off meanwhile. With `stop`, a
+    StopRequest, it gives up and returns {} when a rank is asked to end."""
     lengths = [len(e) for e in examples]
     was_training = engine.module.training
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     plan = make_plan(lengths, capacity * ranks.world_size, seed=0)
     for step in range(len(plan)):
+        if stop and ranks.any(stop.signal is not None):
+            engine.module.train(was_training)
+            return {}
         for ids in cut(plan[step], lengths, ranks.world_size, capacity)[ranks.rank]:
             batch = collate([examples[i] for i in ids], max_seq_len).to(ranks.device)
             total[0] += summed_cross_entropy(engine.module(**batch.model_inputs()).logits, batch.targets)
@@ -88,15 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(args)
         trained = config.folder / ("model" if config.method == "full" else "adapter")
         adapter = options["--adapter"] or (str(trained) if trained.is_dir() and config.method != "full" else None)
-        if adapter:
-            read_adapter(adapter)
+        if adapter and config.method == "full":
+            raise ConfigError(f"--adapter {adapter}: the configuration says method=full, which has none; leave one of them out")
+        if adapter:  # the rounding of the base that it was trained on, whatever the configuration says
+            config = config.model_copy(update={key: read_adapter(adapter)[key] for key in ("method", "double_quant", "revision")})
         elif trained.is_dir():
             config = config.model_copy(update={"base": str(trained)})
         figures = evaluate(config, adapter, options["--split"], int(options["--notes"]))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     if figures:
-        print(f"{options['--split']}, {adapter or config.base}")
+        print(f"{options['--split']}, {adapter or f'{config.base} without an adapter'}")
         for name, value in figures.items():
             print(f"  {name:24} {value:,.4f}" if isinstance(value, float) else f"  {name:24} {value:,}")
         if config.folder.is_dir():

@@ -11,7 +11,7 @@ from peft import PeftModel
 from .config import ConfigError, exit_with_config_error
 from .data import encode
 from .distributed import on_gpu
-from .model import load_base, load_tokenizer, read_adapter
+from .model import attach_adapter, load_base, load_tokenizer, read_adapter
 from .soap import soap_messages
 
 
@@ -54,7 +54,7 @@ def load_for_notes(adapter: str | None, base: str | None, device):
     dtype = getattr(torch, trained["dtype"])
     model = load_base(base, dtype, device, revision=revision, quantized=trained["method"] == "qlora", double_quant=trained["double_quant"])
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = attach_adapter(model, adapter)
     return model.eval(), tokenizer
 
 

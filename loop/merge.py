@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from .config import ConfigError, exit_with_config_error
-from .model import load_base, load_tokenizer, read_adapter
+from .model import attach_adapter, load_base, load_tokenizer, read_adapter
 
 
 @torch.no_grad()
@@ -18,13 +17,13 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit") 
     trained against (peft#2105): the first is another model by the quantisation error, the second by one rounding to bf16.
     Raises ConfigError for folders that are not what they should be."""
     trained = read_adapter(adapter)
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise ConfigError(f"--out {out}: exists and is not empty")
+    if Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir())):
+        raise ConfigError(f"--out {out}: is there already and is not an empty folder")
     base, revision = base or trained["base"], trained["revision"]
     model = load_base(base, torch.bfloat16, "cpu", revision=revision, quantized=into == "nf4", double_quant=trained["double_quant"])
     if into == "nf4":
         model = model.dequantize(dtype=torch.bfloat16)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged = attach_adapter(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
     load_tokenizer(base, revision).save_pretrained(out)
     return Path(out)

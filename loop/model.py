@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from deepspeed.utils import set_z3_leaf_modules
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -34,8 +35,8 @@ def loading(base: str):
     """Turns a failed load into one line that says how to go on without the hub."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
         raise ConfigError(f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder here (config.json, "
                           "tokenizer, *.safetensors) and set base=/path/to/folder") from error  # fmt: skip
 
@@ -51,8 +52,11 @@ def read_adapter(adapter: str) -> dict[str, Any]:
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--adapter {adapter}: adapter_config.json or trained.json is broken ({type(error).__name__})") from error
     return {"base": base, "revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"} | trained
 
 
@@ -97,10 +101,22 @@ def load_base(
     return model
 
 
+def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
+    """The model with the adapter of a folder on it. Raises ConfigError when it was made for another base."""
+    try:
+        return PeftModel.from_pretrained(model, adapter, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise ConfigError(f"--adapter {adapter}: does not fit this base, or is broken ({reason})") from error
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder layers, below PEFT's wrapping if there is one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.get_decoder().layers
+    try:
+        return base.get_decoder().layers
+    except AttributeError as error:
+        raise ConfigError(f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama") from error
 
 
 def load_model(config: Config, ds: dict, device, attention: str, adapter: str | None = None) -> nn.Module:
@@ -121,7 +137,7 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
         # The first layer's input must require a gradient: its weights don't, and checkpointing and leaf modules would see nothing to do.
         model.enable_input_require_grads()
         if adapter:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+            model = attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
         else:
             try:
                 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora)
@@ -156,7 +172,8 @@ def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
 def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:
     """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit 80 % of the free memory, and
     recomputes activations only where even one row does not fit without. free_bytes None: a CPU, no checkpointing, all rows at once."""
-    most = -(-config.batch_size // world_size)
+    # Packing whole examples leaves gaps: on several ranks a row more than the even share saves a second, half empty micro-batch.
+    most = min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
     sizes = range(most, 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
     for checkpointing in [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing]:
         for size in sizes:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from .config import ROOT, Config
 from .distributed import Ranks, on_gpu
-from .packing import Plan
+from .packing import Plan, cut
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -47,12 +48,12 @@ def versions() -> dict[str, str]:
 
 def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: Config, world_size: int, micro_batch_size: int) -> str:
     """The batch arithmetic, before the first step."""
-    cap = micro_batch_size * config.max_seq_len
-    rounds = -(-plan.budget // (cap * world_size))
+    first = range(min(len(plan), 50))
+    rounds = np.mean([len(cut(plan[s], lengths, world_size, micro_batch_size * config.max_seq_len)[0]) for s in first])
     n = len(plan.order)
     return "\n".join([
         f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of whole examples, on {world_size} rank(s) "
-        f"in about {rounds} micro-batch(es) of at most {micro_batch_size} x {config.max_seq_len:,} tokens",
+        f"in {rounds:.1f} micro-batch(es) on average of at most {micro_batch_size} x {config.max_seq_len:,} tokens",
         f"the run     {len(plan):,} steps, {n:,} examples, {n / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
         f"{int(targets[plan.order].sum()):,} of them supervised; the budget is filled to {plan.fill:.1%}",
         f"lengths     mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,} tokens",
@@ -64,19 +65,23 @@ class Monitor:
 
     def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int) -> None:
         self.on, self.folder, self.ranks = ranks.is_main, config.folder, ranks
+        self.first_step, self.num_steps = first_step, num_steps
         self.started = self.last = time.perf_counter()
+        self.tokens, self.seconds = 0, 0.0  # of the steps alone, without evaluation and saving
         if not self.on:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)  # a run on patients' data is its owner's alone
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (self.folder / "ds_config.json").write_text(json.dumps(ds, indent=2))
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2))
         # After a resume the steps behind the checkpoint are run again: cut them from the log, so that it shows one curve.
         log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
+        lines = log.read_text().splitlines() if log.exists() and first_step else []
         log.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step))
         self.log = log.open("a")
+        if not first_step:  # what is here is of a run that died before its first checkpoint
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
@@ -88,15 +93,27 @@ class Monitor:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
         if self.on and values:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.log.write(json.dumps({"step": step} | values) + "\n")
-            self.log.flush()
+            with self.carry_on():
+                self.log.write(json.dumps({"step": step} | values) + "\n")
+                self.log.flush()
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def carry_on(self):
+        """A full disk costs a line of the log, said aloud, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"not logged: {error} ({self.folder})")
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
         """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr and number of tokens."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        seconds = time.perf_counter() - self.last
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        if step == self.first_step + 3:
+            left = self.num_steps - step
+            self.say(f"step {step}: {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s; {left:,} steps to go, about {left * seconds / 60:,.0f} min")
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens_per_second": tokens / seconds}
         if self.ranks.device.type == "cuda":
             values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -107,31 +124,39 @@ class Monitor:
                 self.bar.set_postfix_str(figures, refresh=False)
                 self.bar.update()
 
-    def exclude(self) -> None:
-        """Call after evaluation, sampling or saving: their time is not the next step's."""
+    def start_step(self) -> None:
+        """A step's time begins here; evaluation, sampling and saving are not part of it."""
         self.last = time.perf_counter()
 
     def notes(self, step: int, notes: dict[str, str]) -> None:
         """Sample notes of held-out examples, as text in TensorBoard and as a file."""
         if self.on and notes:
-            folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            text = "\n\n".join(f"## {key}\n\n{note}" for key, note in notes.items())
-            (folder / f"step-{step:06d}.md").write_text(text + "\n")
-            for key, note in notes.items():
-                self.board.add_text(f"notes/{key}", "    " + note.replace("\n", "\n    "), step)
+            with self.carry_on():
+                folder = self.folder / "samples"
+                folder.mkdir(exist_ok=True)
+                text = "\n\n".join(f"## {key}\n\n{note}" for key, note in notes.items())
+                (folder / f"step-{step:06d}.md").write_text(text + "\n")
+                for key, note in notes.items():
+                    self.board.add_text(f"notes/{key}", "    " + note.replace("\n", "\n    "), step)
 
-    def close(self, report: dict) -> None:
-        """Writes report.json and closes the files."""
-        if self.on:
-            self.bar.close()
-            self.board.close()
-            self.log.close()
-            write_report(self.folder, {"seconds": round(time.perf_counter() - self.started, 1)} | report)
+    def close(self, figures: dict) -> dict:
+        """Closes the files and returns what report.json holds now: `figures` and those of the steps, the steps before a resume included."""
+        if not self.on:
+            return {}
+        self.bar.close()
+        self.board.close()
+        self.log.close()
+        losses = [line["train/loss"] for line in map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()) if "train/loss" in line]
+        if losses:
+            figures = {"train/loss_first": losses[0], "train/loss_last": losses[-1]} | figures
+        if self.seconds:
+            figures = {"train/tokens_per_second": self.tokens / self.seconds, "seconds": time.perf_counter() - self.started} | figures
+        return write_report(self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | figures)
 
 
-def write_report(folder: Path, figures: dict) -> None:
-    """Adds figures to the run's report.json."""
+def write_report(folder: Path, figures: dict) -> dict:
+    """Adds figures to the run's report.json and returns all of them."""
     path = folder / "report.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | figures, indent=2) + "\n")
+    figures = (json.loads(path.read_text()) if path.exists() else {}) | figures
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures

@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         options = take_options(args, {"--rows": "1", "--id": None})
-        if not options["--rows"].isdigit():
-            raise ConfigError(f"--rows {options['--rows']}: must be a whole number")
+        if not options["--rows"].isdigit() or options["--rows"] == "0":
+            raise ConfigError(f"--rows {options['--rows']}: must be a whole number of at least 1")
         config = load_config(args)
         tokenizer = load_tokenizer(config.base, config.revision)
         examples, _ = load_examples(config, tokenizer, "train")

@@ -1,8 +1,8 @@
 """The training loop, top to bottom: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `main`, then `train_step`."""
 
-import math
+import itertools
+import os
 import sys
-import time
 
 import deepspeed
 import numpy as np
@@ -44,7 +44,9 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         if last:
             # The accumulated gradients are complete now and engine.step() will consume them: the only moment to clip.
             grad_norm = clip_grad_norm(parameters, max_grad_norm)
-        engine.step()  # does nothing before the boundary; skips a non-finite gradient on all ranks alike
+        # Does nothing before the boundary. DeepSpeed skips the update, on all ranks alike and without a word, when the gradient
+        # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
+        engine.step()
     return loss_total, grad_norm
 
 
@@ -58,17 +60,31 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def free_gpu_bytes(ranks: Ranks) -> int | None:
-    """Free memory of the fullest GPU of the run, None on CPUs."""
+def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:
+    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 16 bytes for every
+    trainable weight (its fp32 master, gradient and two moments), shared by all ranks."""
     if ranks.device.type == "cpu":
         return None
-    free = torch.tensor(torch.cuda.mem_get_info()[0], device=ranks.device)
+    states = 16 * sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable(model)) // ranks.world_size
+    free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
     return int(free)
 
 
+def prepare_folder(config: Config) -> None:
+    """Makes the run's folder. With run.resume=false an earlier run of this name is moved aside, not overwritten."""
+    folder = config.folder
+    try:
+        if not config.run.resume and folder.exists() and os.environ.get("RANK", "0") == "0":
+            aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
+            print(f"{folder} is {folder.rename(aside)} now")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir, run.name: {folder} cannot be made ({error.strerror})") from error
+
+
 def train(config: Config, ds: dict) -> dict:
-    """Runs the whole job and returns the figures of report.json."""
+    """Runs the whole job and returns the figures of report.json (on rank 0)."""
     stop = StopRequest()
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
     examples, dropped = load_examples(config, tokenizer, "train")
@@ -79,22 +95,27 @@ def train(config: Config, ds: dict) -> dict:
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps)
+    if config.warmup_steps >= len(plan):
+        raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
     ranks = init_distributed()
+    prepare_folder(config)
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
-    micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(ranks))
+    micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     parameters = [p for _, p in trainable(engine.module)]
-    seed_everything(config.seed + 1 + ranks.rank)  # different from here on: each rank drops out other units
+    seed_everything(config.seed + 1 + ranks.rank)  # different from here on: each rank drops out other units. A resume restores this state.
 
-    identity = {"base": config.base, "method": config.method, "lora": config.lora, "examples": fingerprint(examples), "seed": config.seed,
-                "batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "epochs": config.epochs}  # fmt: skip
+    # What must be equal for a run to be continued; how its steps are cut may differ.
+    identity = {"base": config.base, "revision": config.revision, "method": config.method, "double_quant": config.double_quant,
+                "lora": config.lora, "examples": fingerprint(examples), "seed": config.seed, "batch_size": config.batch_size,
+                "max_seq_len": config.max_seq_len, "steps": len(plan), "lr": config.lr}  # fmt: skip
     checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
-    path, manifest, remarks = checkpoints.newest() if config.run.resume else (None, {}, [])
+    path, manifest, remarks = checkpoints.agree_on_newest()
     first_step = checkpoints.load(engine, path, manifest, identity) if path else 0
 
     monitor = Monitor(config, ds, ranks, first_step, len(plan))
@@ -110,19 +131,23 @@ def train(config: Config, ds: dict) -> dict:
         monitor.say(remark)
 
     def validate_and_show(step: int) -> dict[str, float]:
-        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks) if held_out else {}
+        """Validation loss and sample notes after `step` steps; nothing when the run is asked to stop meanwhile."""
+        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop) if held_out else {}
         monitor.scalars(step, figures)
-        monitor.notes(step, sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks))
         if figures:
             monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
+        if not ranks.any(stop.signal is not None):
+            monitor.notes(step, sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks))
         return figures
 
-    figures = validate_and_show(0) if first_step == 0 else {}
-    history, bad_steps, tokens_done, started = [], 0, 0, time.perf_counter()
-    monitor.exclude()
+    figures: dict[str, float] = {}
+    if first_step == 0:
+        validate_and_show(0)  # before training: what all later figures are compared with
+    bad_steps = 0
     for step in range(first_step, len(plan)):
-        ids = plan[step]
-        mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]
+        monitor.start_step()
+        ids = plan[step]  # the examples of this step
+        mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
         micro_batches = [collate([examples[i] for i in part], config.max_seq_len) for part in mine]
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
@@ -131,38 +156,31 @@ def train(config: Config, ds: dict) -> dict:
 
         loss_sum, grad_norm = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks)
 
-        loss_sum, stopping = ranks.sum(loss_sum.item(), stop.signal is not None)
-        loss = loss_sum / num_targets
-        monitor.step(step + 1, loss, grad_norm, lr, int(lengths[ids].sum()))
-        history.append(loss)
-        tokens_done += int(lengths[ids].sum())
-        if engine.was_step_applied():
-            bad_steps = 0
-        else:
-            bad_steps += 1
+        loss_of_all_ranks, ranks_asked_to_stop = ranks.sum(loss_sum.item(), stop.signal is not None)
+        stopping = ranks_asked_to_stop > 0  # on all ranks alike, or some would wait for the others for ever
+        monitor.step(step + 1, loss_of_all_ranks / num_targets, grad_norm, lr, int(lengths[ids].sum()))
+        bad_steps = 0 if engine.was_step_applied() else bad_steps + 1
+        if bad_steps:
             monitor.say(f"step {step + 1}: gradient norm {grad_norm}, the step was skipped on all ranks; "
                         f"examples {', '.join(examples[i].id for i in ids)}")  # fmt: skip
         give_up = bad_steps >= config.run.bad_steps
         done = step + 1 == len(plan)
-        if done or (step + 1) % config.monitor.eval_steps == 0:
-            figures = validate_and_show(step + 1)
         if done or stopping or give_up or (step + 1) % config.run.save_steps == 0:
             if problem := checkpoints.save(engine, step + 1, identity):
                 monitor.say(problem)
-        if give_up:
-            raise FloatingPointError(f"{bad_steps} steps in a row had a non-finite gradient; the state of step {step + 1} is saved in "
-                                     f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
-        if stopping:
-            monitor.say(f"asked to stop: saved after step {step + 1}; the same command goes on from here")
+        if give_up or stopping:
             break
-        monitor.exclude()
+        due = done or (step + 1) % config.monitor.eval_steps == 0
+        figures = validate_and_show(step + 1) if due else {}
 
-    seconds = time.perf_counter() - started
+    if bad_steps >= config.run.bad_steps:
+        monitor.close({})
+        raise FloatingPointError(f"{bad_steps} steps in a row had a non-finite gradient; the state of step {step + 1} is saved in "
+                                 f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
     exported = export_model(engine, config, tokenizer, config.folder, ranks)
-    report = {"steps": first_step + len(history), "planned_steps": len(plan), "train/loss_first": history[0] if history else math.nan,
-              "train/loss_last": history[-1] if history else math.nan, **figures, "train/tokens_per_second": tokens_done / seconds,
-              "fill": plan.fill, "exported": str(exported)}  # fmt: skip
-    monitor.close(report)
+    report = monitor.close({"fill": plan.fill, "exported": str(exported)} | figures)
+    if report and report["steps"] < len(plan):
+        print(f"asked to stop: saved after step {report['steps']}; the same command goes on from there (with run.resume=true)")
     return report
 
 
@@ -173,8 +191,8 @@ def show_summary(config: Config, report: dict) -> None:
         print(f"\n--- before training ({samples[0]}) ---\n{samples[0].read_text()}\n--- after ({samples[-1]}) ---\n{samples[-1].read_text()}")
     option = "--base" if config.method == "full" else "--adapter"
     evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
-    print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report['train/loss_first']:.4f} -> "
-          f"{report['train/loss_last']:.4f}{evaluated}, {report['train/tokens_per_second']:,.0f} tokens/s\n"
+    print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "
+          f"{report.get('train/loss_last', 0):.4f}{evaluated}, {report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
           f"  written to        {report['exported']}\n"
           f"  look at curves    tensorboard --logdir {config.run.dir}\n"
           f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
@@ -186,9 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         report = train(config, build_ds_config(config))
-    except (ConfigError, AttentionError, FloatingPointError) as error:
+    except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    if int(torch.distributed.get_rank()) == 0:
+    except FloatingPointError as error:  # not a mistake in what was typed: exit code 1
+        sys.exit(f"error: {error}" if dist.get_rank() == 0 else 1)
+    if report:
         show_summary(config, report)
     dist.barrier()
     dist.destroy_process_group()

@@ -125,7 +125,7 @@ def lr_stepped_twice():
 
 
 def unequal_examples():
-    """Each rank drops its last example, as a sampler with drop_last does: the step's gradient lacks them."""
+    """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
     cut = loop.train.cut
 
     def wrong(step, lengths, world_size, capacity):

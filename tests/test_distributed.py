@@ -18,7 +18,8 @@ def start(config_file, *args: str, world_size: int = 2, **env: str) -> list[subp
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "loop.train", "--config", str(config_file), *args]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | place | quiet | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | place | quiet | env, **pipes))
     return ranks
 
 

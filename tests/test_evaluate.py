@@ -57,7 +57,8 @@ def test_a_process_that_never_heard_of_this_project_gets_the_same_loss(trained, 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_command_gives_the_runs_own_figure(trained, world_size):
-    out = run_ok(world_size, "-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "valid", "--notes", "2", "micro_batch_size=2")
+    command = ["-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "valid", "--notes", "2", "micro_batch_size=2"]
+    out = run_ok(world_size, *command)
     report = json.loads((trained / "report.json").read_text())
     assert report["evaluate/valid"]["eval/loss"] == pytest.approx(report["eval/loss"], rel=2e-3)
     assert report["evaluate/valid"]["notes"] == 2 and 0 <= report["evaluate/valid"]["notes with S, O, A, P"] <= 1

@@ -42,7 +42,8 @@ def test_the_command_reads_a_file_or_standard_input(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (["--adapter", "nowhere", "--dialogue", "-"], "--adapter nowhere"), (["--dialogue", "nowhere.txt"], "nowhere.txt: No such file"), ([], "--adapter DIR or --base"),
+    (["--adapter", "nowhere", "--dialogue", "-"], "--adapter nowhere"), (["--dialogue", "nowhere.txt"], "nowhere.txt: No such file"),
+    ([], "--adapter DIR or --base"),
 ])  # fmt: skip
 def test_wrong_arguments_end_with_2(args, words):
     done = command(*args, stdin="Doctor: hi")

@@ -19,14 +19,16 @@ from loop.optim import cosine_lr
 from loop.packing import make_plan
 
 pytestmark = pytest.mark.gpu
-CASES = {"flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"], "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
+CASES = {"flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"],
+         "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
          "varlen, checkpointing": ["attention=varlen", "gradient_checkpointing=true"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def records(tinyllama, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    args = [f"base={tinyllama}", f"data.train={rows['train']}", "data.valid=null", "monitor.sample_notes=[]", f"run.dir={folder}", "lora.lora_dropout=0.0",
+    args = [f"base={tinyllama}", f"data.train={rows['train']}", "data.valid=null", "monitor.sample_notes=[]", f"run.dir={folder}",
+            "lora.lora_dropout=0.0", "eps=1e-5",
             "lora.init_lora_weights=false", "max_steps=2", "run.resume=false", "batch_size=4", "lr=1e-3", "max_grad_norm=0.5"]  # fmt: skip
     args = ["--config", "loop/configs/soap_qlora.yaml", *args]
     found = available_backends("cuda")
@@ -39,7 +41,8 @@ def records(tinyllama, rows, tmp_path_factory):
         log = [json.loads(line) for line in (folder / case["name"] / "metrics.jsonl").read_text().splitlines()]
         out = folder / "out" / case["name"]
         records[case["name"]] = json.loads(Path(f"{out}.json").read_text()) | {
-            "tensors": {k: v.cuda() for k, v in load_file(f"{out}.safetensors").items()}, "loss": [line["train/loss"] for line in log]
+            "tensors": {k: v.cuda() for k, v in load_file(f"{out}.safetensors").items()},
+            "loss": [line["train/loss"] for line in log if "train/loss" in line],
         }  # fmt: skip
     config = load_config(args)
     examples, _ = load_examples(config, load_tokenizer(config.base), "train")
@@ -47,7 +50,7 @@ def records(tinyllama, rows, tmp_path_factory):
     model = reference_model(config.base, "qlora", config.lora, torch.float32, device="cuda")
     initial = numbered(next(iter(records.values())), "0.weight")
     plain = reference_steps(model, initial, [[examples[i] for i in plan[s]] for s in range(len(plan))],
-                            lambda step: cosine_lr(step, len(plan), config.lr), weight_decay=config.weight_decay,
+                            lambda step: cosine_lr(step, len(plan), config.lr), weight_decay=config.weight_decay, eps=config.eps,
                             max_grad_norm=config.max_grad_norm)  # fmt: skip
     return records, plain
 

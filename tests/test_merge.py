@@ -39,5 +39,5 @@ def test_what_cannot_be_merged_is_refused(trained, tmp_path):
         merge(str(tmp_path), str(tmp_path / "out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="not an empty folder"):
         merge(str(trained / "adapter"), str(tmp_path / "full"))
