@@ -43,11 +43,16 @@ def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: i
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
 
 
+def prompt_of(example: Example):
+    """The tokens before the first supervised one."""
+    return example.input_ids[: int((example.labels != -100).argmax())]
+
+
 def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int, ranks: Ranks) -> dict[str, str]:
     """Greedy notes of held-out examples by id. All ranks write all of them, in lockstep."""
     if not examples:
         return {}
-    prompts = [e.input_ids[: int((e.labels != -100).argmax())].tolist() for e in examples]
+    prompts = [prompt_of(e).tolist() for e in examples]
     notes = write_notes(engine.module, tokenizer, prompts, max_new_tokens, synced=ranks.world_size > 1)
     return {e.id: note for e, note in zip(examples, notes)}
 

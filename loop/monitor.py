@@ -134,10 +134,16 @@ class Monitor:
             with self.carry_on():
                 folder = self.folder / "samples"
                 folder.mkdir(exist_ok=True)
-                text = "\n\n".join(f"## {key}\n\n{note}" for key, note in notes.items())
-                (folder / f"step-{step:06d}.md").write_text(text + "\n")
+                (folder / f"step-{step:06d}.md").write_text(as_markdown(notes))
                 for key, note in notes.items():
                     self.board.add_text(f"notes/{key}", "    " + note.replace("\n", "\n    "), step)
+
+    def prompts(self, prompts: dict[str, str]) -> None:
+        """What the sample notes are written from."""
+        if self.on and prompts:
+            with self.carry_on():
+                (self.folder / "samples").mkdir(exist_ok=True)
+                (self.folder / "samples" / "prompts.md").write_text(as_markdown(prompts))
 
     def close(self, figures: dict) -> dict:
         """Closes the files and returns what report.json holds now: `figures` and those of the steps, the steps before a resume included."""
@@ -152,6 +158,10 @@ class Monitor:
         if self.seconds:
             figures = {"train/tokens_per_second": self.tokens / self.seconds, "seconds": time.perf_counter() - self.started} | figures
         return write_report(self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | figures)
+
+
+def as_markdown(texts: dict[str, str]) -> str:
+    return "\n\n".join(f"## {key}\n\n{text}" for key, text in texts.items()) + "\n"
 
 
 def write_report(folder: Path, figures: dict) -> dict:

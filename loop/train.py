@@ -15,7 +15,7 @@ from .config import Config, ConfigError, exit_with_config_error, load_config
 from .data import Example, load_examples
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
 from .ds_config import build_ds_config
-from .evaluate import evaluate_loss, sample_notes
+from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
@@ -130,6 +130,8 @@ def train(config: Config, ds: dict) -> dict:
     for remark in [*remarks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 
+    monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})
+
     def validate_and_show(step: int) -> dict[str, float]:
         """Validation loss and sample notes after `step` steps; nothing when the run is asked to stop meanwhile."""
         figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop) if held_out else {}
@@ -188,7 +190,9 @@ def show_summary(config: Config, report: dict) -> None:
     """What the run came to, the sample notes before and after it, and where to look further."""
     samples = sorted((config.folder / "samples").glob("step-*.md"))
     if len(samples) > 1:
-        print(f"\n--- before training ({samples[0]}) ---\n{samples[0].read_text()}\n--- after ({samples[-1]}) ---\n{samples[-1].read_text()}")
+        titles = ["a held-out conversation", "before training", "after"]
+        for title, path in zip(titles, [config.folder / "samples" / "prompts.md", samples[0], samples[-1]]):
+            print(f"\n--- {title} ({path}) ---\n{path.read_text()}")
     option = "--base" if config.method == "full" else "--adapter"
     evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
     print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "

@@ -33,7 +33,8 @@ def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board)
 
 def test_sample_notes_are_shown_for_the_named_examples_alone(trained, board):
     assert {tag for tag in board.Tags()["tensors"] if "notes" in tag} == {"notes/valid-1/text_summary"}
-    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["step-000000.md", "step-000003.md", "step-000006.md"]
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["prompts.md", "step-000000.md", "step-000003.md", "step-000006.md"]
+    assert "Doctor: " in (trained / "samples" / "prompts.md").read_text()
 
 
 def test_the_folder_tells_what_was_run(trained):
@@ -57,6 +58,7 @@ def test_no_patients_word_leaves_the_files_it_came_in(trained):
 
 def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):
     out = (trained.parent / "stdout").read_text()
-    for words in ("4 rows x 512 = 2,048 tokens", "the run     6 steps", "trainable parameters", "before training", "--logdir", "launch.sh generate"):
+    arithmetic = ("4 rows x 512 = 2,048 tokens", "the run     6 steps", "trainable parameters")
+    for words in (*arithmetic, "a held-out conversation", "before training", "--logdir", "launch.sh generate"):
         assert words in out, words
     assert "warn" not in out.lower()

@@ -79,6 +79,7 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]},
                {"name": "NaN", "patch": {"nan_step": 2}},
                {"name": "NaN for ever", "patch": {"nan_step": 1, "nan_times": 9}, "args": ["run.bad_steps=2"]},
+               {"name": "DeepSpeed clips", "patch": {"deepspeed_clips": 0.5}, "args": ["max_grad_norm=1e9"]},
                {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
                {"name": "watched", "args": ["lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2]",
                                             "monitor.sample_max_new_tokens=8"]},
@@ -187,6 +188,14 @@ def test_evaluation_is_the_same_for_any_cut(bench):
     model = reference_model(config.base, "qlora", config.lora)
     plain = reference_steps(model, numbered(bench.records["1 rank"], "0.weight"), [examples], lambda step: 0.0, weight_decay=0.0, max_grad_norm=1.0)
     assert starts["1 rank"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+def test_our_clipping_is_deepspeeds(bench):
+    """DeepSpeed's own `gradient_clipping` at the same norm, ours switched off: the same weights after three steps, and the same norms."""
+    ours, theirs = bench.records["2 ranks"], bench.records["DeepSpeed clips"]
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-6) and min(ours["norms"]) > 0.5
+    moved = [[a - b for a, b in zip(numbered(r, "final.weight"), numbered(r, "0.weight"))] for r in (ours, theirs)]
+    assert distance(*moved) < 1e-4
 
 
 def test_watching_changes_nothing(bench):

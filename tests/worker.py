@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from mistakes import MISTAKES
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 import loop.checkpoint
 import loop.data
 import loop.model
+import loop.packing
 import loop.train as train
 
 PATCHED = [train, loop.data, loop.model]  # whose names cases replace; put back after each case
@@ -87,6 +89,17 @@ def run(case: dict) -> None:
             return plain_step(*args)
 
         train.train_step, train.StopRequest = counting, lambda: stop
+    if "in_order" in patch:  # so many examples a step, as they stand in the file
+        size = patch["in_order"]
+
+        def in_order(lengths, budget, *_):
+            n = len(lengths)
+            return loop.packing.Plan(np.arange(n, dtype=np.int32), np.arange(0, n + 1, size), int(lengths.sum()), budget)
+
+        train.make_plan = in_order
+    if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
+        build = train.build_ds_config
+        train.build_ds_config = lambda config: build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
     if "disk_full" in patch:
 
         def full(*args):
