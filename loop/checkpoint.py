@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import Config, ConfigError
+from .data import Example
 from .distributed import Ranks
 from .model import trainable
 
@@ -133,6 +134,14 @@ class Checkpoints:
         size = p.ds_tensor.ds_numel
         flat = torch.nn.functional.pad(whole.flatten(), (0, size * self.ranks.world_size - whole.numel()))
         return flat.narrow(0, size * self.ranks.rank, size).to(self.ranks.device)
+
+
+def fingerprint(examples: list[Example]) -> str:
+    """A hash of what is trained on, after tokenising: other data, template or tokenizer give another one."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(e.id.encode() + e.input_ids.tobytes() + e.labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _create_adam_state(engine, step: int) -> None:

@@ -46,19 +46,17 @@ def load_rows(source: str, split: str) -> tuple[datasets.Dataset, str]:
     name, wanted = (source, "") if ":" not in source or Path(source).exists() else source.rsplit(":", 1)
     wanted = wanted or SPLITS[split]
     path = Path(name) if Path(name).exists() else ROOT / name  # what the repository ships is found from any folder
+    if path.suffix in READERS and not path.is_file():
+        raise ConfigError(f"data.{split}={source}: no such file")
     try:
         # The cache would keep a copy of patients' dialogues in the home folder; a temporary one goes with this block.
         with tempfile.TemporaryDirectory() as cache:
             if path.suffix in READERS:
-                if not path.is_file():
-                    raise ConfigError(f"data.{split}={source}: no such file")
                 read = {"path": READERS[path.suffix], "data_files": {wanted: str(path)}, "cache_dir": cache}
                 return datasets.load_dataset(**read, split=wanted, keep_in_memory=True), wanted
             if path.is_dir():
                 return datasets.load_dataset(str(path), split=wanted, cache_dir=cache, keep_in_memory=True), wanted
         return datasets.load_dataset(name, split=wanted), wanted
-    except ConfigError:
-        raise
     except Exception as error:  # each reader has its own exceptions; their root cause says what and where
         while error.__cause__ is not None:
             error = error.__cause__
@@ -76,13 +74,12 @@ def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[
     for source in [sources] if isinstance(sources, str) else sources or []:
         rows, name = load_rows(source, split)
         needed = [columns["messages"]] if "messages" in columns else [columns["dialogue"], columns["note"]]
-        for column in needed:
+        ids = columns.get("id", "id")
+        for column in needed if ids == "id" else [*needed, ids]:  # without a column "id", rows are numbered
             if column not in rows.column_names:
                 raise ConfigError(f"data.columns: {source} has no column {column!r}, only {', '.join(rows.column_names)}")
-        if columns.get("id", "id") not in ("id", *rows.column_names):
-            raise ConfigError(f"data.columns: {source} has no column {columns['id']!r}, only {', '.join(rows.column_names)}")
         for number, row in enumerate(rows.select(range(min(len(rows), config.data.limit or len(rows))))):
-            key = row.get(columns.get("id", "id"))
+            key = row.get(ids)
             key = f"{name}-{len(found)}" if key is None else str(key)
             where = f"{source}, row {number + 1} (id {key})"
             if key in found:

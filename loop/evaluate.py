@@ -7,7 +7,8 @@ import deepspeed
 import torch
 
 from .attention import AttentionError, choose_backend
-from .config import Config, ConfigError, exit_with_config_error, load_config, take_options
+from .cli import exit_with_config_error, load_config, take_options
+from .config import Config, ConfigError
 from .data import Example, load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config

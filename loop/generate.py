@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from .config import ConfigError, exit_with_config_error
+from .cli import exit_with_config_error
+from .config import ConfigError
 from .data import encode
 from .distributed import on_gpu
 from .model import attach_adapter, load_base, load_tokenizer, read_adapter

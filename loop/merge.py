@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from .config import ConfigError, exit_with_config_error
+from .cli import exit_with_config_error
+from .config import ConfigError
 from .model import attach_adapter, load_base, load_tokenizer, read_adapter
 
 

@@ -4,7 +4,8 @@ import sys
 
 import numpy as np
 
-from .config import Config, ConfigError, exit_with_config_error, load_config
+from .cli import exit_with_config_error, load_config
+from .config import Config, ConfigError
 from .data import load_examples
 from .model import load_tokenizer
 from .monitor import describe_plan, quiet_libraries

@@ -2,7 +2,8 @@
 
 import sys
 
-from .config import ConfigError, exit_with_config_error, load_config, take_options
+from .cli import exit_with_config_error, load_config, take_options
+from .config import ConfigError
 from .data import IGNORE, Example, load_examples
 from .model import load_tokenizer
 from .monitor import quiet_libraries

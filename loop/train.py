@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from .attention import AttentionError, choose_backend
-from .checkpoint import Checkpoints, export_model
-from .config import Config, ConfigError, exit_with_config_error, load_config
-from .data import Example, load_examples
+from .checkpoint import Checkpoints, export_model, fingerprint
+from .cli import exit_with_config_error, load_config
+from .config import Config, ConfigError
+from .data import load_examples
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
@@ -48,16 +49,6 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
         engine.step()
     return loss_total, grad_norm
-
-
-def fingerprint(examples: list[Example]) -> str:
-    """A hash of what is trained on, after tokenising: other data, template or tokenizer give another one."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(e.id.encode() + e.input_ids.tobytes() + e.labels.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:

@@ -7,7 +7,8 @@ import pandas
 import pytest
 from conftest import SHARED
 
-from loop.config import ConfigError, load_config
+from loop.cli import load_config
+from loop.config import ConfigError
 from loop.data import PLAIN_TEMPLATE, encode, encode_examples, load_examples, read_conversations
 from loop.model import load_tokenizer
 from loop.soap import soap_messages

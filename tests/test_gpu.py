@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_train import compare, numbered
 
 from loop.attention import available_backends
-from loop.config import load_config
+from loop.cli import load_config
 from loop.data import load_examples
 from loop.model import load_tokenizer
 from loop.optim import cosine_lr

@@ -2,7 +2,8 @@
 
 import pytest
 
-from loop.config import ConfigError, load_config
+from loop.cli import load_config
+from loop.config import ConfigError
 from loop.data import Example, load_examples
 from loop.model import load_tokenizer
 from loop.preview import check_example, main, show_example

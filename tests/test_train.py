@@ -12,7 +12,7 @@ from mistakes import MISTAKES
 from reference import reference_model, reference_steps
 from safetensors.torch import load_file
 
-from loop.config import load_config
+from loop.cli import load_config
 from loop.data import load_examples
 from loop.model import load_tokenizer
 from loop.optim import cosine_lr

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_ok, write_rows
 
-from loop.config import load_config
+from loop.cli import load_config
 from loop.data import load_examples
 from loop.model import load_tokenizer
 
