@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {name:24} {value:,.4f}" if isinstance(value, float) else f"  {name:24} {value:,}")
         if config.folder.is_dir():
             write_report(config.folder, {f"evaluate/{options['--split']}": figures})
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

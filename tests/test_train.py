@@ -150,6 +150,15 @@ def test_other_methods_are_the_plain_loops(bench, plain, name):
     assert seen.pop("update") < 3e-5 and max(seen.values()) < 1e-5, seen
 
 
+@pytest.mark.slow
+def test_compiled_layers_are_the_plain_loops(bench, plain):
+    """Each decoder layer's forward compiled, as a run may do; inductor orders sums anew, which is rounding."""
+    bench.run(2, [{"name": "compiled", "patch": {"compile": 1}}])
+    seen = compare(bench.records["compiled"], plain["qlora"])
+    print("compiled", seen)
+    assert seen.pop("update") < 3e-5 and max(seen.values()) < 1e-5, seen
+
+
 @pytest.mark.parametrize("name", ["bf16", "2 ranks, bf16, checkpointing"])
 def test_bf16_stays_within_rounding(bench, plain, name):
     """bf16 keeps 8 bits (unit roundoff 0.4 %). Every product of three layers, forward and backward, rounds its result once, and
