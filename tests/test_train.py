@@ -161,12 +161,14 @@ def test_compiled_layers_are_the_plain_loops(bench, plain):
 
 @pytest.mark.parametrize("name", ["bf16", "2 ranks, bf16, checkpointing"])
 def test_bf16_stays_within_rounding(bench, plain, name):
-    """bf16 keeps 8 bits (unit roundoff 0.4 %). Every product of three layers, forward and backward, rounds its result once, and
-    the errors add up like independent ones: sqrt(some 30) x 0.4 % = 2 % of a gradient tensor's length, more where a tensor is a
-    small difference of large ones. Adam divides by sqrt(v), so where a gradient is near zero its update may change sign."""
+    """Against the fp32 reference. The bounds are measured figures with a margin, not derived: rounding the working weights and
+    every product to bf16 (unit roundoff 0.4 %) moves the first step's gradient by 6.5 % on this random model, the third one's by 9.2 %
+    after two updates that already differ (Adam divides by sqrt(v), so where a gradient is near zero its update may change sign).
+    One rank, and two with checkpointing, are off by the same 6.5 %: it is the rounding, not the cut."""
     seen = compare(bench.records[name], plain["qlora"])
-    print(name, seen)
-    assert seen["loss"] < 5e-3 and seen["norm"] < 2e-2 and seen["gradient"] < 0.15
+    first = compare(bench.records[name], plain["qlora"][:1])["gradient"]
+    print(name, seen, "gradient of the first step", first)
+    assert first < 0.08 and seen["loss"] < 5e-3 and seen["norm"] < 2e-2 and seen["gradient"] < 0.12 and seen["worst tensor"] < 0.15
 
 
 def test_the_steps_are_worth_comparing(bench, plain):
