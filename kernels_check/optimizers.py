@@ -11,6 +11,7 @@ import torch
 from kernels_check.rows import Row, emit, guarded, judge, median_seconds, relative_error
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+BOUND = 1e-4  # ten updates of 1e-3 on weights near 1, whose fp32 steps are 1e-7, rounded in another order: 7e-5 measured on one H200
 EIGHT_BIT_BOUND = 0.05  # measured 0.013: 8 bits a moment
 
 
@@ -38,11 +39,11 @@ def check_optimizer(name: str, version: str, make: Callable, bound: float, devic
 def main() -> Iterator[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fused = lambda p, **settings: torch.optim.AdamW(p, fused=True, **settings)  # noqa: E731
-    yield from guarded("optimizer AdamW fused", check_optimizer, "AdamW fused", f"torch {torch.__version__}", fused, 1e-5, device)
+    yield from guarded("optimizer AdamW fused", check_optimizer, "AdamW fused", f"torch {torch.__version__}", fused, BOUND, device)
 
     import bitsandbytes as bnb
 
-    for name, bound in (("AdamW8bit", EIGHT_BIT_BOUND), ("PagedAdamW", 1e-5), ("PagedAdamW8bit", EIGHT_BIT_BOUND)):
+    for name, bound in (("AdamW8bit", EIGHT_BIT_BOUND), ("PagedAdamW", BOUND), ("PagedAdamW8bit", EIGHT_BIT_BOUND)):
         what = f"optimizer {name}"
         if device == "cpu":
             yield Row(what, "", "missing", note="meant for an NVIDIA GPU, whose memory it saves", required=False)

@@ -24,6 +24,25 @@ def test_a_batch_gives_each_dialogue_its_own_note(trained):
     assert [write_notes(model, tokenizer, other, 6)[i] for i in (0, 2)] == [together[i] for i in (0, 2)]
 
 
+def test_a_neighbours_tokens_move_no_logit_by_a_bit(trained):
+    """Another dialogue of the same length in the same batch: every logit of the other notes' every token stays what it was."""
+    model, tokenizer = load_for_notes(str(trained / "adapter"), None, "cpu")
+    generate, seen = model.generate, []
+
+    def recording(**kwargs):
+        out = generate(**kwargs, output_logits=True, return_dict_in_generate=True)
+        seen.append(torch.stack(out.logits))  # [new tokens, prompts, V]
+        return out.sequences
+
+    model.generate = recording
+    ids = [prompt_ids(tokenizer, d) for d in ("Doctor: 1?\nPatient: pain 2", "Doctor: hello, how are you today?", "Patient: x")]
+    write_notes(model, tokenizer, ids, 6)
+    write_notes(model, tokenizer, [ids[0], [5 + i % 200 for i in ids[1]], ids[2]], 6)
+    shorter = min(len(s) for s in seen)
+    assert shorter > 1 and torch.equal(seen[0][:shorter, [0, 2]], seen[1][:shorter, [0, 2]])
+    assert not torch.equal(seen[0][0, 1], seen[1][0, 1])
+
+
 def test_the_model_is_left_as_it_was(trained):
     model, tokenizer = load_for_notes(str(trained / "adapter"), None, "cpu")
     model.train()
