@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_ok
 from safetensors.torch import load_file
 from test_train import replayed, rounding
