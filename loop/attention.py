@@ -115,7 +115,7 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
         try:
             probe()
         except (ImportError, OSError, AttributeError) as error:  # not installed, or built for another torch (undefined symbol)
-            found[name] = f"missing: {str(error).splitlines()[0][:120]}"
+            found[name] = f"missing: {str(error).splitlines()[0][-120:]}"
         else:
             found[name] = importlib.metadata.version("flash-attn") if name == "flash_attn" else f"torch {torch.__version__}"
     return {name: found[name] for name in BACKENDS}

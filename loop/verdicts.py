@@ -1,0 +1,57 @@
+"""What `./launch.sh check` found on this machine, kept for the runs that follow: which kernels are right, how fast, and the ceilings.
+
+A verdict counts as long as everything that it was found with is the same: machine, GPUs, versions, the checks and the kernels' own
+source. One JSON file in the user's cache folder, readable by the owner alone. Without a verdict a run starts as ever.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from .config import ROOT
+
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "flash-attn", "triton", "nvidia-nccl-cu13")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def path() -> Path:
+    """The file of this machine and these versions, whether it is there or not."""
+    gpus = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})  # not how many: a run may take fewer
+    key = [platform.node(), platform.machine(), os.cpu_count(), gpus, torch.version.cuda, *map(_version, PACKAGES)]
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for source in [*sorted((ROOT / "kernels_check").glob("*.py")), ROOT / "loop" / "attention.py", ROOT / "ds_config.json"]:
+        digest.update(source.read_bytes())
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soap-loop" / f"verdicts-{digest.hexdigest()[:16]}.json"
+
+
+def keep(rows: Iterable[dict]) -> Path:
+    """Writes the check's rows for later runs, replacing what was kept in one step."""
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = file.with_suffix(f".{os.getpid()}")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        json.dump({row["what"]: row for row in rows}, out, indent=1)
+    draft.replace(file)
+    return file
+
+
+@functools.cache
+def found() -> dict[str, dict]:
+    """The rows of the last check by their names; {} where there was none, or it can't be read."""
+    try:
+        return json.loads(path().read_text())
+    except (OSError, ValueError):
+        return {}
