@@ -19,7 +19,11 @@ def main() -> int:
     print(table(rows))
     blocking = [row.what for row in rows if row.blocks()]
     verdict = f"QLoRA training can't start: {', '.join(blocking)}" if blocking else "QLoRA training can start"
-    print(f"\n{verdict} ({time.perf_counter() - start:.0f} s). The loop will go by this table (kept in {verdicts.keep(map(asdict, rows))})")
+    try:
+        kept = f"The loop will go by this table, kept in {verdicts.keep(map(asdict, rows))}"
+    except OSError as error:
+        kept = f"The loop will not know: {error}"
+    print(f"\n{verdict} ({time.perf_counter() - start:.0f} s). {kept}")
     if target:
         target.write_text(json.dumps({"can_start": not blocking, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return 1 if blocking else 0

@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import time
 
 import deepspeed
 import numpy as np
@@ -17,11 +18,12 @@ from .data import load_examples
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
+from .mfu import utilisation
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, describe_plan, quiet_libraries, versions
-from .optim import adamw, clip_grad_norm, cosine_lr, set_lr
+from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, set_lr
 from .packing import Batch, collate, cut, make_plan
 
 
@@ -92,6 +94,7 @@ def train(config: Config, ds: dict) -> dict:
     ranks = init_distributed()
     prepare_folder(config)
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
+    attention_chosen, _, attention_fallback = attention_remark.partition("; ")
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
@@ -110,7 +113,7 @@ def train(config: Config, ds: dict) -> dict:
     first_step = checkpoints.load(engine, path, manifest, identity) if path else 0
 
     monitor = Monitor(config, ds, ranks, first_step, len(plan))
-    monitor.say(f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
+    monitor.say(f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_chosen}; "
                 f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
                 f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
                 f"examples    {len(examples):,} to train on ({len(dropped)} dropped as longer than {config.max_seq_len:,} tokens), "
@@ -118,6 +121,10 @@ def train(config: Config, ds: dict) -> dict:
                 + describe_plan(plan, lengths, targets, config, ranks.world_size, micro_batch_size))  # fmt: skip
     if dropped:
         monitor.say(f"dropped     {', '.join(dropped[:8])}{' ...' if len(dropped) > 8 else ''}")
+    if ranks.device.type == "cuda" and attention_fallback:  # a CPU has only one
+        remarks.append(f"attention: {attention_fallback}")
+    if optimizer_fallback := choose_fused(config.optimizer)[1]:
+        remarks.append(optimizer_fallback)
     for remark in [*remarks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 
@@ -136,6 +143,7 @@ def train(config: Config, ds: dict) -> dict:
     figures: dict[str, float] = {}
     if first_step == 0:
         validate_and_show(0)  # before training: what all later figures are compared with
+    mfu = utilisation(engine.module, shape, ranks)
     bad_steps = 0
     for step in range(first_step, len(plan)):
         monitor.start_step()
@@ -151,6 +159,7 @@ def train(config: Config, ds: dict) -> dict:
 
         loss_of_all_ranks, ranks_asked_to_stop = ranks.sum(loss_sum.item(), stop.signal is not None)
         stopping = ranks_asked_to_stop > 0  # on all ranks alike, or some would wait for the others for ever
+        monitor.scalars(step + 1, mfu(lengths[ids], num_targets, time.perf_counter() - monitor.last))
         monitor.step(step + 1, loss_of_all_ranks / num_targets, grad_norm, lr, int(lengths[ids].sum()))
         bad_steps = 0 if engine.was_step_applied() else bad_steps + 1
         if bad_steps:

@@ -6,12 +6,15 @@ import signal
 import sys
 import time
 import types
+from dataclasses import asdict
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import loop.attention
 from kernels_check import (
     attention,
     ceilings,
@@ -31,7 +34,11 @@ from kernels_check import (
 )
 from kernels_check.rows import Row, guarded, judge
 from kernels_check.table import table
+from loop import verdicts as verdicts_of_loop
 from loop.attention import packed_attention
+from loop.config import ConfigError
+from loop.mfu import utilisation
+from loop.optim import choose_fused
 
 sdpa = partial(packed_attention, backend="sdpa")
 
@@ -240,8 +247,6 @@ def test_attention_nan_in_padding():
 
 
 def test_flash_attn_of_another_abi(monkeypatch):
-    import loop.attention
-
     broken = {"flash_attn": "missing: flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E", "varlen": "missing: needs an NVIDIA GPU"}
     monkeypatch.setattr(loop.attention, "available_backends", lambda device: broken)
     found = {row.what: row for row in attention.main()}
@@ -387,3 +392,97 @@ def test_compiled_numbers_wrong():
 
 def test_compiled_anew_for_each_layer():
     assert as_seen(anew_for_each_layer) == [f"{compiled.WHAT}, graphs beyond the first"]
+
+
+# ---- the verdict drives the loop
+
+
+@pytest.fixture
+def verdict(tmp_path, monkeypatch):
+    """Keeps rows as the check does, for the loop to find."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    verdicts_of_loop.found.cache_clear()
+
+    def keep(*rows: Row):
+        file = verdicts_of_loop.keep(map(asdict, rows))
+        verdicts_of_loop.found.cache_clear()
+        return file
+
+    yield keep
+    verdicts_of_loop.found.cache_clear()
+
+
+WRONG = {"version": "2.8.3", "verdict": "wrong", "error": 0.5, "bound": 0.02, "note": "set attention= to another"}
+
+
+def test_verdict_is_the_owners_alone_and_of_this_machine_and_these_versions(verdict, monkeypatch):
+    assert verdicts_of_loop.found() == {}
+    file = verdict(Row("memory copy", speed=2.0, unit="GB/s"))
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    assert verdicts_of_loop.speed("memory copy") == 2.0
+    for change in (("platform.node", lambda: "another"), ("torch.version.cuda", "99.0")):
+        with monkeypatch.context() as other:
+            other.setattr(*change)
+            verdicts_of_loop.found.cache_clear()
+            assert verdicts_of_loop.found() == {}
+
+
+@pytest.fixture
+def three_backends(monkeypatch):
+    monkeypatch.setattr(loop.attention, "available_backends", lambda device: dict.fromkeys(loop.attention.BACKENDS, "1"))
+    monkeypatch.setattr(loop.attention, "_keeps_documents_apart", lambda *args: True)
+
+
+def chosen(wanted="auto"):
+    return loop.attention.choose_backend(wanted, "cpu", torch.bfloat16)
+
+
+def test_attention_auto_takes_the_fastest_that_was_found_right(verdict, three_backends):
+    assert chosen() == ("flash_attn", "attention: flash_attn (1)")
+    verdict(Row("attention flash_attn", speed=5.0), Row("attention varlen", speed=6.0), Row("attention sdpa", speed=1.0))
+    assert chosen()[0] == "varlen" and chosen("flash_attn")[0] == "flash_attn"
+
+
+def test_attention_that_is_missing_is_said_after_a_check_too(verdict):
+    verdict(Row("attention flash_attn", verdict="missing"), Row("attention sdpa", speed=1.0))
+    assert "flash_attn missing: needs an NVIDIA GPU" in chosen()[1] and "instead sdpa: costs" in chosen()[1]
+
+
+@pytest.mark.parametrize("row", ["attention flash_attn", "attention flash_attn, leak"])
+def test_attention_found_wrong_is_passed_over_aloud_or_refused_with_its_row(verdict, three_backends, row):
+    verdict(Row(row, **WRONG))
+    backend, remark = chosen()
+    assert backend == "varlen" and f"{row} (2.8.3), error 5.0e-01 over the bound 2e-02" in remark and "instead varlen" in remark
+    with pytest.raises(loop.attention.AttentionError, match=row):
+        chosen("flash_attn")
+
+
+def test_attention_not_repeatable_is_no_reason_against_it(verdict, three_backends):
+    verdict(Row("attention flash_attn, repeatable", **WRONG))
+    assert chosen("flash_attn")[0] == "flash_attn"
+
+
+def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict):
+    fused = "optimizer AdamW fused"
+    assert choose_fused("auto")[0] is torch.cuda.is_available() and choose_fused("fused")[0] and not choose_fused("plain")[0]
+    for speed in (0.5, 2.0):
+        verdict(Row(fused, speed=speed))
+        assert choose_fused("auto") == (speed > 1, "")
+    verdict(Row(fused, **WRONG))
+    assert choose_fused("auto")[0] is False and fused in choose_fused("auto")[1] and choose_fused("plain") == (False, "")
+    with pytest.raises(ConfigError, match=f"optimizer=fused: wrong by ./launch.sh check: {fused}"):
+        choose_fused("fused")
+
+
+def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):
+    model = torch.nn.Module()
+    model.frozen, model.trained, model.head = (torch.nn.Linear(4, n, bias=False) for n in (8, 2, 100))
+    model.frozen.requires_grad_(False), model.head.requires_grad_(False)
+    model.get_output_embeddings = lambda: model.head
+    shape = types.SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, head_dim=4)
+    here = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    lengths = np.array([10, 30])
+    assert utilisation(model, shape, here)(lengths, 7, 1.0) == {}
+    verdict(Row("bf16 matrix product", speed=2e-6, unit="TFLOP/s"))
+    flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
+    assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 2e6)}
