@@ -72,7 +72,7 @@ def finish(running: Running, timeout: float = 120) -> list[Row]:
     if code is None:
         trouble = f"no end within {timeout:g} s"
     elif code < 0:
-        trouble = f"killed by {signal.Signals(-code).name}"
+        trouble = f"killed by {signal.Signals(-code).name} {f'after the row {rows[-1].what!r}' if rows else 'before its first row'}"
     elif code or not rows:
         trouble = f"exit {code} after {len(rows)} rows: {([line.strip() for line in log.splitlines() if line.strip()] or ['no message'])[-1][:160]}"
     else:

@@ -26,6 +26,7 @@ from kernels_check import (
     nf4,
     optimizers,
     packages,
+    processes,
     ranks,
     repacking,
     repeatable,
@@ -74,11 +75,19 @@ def leave():
     sys.exit("no such kernel")
 
 
-@pytest.mark.parametrize("fault, note", [(segfault, "killed by SIGSEGV"), (hang, "no end within 3 s"), (leave, "no such kernel")])
+@pytest.mark.parametrize(
+    "fault, note", [(segfault, "killed by SIGSEGV after the row 'first'"), (hang, "no end within 3 s"), (leave, "no such kernel")]
+)
 def test_crash_and_hang_become_rows_and_keep_earlier_ones(fault, note):
     first, last = run.finish(run.begin(partial(first_then, fault), "attention"), timeout=3)
     assert (first.what, first.verdict) == ("first", "ok")
     assert (last.what, last.verdict, last.blocks()) == ("attention", "wrong", True) and note in last.note
+
+
+def test_processes_are_forked_only_where_that_works(monkeypatch):
+    assert processes.context().get_start_method() == "forkserver"
+    monkeypatch.setattr(processes, "_fork_works", leave)  # as it ends where an import has touched CUDA
+    assert processes.context.__wrapped__().get_start_method() == "spawn"
 
 
 def test_silence_is_a_row():
