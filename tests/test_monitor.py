@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loop.data import read_conversations
+from loop.sources import read_split
 from loop.cli import load_config
 
 SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "eval/loss", "eval/perplexity"}
@@ -50,7 +50,7 @@ def test_no_patients_word_leaves_the_files_it_came_in(trained):
     """The run's folder is its owner's, and outside the named samples no line of a dialogue or note is in it or on the terminal."""
     assert stat.S_IMODE(trained.stat().st_mode) == 0o700
     config = load_config(["--config", str(trained / "config.yaml")])
-    lines = [line for _, messages in read_conversations(config, "train") for line in messages[1]["content"].splitlines()[2:]]
+    lines = [line for c in read_split(config, "train")[0] for line in c.dialogue.splitlines() + c.note.splitlines()]
     shown = (trained / "samples" / "prompts.md").read_text()  # the named example's; made-up lines may be the same by chance
     secrets = [line for line in lines if len(line) > 12 and line not in shown]
     texts = [p.read_bytes().decode("utf-8", "replace") for p in trained.rglob("*") if p.is_file() and p.parent.name != "samples"]
