@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from . import leaks, soap, sources, tokens
 from .config import Config, ConfigError
 from .sources import Conversation, digest_sources, read_split
-from .tokens import Example, encode_examples
+from .tokens import PLAIN_TEMPLATE, Example, encode_examples
 
 
 @dataclasses.dataclass
@@ -28,6 +28,7 @@ class Account:
     dropped: list[str]  # ids of examples longer than max_seq_len
     truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
     without_headings: int  # notes, among those kept, that lack S, O, A and P in order
+    plain_template: bool  # the base brings no chat template, so the project's own was used
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """What to say of it: nothing left out, nothing said."""
@@ -39,6 +40,8 @@ class Account:
                 told.append(f"{what:11} {len(ids):,} of {self.rows:,} in data.{split}, {why}: {joint.join(ids[:8])}{' ...' if len(ids) > 8 else ''}")
         if self.without_headings:
             told.append(f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} lack S:, O:, A:, P: in this order")
+        if self.plain_template:
+            told.append("template    the base has no chat template; the project's plain one is used, in training and generation")
         return told
 
 
@@ -61,7 +64,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     """The examples of a split from its sources. Raises ConfigError for bad rows and long examples where data.on_error and data.overlong say so."""
     conversations, skipped = read_split(config, split)
     kept: list[Example] = []
-    account = Account(len(conversations) + len(skipped), 0, skipped, [], [], 0)
+    account = Account(len(conversations) + len(skipped), 0, skipped, [], [], 0, tokenizer.chat_template in (None, PLAIN_TEMPLATE))
     for start in range(0, len(conversations), 1024):
         chunk = conversations[start : start + 1024]
         for conversation, example in zip(chunk, encode_examples(tokenizer, chunk, config.data.supervise)):

@@ -60,6 +60,19 @@ def test_skipped_rows_are_in_the_account_and_in_what_is_said(load):
     assert "1 of 8 in data.train, bad rows" in said and "(id empty)" in said and "longer than 1,024 tokens: long" in said
 
 
+def test_a_base_without_a_template_is_told_of(load, monkeypatch):
+    plain = load_tokenizer
+
+    def without(base):
+        tokenizer = plain(base)
+        tokenizer.chat_template = None
+        return tokenizer
+
+    assert not any("template" in line for line in load(ROWS)[1].lines("train", 1024))
+    monkeypatch.setitem(globals(), "load_tokenizer", without)
+    assert any("plain one is used" in line for line in load(ROWS)[1].lines("train", 1024))
+
+
 def test_the_second_start_reads_the_first_ones_result(load, monkeypatch):
     first, account = load([*ROWS, LONG])
     monkeypatch.setattr("loop.data.prepare_examples", None)

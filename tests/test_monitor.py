@@ -21,7 +21,7 @@ def board(trained):
 
 
 def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board):
-    assert set(board.Tags()["scalars"]) == SCALARS  # and train/gpu_memory_gib on a GPU
+    assert set(board.Tags()["scalars"]) == SCALARS | {"plan/lr"}  # and train/gpu_memory_gib on a GPU
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for name in SCALARS:
         logged = [(line["step"], line[name]) for line in lines if name in line]
@@ -31,8 +31,16 @@ def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board)
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 3, 6]
 
 
+def test_the_plan_is_on_the_board_and_the_account_in_the_folder(trained, board):
+    """The planned learning rates are those that were run; every row is accounted for."""
+    assert [e.value for e in board.Scalars("plan/lr")] == pytest.approx([e.value for e in board.Scalars("train/lr")])
+    assert "plan/tokens_of_an_example" in board.Tags()["histograms"]
+    accounts = json.loads((trained / "data.json").read_text())
+    assert accounts["train"]["rows"] == 40 == accounts["train"]["kept"] + len(accounts["train"]["dropped"]) and accounts["valid"]["rows"] == 6
+
+
 def test_sample_notes_are_shown_for_the_named_examples_alone(trained, board):
-    assert {tag for tag in board.Tags()["tensors"] if "notes" in tag} == {"notes/valid-1/text_summary"}
+    assert {tag for tag in board.Tags()["tensors"] if "plan" not in tag} == {"notes/valid-1/text_summary"}
     assert sorted(p.name for p in (trained / "samples").iterdir()) == ["prompts.md", "step-000000.md", "step-000003.md", "step-000006.md"]
     assert "Doctor: " in (trained / "samples" / "prompts.md").read_text()
 

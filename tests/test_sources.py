@@ -188,5 +188,6 @@ def test_no_file_is_so_broken_that_a_row_is_lost(tmp_path, kind, rows, at, junk,
     for c in found:
         assert c.dialogue.strip() and c.note.strip()
     for r in rows:
-        secret = r.get("dialogue")
-        assert not (isinstance(secret, str) and len(secret) > 7 and any(secret in p for p in problems))
+        secret, ids = r.get("dialogue"), [str(x.get("id")) for x in rows]  # ids may be said
+        if isinstance(secret, str) and len(secret) > 7 and not any(secret in i for i in ids):
+            assert not any(secret in p for p in problems)
