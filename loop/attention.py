@@ -149,7 +149,7 @@ def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) 
         reason = found.get(name, f"missing: one of auto, {', '.join(BACKENDS)} is possible")
         if not reason.startswith("missing") and name != "sdpa" and dtype not in (torch.bfloat16, torch.float16):
             reason = f"missing: takes bf16 or fp16, not {dtype}"
-        if row := verdicts.why_not(f"attention {name}", f"attention {name}, leak"):
+        if row := verdicts.why_not("attention", f"attention {name}", f"attention {name}, leak"):
             reason = row
         if not reason.startswith(("missing", "wrong")):
             try:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import Config, ConfigError
-from .data import Example
 from .distributed import Ranks
 from .model import trainable
+from .tokens import Example
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -14,7 +14,7 @@ from .distributed import on_gpu
 def choose_fused(wanted: str) -> tuple[bool, str]:
     """(whether AdamW is torch's fused kernel, what a person should know of it): `wanted`, or with "auto" the faster one, as
     `./launch.sh check` measured, otherwise fused on GPUs. Raises ConfigError when fused is asked for and was found wrong."""
-    wrong, times = verdicts.why_not("optimizer AdamW fused"), verdicts.speed("optimizer AdamW fused")
+    wrong, times = verdicts.why_not("optimizers", "optimizer AdamW fused"), verdicts.speed("optimizer AdamW fused")
     if wanted == "plain" or not wrong:
         return wanted == "fused" or (wanted == "auto" and (times > 1 if times else on_gpu())), ""
     if wanted == "fused":

@@ -14,7 +14,7 @@ from .attention import AttentionError, choose_backend
 from .checkpoint import Checkpoints, export_model, fingerprint
 from .cli import exit_with_config_error, load_config
 from .config import Config, ConfigError
-from .data import load_examples
+from .data import load_examples, weights_of
 from .distributed import Ranks, StopRequest, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
@@ -22,7 +22,7 @@ from .mfu import utilisation
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
-from .monitor import Monitor, describe_plan, quiet_libraries, versions
+from .monitor import Monitor, quiet_libraries, versions
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, set_lr
 from .packing import Batch, collate, cut, make_plan
 
@@ -80,21 +80,20 @@ def train(config: Config, ds: dict) -> dict:
     """Runs the whole job and returns the figures of report.json (on rank 0)."""
     stop = StopRequest()
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
-    examples, dropped = load_examples(config, tokenizer, "train")
-    held_out, held_out_dropped = load_examples(config, tokenizer, "valid")
+    examples, account = load_examples(config, tokenizer, "train")
+    held_out, held_out_account = load_examples(config, tokenizer, "valid")
     shown = [e for e in held_out if e.id in config.monitor.sample_notes]
     if missing := set(config.monitor.sample_notes) - {e.id for e in shown}:
         raise ConfigError(f"monitor.sample_notes: {sorted(missing)[0]} is not an id of data.valid, or is longer than max_seq_len")
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
-    plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps)
+    plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights_of(examples))
     if config.warmup_steps >= len(plan):
         raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
     ranks = init_distributed()
     prepare_folder(config)
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
-    attention_chosen, _, attention_fallback = attention_remark.partition("; ")
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
@@ -113,19 +112,17 @@ def train(config: Config, ds: dict) -> dict:
     first_step = checkpoints.load(engine, path, manifest, identity) if path else 0
 
     monitor = Monitor(config, ds, ranks, first_step, len(plan))
-    monitor.say(f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_chosen}; "
-                f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
-                f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
-                f"examples    {len(examples):,} to train on ({len(dropped)} dropped as longer than {config.max_seq_len:,} tokens), "
-                f"{len(held_out):,} held out ({len(held_out_dropped)} dropped)\n"
-                + describe_plan(plan, lengths, targets, config, ranks.world_size, micro_batch_size))  # fmt: skip
-    if dropped:
-        monitor.say(f"dropped     {', '.join(dropped[:8])}{' ...' if len(dropped) > 8 else ''}")
-    if ranks.device.type == "cuda" and attention_fallback:  # a CPU has only one
-        remarks.append(f"attention: {attention_fallback}")
-    if optimizer_fallback := choose_fused(config.optimizer)[1]:
-        remarks.append(optimizer_fallback)
-    for remark in [*remarks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
+    monitor.say(
+        f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
+        f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
+        f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
+        f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
+    )
+    monitor.accounts({"train": account, "valid": held_out_account})
+    monitor.plan(plan, lengths, targets, micro_batch_size)
+    attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
+    fallbacks = filter(None, [attention_fallback, choose_fused(config.optimizer)[1]])
+    for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 
     monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})

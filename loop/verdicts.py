@@ -56,9 +56,10 @@ def speed(what: str) -> float | None:
     return row.get("speed") if row.get("verdict") in ("ok", "slow") else None
 
 
-def why_not(*whats: str) -> str | None:
-    """The first of these rows that was found wrong, in one line; None where none was."""
-    for row in (found().get(what, {}) for what in whats):
+def why_not(check: str, what: str, *more: str) -> str | None:
+    """The first of these rows that was found wrong, in one line; None where none was. Where the row is not there, because the
+    check crashed before it, that of the crash."""
+    for row in (found().get(name, {}) for name in ((what, *more) if what in found() else (check,))):
         if row.get("verdict") == "wrong":
             error = "" if row["error"] is None else f", error {row['error']:.1e} over the bound {row['bound']:.0e}"
             return f"wrong by ./launch.sh check: {row['what']} ({row['version']}){error}: {row['note']}"

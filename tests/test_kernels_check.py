@@ -459,15 +459,22 @@ def test_attention_that_is_missing_is_said_after_a_check_too(verdict):
 
 @pytest.mark.parametrize("row", ["attention flash_attn", "attention flash_attn, leak"])
 def test_attention_found_wrong_is_passed_over_aloud_or_refused_with_its_row(verdict, three_backends, row):
-    verdict(Row(row, **WRONG))
+    verdict(Row("attention flash_attn"), Row(row, **WRONG))
     backend, remark = chosen()
     assert backend == "varlen" and f"{row} (2.8.3), error 5.0e-01 over the bound 2e-02" in remark and "instead varlen" in remark
     with pytest.raises(loop.attention.AttentionError, match=row):
         chosen("flash_attn")
 
 
+def test_attention_whose_check_crashed_is_refused(verdict, three_backends):
+    verdict(
+        Row("attention sdpa"), Row("attention varlen"), Row("attention", verdict="wrong", note="killed by SIGSEGV after the row 'attention varlen'")
+    )
+    assert chosen()[0] == "varlen" and "SIGSEGV" in chosen()[1] and chosen("sdpa")[0] == "sdpa"
+
+
 def test_attention_not_repeatable_is_no_reason_against_it(verdict, three_backends):
-    verdict(Row("attention flash_attn, repeatable", **WRONG))
+    verdict(Row("attention flash_attn"), Row("attention flash_attn, repeatable", **WRONG))
     assert chosen("flash_attn")[0] == "flash_attn"
 
 
