@@ -496,9 +496,10 @@ def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdi
     model.frozen.requires_grad_(False), model.head.requires_grad_(False)
     model.get_output_embeddings = lambda: model.head
     shape = types.SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, head_dim=4)
-    here = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    here, cpu = (types.SimpleNamespace(world_size=2, device=torch.device(kind)) for kind in ("cuda", "cpu"))
     lengths = np.array([10, 30])
     assert utilisation(model, shape, here)(lengths, 7, 1.0) == {}
     verdict(Row("bf16 matrix product", speed=2e-6, unit="TFLOP/s"))
     flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
-    assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 2e6)}
+    assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 4e6)}
+    assert utilisation(model, shape, cpu)(lengths, 7, 0.5) == {}
