@@ -16,6 +16,7 @@ from .generate import write_notes
 from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter, summed_cross_entropy
 from .packing import collate, cut, make_plan
 from .soap import has_all_sections
+from .watchdog import doing
 
 
 @torch.no_grad()
@@ -31,6 +32,7 @@ def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: i
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     plan = make_plan(lengths, capacity * ranks.world_size, seed=0)
     for step in range(len(plan)):
+        doing(f"evaluating, batch {step + 1} of {len(plan)}")
         if stop and ranks.any(stop.signal is not None):
             engine.module.train(was_training)
             return {}
@@ -49,12 +51,13 @@ def prompt_of(example: Example):
     return example.input_ids[: int((example.labels != -100).argmax())]
 
 
-def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int, ranks: Ranks) -> dict[str, str]:
-    """Greedy notes of held-out examples by id. All ranks write all of them, in lockstep."""
+def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int, ranks: Ranks, stop=None) -> dict[str, str]:
+    """Greedy notes of held-out examples by id. All ranks write all of them, in lockstep. With `stop`, a StopRequest, they break off
+    when the run is asked to end."""
     if not examples:
         return {}
     prompts = [prompt_of(e).tolist() for e in examples]
-    notes = write_notes(engine.module, tokenizer, prompts, max_new_tokens, synced=ranks.world_size > 1)
+    notes = write_notes(engine.module, tokenizer, prompts, max_new_tokens, synced=ranks.world_size > 1, stop=stop)
     return {e.id: note for e, note in zip(examples, notes)}
 
 

@@ -63,7 +63,8 @@ def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: 
 class Monitor:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`."""
 
-    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int) -> None:
+    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int, evaluated: bool = True) -> None:
+        """evaluated: nothing that belongs to `first_step` will be logged once more."""
         self.on, self.folder, self.ranks = ranks.is_main, config.folder, ranks
         self.first_step, self.num_steps = first_step, num_steps
         self.started = self.last = time.perf_counter()
@@ -74,15 +75,18 @@ class Monitor:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (self.folder / "ds_config.json").write_text(json.dumps(ds, indent=2))
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2))
-        # After a resume the steps behind the checkpoint are run again: cut them from the log, so that it shows one curve.
         log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() and first_step else []
-        log.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step))
+        lines = kept_lines(log.read_text() if log.exists() else "", first_step, evaluated)
+        write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
         self.log = log.open("a")
         if not first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        # TensorBoard drops what earlier files hold from this step on
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + evaluated if first_step else None)
+        if not evaluated:
+            for line in (line for line in lines if line["step"] == first_step):
+                self._to_board(first_step, line)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
     def say(self, text: str) -> None:
@@ -96,8 +100,18 @@ class Monitor:
             with self.carry_on():
                 self.log.write(json.dumps({"step": step} | values) + "\n")
                 self.log.flush()
-                for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
+                self._to_board(step, values)
+
+    def _to_board(self, step: int, values: dict[str, float]) -> None:
+        for name in values.keys() - {"step"}:
+            self.board.add_scalar(name, values[name], step)
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it finds all that was logged up to it, even after a power cut."""
+        if self.on:
+            with self.carry_on():
+                os.fsync(self.log.fileno())
+                self.board.flush()  # it holds lines back for two minutes
 
     @contextlib.contextmanager
     def carry_on(self):
@@ -106,6 +120,8 @@ class Monitor:
             yield
         except OSError as error:
             self.say(f"not logged: {error} ({self.folder})")
+            with contextlib.suppress(OSError):  # TensorBoard's writer never recovers from an error: begin another file
+                self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
         """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr and number of tokens."""
@@ -149,15 +165,23 @@ class Monitor:
         """Closes the files and returns what report.json holds now: `figures` and those of the steps, the steps before a resume included."""
         if not self.on:
             return {}
-        self.bar.close()
-        self.board.close()
-        self.log.close()
+        with self.carry_on():
+            self.bar.close()
+            self.board.close()
+            self.log.close()
         losses = [line["train/loss"] for line in map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()) if "train/loss" in line]
         if losses:
             figures = {"train/loss_first": losses[0], "train/loss_last": losses[-1]} | figures
         if self.seconds:
             figures = {"train/tokens_per_second": self.tokens / self.seconds, "seconds": time.perf_counter() - self.started} | figures
         return write_report(self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | figures)
+
+
+def kept_lines(log: str, first_step: int, evaluated: bool) -> list[dict]:
+    """What a run that goes on after `first_step` keeps of its metrics.jsonl, so that it shows one curve: nothing of the steps that it will
+    run again, nothing of an evaluation that it will repeat, and not the half line at which the earlier run was killed."""
+    whole = [json.loads(line) for line in log.splitlines() if line.endswith("}")] if first_step else []
+    return [line for line in whole if line["step"] < first_step or (line["step"] == first_step and (evaluated or "eval/loss" not in line))]
 
 
 def as_markdown(texts: dict[str, str]) -> str:
@@ -168,5 +192,12 @@ def write_report(folder: Path, figures: dict) -> dict:
     """Adds figures to the run's report.json and returns all of them."""
     path = folder / "report.json"
     figures = (json.loads(path.read_text()) if path.exists() else {}) | figures
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomically(path, json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is whole whenever the process is killed: the old text or the new one."""
+    aside = path.with_name(f".writing-{path.name}")
+    aside.write_text(text)
+    aside.replace(path)

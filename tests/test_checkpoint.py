@@ -12,7 +12,8 @@ from conftest import ROOT, run_ok, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from loop.checkpoint import Checkpoints, _sha256
+from loop.checkpoint import Checkpoints
+from loop.config import ConfigError
 
 STEPS = 6
 
@@ -75,19 +76,28 @@ def test_a_full_disk_does_not_end_the_run(runs):
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(runs):
     errors = [json.loads((runs / "out" / f"{name}.json").read_text())["error"] for name in ("other LoRA", "other data")]
-    assert "lora was {'r': 8" in errors[0] and "'r': 4" in errors[0] and "run.resume=false" in errors[0]
-    assert "examples was" in errors[1]
+    assert "lora.r was 8 and is 4 now" in errors[0] and "run.resume=false" in errors[0] and "force" not in errors[0]
+    assert "examples was" in errors[1] and "run.resume=force" in errors[1]
 
 
 def test_the_last_checkpoints_are_kept_whole_and_without_pickle(runs):
-    found = sorted(p.name for p in (runs / "whole" / "checkpoints").iterdir())
-    assert found == ["step-000004", "step-000006"]
+    folder = runs / "whole" / "checkpoints"
+    losses = {p.name: json.loads((p / "manifest.json").read_text())["figures"]["eval/loss"] for p in folder.glob("step-*")}
+    assert {"step-000004", "step-000006"} <= losses.keys() and len(losses) <= 3
+    assert {p.name for p in folder.iterdir()} == losses.keys() | {"newest", "best"}
+    assert (folder / "newest").readlink().name == "step-000006" and (folder / "best").readlink().name == min(losses, key=losses.get)
     for path in (runs / "whole").rglob("*"):
         assert path.suffix not in {".pt", ".bin", ".pkl", ".pth"}, path
-    with safe_open(runs / "whole" / "checkpoints" / "step-000006" / "state.safetensors", "pt") as file:
+    with safe_open(runs / "whole" / "checkpoints" / "step-000006" / "state-00000.safetensors", "pt") as file:
         kinds = [key.rsplit(".", 1)[1] for key in file.keys()]
         assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())
     assert kinds.count("master") == kinds.count("exp_avg") == kinds.count("exp_avg_sq") == 2 * 7 * 3
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -99,11 +109,9 @@ def kept(runs, tmp_path) -> Checkpoints:
 def test_a_torn_checkpoint_is_passed_over_and_said(kept):
     newest = kept.folder / "step-000006"
     assert kept.newest()[0] == newest and kept.newest()[1]["step"] == 6
-    data = bytearray((newest / "state.safetensors").read_bytes())
-    data[len(data) // 2] ^= 1  # one flipped bit
-    (newest / "state.safetensors").write_bytes(data)
+    flip_a_bit(newest / "state-00000.safetensors")
     path, manifest, remarks = kept.newest()
-    assert path.name == "step-000004" and manifest["step"] == 4 and "step-000006 passed over: state.safetensors is not what" in remarks[0]
+    assert path.name == "step-000004" and manifest["step"] == 4 and "step-000006 passed over: state-00000.safetensors is not what" in remarks[0]
     (kept.folder / "step-000004" / "manifest.json").unlink()
     path, _, remarks = kept.newest()
     assert path is None and len(remarks) == 2
@@ -115,7 +123,62 @@ def test_a_write_that_is_cut_off_leaves_the_old_ones(kept, monkeypatch):
 
     monkeypatch.setattr("loop.checkpoint.save_file", full)
     with pytest.raises(OSError):
-        kept._write(8, {}, {})
-    assert kept.newest()[0].name == "step-000006"
-    assert [p.name for p in kept.finished()] == ["step-000004", "step-000006"]
-    assert len(_sha256(kept.folder / "step-000006" / "manifest.json")) == 64
+        kept._write(8, iter([{}]), {})
+    path, _, remarks = kept.newest()
+    assert path.name == "step-000006" and remarks == ["writing-000008 passed over: it was never finished"]
+
+
+def a_write(checkpoints: Checkpoints, step: int, loss: float | None = None) -> None:
+    checkpoints._write(step, iter([{"w.master": torch.zeros(4)}]), {"step": step, "figures": {"eval/loss": loss} if loss else {}})
+
+
+def names(checkpoints: Checkpoints) -> list[int]:
+    return [int(p.name[5:]) for p in checkpoints.finished()]
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, float("nan"))):
+        a_write(it, step, loss)
+    assert names(it) == [2, 4, 5]  # 2 has the lowest validation loss
+    a_write(it, 1_000_000, 0.5)
+    assert names(it) == [5, 1_000_000] and it.newest()[1]["step"] == 1_000_000  # more digits than the name has room for
+    assert (it.folder / "best").resolve() == it.newest()[0] and (it.folder / "best" / "manifest.json").is_file()
+
+
+def test_torn_ones_never_push_out_a_whole_one(tmp_path):
+    """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole one, and stays with 2."""
+    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+    it.keep = 3
+    for step in (2, 4, 6):
+        a_write(it, step)
+    it.keep = 2
+    flip_a_bit(it.folder / "step-000004" / "state-00000.safetensors")
+    (it.folder / "step-000006" / "state-00000.safetensors").unlink()
+    path, _, remarks = it.newest()
+    assert path.name == "step-000002" and [r.split(":")[0] for r in remarks] == ["step-000006 passed over", "step-000004 passed over"]
+    assert names(it) == [2, 4, 6]  # nothing is deleted before a newer one is whole
+    a_write(it, 3)
+    assert names(it) == [2, 3] and it.newest()[0].name == "step-000003"
+    a_write(it, 4)
+    assert names(it) == [3, 4] and it.newest()[1]["step"] == 4
+
+
+def test_a_folder_that_takes_nothing_is_said_each_time_and_every_gather_is_taken_part_in(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    taken = []
+    monkeypatch.setattr("loop.checkpoint.whole_tensors", lambda *_: (taken.append(i) or {} for i in range(3)))
+    monkeypatch.setattr("loop.checkpoint.adam_step", lambda engine: 1)
+    monkeypatch.setattr("loop.checkpoint.dist.barrier", lambda: None)
+    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True, gather=lambda value: [value]), 2)
+    for step in (5, 6):
+        assert f"checkpoint of step {step} not written" in it.save(None, step, {}) and taken == [0, 1, 2]
+        taken.clear()
+
+
+def test_when_none_is_whole_a_person_must_decide(kept):
+    for path in kept.finished():
+        (path / "manifest.json").write_text("{")
+    kept.ranks = SimpleNamespace(is_main=True, gather=lambda value: [value], any=bool)
+    with pytest.raises(ConfigError, match="no checkpoint is whole .*step-000006.*run.resume=false"):
+        kept.agree_on_newest()

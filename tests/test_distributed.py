@@ -71,7 +71,7 @@ def test_ranks_end_when_the_launcher_is_gone(config_file):
 def test_a_second_signal_stops_at_once():
     """The first is a wish; a repeat within three seconds is the same Ctrl-C, a later one means now."""
     code = (
-        "import time; from loop.distributed import StopRequest; s = StopRequest(); print('up', flush=True)\n"
+        "import time; from loop.watchdog import StopRequest; s = StopRequest(); print('up', flush=True)\n"
         "while True: time.sleep(0.05); s.signal and print(s.signal, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -88,7 +88,7 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
-    code = "import time; from loop.distributed import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)"
+    code = "import time; from loop.watchdog import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)"
     env = os.environ | {"LOOP_GRACE_SECONDS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "up\n"

@@ -88,7 +88,7 @@ def run(case: dict) -> None:
             stop.signal = "SIGTERM" if done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0 else None
             return plain_step(*args)
 
-        train.train_step, train.StopRequest = counting, lambda: stop
+        train.train_step, train.StopRequest = counting, lambda *_: stop
     if "in_order" in patch:  # so many examples a step, as they stand in the file
         size = patch["in_order"]
 
