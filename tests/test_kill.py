@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,16 +15,18 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ARGS = ["epochs=3", "lr=1e-3", "lora.lora_dropout=0.2", "run.save_steps=2", "monitor.eval_steps=3", "monitor.sample_notes=[valid-1]",
-        "monitor.sample_max_new_tokens=8"]  # fmt: skip
 WHOM = ["everybody", "launch.sh", "the runner", "the launcher", "rank 0", "rank 1"]
 
 
 def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
     env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOOP_GRACE_SECONDS": "60"}
     log = (config_file.parent / f"{name}.log").open("a")
-    return subprocess.Popen([str(ROOT / "launch.sh"), "--config", str(config_file), f"run.name={name}", *ARGS, *args],
+    return subprocess.Popen([str(ROOT / "launch.sh"), "--config", str(config_file), f"run.name={name}", *args],
                             env=env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+
+
+def finish(config_file: Path, name: str) -> None:
+    assert launch(config_file, name).wait(600) == 0, (config_file.parent / f"{name}.log").read_text()[-3000:]
 
 
 def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
@@ -49,34 +50,36 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
     return found
 
 
-def doing(folder: Path, rank: int) -> str:
-    """What a rank wrote last that it is doing."""
+def doing(folder: Path, since: float) -> tuple[int, str]:
+    """The step rank 0 is in and what it wrote last that it is doing, (-1, "") if nothing yet."""
     try:
-        return json.loads((folder / "heartbeat" / f"rank-{rank}.json").read_text())["doing"]
-    except (OSError, ValueError, KeyError):
-        return "starting"
+        beat = json.loads((folder / "heartbeat" / "rank-0.json").read_text())
+        return (beat["step"], beat["doing"]) if beat["alive"] > since else (-1, "")
+    except (OSError, ValueError):
+        return -1, ""
 
 
-def kill_at(config_file: Path, name: str, whom: str, seconds: float) -> str | None:
-    """Starts or continues the run and sends SIGKILL `seconds` after its ranks have begun to work. Returns what rank 0 was doing, None if
-    it had ended before. All of its processes must be gone within the grace time."""
-    folder = config_file.parent / "runs" / name
-    started = time.time()
+def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
+    """Starts or continues the run and sends SIGKILL when `instant(seconds its ranks work, step)` says so. Returns what rank 0 was doing,
+    None if the run had ended before. All of its processes must be gone within the grace time, whoever was killed."""
+    folder, started, working = config_file.parent / "runs" / name, time.time(), None
     process = launch(config_file, name)
-    while process.poll() is None and not any(b.stat().st_mtime > started for b in folder.glob("heartbeat/rank-*.json")):
-        time.sleep(0.02)
-    time.sleep(seconds)
-    last = doing(folder, 0)
+    while process.poll() is None:
+        step, what = doing(folder, started)
+        working = working or (time.monotonic() if step >= 0 else None)
+        if working and instant(time.monotonic() - working, step):
+            break
+        time.sleep(0.005)
     running = processes(config_file, name)
     for who, p in running.items():
         if whom in (who, "everybody"):
             p.kill()
-    finished = process.wait(90) == 0 and whom != "launch.sh"
+    process.wait(90)
     end = time.monotonic() + 90
     while left := processes(config_file, name):
-        assert time.monotonic() < end, f"{whom} was killed while {last}; still there: {list(left)}"
+        assert time.monotonic() < end, f"{whom} was killed while {what}; still there: {list(left)}"
         time.sleep(0.1)
-    return None if finished and not running.keys() & {whom} and whom != "everybody" else last
+    return f"in step {step} ({what})" if running else None
 
 
 def curve(folder: Path, key: str) -> list[tuple[int, float]]:
@@ -100,47 +103,35 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not list(folder.glob("heartbeat/rank-*.json"))
 
 
-def survive(config_file: Path, kills: int, seed: int, longest: float) -> None:
-    """The run whole, and beside it one that is killed again and again, which must come to the same."""
-    assert launch(config_file, "whole").wait(600) == 0, (config_file.parent / "whole.log").read_text()[-3000:]
-    rng, done, seen = random.Random(seed), 0, []
-    runs = config_file.parent / "runs"
-    number = 0
-    while done < kills:
-        name = f"killed{number}"
-        whom, seconds = WHOM[done % len(WHOM)], rng.uniform(0.0, longest)
-        last = kill_at(config_file, name, whom, seconds)
-        if last is not None:
-            done += 1
-            steps = [p.name for p in sorted((runs / name / "checkpoints").glob("step-*"))]
-            seen.append(f"{whom} after {seconds:.1f} s, while {last}; checkpoints {', '.join(steps)}")
-            print(seen[-1], flush=True)
-        if (runs / name / "adapter").is_dir():  # it came to its end between the kills: on with another one
-            assert launch(config_file, name).wait(600) == 0
-            assert_same_run(runs / name, runs / "whole")
-            number += 1
-    name = f"killed{number}"
-    assert launch(config_file, name).wait(600) == 0, (config_file.parent / f"{name}.log").read_text()[-3000:]
-    assert_same_run(runs / name, runs / "whole")
-
-
-def test_a_run_killed_now_and_then_ends_as_the_unbroken_one(config_file):
-    survive(config_file, kills=2, seed=1, longest=3.0)
+def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
+    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once."""
+    config = json.loads((trained.parent / "config.yaml").read_text())
+    config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
+    for whom, least in (("launch.sh", 1), ("everybody", 4)):
+        assert kill(tmp_path / "config.yaml", "killed", whom, lambda seconds, step: step >= least)
+    finish(tmp_path / "config.yaml", "killed")
+    assert_same_run(tmp_path / "runs" / "killed", trained)
+    assert "resumed from" in (tmp_path / "killed.log").read_text()
 
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(config_file):
-    survive(config_file, kills=int(os.environ.get("LOOP_KILLS", 50)), seed=int(os.environ.get("LOOP_SEED", 0)), longest=6.0)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_asked_to_stop_while_it_writes_a_note_it_saves_and_ends_well(config_file, number):
-    """The wish comes in the middle of a note of 2,000 tokens, which breaks off."""
-    name, folder = "noted", config_file.parent / "runs" / "noted"
-    process = launch(config_file, name, "monitor.sample_max_new_tokens=2000", "max_seq_len=1024")
-    while process.poll() is None and "note" not in doing(folder, 0):
-        time.sleep(0.05)
-    started = time.monotonic()
-    process.send_signal(number)
-    assert process.wait(60) == 0, (config_file.parent / f"{name}.log").read_text()[-3000:]
-    assert time.monotonic() - started < 20
+    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two kills is compared, and another begun."""
+    config = json.loads(config_file.read_text())
+    config |= {"epochs": 3, "lora": {"lora_dropout": 0.2}, "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 8}}
+    config_file.write_text(json.dumps(config))
+    rng, kills, done, number = random.Random(int(os.environ.get("LOOP_SEED", 0))), int(os.environ.get("LOOP_KILLS", 50)), 0, 0
+    finish(config_file, "whole")
+    runs = config_file.parent / "runs"
+    while done < kills or not (runs / f"killed{number}" / "adapter").is_dir():
+        name = f"killed{number}"
+        if done < kills:
+            after, whom = rng.uniform(0.0, 6.0), WHOM[done % len(WHOM)]
+            if where := kill(config_file, name, whom, lambda seconds, step: seconds > after):
+                done += 1
+                print(f"{done}: {whom} after {after:.1f} s {where}", flush=True)
+        if done == kills or (runs / name / "adapter").is_dir():
+            finish(config_file, name)
+            assert_same_run(runs / name, runs / "whole")
+            number += done < kills
