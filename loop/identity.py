@@ -59,7 +59,7 @@ def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, fo
 
 
 def base_fingerprint(config: Config) -> str:
-    """A hash of the base's content: config.json, and of each weight file its size, header and 64 samples. The name does not count (a
+    """A hash of the base's content: config.json, and of each weight file its size and 64 samples, the header first. The name does not count (a
     base may move), and gigabytes are not read."""
     with loading(config.base):
         folder = Path(cached_file(resolve_base(config.base)["pretrained_model_name_or_path"], "config.json", revision=config.revision)).parent
@@ -68,9 +68,9 @@ def base_fingerprint(config: Config) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for start in range(0, size, max(4096, size // 64)):
+            for start in range(0, size, max(2**16, size // 64)):
                 file.seek(start)
-                digest.update(file.read(4096))
+                digest.update(file.read(2**16))
     return digest.hexdigest()[:16]
 
 

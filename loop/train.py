@@ -19,6 +19,7 @@ from .cli import exit_with_config_error, load_config
 from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
+from .dropout import share_dropout
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .export import export_model
@@ -32,9 +33,10 @@ from .packing import Batch, collate, cut, make_plan
 from .watchdog import LOCK, StopRequest, Watchdog, doing, lock_folder
 
 
-def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks, is_bad=None):
-    """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks. is_bad: tells
-    of the step's loss whether the update shall be skipped.
+def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
+               draw_mask=None, is_bad=None):  # fmt: skip
+    """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks. draw_mask:
+    draws the dropout of the micro-batch with this index; is_bad: tells of the step's loss whether the update shall be skipped.
 
     Returns (the step's loss over all ranks in nats a supervised token, global gradient norm before clipping, which of this rank's
     micro-batches had a loss that is no number)."""
@@ -44,6 +46,8 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         last = i == len(micro_batches) - 1
         # ZeRO-3 may update the weights only after the last micro-batch. We say which one that is: their number varies.
         engine.set_gradient_accumulation_boundary(last)
+        if draw_mask:
+            draw_mask(i)
         batch = batch.to(ranks.device)
         logits = engine(**batch.model_inputs()).logits  # [1, N, V], N supervised positions
         loss_sum = summed_cross_entropy(logits, batch.targets)
@@ -127,6 +131,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
+    dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     parameters = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # different from here on: each rank drops out other units. A resume restores this state.
@@ -158,13 +163,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     def validate_and_show(step: int) -> dict[str, float] | None:
         """Validation loss and sample notes after `step` steps. None, and nothing is logged, when the run is asked to stop meanwhile: who
         goes on does it again."""
-        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop) if held_out else {}
+        if not held_out:
+            return {}
+        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop)
         notes = sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks, stop)
         if ranks.any(stop.signal is not None):
             return None
         monitor.scalars(step, figures)
-        if figures:
-            monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
+        monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
         monitor.notes(step, notes)
         return figures
 
@@ -195,6 +201,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         set_lr(optimizer, lr)
 
         loss, grad_norm, bad_batches = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
+                                                  lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
                                                   lambda loss: is_spike(loss, recent, config.run.spike_sigmas))  # fmt: skip
 
         doing("agreeing whether to stop")
