@@ -12,6 +12,7 @@ from .config import Config, ConfigError
 from .data import Example, load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config
+from .folder import write_report
 from .generate import write_notes
 from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter, summed_cross_entropy
 from .packing import collate, cut, make_plan
@@ -88,7 +89,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int) -> dic
 
 def main(argv: list[str] | None = None) -> None:
     """`evaluate [--adapter DIR] [--split test] [--notes N] [--config FILE] [key=value ...]`"""
-    from .monitor import quiet_libraries, write_report
+    from .monitor import quiet_libraries
 
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)

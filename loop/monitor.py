@@ -10,7 +10,6 @@ import subprocess
 import time
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from .config import ROOT, Config
 from .distributed import Ranks, on_gpu
+from .folder import as_markdown, kept_lines, write_atomically, write_report
 from .packing import Plan, cut
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
@@ -175,29 +175,3 @@ class Monitor:
         if self.seconds:
             figures = {"train/tokens_per_second": self.tokens / self.seconds, "seconds": time.perf_counter() - self.started} | figures
         return write_report(self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | figures)
-
-
-def kept_lines(log: str, first_step: int, evaluated: bool) -> list[dict]:
-    """What a run that goes on after `first_step` keeps of its metrics.jsonl, so that it shows one curve: nothing of the steps that it will
-    run again, nothing of an evaluation that it will repeat, and not the half line at which the earlier run was killed."""
-    whole = [json.loads(line) for line in log.splitlines() if line.endswith("}")] if first_step else []
-    return [line for line in whole if line["step"] < first_step or (line["step"] == first_step and (evaluated or "eval/loss" not in line))]
-
-
-def as_markdown(texts: dict[str, str]) -> str:
-    return "\n\n".join(f"## {key}\n\n{text}" for key, text in texts.items()) + "\n"
-
-
-def write_report(folder: Path, figures: dict) -> dict:
-    """Adds figures to the run's report.json and returns all of them."""
-    path = folder / "report.json"
-    figures = (json.loads(path.read_text()) if path.exists() else {}) | figures
-    write_atomically(path, json.dumps(figures, indent=2) + "\n")
-    return figures
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is whole whenever the process is killed: the old text or the new one."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
-    aside.replace(path)

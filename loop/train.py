@@ -1,7 +1,6 @@
 """The training loop, top to bottom: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `main`, then `train_step`."""
 
 import contextlib
-import itertools
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from .dropout import share_dropout
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .export import export_model
+from .folder import prepare_folder
 from .identity import at_step, refuse_another, run_identity
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
@@ -30,7 +30,7 @@ from .model import (
 from .monitor import Monitor, describe_plan, quiet_libraries, versions
 from .optim import adamw, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
-from .watchdog import LOCK, StopRequest, Watchdog, doing, lock_folder
+from .watchdog import StopRequest, Watchdog, doing
 
 
 def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
@@ -78,28 +78,6 @@ def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int 
     free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
     return int(free)
-
-
-def prepare_folder(config: Config, ranks: Ranks) -> contextlib.AbstractContextManager:
-    """Makes the run's folder and takes its lock, which is returned, to be held as long as the run writes. With run.resume=false an earlier
-    run of this name is moved aside, not overwritten. Every rank must call it; ConfigError on all of them when it can't be done."""
-    folder, lock, problem = config.folder, contextlib.nullcontext(), None
-    if ranks.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)
-            if not config.run.resume and any(p.name != LOCK for p in folder.iterdir()):
-                aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-                print(f"{folder} is {folder.rename(aside)} now")
-                folder.mkdir()
-                lock = lock_folder(folder)
-        except TimeoutError:
-            problem = f"run.name={config.run.name}: another run writes to {folder}; wait for its end, or give this one another name"
-        except OSError as error:
-            problem = f"run.dir, run.name: {folder} cannot be made ({error.strerror})"
-    if problem := ranks.gather(problem)[0]:
-        raise ConfigError(problem)
-    return lock
 
 
 def train(config: Config, ds: dict) -> dict:

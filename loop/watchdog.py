@@ -6,7 +6,6 @@ rank writes once a second into the run's folder what it is doing, and reads what
 
 import contextlib
 import faulthandler
-import fcntl
 import json
 import os
 import signal
@@ -66,28 +65,6 @@ class StopRequest:
                 os._exit(1)
             if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
                 self._on_signal(signal.SIGTERM, None)
-
-
-LOCK = ".lock"
-
-
-def lock_folder(folder: Path):
-    """Locks a run's folder and returns the open file that holds the lock; it ends with the process, however that ends. The ranks of a run
-    whose launcher was killed save before they go, so an earlier run gets that time. Raises TimeoutError when it is still there then."""
-    file, end, said = (folder / LOCK).open("w"), time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS", 120)), False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise TimeoutError from None
-            if not said:
-                print(f"waiting for the earlier run in {folder} to end", flush=True)
-            said = True
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return file
 
 
 class Watchdog:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, free_port
 
 from loop import watchdog
-from loop.watchdog import LOCK, Watchdog, doing, lock_folder
+from loop.watchdog import Watchdog, doing
 
 
 def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
@@ -172,15 +172,6 @@ def test_a_failed_rank_says_so_in_its_file(dog):
     with pytest.raises(ValueError), dog:
         raise ValueError
     assert json.loads((dog.folder / "rank-0.json").read_text())["ended"] == "ValueError"
-
-
-def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOOP_GRACE_SECONDS", "0.3")
-    with lock_folder(tmp_path):
-        with pytest.raises(TimeoutError):
-            lock_folder(tmp_path)
-    lock_folder(tmp_path).close()
-    assert (tmp_path / LOCK).exists()
 
 
 @pytest.mark.slow
