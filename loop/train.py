@@ -103,6 +103,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     ranks = init_distributed()
     use_deterministic_kernels(config.run.deterministic)
     held.enter_context(prepare_folder(config, ranks))
+    identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
+    checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
+    path, manifest, remarks = checkpoints.agree_on_newest()
+    first_step, figures = manifest.get("step", 0), manifest.get("figures")  # none: it was asked to stop in its evaluation
+    skipped, recent = manifest.get("skipped", 0), deque(manifest.get("recent_losses", []), maxlen=50)
+    if path:
+        remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
+
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
@@ -112,20 +120,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     parameters = [p for _, p in trainable(engine.module)]
-    seed_everything(config.seed + 1 + ranks.rank)  # different from here on: each rank drops out other units. A resume restores this state.
+    seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
 
-    identity = run_identity(config, tokenizer, examples, plan)
-    checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
-    path, manifest, remarks = checkpoints.agree_on_newest()
-    first_step, figures = manifest.get("step", 0), manifest.get("figures")  # none: it was asked to stop in its evaluation
-    skipped, recent = manifest.get("skipped", 0), deque(manifest.get("recent_losses", []), maxlen=50)
     if path:
-        remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
         checkpoints.load(engine, path, manifest)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
     monitor = Monitor(config, ds, ranks, first_step, len(plan), evaluated=figures is not None)
-    monitor.say(f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
+    monitor.say(f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
                 f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
                 f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
                 f"examples    {len(examples):,} to train on ({len(dropped)} dropped as longer than {config.max_seq_len:,} tokens), "
@@ -154,10 +156,10 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
     def save(step: int, figures: dict[str, float] | None) -> None:
         """The state after `step` steps. What was logged up to it is made safe first, so that the curve has no gap after a resume."""
-        monitor.flush()
         started = time.perf_counter()
+        monitor.flush()
         problem = checkpoints.save(engine, step, {
-            "identity": at_step(identity, plan, step), "config": config.model_dump(mode="json"), "versions": versions(),
+            "identity": at_step(identity, plan, step), "config": config.model_dump(mode="json"), "versions": made_by,
             "figures": figures, "skipped": skipped, "recent_losses": list(recent)})  # fmt: skip
         monitor.say(problem) if problem else monitor.scalars(step, {"train/save_seconds": time.perf_counter() - started})
 

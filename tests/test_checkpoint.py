@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +195,23 @@ def test_torn_ones_never_push_out_a_whole_one(tmp_path):
     assert names(it) == [2, 3] and it.newest()[0].name == "step-000003"
     a_write(it, 4)
     assert names(it) == [3, 4] and it.newest()[1]["step"] == 4
+
+
+def test_a_writer_killed_at_any_instant_leaves_a_whole_one(tmp_path):
+    """SIGKILL, 20 times, between any two lines of writing, renaming and tidying up."""
+    it, rng, reached = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 1), random.Random(0), 1
+    a_write(it, 1)
+    for _ in range(20):
+        if not (writer := os.fork()):
+            for step in range(reached + 1, 10**6):
+                a_write(it, step)
+        time.sleep(rng.uniform(0.0, 0.06))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        path, manifest, remarks = Checkpoints(tmp_path, it.ranks, 1).newest()
+        assert path and manifest["step"] >= reached and not any("step-" in remark for remark in remarks)
+        reached = manifest["step"]
+    assert reached > 5
 
 
 def test_a_folder_that_takes_nothing_is_said_each_time_and_every_gather_is_taken_part_in(tmp_path, monkeypatch):

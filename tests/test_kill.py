@@ -60,16 +60,17 @@ def doing(folder: Path, since: float) -> tuple[int, str]:
 
 
 def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
-    """Starts or continues the run and sends SIGKILL when `instant(seconds its ranks work, step)` says so. Returns what rank 0 was doing,
-    None if the run had ended before. All of its processes must be gone within the grace time, whoever was killed."""
+    """Starts or continues the run and sends SIGKILL when `instant(seconds its ranks work, step, whether a checkpoint is being written)`
+    says so. Returns what rank 0 was doing, None if the run had ended before. All of its processes must be gone within the grace time, whoever was killed."""
     folder, started, working = config_file.parent / "runs" / name, time.time(), None
     process = launch(config_file, name)
     while process.poll() is None:
         step, what = doing(folder, started)
         working = working or (time.monotonic() if step >= 0 else None)
-        if working and instant(time.monotonic() - working, step):
+        saving = any((folder / "checkpoints").glob(".*-*"))
+        if working and instant(time.monotonic() - working, step, saving):
             break
-        time.sleep(0.005)
+        time.sleep(0.002)
     running = processes(config_file, name)
     for who, p in running.items():
         if whom in (who, "everybody"):
@@ -79,7 +80,7 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     while left := processes(config_file, name):
         assert time.monotonic() < end, f"{whom} was killed while {what}; still there: {list(left)}"
         time.sleep(0.1)
-    return f"in step {step} ({what})" if running else None
+    return f"in step {step} ({what}{', inside a save' if saving else ''})" if running else None
 
 
 def curve(folder: Path, key: str) -> list[tuple[int, float]]:
@@ -104,12 +105,12 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
-    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once."""
+    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once in the middle of a save."""
     config = json.loads((trained.parent / "config.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
-    for whom, least in (("launch.sh", 1), ("everybody", 4)):
-        assert kill(tmp_path / "config.yaml", "killed", whom, lambda seconds, step: step >= least)
+    assert kill(tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1)
+    assert kill(tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving)
     finish(tmp_path / "config.yaml", "killed")
     assert_same_run(tmp_path / "runs" / "killed", trained)
     assert "resumed from" in (tmp_path / "killed.log").read_text()
@@ -128,7 +129,8 @@ def test_fifty_kills_change_nothing(config_file):
         name = f"killed{number}"
         if done < kills:
             after, whom = rng.uniform(0.0, 6.0), WHOM[done % len(WHOM)]
-            if where := kill(config_file, name, whom, lambda seconds, step: seconds > after):
+            inside = done % 5 == 0  # every fifth falls inside a save, the others anywhere
+            if where := kill(config_file, name, whom, lambda seconds, step, saving: seconds > after and (saving or not inside)):
                 done += 1
                 print(f"{done}: {whom} after {after:.1f} s {where}", flush=True)
         if done == kills or (runs / name / "adapter").is_dir():
