@@ -60,8 +60,9 @@ def doing(folder: Path, since: float) -> tuple[int, str]:
 
 
 def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
-    """Starts or continues the run and sends SIGKILL when `instant(seconds its ranks work, step, whether a checkpoint is being written)`
-    says so. Returns what rank 0 was doing, None if the run had ended before. All of its processes must be gone within the grace time, whoever was killed."""
+    """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many seconds its ranks work, the step, and whether a
+    checkpoint is being written. Returns what rank 0 was doing, None if the run had ended before. All of its processes must be gone
+    within the grace time, whoever was killed."""
     folder, started, working = config_file.parent / "runs" / name, time.time(), None
     process = launch(config_file, name)
     while process.poll() is None:
