@@ -46,7 +46,7 @@ case ${1:-} in
 esac
 is_set_up || setup
 PATH=$(dirname "$(command -v "$py")"):$PATH # DeepSpeed looks for ninja there
-export PATH PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+export PATH PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
 gpus="" # the numbers of the GPUs to use; if there are none, DeepSpeed is told so, or it would look and warn
 if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU "); then
   gpus=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}

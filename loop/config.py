@@ -30,16 +30,22 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the examples come from. A source is a .jsonl/.csv/.parquet file, a folder in the hub's layout, or a hub id;
-    `SOURCE:SPLIT` names a split, otherwise train, validation and test are taken."""
+    """Where the examples come from, and what happens to those that can't be used. A source is a .jsonl, .json, .csv or .parquet
+    file, a folder of `NAME.dialogue.txt` and `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id; `SOURCE:SPLIT` names a
+    split of the last two, otherwise train, validation and test are taken."""
 
     train: str | list[str]
     valid: str | list[str] | None = None
     test: str | list[str] | None = None
-    columns: dict[Literal["id", "dialogue", "note", "messages"], str] = {"id": "id", "dialogue": "dialogue", "note": "soap"}
+    weights: list[float] | None = None  # for a list of train sources: how often an epoch visits each; 0.25 is a random quarter of it
+    valid_share: float = Field(0.05, ge=0, lt=1)  # without data.valid: this share of train, by a hash of the id, is held out
+    columns: dict[Literal["id", "dialogue", "note", "messages"], str | list[str]] = {"id": "id", "dialogue": "dialogue", "note": "soap"}
     supervise: Literal["note", "all"] = "note"  # all: every token after the first is a target (pre-training)
-    overlong: Literal["drop", "error"] = "drop"  # what happens to an example above max_seq_len
-    limit: int | None = Field(None, ge=1)  # take only the first N examples of each split
+    headings: Literal["optional", "required"] = "optional"  # required: a note without S, O, A and P in order is a bad row
+    on_error: Literal["stop", "skip"] = "stop"  # a bad row ends the run before it starts, or is left out, counted and listed
+    overlong: Literal["drop", "truncate_dialogue", "error"] = "drop"  # what happens to an example above max_seq_len
+    cache: bool = True  # keep the token ids under run.dir, readable by the owner alone, so that the next start takes a second
+    limit: int | None = Field(None, ge=1)  # take only the first N rows of each split
 
 
 class Run(Section):
@@ -129,6 +135,9 @@ class Config(Section):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.data.train == []:
             raise ValueError("data.train=[]: name at least one source")
+        sources = [self.data.train] if isinstance(self.data.train, str) else self.data.train
+        if self.data.weights is not None and (len(self.data.weights) != len(sources) or min(self.data.weights) <= 0):
+            raise ValueError(f"data.weights={self.data.weights}: give one number above 0 for each of the {len(sources)} sources of data.train")
         if "messages" not in self.data.columns and not {"dialogue", "note"} <= set(self.data.columns):
             raise ValueError("data.columns must map either messages, or dialogue and note")
         return self

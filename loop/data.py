@@ -1,185 +1,153 @@
-"""From files to checked examples: token ids, and labels that supervise the note, its end-of-sequence token included, and nothing else."""
+"""The examples of a run: sources, tokens and labels put together, with an account of every row, and kept for the next start."""
 
+import contextlib
 import dataclasses
-import re
-import tempfile
+import fcntl
+import hashlib
+import json
+import os
 from pathlib import Path
 
-import datasets
-import jinja2
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from .config import ROOT, Config, ConfigError
-from .soap import soap_messages
-
-SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # our name -> the hub's usual name
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IGNORE = -100  # the label of a token that is not supervised, as everywhere in the field
-
-# For a base that brings no chat template of its own.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
-)
+from . import leaks, soap, sources, tokens
+from .config import Config, ConfigError
+from .sources import Conversation, digest_sources, read_split
+from .tokens import PLAIN_TEMPLATE, Example, encode_examples
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One conversation. A label is the token itself where it is supervised, otherwise -100."""
+@dataclasses.dataclass
+class Account:
+    """What became of every row that was read: kept + skipped + dropped = rows."""
 
-    id: str
-    input_ids: np.ndarray  # int32 [L]
-    labels: np.ndarray  # int32 [L]
+    rows: int
+    kept: int
+    skipped: list[str]  # bad rows, each with its place and what to do about it
+    dropped: list[str]  # ids of examples longer than max_seq_len
+    truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
+    without_headings: int  # notes, among those kept, that lack S, O, A and P in order
+    plain_template: bool  # the base brings no chat template, so the project's own was used
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_targets(self) -> int:
-        """Supervised tokens. The first token of a document has no predecessor that could predict it."""
-        return int((self.labels[1:] != IGNORE).sum())
-
-
-def load_rows(source: str, split: str) -> tuple[datasets.Dataset, str]:
-    """Rows of one source and the split's name. `source` is a file, a folder in the hub's layout or a hub id, each with an
-    optional `:SPLIT`. Raises ConfigError naming the source when it can't be read."""
-    name, wanted = (source, "") if ":" not in source or Path(source).exists() else source.rsplit(":", 1)
-    wanted = wanted or SPLITS[split]
-    path = Path(name) if Path(name).exists() else ROOT / name  # what the repository ships is found from any folder
-    if path.suffix in READERS and not path.is_file():
-        raise ConfigError(f"data.{split}={source}: no such file")
-    try:
-        # The cache would keep a copy of patients' dialogues in the home folder; a temporary one goes with this block.
-        with tempfile.TemporaryDirectory() as cache:
-            if path.suffix in READERS:
-                read = {"path": READERS[path.suffix], "data_files": {wanted: str(path)}, "cache_dir": cache}
-                return datasets.load_dataset(**read, split=wanted, keep_in_memory=True), wanted
-            if path.is_dir():
-                return datasets.load_dataset(str(path), split=wanted, cache_dir=cache, keep_in_memory=True), wanted
-        return datasets.load_dataset(name, split=wanted), wanted
-    except Exception as error:  # each reader has its own exceptions; their root cause says what and where
-        while error.__cause__ is not None:
-            error = error.__cause__
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        remedy = "repair the file" if path.exists() else "no such file or folder, and the hub has no answer; point it at a local file or folder"
-        raise ConfigError(f"data.{split}={source}: {remedy} ({reason})") from error
+    def lines(self, split: str, max_seq_len: int) -> list[str]:
+        """What to say of it: nothing left out, nothing said."""
+        told = []
+        for what, ids in (("skipped", self.skipped), ("dropped", self.dropped), ("truncated", self.truncated)):
+            if ids:
+                why = {"skipped": "bad rows", "dropped": f"longer than {max_seq_len:,} tokens", "truncated": "dialogues shortened to fit"}[what]
+                joint = "\n            " if what == "skipped" else ", "
+                told.append(f"{what:11} {len(ids):,} of {self.rows:,} in data.{split}, {why}: {joint.join(ids[:8])}{' ...' if len(ids) > 8 else ''}")
+        if self.without_headings:
+            told.append(f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} lack S:, O:, A:, P: in this order")
+        if self.plain_template:
+            told.append("template    the base has no chat template; the project's plain one is used, in training and generation")
+        return told
 
 
-def read_conversations(config: Config, split: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """The (id, messages) of a split, each row checked: columns there, texts of type str, none empty, ids unique.
-    Raises ConfigError that names source and row, never a patient's words."""
-    sources = getattr(config.data, split)
-    columns = config.data.columns
-    found: dict[str, list[dict[str, str]]] = {}
-    for source in [sources] if isinstance(sources, str) else sources or []:
-        rows, name = load_rows(source, split)
-        needed = [columns["messages"]] if "messages" in columns else [columns["dialogue"], columns["note"]]
-        ids = columns.get("id", "id")
-        for column in needed if ids == "id" else [*needed, ids]:  # without a column "id", rows are numbered
-            if column not in rows.column_names:
-                raise ConfigError(f"data.columns: {source} has no column {column!r}, only {', '.join(rows.column_names)}")
-        for number, row in enumerate(rows.select(range(min(len(rows), config.data.limit or len(rows))))):
-            key = row.get(ids)
-            key = f"{name}-{len(found)}" if key is None else str(key)
-            where = f"{source}, row {number + 1} (id {key})"
-            if key in found:
-                raise ConfigError(f"{where}: this id occurs twice; make ids unique")
-            if "messages" in columns:
-                messages = row[columns["messages"]]
-                whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-                if not whole or not any(m.get("role") == "assistant" for m in messages):
-                    raise ConfigError(f"{where}: {columns['messages']} must be a list of role and content with an assistant's turn")
-            else:
-                for column in needed:
-                    if not isinstance(row[column], str) or not row[column].strip():
-                        raise ConfigError(f"{where}: {column} is {'empty' if isinstance(row[column], str) else 'not a text'}")
-                messages = soap_messages(row[columns["dialogue"]], row[columns["note"]])
-            found[key] = messages
-    return list(found.items())
+def shorten_to_fit(tokenizer, conversation: Conversation, max_seq_len: int) -> Example | None:
+    """The example without as few turns from the middle of its dialogue as make it fit; None where even the first and last turn don't.
+    The note and the prompt's frame stay whole."""
+    low, high, best = 1, soap.count_turns(conversation.dialogue) - 2 if conversation.dialogue else 0, None
+    while low <= high:
+        turns = (low + high) // 2
+        messages = soap.soap_messages(soap.shorten(conversation.dialogue, turns), conversation.note)
+        (example,) = encode_examples(tokenizer, [dataclasses.replace(conversation, messages=messages)])
+        if len(example) <= max_seq_len:
+            best, high = example, turns - 1
+        else:
+            low = turns + 1
+    return best
 
 
-def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[list[int]]:
-    """Token ids of conversations, each (messages, add_generation_prompt), under the tokenizer's chat template. Training and
-    generation both come through here.
-
-    Text that spells a special token ("</s>") inside a message stays text: such a conversation is put together from the
-    template's frame, where special tokens count, and the contents, where they don't."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-
-    def render(messages, prompt):
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateError as error:  # e.g. a template that knows no system role
-            roles = ", ".join(m["role"] for m in messages)
-            raise ConfigError(f"the base's chat template refuses a conversation of {roles}: {error}") from error
-
-    texts = [render(*c) for c in conversations]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    for at, (messages, prompt) in enumerate(conversations):
-        if not any(s in m["content"] for s in specials for m in messages):
-            continue
-        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        encoded[at] = []
-        for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", render(marked, prompt))):
-            inside = i % 2 == 1
-            piece = messages[int(piece)]["content"] if inside else piece
-            encoded[at] += tokenizer(piece, add_special_tokens=False, split_special_tokens=inside)["input_ids"] if piece else []
-    return encoded
-
-
-def encode_examples(tokenizer, conversations: list[tuple[str, list[dict[str, str]]]], supervise: str = "note") -> list[Example]:
-    """Tokens and labels of (id, messages) pairs, each up to and including the EOS of its last assistant turn.
-
-    The prompt's tokens are exactly those that generation will feed. Where the template's text tokenises differently as a whole
-    (trl#6105), the answer is tokenised on its own behind the prompt. An answer that the template ends without an EOS gets one
-    (trl#7230: an EOS never supervised is never learned)."""
-    answers = [[t for t, m in enumerate(messages) if m["role"] == "assistant"] for _, messages in conversations]
-    if supervise == "all":  # one span from the first token to the last answer's end: no prompt needed
-        answers = [turns[-1:] for turns in answers]
-    wanted = [(messages[: t + whole], not whole) for (_, messages), turns in zip(conversations, answers) for t in turns
-              for whole in ((1,) if supervise == "all" else (0, 1))]  # fmt: skip
-    encoded, eos = iter(encode(tokenizer, wanted)), tokenizer.eos_token_id
-    examples = []
-    for (key, messages), turns in zip(conversations, answers):
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for turn in turns:
-            prompt = [] if supervise == "all" else next(encoded)
-            whole = next(encoded)
-            if whole[: len(prompt)] != prompt:
-                whole = prompt + tokenizer(messages[turn]["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            answer = whole[len(prompt) :]
-            if eos in answer:  # the template's own line break behind the EOS is not part of the answer
-                answer = answer[: len(answer) - answer[::-1].index(eos)]
-            else:
-                answer = [*answer, eos]
-            if prompt[: len(ids)] != ids:
-                raise ConfigError(f"id {key}: the chat template rewrites earlier turns; train on one turn at a time")
-            ids = prompt + answer
-            spans.append((len(prompt), len(ids)))
-        input_ids = np.asarray(ids, np.int32)
-        labels = np.full_like(input_ids, IGNORE)
-        for start, end in [(1, len(ids))] if supervise == "all" else spans:
-            labels[start:end] = input_ids[start:end]
-        examples.append(Example(key, input_ids, labels))
-    return examples
-
-
-def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], list[str]]:
-    """The examples of a split ("train", "valid", "test") and the ids of those dropped for being longer than max_seq_len."""
-    conversations = read_conversations(config, split)
-    kept, dropped = [], []
+def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], Account]:
+    """The examples of a split from its sources. Raises ConfigError for bad rows and long examples where data.on_error and data.overlong say so."""
+    conversations, skipped = read_split(config, split)
+    kept: list[Example] = []
+    account = Account(len(conversations) + len(skipped), 0, skipped, [], [], 0, tokenizer.chat_template in (None, PLAIN_TEMPLATE))
     for start in range(0, len(conversations), 1024):
-        for example in encode_examples(tokenizer, conversations[start : start + 1024], config.data.supervise):
-            if len(example) <= config.max_seq_len:
-                kept.append(example)
-            elif config.data.overlong == "drop":
-                dropped.append(example.id)
-            else:
-                raise ConfigError(f"data.{split}, id {example.id}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; "
-                                  "raise it, or set data.overlong=drop")  # fmt: skip
-    if not kept and getattr(config.data, split):
-        raise ConfigError(f"data.{split}: no example is left ({len(dropped)} are longer than max_seq_len={config.max_seq_len})")
-    return kept, dropped
+        chunk = conversations[start : start + 1024]
+        for conversation, example in zip(chunk, encode_examples(tokenizer, chunk, config.data.supervise)):
+            if len(example) > config.max_seq_len:
+                if config.data.overlong == "error":
+                    raise ConfigError(f"data.{split}, id {example.id}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; raise it, "
+                                      "or set data.overlong to drop or truncate_dialogue")  # fmt: skip
+                shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len) if config.data.overlong == "truncate_dialogue" else None
+                (account.truncated if shorter else account.dropped).append(example.id)
+                if shorter is None:
+                    continue
+                example = shorter
+            account.without_headings += conversation.note is not None and not soap.has_all_sections(conversation.note)
+            kept.append(example)
+    account.kept = len(kept)
+    return kept, account
+
+
+def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], Account]:
+    """The examples of a split ("train", "valid", "test") and what became of every row. Of several ranks on a machine one does the work and
+    the others read its result; so does the next run, as long as not a byte of data, code or tokenizer has changed."""
+    with _cached(config, tokenizer, split) as path:
+        found = _read_cache(path) if path else None
+        if found is None:
+            found = prepare_examples(config, tokenizer, split)
+            _write_cache(path, *found) if path else None
+    examples, account = found
+    if not examples and (account.rows or getattr(config.data, split)):
+        first = (account.skipped or [f"{len(account.dropped)} are longer than max_seq_len={config.max_seq_len}"])[0]
+        raise ConfigError(f"data.{split}: no example is left ({first})")
+    return examples, account
+
+
+def weights_of(examples: list[Example]) -> np.ndarray | None:
+    """How often an epoch visits each example, float [n]; None where all are visited once."""
+    weights = np.array([e.weight for e in examples])
+    return None if (weights == 1).all() else weights
+
+
+@contextlib.contextmanager
+def _cached(config: Config, tokenizer, split: str):
+    """The file for the token ids of exactly this data, template, tokenizer and code, locked; None without a cache."""
+    folder, lock = Path(config.run.dir) / ".tokens", None
+    try:
+        if config.data.cache and getattr(tokenizer, "is_fast", False):
+            digest = hashlib.sha256(digest_sources(config))
+            digest.update(json.dumps([split, config.data.model_dump(), config.max_seq_len, tokenizer.chat_template]).encode())
+            digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode() + tokenizer.backend_tokenizer.to_str().encode())
+            for module in (__file__, tokens.__file__, soap.__file__, sources.__file__, leaks.__file__):
+                digest.update(Path(module).read_bytes())
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            lock = (folder / f"{digest.hexdigest()[:24]}.lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # a folder that can't be written costs time, not the run
+        lock = None
+    try:
+        yield Path(lock.name).with_suffix(".safetensors") if lock else None
+    finally:
+        lock and lock.close()
+
+
+def _read_cache(path: Path) -> tuple[list[Example], Account] | None:
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads(file.metadata()["about"])
+            input_ids, labels, ends = (file.get_tensor(name) for name in ("input_ids", "labels", "ends"))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None  # not there, or not whole: made anew
+    os.utime(path)
+    parts = zip(about["ids"], np.split(input_ids, ends[:-1]), np.split(labels, ends[:-1]), about["weights"])
+    return [Example(*part) for part in parts], Account(**about["account"])
+
+
+def _write_cache(path: Path, examples: list[Example], account: Account) -> None:
+    about = {"ids": [e.id for e in examples], "weights": [e.weight for e in examples], "account": dataclasses.asdict(account)}
+    if not examples:
+        return
+    tensors = {"input_ids": np.concatenate([e.input_ids for e in examples]), "labels": np.concatenate([e.labels for e in examples]),
+               "ends": np.cumsum([len(e) for e in examples])}  # fmt: skip
+    with contextlib.suppress(OSError, SafetensorError):
+        save_file(tensors, path.with_suffix(".writing"), metadata={"about": json.dumps(about)})
+        path.with_suffix(".writing").rename(path)
+        for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-8]:
+            old.unlink()
+            old.with_suffix(".lock").unlink()

@@ -9,7 +9,7 @@ import torch
 from .attention import AttentionError, choose_backend
 from .cli import exit_with_config_error, load_config, take_options
 from .config import Config, ConfigError
-from .data import Example, load_examples
+from .data import load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .folder import write_report
@@ -17,6 +17,7 @@ from .generate import write_notes
 from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter, summed_cross_entropy
 from .packing import collate, cut, make_plan
 from .soap import has_all_sections
+from .tokens import Example
 from .watchdog import doing
 
 
@@ -66,7 +67,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int) -> dic
     """Loads base and adapter under ZeRO-3 as in training and returns the figures of a split."""
     ds = build_ds_config(config)
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
-    examples, dropped = load_examples(config, tokenizer, split)
+    examples, account = load_examples(config, tokenizer, split)
     if not examples:
         raise ConfigError(f"data.{split} is not set")
     ranks = init_distributed()
@@ -76,7 +77,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int) -> dic
     engine = deepspeed.initialize(model=model, config=ds)[0]
     rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
     figures = evaluate_loss(engine, examples, rows * config.max_seq_len, config.max_seq_len, ranks)
-    figures |= {"examples": len(examples), "dropped": len(dropped)}
+    figures |= {"examples": len(examples), "left out": account.rows - account.kept}
     if notes:
         written: dict[str, str] = {}
         for start in range(0, min(notes, len(examples)), 16):

@@ -10,10 +10,10 @@ from peft import PeftModel
 
 from .cli import exit_with_config_error
 from .config import ConfigError
-from .data import encode
 from .distributed import on_gpu
 from .model import attach_adapter, load_base, load_tokenizer, read_adapter
 from .soap import soap_messages
+from .tokens import encode
 from .watchdog import doing
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from .config import Config, ConfigError
-from .data import Example
 from .model import loading, resolve_base
 from .packing import Plan
+from .tokens import Example
 
 # Where and how a run computes, and what the other two kinds hold already: not settings in the sense above.
 NOT_SETTINGS = {"base", "revision", "attention", "gradient_checkpointing", "micro_batch_size", "deepspeed", "run", "monitor", "data", "lora"}

@@ -1,6 +1,7 @@
 """What a person sees of a run: a few lines before it, a progress bar, TensorBoard, `metrics.jsonl`, a summary."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import ROOT, Config
+from .data import Account
 from .distributed import Ranks, on_gpu
 from .folder import as_markdown, kept_lines, write_atomically, write_report
+from .optim import cosine_lr
 from .packing import Plan, cut
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
@@ -46,6 +49,11 @@ def versions() -> dict[str, str]:
     return found | {"commit": git.stdout.strip() or "unknown"}
 
 
+def learning_rates(config: Config, num_steps: int) -> list[float]:
+    return [cosine_lr(s, num_steps, config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
+                      restart_steps=config.restart_steps, restart_mult=config.restart_mult) for s in range(num_steps)]  # fmt: skip
+
+
 def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: Config, world_size: int, micro_batch_size: int) -> str:
     """The batch arithmetic, before the first step."""
     first = range(min(len(plan), 50))
@@ -60,12 +68,22 @@ def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: 
     ])  # fmt: skip
 
 
+def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int) -> None:
+    """What `./launch.sh plan` shows, in TensorBoard. After a resume only what it has dropped from `first_step` on."""
+    if not first_step:
+        board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
+        board.add_histogram("plan/tokens_of_an_example", lengths, 0)
+    for step in range(0, len(lr), -(-len(lr) // 1000)):  # a thousand points show any curve
+        if step >= first_step:
+            board.add_scalar("plan/lr", lr[step], step + 1)
+
+
 class Monitor:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`."""
 
     def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int, evaluated: bool = True) -> None:
         """evaluated: nothing that belongs to `first_step` will be logged once more."""
-        self.on, self.folder, self.ranks = ranks.is_main, config.folder, ranks
+        self.on, self.config, self.folder, self.ranks = ranks.is_main, config, config.folder, ranks
         self.first_step, self.num_steps = first_step, num_steps
         self.started = self.last = time.perf_counter()
         self.tokens, self.seconds = 0, 0.0  # of the steps alone, without evaluation and saving
@@ -88,6 +106,23 @@ class Monitor:
             for line in (line for line in lines if line["step"] == first_step):
                 self._to_board(first_step, line)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
+
+    def accounts(self, accounts: dict[str, Account]) -> None:
+        """Which rows were left out or changed and why: said, and whole in data.json."""
+        if self.on:
+            for split, account in accounts.items():
+                for line in account.lines(split, self.config.max_seq_len):
+                    self.say(line)
+            with self.carry_on():
+                (self.folder / "data.json").write_text(json.dumps({k: dataclasses.asdict(a) for k, a in accounts.items()}, indent=1))
+
+    def plan(self, plan: Plan, lengths: np.ndarray, targets: np.ndarray, micro_batch_size: int) -> None:
+        """The run in advance: said, and in TensorBoard as text, the lengths' histogram and the whole curve of the learning rate."""
+        if self.on:
+            text = describe_plan(plan, lengths, targets, self.config, self.ranks.world_size, micro_batch_size)
+            self.say(text)
+            with self.carry_on():
+                write_plan(self.board, text, lengths, learning_rates(self.config, len(plan)), self.first_step)
 
     def say(self, text: str) -> None:
         if self.on:

@@ -77,40 +77,45 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def _pack_epoch(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One epoch: (order int32 [n], examples in each step int64 [steps]).
+def _pack_epoch(shuffled: np.ndarray, lengths: np.ndarray, budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch of the examples `shuffled`, int [n]: (order int32 [n], examples in each step int64 [steps]).
 
-    Best-fit-decreasing alone would put long examples with long ones and short with short. So most examples are first tied
-    into random bundles of about a third of the budget; bundles are large and go first, the single examples fill the gaps. On the
-    seed's lengths the mean length of a step then varies by 179 tokens (294 without bundles, 101 for a random step), at the same fill."""
-    n = len(lengths)
-    shuffled = rng.permutation(n)
-    per_bundle = max(1, int(0.3 * budget / lengths.mean()))
-    tied = int(0.8 * n) // per_bundle * per_bundle if per_bundle > 1 else 0
-    bundle = np.concatenate([np.repeat(np.arange(tied // per_bundle), per_bundle), tied // per_bundle + np.arange(n - tied)])
-    sizes = np.bincount(bundle, weights=lengths[shuffled]).astype(np.int64)
-    too_large = sizes > budget  # possible when lengths are very uneven: untie these
-    if too_large.any():
-        loose = too_large[bundle]
-        bundle[loose] = len(sizes) + np.arange(loose.sum())
-        bundle = np.unique(bundle, return_inverse=True)[1]
-        sizes = np.bincount(bundle, weights=lengths[shuffled]).astype(np.int64)
-    step = best_fit_decreasing(sizes, budget)
+    Best-fit-decreasing alone would put long examples with long ones and short with short. So nine tenths of the tokens are first tied
+    into bundles of neighbours in the random order, each of about 0.3 of the budget: three of them make a random nine tenths of a step, and the
+    single examples fill its gap. On the seed's lengths the mean length of a step then varies by 107 tokens (294 without bundles, 101 for
+    a random step), at the same fill."""
+    sizes = lengths[shuffled]
+    ends = np.cumsum(sizes)
+    tied = np.searchsorted(ends, 0.9 * ends[-1])
+    bundle = ((ends - sizes / 2) // (0.3 * budget)).astype(np.int64)
+    loose = np.arange(len(shuffled)) >= tied
+    loose |= np.bincount(bundle, weights=sizes)[bundle] > budget  # possible when an example is nearly as long as a step
+    bundle[loose] = bundle[-1] + 1 + np.arange(loose.sum())
+    bundle = np.unique(bundle, return_inverse=True)[1]
+    step = best_fit_decreasing(np.bincount(bundle, weights=sizes).astype(np.int64), budget)
     step = rng.permutation(step.max() + 1)[step][bundle]  # steps in random order, else the run would go from long to short
     return shuffled[np.argsort(step, kind="stable")].astype(np.int32), np.bincount(step)
 
 
-def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_steps: int | None = None) -> Plan:
+def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_steps: int | None = None, weights=None) -> Plan:
     """Plans the whole run. lengths: int [n], tokens of each example, none above `budget` (ValueError names the first).
-    Every epoch holds every example once and packs anew; an example has other company in every epoch and seed."""
+    Every epoch holds every example once and packs anew; an example has other company in every epoch and seed. weights: float [n], how
+    often an epoch visits an example instead; the fraction is a chance, drawn anew in every epoch."""
     lengths = np.asarray(lengths)
     if len(lengths) == 0 or lengths.max() > budget or lengths.min() < 1:
         raise ValueError(f"lengths must lie in 1..{budget} and not be empty")
     orders, counts = [], []
     for epoch in range(epochs):
-        order, count = _pack_epoch(lengths, budget, np.random.default_rng([seed, epoch]))
-        orders.append(order)
-        counts.append(count)
+        rng = np.random.default_rng([seed, epoch])
+        visits = np.arange(len(lengths))
+        if weights is not None:
+            visits = np.repeat(visits, np.floor(weights + rng.random(len(lengths))).astype(np.int64))
+        if len(visits):
+            order, count = _pack_epoch(rng.permutation(visits), lengths, budget, rng)
+            orders.append(order)
+            counts.append(count)
+    if not orders:
+        raise ValueError("the weights are so small that no epoch visits an example")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[: (max_steps or 2**62) + 1]
     order = np.concatenate(orders)[: offsets[-1]]
     return Plan(order, offsets, int(lengths[order].sum()), budget)

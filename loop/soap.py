@@ -20,6 +20,23 @@ def soap_messages(dialogue: str, note: str | None = None) -> list[dict[str, str]
     return messages if note is None else [*messages, {"role": "assistant", "content": note.strip()}]
 
 
+def shorten(dialogue: str, turns: int) -> str:
+    """The dialogue without that many turns from its middle, a marker in their place. The middle, because complaint and history stand at
+    the beginning of a visit, assessment and plan at its end. A turn is a line, or a sentence where the dialogue has only one line."""
+    lines, joint = dialogue.strip().splitlines(), "\n"
+    if len(lines) == 1:
+        lines, joint = re.split(r"(?<=[.?!]) ", lines[0]), " "
+    turns = min(turns, len(lines))
+    start = (len(lines) - turns + 1) // 2
+    return joint.join([*lines[:start], f"[{turns} turns left out]", *lines[start + turns :]]) if turns else dialogue
+
+
+def count_turns(dialogue: str) -> int:
+    """The turns that `shorten` could remove."""
+    lines = dialogue.strip().splitlines()
+    return len(lines) if len(lines) > 1 else len(re.split(r"(?<=[.?!]) ", lines[0]))
+
+
 def parse_note(note: str) -> dict[str, str]:
     """Splits a note at its headings: {"S": text, ...} in the order found. Text before the first heading is left out,
     a heading that comes twice has its texts joined, and a text without headings gives {}."""

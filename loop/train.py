@@ -16,7 +16,7 @@ from .attention import AttentionError, choose_backend
 from .checkpoint import Checkpoints
 from .cli import exit_with_config_error, load_config
 from .config import Config, ConfigError
-from .data import load_examples
+from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
 from .dropout import share_dropout
 from .ds_config import build_ds_config
@@ -27,7 +27,7 @@ from .identity import at_step, refuse_another, run_identity
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
-from .monitor import Monitor, describe_plan, quiet_libraries, versions
+from .monitor import Monitor, quiet_libraries, versions
 from .optim import adamw, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
 from .watchdog import StopRequest, Watchdog, doing
@@ -89,14 +89,14 @@ def train(config: Config, ds: dict) -> dict:
 def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     stop = StopRequest(config.run.max_hours)
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
-    examples, dropped = load_examples(config, tokenizer, "train")
-    held_out, held_out_dropped = load_examples(config, tokenizer, "valid")
+    examples, account = load_examples(config, tokenizer, "train")
+    held_out, held_out_account = load_examples(config, tokenizer, "valid")
     shown = [e for e in held_out if e.id in config.monitor.sample_notes]
     if missing := set(config.monitor.sample_notes) - {e.id for e in shown}:
         raise ConfigError(f"monitor.sample_notes: {sorted(missing)[0]} is not an id of data.valid, or is longer than max_seq_len")
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
-    plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps)
+    plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights_of(examples))
     if config.warmup_steps >= len(plan):
         raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
@@ -127,14 +127,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
     monitor = Monitor(config, ds, ranks, first_step, len(plan), evaluated=figures is not None)
-    monitor.say(f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
-                f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
-                f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
-                f"examples    {len(examples):,} to train on ({len(dropped)} dropped as longer than {config.max_seq_len:,} tokens), "
-                f"{len(held_out):,} held out ({len(held_out_dropped)} dropped)\n"
-                + describe_plan(plan, lengths, targets, config, ranks.world_size, micro_batch_size))  # fmt: skip
-    if dropped:
-        monitor.say(f"dropped     {', '.join(dropped[:8])}{' ...' if len(dropped) > 8 else ''}")
+    monitor.say(
+        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
+        f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
+        f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
+        f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
+    )
+    monitor.accounts({"train": account, "valid": held_out_account})
+    monitor.plan(plan, lengths, targets, micro_batch_size)
     for remark in [*remarks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 

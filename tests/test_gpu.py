@@ -28,6 +28,7 @@ def runs(tinyllama, rows, tmp_path_factory):
     """(config, the examples of each step, the record of each case)."""
     folder = tmp_path_factory.mktemp("gpu")
     args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", "data.valid=null",
+            "data.test=null", "data.valid_share=0",
             "monitor.sample_notes=[]", f"run.dir={folder}", "lora.lora_dropout=0.0", "eps=1e-5", "lora.init_lora_weights=false",
             f"max_steps={STEPS}", "run.resume=false", "batch_size=4", "lr=1e-3", "max_grad_norm=0.5"]  # fmt: skip
     found = available_backends("cuda")

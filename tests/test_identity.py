@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from loop.cli import load_config
 from loop.config import ConfigError
-from loop.data import Example
 from loop.identity import at_step, base_fingerprint, refuse_another, run_identity, tokenizer_fingerprint
 from loop.model import load_base
 from loop.packing import make_plan
+from loop.tokens import Example
 
 LENGTHS = np.arange(10, 50)
 

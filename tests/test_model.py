@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from loop.attention import IMPLEMENTATIONS, available_backends
 from loop.config import Config, ConfigError
-from loop.data import Example
+from loop.tokens import Example
 from loop.model import (
     activation_bytes, choose_micro_batch, decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loop.data import read_conversations
+from loop.sources import read_split
 from loop.cli import load_config
 
 SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/save_seconds", "eval/loss", "eval/perplexity"}
@@ -21,7 +21,7 @@ def board(trained):
 
 
 def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board):
-    assert set(board.Tags()["scalars"]) == SCALARS  # and train/gpu_memory_gib on a GPU
+    assert set(board.Tags()["scalars"]) == SCALARS | {"plan/lr"}  # and train/gpu_memory_gib on a GPU
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for name in SCALARS:
         logged = [(line["step"], line[name]) for line in lines if name in line]
@@ -31,8 +31,16 @@ def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board)
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 3, 6]
 
 
+def test_the_plan_is_on_the_board_and_the_account_in_the_folder(trained, board):
+    """The planned learning rates are those that were run; every row is accounted for."""
+    assert [e.value for e in board.Scalars("plan/lr")] == pytest.approx([e.value for e in board.Scalars("train/lr")])
+    assert "plan/tokens_of_an_example" in board.Tags()["histograms"]
+    accounts = json.loads((trained / "data.json").read_text())
+    assert accounts["train"]["rows"] == 40 == accounts["train"]["kept"] + len(accounts["train"]["dropped"]) and accounts["valid"]["rows"] == 6
+
+
 def test_sample_notes_are_shown_for_the_named_examples_alone(trained, board):
-    assert {tag for tag in board.Tags()["tensors"] if "notes" in tag} == {"notes/valid-1/text_summary"}
+    assert {tag for tag in board.Tags()["tensors"] if "plan" not in tag} == {"notes/valid-1/text_summary"}
     assert sorted(p.name for p in (trained / "samples").iterdir()) == ["prompts.md", "step-000000.md", "step-000003.md", "step-000006.md"]
     assert "Doctor: " in (trained / "samples" / "prompts.md").read_text()
 
@@ -50,7 +58,7 @@ def test_no_patients_word_leaves_the_files_it_came_in(trained):
     """The run's folder is its owner's, and outside the named samples no line of a dialogue or note is in it or on the terminal."""
     assert stat.S_IMODE(trained.stat().st_mode) == 0o700
     config = load_config(["--config", str(trained / "config.yaml")])
-    lines = [line for _, messages in read_conversations(config, "train") for line in messages[1]["content"].splitlines()[2:]]
+    lines = [line for c in read_split(config, "train")[0] for line in c.dialogue.splitlines() + c.note.splitlines()]
     shown = (trained / "samples" / "prompts.md").read_text()  # the named example's; made-up lines may be the same by chance
     secrets = [line for line in lines if len(line) > 12 and line not in shown]
     texts = [p.read_bytes().decode("utf-8", "replace") for p in trained.rglob("*") if p.is_file() and p.parent.name != "samples"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.data import Example
+from loop.tokens import Example
 from loop.packing import best_fit_decreasing, collate, cut, make_plan
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
@@ -62,6 +62,9 @@ def test_the_order_is_random():
     plan = make_plan(lengths, 16384, 1)
     means = np.array([lengths[plan[s]].mean() for s in range(len(plan))])
     assert abs(np.corrcoef(np.arange(len(plan)), means)[0, 1]) < 4 / len(plan) ** 0.5
+    # the company in a step is nearly that of chance: its mean length varies as that of as many random examples does
+    counts = np.array([len(plan[s]) for s in range(len(plan))])
+    assert means.std() < 1.2 * (lengths.std() / counts**0.5).mean()
     order = make_plan(lengths, 16384, 1, epochs=2)
     company = [{frozenset((a, b)) for s in steps for a in order[s] for b in order[s] if a < b}
                for steps in (range(0, 200), range(len(plan), len(plan) + 4000))]  # fmt: skip
@@ -73,6 +76,18 @@ def test_max_steps_cuts_the_plan():
     plan = make_plan(seed_profile(500), 16384, 1, max_steps=7)
     assert len(plan) == 7 and len(plan.order) == plan.offsets[-1]
     assert plan.tokens == seed_profile(500)[plan.order].sum()
+
+
+def test_weights_are_visits_an_epoch():
+    lengths, weights = seed_profile(2000), np.repeat([2.0, 1.0, 0.25], [200, 800, 1000])
+    plan = make_plan(lengths, 16384, 3, epochs=4, weights=weights)
+    visits = np.bincount(plan.order, minlength=2000)
+    assert (visits[:200] == 8).all() and (visits[200:1000] == 4).all()
+    assert 850 < visits[1000:].sum() < 1150 and visits[1000:].max() > 1  # a quarter of them in each of four epochs, drawn anew
+    ones = make_plan(lengths, 16384, 3, weights=np.ones(2000))
+    assert sorted(ones.order) == list(range(2000))
+    with pytest.raises(ValueError, match="no epoch visits"):
+        make_plan(np.array([5]), 16384, 0, weights=np.array([1e-9]))
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 101], [0, 5]])

@@ -20,7 +20,15 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", "row", STEPS * BATCH, 3)
     ds = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (tmp_path / "fp32.json").write_text(json.dumps(ds))
-    config = {"base": tiny_base, "method": "lora", "data": {"train": rows}, "max_seq_len": 1024, "batch_size": BATCH, "lr": 1e-3, "eps": 1e-5}
+    config = {
+        "base": tiny_base,
+        "method": "lora",
+        "data": {"train": rows, "valid_share": 0},
+        "max_seq_len": 1024,
+        "batch_size": BATCH,
+        "lr": 1e-3,
+        "eps": 1e-5,
+    }
     config |= {"lora": {"lora_dropout": 0.0, "init_lora_weights": False}, "max_grad_norm": 0.5, "deepspeed": str(tmp_path / "fp32.json")}
     config |= {"run": {"dir": str(tmp_path), "name": "ours"}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))

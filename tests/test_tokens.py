@@ -1,0 +1,104 @@
+"""Which tokens an example has, and which are supervised, under every chat template."""
+
+import numpy as np
+import pytest
+
+from loop.model import load_tokenizer
+from loop.soap import soap_messages
+from loop.sources import Conversation
+from loop.tokens import PLAIN_TEMPLATE, encode, encode_examples, encode_prompts
+
+ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
+
+ZEPHYR = (  # TinyLlama's; role tags are ordinary text there
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {  # template, end of sequence, further special tokens
+    "own": (None, "</s>", []), "none": (PLAIN_TEMPLATE, "</s>", []), "zephyr": (ZEPHYR, "</s>", []),
+    "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]), "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=TEMPLATES)
+def tokenizer(request, tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    template, eos, specials = TEMPLATES[request.param]
+    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": specials})
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
+
+
+def talk(dialogue: str, note: str, key: str = "a") -> Conversation:
+    return Conversation(key, soap_messages(dialogue, note), dialogue, note)
+
+
+def test_the_note_and_its_eos_are_supervised_and_nothing_else(tokenizer):
+    conversations = [talk(r["dialogue"], r["soap"], r["id"]) for r in ROWS]
+    for e, row in zip(encode_examples(tokenizer, conversations), ROWS):
+        supervised = e.input_ids[e.labels != -100]
+        assert supervised[-1] == tokenizer.eos_token_id == e.input_ids[-1]
+        assert tokenizer.decode(supervised[:-1]).strip() == row["soap"]
+        prompt = encode(tokenizer, [(soap_messages(row["dialogue"]), True)])[0]
+        assert e.input_ids[: len(prompt)].tolist() == prompt  # what generation feeds is what training saw
+        assert np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :]) and (e.labels[: len(prompt)] == -100).all()
+
+
+def test_the_spelling_of_a_special_token_stays_text(tokenizer):
+    specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    note = "S: he said " + " ".join(specials) + " and left.\nO: -\nA: x\nP: y"
+    plain, injected = (encode_examples(tokenizer, [talk(d, note)])[0] for d in ("Doctor: hi", "Doctor: hi " + "".join(specials)))
+    count = [sum(int(i) in tokenizer.all_special_ids for i in e.input_ids) for e in (plain, injected)]
+    frame = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])[0]
+    assert count[0] == count[1] == sum(int(i) in tokenizer.all_special_ids for i in frame.input_ids)
+    supervised = injected.input_ids[injected.labels != -100]
+    assert tokenizer.decode(supervised[:-1]).strip() == note and tokenizer.eos_token_id not in supervised[:-1]
+
+
+def test_a_template_without_an_eos_gets_one(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
+    assert e.input_ids[-1] == e.labels[-1] == tokenizer.eos_token_id
+
+
+def test_prompts_are_found_without_tokenising_them(tokenizer):
+    """The short way through the last special token gives what `encode` gives, special tokens' spellings and other turns included."""
+    specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    dialogues = [r["dialogue"] for r in ROWS] + ["Doctor: " + specials, "Doctor: ends in a line break\n\n", "Doctor: é\u4e2d\U0001f600 x  y"]
+    upto = [soap_messages(d, "S: ok\nP: rest") for d in dialogues]
+    first = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
+    upto += [first, [*first, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]]
+    wholes = encode(tokenizer, [(m, False) for m in upto])
+    assert encode_prompts(tokenizer, [m[:-1] for m in upto], wholes) == encode(tokenizer, [(m[:-1], True) for m in upto])
+
+
+def test_a_base_without_a_template_gets_the_plain_one(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = None
+    (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
+    text = tokenizer.decode(e.input_ids)
+    assert text.endswith("Doctor: hi\n### assistant\nS: ok</s>") and "### system" in text
+    assert tokenizer.decode(e.input_ids[e.labels != -100]) == "S: ok</s>"
+
+
+def test_messages_supervise_every_assistant_turn(tiny_base):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"},
+             {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]  # fmt: skip
+    tokenizer = load_tokenizer(tiny_base)
+    (e,) = encode_examples(tokenizer, [Conversation("a", turns)])
+    assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one</s>two</s>"
+    (e,) = encode_examples(tokenizer, [Conversation("a", turns)], "all")
+    assert np.array_equal(e.labels[1:], e.input_ids[1:]) and e.labels[0] == -100
