@@ -68,7 +68,7 @@ def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: 
     ])  # fmt: skip
 
 
-def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int) -> None:
+def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int = 0) -> None:
     """What `./launch.sh plan` shows, in TensorBoard. After a resume only what it has dropped from `first_step` on."""
     if not first_step:
         board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
