@@ -17,10 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loop.checkpoint import Checkpoints
+from loop.cli import load_config
 from loop.config import ConfigError
+from loop.data import load_examples, weights_of
+from loop.model import load_tokenizer
+from loop.packing import make_plan
 
 STEPS = 6
-BAD = ["train-5", "train-12"]  # in steps 2 and 4
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,11 @@ def runs(tiny_base, tmp_path_factory):
     config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "max_steps": STEPS}
     config |= {"run": {"dir": str(folder), "save_steps": 2}, "monitor": {"eval_steps": 2}}
     (folder / "config.yaml").write_text(json.dumps(config))
+    loaded = load_config(["--config", str(folder / "config.yaml"), "data.cache=false"])
+    examples, _ = load_examples(loaded, load_tokenizer(tiny_base), "train")
+    plan = make_plan([len(e) for e in examples], loaded.tokens_per_step, loaded.seed, max_steps=STEPS, weights=weights_of(examples))
+    bad = [examples[plan[step - 1][0]].id for step in (2, 4)]
+    (folder / "bad.json").write_text(json.dumps([bad, [len(plan[step - 1]) for step in (2, 4)]]))
     exact = [f"deepspeed={folder / 'fp32.json'}"]
 
     def case(name: str, run: str, *args: str, **patch) -> dict:
@@ -41,8 +49,8 @@ def runs(tiny_base, tmp_path_factory):
         run_ok(world_size, "tests/worker.py", str(folder / "cases.json"))
 
     start(2, case("whole", "whole"), case("first half", "broken", stop_after=3), case("second half", "broken"),
-          case("bad", "bad", bad_example=BAD), case("bad first half", "bad halves", bad_example=BAD, stop_after=3),
-          case("bad second half", "bad halves", "lr=2e-3", "max_steps=7", bad_example=BAD),
+          case("bad", "bad", bad_example=bad), case("bad first half", "bad halves", bad_example=bad, stop_after=3),
+          case("bad second half", "bad halves", "lr=2e-3", "max_steps=7", bad_example=bad),
           case("exact", "exact", *exact), case("full disk", "disk", disk_full=1),
           case("other LoRA", "whole", "lora.r=4"), case("other data", "whole", "data.limit=39"))  # fmt: skip
     start(4, case("four ranks", "elastic", *exact, stop_after=2))
@@ -82,7 +90,7 @@ def test_a_bad_example_skips_its_step_on_all_ranks_is_named_and_counted_and_does
     records = [json.loads((runs / "out" / f"{name}.json").read_text()) for name in ("bad", "bad first half", "bad second half")]
     whole, first, second = ([line for line in record["said"] if "skipped on all ranks" in line] for record in records)
     assert len(whole) == 2 and len(first) == 1 and whole == first + second
-    for line, step, bad, size in zip(whole, (2, 4), BAD, (5, 5)):  # of the micro-batch, which is a part of the step
+    for line, step, bad, size in zip(whole, (2, 4), *json.loads((runs / "bad.json").read_text())):  # of the micro-batch, which is a part of the step
         ids = line.split("examples ")[1].split(", ")
         assert line.startswith(f"step {step}: loss nan") and bad in ids and len(ids) < size
     for name in ("bad", "bad halves"):  # NaN stands in the log, and its step counts
