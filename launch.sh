@@ -13,6 +13,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the 
   setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
 train and evaluate run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE (the
 machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
+train --verify-resume: shows on a few steps that a run which is broken off and goes on is the unbroken one, bit for bit.
 environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv), LOOP_GRACE_SECONDS (longest stop; 120),
              MASTER_PORT, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS"
 die() { echo "launch.sh: $*" >&2; exit 2; }
@@ -52,7 +53,7 @@ if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(nvidia-smi -L 2>/dev/null | 
 fi
 if [[ -z $gpus || $gpus == -1 ]]; then gpus="" && export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 case $command in
-  train | evaluate) ;;
+  train | evaluate) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.verify "$@"; fi ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   test) cd "$here" && exec "$py" -m pytest -q "$@" ;;
   setup) [[ $* ]] || { echo "set up: $("$py" --version), $py"; exit; }

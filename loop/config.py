@@ -51,10 +51,15 @@ class Data(Section):
 class Run(Section):
     dir: str = "runs"
     name: str = "soap"
-    resume: bool = True  # go on from the newest whole checkpoint of this run, if there is one
+    # go on from the newest whole checkpoint of this run, if there is one; force: on other data, or with another plan, too
+    resume: bool | Literal["force"] = True
     save_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    bad_steps: int = Field(3, ge=1)  # stop after this many non-finite steps in a row
+    keep_checkpoints: int = Field(2, ge=1)  # the last ones; the one with the best validation loss is kept beside them
+    bad_steps: int = Field(3, ge=1)  # stop after this many skipped steps in a row (1: at the first)
+    spike_sigmas: float | None = Field(None, gt=0)  # skip a step whose loss is so many standard deviations above the last 50; none: don't
+    max_hours: float | None = Field(None, gt=0)  # save and end after so much wall time; the same command goes on
+    timeout_minutes: float = Field(10, gt=0)  # end all ranks when one stands still for so long
+    deterministic: bool = False  # on GPUs, sum in a fixed order where a kernel offers it, so that a resumed run is the unbroken one to the bit
 
 
 class Monitor(Section):

@@ -1,13 +1,16 @@
-"""Ranks, and how they agree: start-up, sums over ranks, and the wish to stop."""
+"""Ranks, and how they agree: start-up, sums over ranks, and what each has to tell the others."""
 
+import contextlib
 import ctypes
 import datetime
+import json
 import os
+import random
 import signal
-import threading
-import time
+from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -40,6 +43,17 @@ class Ranks:
         """True on every rank when it is true on one of them."""
         return self.sum(float(flag))[0] > 0
 
+    def gather(self, value: Any) -> list:
+        """Every rank's `value`, in the order of ranks. Every rank must call it. The values travel as JSON text in byte tensors, for
+        torch's own object collectives pickle."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+        longest = max(map(int, sizes))
+        texts = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in sizes]
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes)]
+
 
 def init_distributed(timeout_minutes: float = 30) -> Ranks:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it."""
@@ -57,48 +71,19 @@ def init_distributed(timeout_minutes: float = 30) -> Ranks:
 
 def _die_with_parent() -> None:
     """Linux: this rank gets SIGTERM when the process that started it dies, so that no rank trains on as an orphan."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the launcher's own clean-up has to do
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        return  # not Linux: the launcher's own clean-up has to do
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads at a step boundary; a second signal stops at once.
-
-    One Ctrl-C may arrive twice (terminal and launcher), so a repeat within three seconds counts as the same request. A thread sees
-    to two cases that no signal covers: launch.sh was killed (its pid is gone), or no step boundary came within the grace time."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._since = 0.0
-        self._grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
-        self._launcher = int(os.environ.get("LOOP_LAUNCHER_PID", 0))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _on_signal(self, number, frame) -> None:
-        if self.signal and time.monotonic() - self._since > 3:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self._since = signal.Signals(number).name, time.monotonic()
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(2)
-            if self.signal and time.monotonic() - self._since > self._grace:
-                os._exit(1)
-            if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
-                self._on_signal(signal.SIGTERM, None)
+def use_deterministic_kernels(on: bool) -> None:
+    """Sums in a fixed order on GPUs, too. A kernel that has no such order runs as it is: `train --verify-resume` shows what that makes."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+    torch.use_deterministic_algorithms(on, warn_only=True)
 
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch on this rank."""
-    import random
-
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

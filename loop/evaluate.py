@@ -12,11 +12,13 @@ from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config
+from .folder import write_report
 from .generate import write_notes
 from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter, summed_cross_entropy
 from .packing import collate, cut, make_plan
 from .soap import has_all_sections
 from .tokens import Example
+from .watchdog import doing
 
 
 @torch.no_grad()
@@ -32,6 +34,7 @@ def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: i
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     plan = make_plan(lengths, capacity * ranks.world_size, seed=0)
     for step in range(len(plan)):
+        doing(f"evaluating, batch {step + 1} of {len(plan)}")
         if stop and ranks.any(stop.signal is not None):
             engine.module.train(was_training)
             return {}
@@ -50,12 +53,13 @@ def prompt_of(example: Example):
     return example.input_ids[: int((example.labels != -100).argmax())]
 
 
-def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int, ranks: Ranks) -> dict[str, str]:
-    """Greedy notes of held-out examples by id. All ranks write all of them, in lockstep."""
+def sample_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int, ranks: Ranks, stop=None) -> dict[str, str]:
+    """Greedy notes of held-out examples by id. All ranks write all of them, in lockstep. With `stop`, a StopRequest, they break off
+    when the run is asked to end."""
     if not examples:
         return {}
     prompts = [prompt_of(e).tolist() for e in examples]
-    notes = write_notes(engine.module, tokenizer, prompts, max_new_tokens, synced=ranks.world_size > 1)
+    notes = write_notes(engine.module, tokenizer, prompts, max_new_tokens, synced=ranks.world_size > 1, stop=stop)
     return {e.id: note for e, note in zip(examples, notes)}
 
 
@@ -86,7 +90,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int) -> dic
 
 def main(argv: list[str] | None = None) -> None:
     """`evaluate [--adapter DIR] [--split test] [--notes N] [--config FILE] [key=value ...]`"""
-    from .monitor import quiet_libraries, write_report
+    from .monitor import quiet_libraries
 
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)

@@ -14,12 +14,14 @@ from .distributed import on_gpu
 from .model import attach_adapter, load_base, load_tokenizer, read_adapter
 from .soap import soap_messages
 from .tokens import encode
+from .watchdog import doing
 
 
 @torch.no_grad()
-def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, synced: bool = False) -> list[str]:
+def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, synced: bool = False, stop=None) -> list[str]:
     """Greedy notes for prompts of token ids, as one left-padded batch with a KV cache. synced: several ZeRO-3 ranks run on
-    until the last one has finished, since each of them must take part in every gather."""
+    until the last one has finished, since each of them must take part in every gather. With `stop`, a StopRequest, the notes break
+    off when it is set; a rank that was not asked itself writes its own to the end."""
     config, was_training = model.config, model.training
     packed, cache = config._attn_implementation, config.use_cache
     width = max(map(len, prompts))
@@ -29,6 +31,11 @@ def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+
+    def asked_to_stop(ids, scores, **_) -> torch.Tensor:  # transformers asks after each token
+        doing(f"writing sample notes, token {ids.shape[1] - width}")
+        return torch.full((len(ids),), bool(stop and stop.signal), device=ids.device)
+
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
         model.eval()
@@ -37,6 +44,7 @@ def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
         out = model.generate(
             input_ids=ids.to(inner.device), attention_mask=mask.to(inner.device), max_new_tokens=max_new_tokens, do_sample=False,
             temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, synced_gpus=synced,
+            stopping_criteria=[asked_to_stop],
         )  # fmt: skip
     finally:
         inner.set_attn_implementation(packed)

@@ -52,6 +52,8 @@ def read_adapter(adapter: str) -> dict[str, Any]:
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
+    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
+        raise ConfigError(f"--adapter {adapter}: no adapter_model.safetensors there; give a run's adapter/ folder")
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
@@ -86,7 +88,7 @@ def load_base(
     base: str, dtype: torch.dtype, device, *, revision=None, quantized=True, double_quant=True, attention="sdpa", ds=None
 ) -> PreTrainedModel:
     """The causal language model, frozen weights in NF4 when `quantized`. With `ds`, an unquantised one is partitioned while it loads."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "revision": revision, "use_safetensors": True}  # no pickle
     if quantized:
         options |= {"quantization_config": nf4_config(dtype, double_quant), "device_map": {"": device}}
     elif ds is None:

@@ -11,7 +11,6 @@ import subprocess
 import time
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from .config import ROOT, Config
 from .data import Account
 from .distributed import Ranks, on_gpu
+from .folder import as_markdown, kept_lines, write_atomically, write_report
 from .optim import cosine_lr
 from .packing import Plan, cut
 
@@ -68,20 +68,23 @@ def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: 
     ])  # fmt: skip
 
 
-def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float]) -> None:
-    """What `./launch.sh plan` shows, in TensorBoard."""
-    board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
-    board.add_histogram("plan/tokens_of_an_example", lengths, 0)
+def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int = 0) -> None:
+    """What `./launch.sh plan` shows, in TensorBoard. After a resume only what it has dropped from `first_step` on."""
+    if not first_step:
+        board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
+        board.add_histogram("plan/tokens_of_an_example", lengths, 0)
     for step in range(0, len(lr), -(-len(lr) // 1000)):  # a thousand points show any curve
-        board.add_scalar("plan/lr", lr[step], step + 1)
+        if step >= first_step:
+            board.add_scalar("plan/lr", lr[step], step + 1)
 
 
 class Monitor:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`."""
 
-    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int) -> None:
+    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int, mfu, evaluated: bool = True) -> None:
+        """mfu: what mfu.utilisation gave. evaluated: nothing that belongs to `first_step` will be logged once more."""
         self.on, self.config, self.folder, self.ranks = ranks.is_main, config, config.folder, ranks
-        self.first_step, self.num_steps = first_step, num_steps
+        self.first_step, self.num_steps, self.mfu = first_step, num_steps, mfu
         self.started = self.last = time.perf_counter()
         self.tokens, self.seconds = 0, 0.0  # of the steps alone, without evaluation and saving
         if not self.on:
@@ -90,15 +93,18 @@ class Monitor:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (self.folder / "ds_config.json").write_text(json.dumps(ds, indent=2))
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2))
-        # After a resume the steps behind the checkpoint are run again: cut them from the log, so that it shows one curve.
         log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() and first_step else []
-        log.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step))
+        lines = kept_lines(log.read_text() if log.exists() else "", first_step, evaluated)
+        write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
         self.log = log.open("a")
         if not first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        # TensorBoard drops what earlier files hold from this step on
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + evaluated if first_step else None)
+        if not evaluated:
+            for line in (line for line in lines if line["step"] == first_step):
+                self._to_board(first_step, line)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
     def accounts(self, accounts: dict[str, Account]) -> None:
@@ -115,9 +121,8 @@ class Monitor:
         if self.on:
             text = describe_plan(plan, lengths, targets, self.config, self.ranks.world_size, micro_batch_size)
             self.say(text)
-            if not self.first_step:
-                with self.carry_on():
-                    write_plan(self.board, text, lengths, learning_rates(self.config, len(plan)))
+            with self.carry_on():
+                write_plan(self.board, text, lengths, learning_rates(self.config, len(plan)), self.first_step)
 
     def say(self, text: str) -> None:
         if self.on:
@@ -130,8 +135,18 @@ class Monitor:
             with self.carry_on():
                 self.log.write(json.dumps({"step": step} | values) + "\n")
                 self.log.flush()
-                for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
+                self._to_board(step, values)
+
+    def _to_board(self, step: int, values: dict[str, float]) -> None:
+        for name in values.keys() - {"step"}:
+            self.board.add_scalar(name, values[name], step)
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it finds all that was logged up to it, even after a power cut."""
+        if self.on:
+            with self.carry_on():
+                os.fsync(self.log.fileno())
+                self.board.flush()  # it holds lines back for two minutes
 
     @contextlib.contextmanager
     def carry_on(self):
@@ -140,10 +155,12 @@ class Monitor:
             yield
         except OSError as error:
             self.say(f"not logged: {error} ({self.folder})")
+            with contextlib.suppress(OSError):  # TensorBoard's writer never recovers from an error: begin another file
+                self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
-        """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr and number of tokens."""
-        seconds = time.perf_counter() - self.last
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, lengths: np.ndarray, num_targets: int) -> None:
+        """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr, its examples' lengths, its targets."""
+        seconds, tokens = time.perf_counter() - self.last, int(lengths.sum())
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         if step == self.first_step + 3:
             left = self.num_steps - step
@@ -151,6 +168,7 @@ class Monitor:
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens_per_second": tokens / seconds}
         if self.ranks.device.type == "cuda":
             values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values |= self.mfu(lengths, num_targets, seconds)
         self.scalars(step, values)
         if self.on:
             figures = f"loss {loss:.4f}, norm {grad_norm:.2f}, lr {lr:.2e}, {tokens / seconds:,.0f} tokens/s"
@@ -183,24 +201,13 @@ class Monitor:
         """Closes the files and returns what report.json holds now: `figures` and those of the steps, the steps before a resume included."""
         if not self.on:
             return {}
-        self.bar.close()
-        self.board.close()
-        self.log.close()
+        with self.carry_on():
+            self.bar.close()
+            self.board.close()
+            self.log.close()
         losses = [line["train/loss"] for line in map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()) if "train/loss" in line]
         if losses:
             figures = {"train/loss_first": losses[0], "train/loss_last": losses[-1]} | figures
         if self.seconds:
             figures = {"train/tokens_per_second": self.tokens / self.seconds, "seconds": time.perf_counter() - self.started} | figures
         return write_report(self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | figures)
-
-
-def as_markdown(texts: dict[str, str]) -> str:
-    return "\n\n".join(f"## {key}\n\n{text}" for key, text in texts.items()) + "\n"
-
-
-def write_report(folder: Path, figures: dict) -> dict:
-    """Adds figures to the run's report.json and returns all of them."""
-    path = folder / "report.json"
-    figures = (json.loads(path.read_text()) if path.exists() else {}) | figures
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    return figures

@@ -1,6 +1,8 @@
 """The optimiser's side of the step: AdamW, clipping over ZeRO-3's partitions, and the learning rate as a function of the step."""
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -75,3 +77,13 @@ def clip_grad_norm(parameters, max_norm: float) -> float:
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(slices, max_norm / (norm + 1e-6))
     return norm
+
+
+def spoil(parameters: list) -> None:
+    """Makes the accumulated gradients NaN, upon which DeepSpeed skips the update: one way of skipping, whatever the reason."""
+    torch._foreach_mul_([g for p in parameters if (g := safe_get_local_grad(p)) is not None], math.nan)
+
+
+def is_spike(loss: float, recent: Sequence[float], sigmas: float | None) -> bool:
+    """Whether a step's loss lies more than `sigmas` standard deviations above the mean of the `recent` ones, of which it takes 20."""
+    return sigmas is not None and len(recent) >= 20 and loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)

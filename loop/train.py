@@ -1,9 +1,11 @@
 """The training loop, top to bottom: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `main`, then `train_step`."""
 
-import itertools
+import contextlib
+import math
 import os
 import sys
 import time
+from collections import deque
 
 import deepspeed
 import numpy as np
@@ -11,31 +13,42 @@ import torch
 import torch.distributed as dist
 
 from .attention import AttentionError, choose_backend
-from .checkpoint import Checkpoints, export_model, fingerprint
+from .checkpoint import Checkpoints
 from .cli import exit_with_config_error, load_config
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
-from .distributed import Ranks, StopRequest, init_distributed, seed_everything
+from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
+from .dropout import share_dropout
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
+from .export import export_model
+from .folder import prepare_folder
+from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, quiet_libraries, versions
-from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, set_lr
+from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
+from .watchdog import StopRequest, Watchdog, doing
 
 
-def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks):
-    """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks.
+def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
+               draw_mask=None, is_bad=None):  # fmt: skip
+    """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks. draw_mask:
+    draws the dropout of the micro-batch with this index; is_bad: tells of the step's loss whether the update shall be skipped.
 
-    Returns (this rank's summed loss in nats as a float64 tensor, global gradient norm before clipping)."""
-    loss_total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    Returns (the step's loss over all ranks in nats a supervised token, global gradient norm before clipping, which of this rank's
+    micro-batches had a loss that is no number)."""
+    losses = []  # of each micro-batch, summed over its supervised tokens
     for i, batch in enumerate(micro_batches):
+        doing(f"micro-batch {i + 1} of {len(micro_batches)}")
         last = i == len(micro_batches) - 1
         # ZeRO-3 may update the weights only after the last micro-batch. We say which one that is: their number varies.
         engine.set_gradient_accumulation_boundary(last)
+        if draw_mask:
+            draw_mask(i)
         batch = batch.to(ranks.device)
         logits = engine(**batch.model_inputs()).logits  # [1, N, V], N supervised positions
         loss_sum = summed_cross_entropy(logits, batch.targets)
@@ -43,14 +56,18 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         # number (a short note would weigh as much as a long one), and not by the number of micro-batches, which is what
         # scale_wrt_gas would do. DeepSpeed averages gradients over ranks; world_size turns that average back into a sum.
         engine.backward(loss_sum * (ranks.world_size / num_targets), scale_wrt_gas=False)
-        loss_total += loss_sum.detach()
+        losses.append(loss_sum.detach().double())
         if last:
+            doing("clipping and updating")
             # The accumulated gradients are complete now and engine.step() will consume them: the only moment to clip.
             grad_norm = clip_grad_norm(parameters, max_grad_norm)
+            loss = ranks.sum(torch.stack(losses).sum().item())[0] / num_targets
+            if is_bad and is_bad(loss):
+                spoil(parameters)
         # Does nothing before the boundary. DeepSpeed skips the update, on all ranks alike and without a word, when the gradient
         # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
         engine.step()
-    return loss_total, grad_norm
+    return loss, grad_norm, [i for i, value in enumerate(losses) if not math.isfinite(value)]
 
 
 def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:
@@ -64,21 +81,14 @@ def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int 
     return int(free)
 
 
-def prepare_folder(config: Config) -> None:
-    """Makes the run's folder. With run.resume=false an earlier run of this name is moved aside, not overwritten."""
-    folder = config.folder
-    try:
-        if not config.run.resume and folder.exists() and os.environ.get("RANK", "0") == "0":
-            aside = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-            print(f"{folder} is {folder.rename(aside)} now")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir, run.name: {folder} cannot be made ({error.strerror})") from error
-
-
 def train(config: Config, ds: dict) -> dict:
     """Runs the whole job and returns the figures of report.json (on rank 0)."""
-    stop = StopRequest()
+    with contextlib.ExitStack() as held:  # the folder's lock and the watchdog, let go however the run ends
+        return _train(config, ds, held)
+
+
+def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
+    stop = StopRequest(config.run.max_hours)
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
     examples, account = load_examples(config, tokenizer, "train")
     held_out, held_out_account = load_examples(config, tokenizer, "valid")
@@ -92,28 +102,35 @@ def train(config: Config, ds: dict) -> dict:
         raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
     ranks = init_distributed()
-    prepare_folder(config)
+    use_deterministic_kernels(config.run.deterministic)
+    held.enter_context(prepare_folder(config, ranks))
+    identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
+    checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
+    path, manifest, remarks = checkpoints.agree_on_newest()
+    first_step, figures = manifest.get("step", 0), manifest.get("figures")  # none: it was asked to stop in its evaluation
+    skipped, recent = manifest.get("skipped", 0), deque(manifest.get("recent_losses", []), maxlen=50)
+    if path:
+        remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
+
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
+    dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     parameters = [p for _, p in trainable(engine.module)]
-    seed_everything(config.seed + 1 + ranks.rank)  # different from here on: each rank drops out other units. A resume restores this state.
+    seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
 
-    # What must be equal for a run to be continued; how its steps are cut may differ.
-    identity = {"base": config.base, "revision": config.revision, "method": config.method, "double_quant": config.double_quant,
-                "lora": config.lora, "examples": fingerprint(examples), "seed": config.seed, "batch_size": config.batch_size,
-                "max_seq_len": config.max_seq_len, "steps": len(plan), "lr": config.lr}  # fmt: skip
-    checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
-    path, manifest, remarks = checkpoints.agree_on_newest()
-    first_step = checkpoints.load(engine, path, manifest, identity) if path else 0
+    if path:
+        checkpoints.load(engine, path, manifest)
 
-    monitor = Monitor(config, ds, ranks, first_step, len(plan))
+    held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
+    mfu = utilisation(engine.module, shape, ranks)
+    monitor = Monitor(config, ds, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
-        f"machine     {ranks.world_size} rank(s) on {versions()['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
+        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
         f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
         f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
         f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
@@ -127,22 +144,37 @@ def train(config: Config, ds: dict) -> dict:
 
     monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})
 
-    def validate_and_show(step: int) -> dict[str, float]:
-        """Validation loss and sample notes after `step` steps; nothing when the run is asked to stop meanwhile."""
-        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop) if held_out else {}
+    def validate_and_show(step: int) -> dict[str, float] | None:
+        """Validation loss and sample notes after `step` steps. None, and nothing is logged, when the run is asked to stop meanwhile: who
+        goes on does it again."""
+        if not held_out:
+            return {}
+        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop)
+        notes = sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks, stop)
+        if ranks.any(stop.signal is not None):
+            return None
         monitor.scalars(step, figures)
-        if figures:
-            monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
-        if not ranks.any(stop.signal is not None):
-            monitor.notes(step, sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks))
+        monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
+        monitor.notes(step, notes)
         return figures
 
-    figures: dict[str, float] = {}
-    if first_step == 0:
-        validate_and_show(0)  # before training: what all later figures are compared with
-    mfu = utilisation(engine.module, shape, ranks)
-    bad_steps = 0
+    def save(step: int, figures: dict[str, float] | None) -> None:
+        """The state after `step` steps. What was logged up to it is made safe first, so that the curve has no gap after a resume."""
+        started = time.perf_counter()
+        monitor.flush()
+        problem = checkpoints.save(engine, step, {
+            "identity": at_step(identity, plan, step), "config": config.model_dump(mode="json"), "versions": made_by,
+            "figures": figures, "skipped": skipped, "recent_losses": list(recent)})  # fmt: skip
+        monitor.say(problem) if problem else monitor.scalars(step, {"train/save_seconds": time.perf_counter() - started})
+
+    # Before training: what all later figures are compared with. After a resume: what the earlier run was asked to stop in.
+    if figures is None:
+        figures = validate_and_show(first_step)
+    stopping, bad_steps = figures is None, 0
     for step in range(first_step, len(plan)):
+        if stopping:  # in the evaluation just now; nothing new is to be saved
+            break
+        doing("reading and packing examples", step + 1)
         monitor.start_step()
         ids = plan[step]  # the examples of this step
         mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
@@ -152,34 +184,42 @@ def train(config: Config, ds: dict) -> dict:
                        restart_steps=config.restart_steps, restart_mult=config.restart_mult)  # fmt: skip
         set_lr(optimizer, lr)
 
-        loss_sum, grad_norm = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks)
+        loss, grad_norm, bad_batches = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
+                                                  lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
+                                                  lambda loss: is_spike(loss, recent, config.run.spike_sigmas))  # fmt: skip
 
-        loss_of_all_ranks, ranks_asked_to_stop = ranks.sum(loss_sum.item(), stop.signal is not None)
-        stopping = ranks_asked_to_stop > 0  # on all ranks alike, or some would wait for the others for ever
-        monitor.scalars(step + 1, mfu(lengths[ids], num_targets, time.perf_counter() - monitor.last))
-        monitor.step(step + 1, loss_of_all_ranks / num_targets, grad_norm, lr, int(lengths[ids].sum()))
-        bad_steps = 0 if engine.was_step_applied() else bad_steps + 1
-        if bad_steps:
-            monitor.say(f"step {step + 1}: gradient norm {grad_norm}, the step was skipped on all ranks; "
-                        f"examples {', '.join(examples[i].id for i in ids)}")  # fmt: skip
+        doing("agreeing whether to stop")
+        stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
+        monitor.step(step + 1, loss, grad_norm, lr, lengths[ids], num_targets)
+        if engine.was_step_applied():
+            bad_steps = 0
+            recent.append(loss)
+        else:
+            bad_steps, skipped = bad_steps + 1, skipped + 1
+            monitor.scalars(step + 1, {"train/skipped_steps": skipped})
+            named = sum(ranks.gather([examples[i].id for at in bad_batches for i in mine[at]]), []) or [examples[i].id for i in ids]
+            monitor.say(f"step {step + 1}: loss {loss:.4f}, gradient norm {grad_norm:.4f}, the step was skipped on all ranks; "
+                        f"examples {', '.join(named)}")  # fmt: skip
         give_up = bad_steps >= config.run.bad_steps
         done = step + 1 == len(plan)
+        figures = {}
+        if done or (step + 1) % config.monitor.eval_steps == 0:
+            figures = validate_and_show(step + 1) if not (stopping or give_up) else None
+            stopping = stopping or figures is None
         if done or stopping or give_up or (step + 1) % config.run.save_steps == 0:
-            if problem := checkpoints.save(engine, step + 1, identity):
-                monitor.say(problem)
-        if give_up or stopping:
+            save(step + 1, figures)
+        if give_up:
             break
-        due = done or (step + 1) % config.monitor.eval_steps == 0
-        figures = validate_and_show(step + 1) if due else {}
 
     if bad_steps >= config.run.bad_steps:
         monitor.close({})
-        raise FloatingPointError(f"{bad_steps} steps in a row had a non-finite gradient; the state of step {step + 1} is saved in "
+        raise FloatingPointError(f"{bad_steps} steps in a row were skipped; the state of step {step + 1} is saved in "
                                  f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
     exported = export_model(engine, config, tokenizer, config.folder, ranks)
-    report = monitor.close({"fill": plan.fill, "exported": str(exported)} | figures)
+    report = monitor.close({"fill": plan.fill, "exported": str(exported)} | (figures or {}))
     if report and report["steps"] < len(plan):
-        print(f"asked to stop: saved after step {report['steps']}; the same command goes on from there (with run.resume=true)")
+        print(f"asked to stop ({stop.signal or 'another rank was'}): saved after step {report['steps']}; the same command goes on from there "
+              "(with run.resume=true)")  # fmt: skip
     return report
 
 
@@ -207,8 +247,8 @@ def main(argv: list[str] | None = None) -> None:
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except FloatingPointError as error:  # not a mistake in what was typed: exit code 1
-        sys.exit(f"error: {error}" if dist.get_rank() == 0 else 1)
+    except (FloatingPointError, OSError) as error:  # not a mistake in what was typed: exit code 1
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     if report:
         show_summary(config, report)
     dist.barrier()

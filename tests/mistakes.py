@@ -33,8 +33,13 @@ def forget_world_size():
     """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU added."""
     step = loop.train.train_step
 
-    def wrong(engine, parameters, micro_batches, num_targets, max_grad_norm, ranks):
-        return step(engine, parameters, micro_batches, num_targets * ranks.world_size, max_grad_norm, ranks)
+    def wrong(engine, *args):
+        backward = engine.backward
+        engine.backward = lambda loss, **kw: backward(loss / torch.distributed.get_world_size(), **kw)
+        try:
+            return step(engine, *args)
+        finally:
+            engine.backward = backward
 
     loop.train.train_step = wrong
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_ok
+import torch
+from conftest import ROOT, run_ok
 from safetensors.torch import load_file
 from test_train import replayed, rounding
 
@@ -62,3 +63,57 @@ def test_real_kernels_add_no_error_to_the_plain_loops_rounding(runs, name):
     # An update of some 3e-4 on weights of up to 0.35, whose fp32 steps are 3e-8; the fused AdamW rounds in other places: 4.0e-5 seen.
     assert update < 1e-4
     assert records[name]["frozen"][0] == records[name]["frozen"][1]
+
+
+@pytest.fixture(scope="module")
+def broken(tinyllama, rows, tmp_path_factory):
+    """A function that runs parts of a run of 8 steps, each part on so many GPUs and for so many steps, and gives its folder."""
+    folder = tmp_path_factory.mktemp("broken")
+    fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
+    (folder / "fp32.json").write_text(json.dumps(fp32))
+    args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", f"data.valid={rows['valid']}",
+            "monitor.sample_notes=[]", f"run.dir={folder}", "epochs=4", "max_steps=8", "batch_size=2", "lr=1e-3", "run.save_steps=3",
+            "monitor.eval_steps=4"]  # fmt: skip
+
+    def run(name: str, *parts: tuple[int, int | None, list[str]]) -> Path:
+        for number, (gpus, steps, more) in enumerate(parts):
+            patch = {"stop_after": steps} if steps else {}
+            case = {"name": f"{name}-{number}", "args": [*args, f"run.name={name}", *more], "out": str(folder / "out"), "patch": patch}
+            (folder / "cases.json").write_text(json.dumps([case]))
+            run_ok(gpus, "tests/worker.py", str(folder / "cases.json"), gpu=True)
+        return folder / name
+
+    run.fp32 = ["attention=sdpa", f"deepspeed={folder / 'fp32.json'}"]
+    return run
+
+
+def curve(folder: Path, key: str) -> list[float]:
+    return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels(broken, gpus):
+    """bf16, dropout on, flash attention with run.deterministic; how long a save takes is printed."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    exact = ["run.deterministic=true"]
+    whole = broken(f"whole{gpus}", (gpus, None, exact))
+    parts = broken(f"parts{gpus}", (gpus, 2, exact), (gpus, 3, exact), (gpus, None, exact))
+    for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
+        assert curve(whole, key) == curve(parts, key) and len(curve(whole, key)) > 2, key
+    manifests = [json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text()) for f in (whole, parts)]
+    assert manifests[0]["files"] == manifests[1]["files"] and manifests[0]["rng"] == manifests[1]["rng"]
+    print(f"\n{gpus} GPUs: saves took {curve(whole, 'train/save_seconds')} s")
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound):
+    """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the unbroken run's losses to rounding."""
+    most = torch.cuda.device_count()
+    more = broken.fp32 if name == "fp32" else []
+    whole = broken(f"{name}-whole", (1, None, more))
+    first, second = min(4, most), min(2, most)
+    parts = broken(f"{name}-parts", (first, 2, more), (second, 2, more), (1, 2, [*more, "micro_batch_size=1"]), (first, None, more))
+    apart = max(abs(a / b - 1) for a, b in zip(curve(parts, "train/loss"), curve(whole, "train/loss"), strict=True))
+    print(f"\n{name}, {first} -> {second} -> 1 -> {first} GPUs: losses differ by up to {apart:.1e}")
+    assert apart < bound

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loop.sources import read_split
 from loop.cli import load_config
 
-SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "eval/loss", "eval/perplexity"}
+SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/save_seconds", "eval/loss", "eval/perplexity"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loop.config import Config
-from loop.optim import adamw, cosine_lr, set_lr
+from loop.optim import adamw, cosine_lr, is_spike, set_lr
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
 
@@ -64,3 +64,10 @@ def test_groups_hold_every_parameter_once_and_lora_plus_scales_b():
     assert found[id(model.lora_A.weight)]["lr"] == 0.5 and found[id(model.lora_B.weight)]["lr"] == 8.0
     assert found[id(model.lora_A.weight)]["weight_decay"] == 0.1 and found[id(model.norm.weight)]["weight_decay"] == 0.0
     assert math.isclose(optimizer.defaults["lr"], 1e-4)
+
+
+def test_a_spike_is_so_many_deviations_above_what_came_before():
+    recent = [1.0, 3.0] * 10  # mean 2, deviation 1
+    assert is_spike(5.1, recent, 3.0) and not is_spike(4.9, recent, 3.0) and not is_spike(-9.0, recent, 3.0)
+    assert not is_spike(1e9, recent, None) and not is_spike(1e9, recent[:19], 3.0)  # switched off; too little to go by
+    assert not is_spike(math.nan, recent, 3.0)  # DeepSpeed skips it by itself

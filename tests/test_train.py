@@ -83,6 +83,7 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]},
                {"name": "NaN", "patch": {"nan_step": 2}},
                {"name": "NaN for ever", "patch": {"nan_step": 1, "nan_times": 9}, "args": ["run.bad_steps=2"]},
+               {"name": "spike", "patch": {"spike_at": 2}},
                {"name": "DeepSpeed clips", "patch": {"deepspeed_clips": 0.5}, "args": ["max_grad_norm=1e9"]},
                {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
                {"name": "watched", "args": ["lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2]",
@@ -266,6 +267,9 @@ def test_nan_on_one_rank_skips_the_step_on_all(bench):
     before, after = numbered(record, "1.weight"), numbered(record, "2.weight")
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not all(torch.equal(a, b) for a, b in zip(after, numbered(record, "final.weight")))
+    spike = bench.records["spike"]
+    assert all(torch.equal(a, b) for a, b in zip(numbered(spike, "1.weight"), numbered(spike, "2.weight")))
+    assert all(math.isfinite(n) for n in spike["norms"]) and any("step 2: loss" in line and "skipped" in line for line in spike["said"])
     assert "2 steps in a row" in bench.records["NaN for ever"]["error"] and len(bench.records["NaN for ever"]["norms"]) == 2
 
 

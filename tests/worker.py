@@ -6,6 +6,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -76,6 +77,13 @@ def run(case: dict) -> None:
             return step_of(engine, *args)
 
         train.train_step = poisoned
+    if "bad_example" in patch:  # the loss of any micro-batch with one of these examples is no number, whenever it is its turn
+        collate, loss_of, bad = train.collate, train.summed_cross_entropy, []
+        train.collate = lambda examples, *rest: bad.append(any(e.id in patch["bad_example"] for e in examples)) or collate(examples, *rest)
+        train.summed_cross_entropy = lambda *args: loss_of(*args) * (float("nan") if bad.pop(0) else 1.0)
+    if "spike_at" in patch:  # as if the loss of that step were a spike
+        steps = itertools.count(1)
+        train.is_spike = lambda *_: next(steps) == patch["spike_at"]
     if "stop_after" in patch:  # as if SIGTERM came during that step, on rank 0 alone
 
         class Stop:
@@ -88,7 +96,7 @@ def run(case: dict) -> None:
             stop.signal = "SIGTERM" if done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0 else None
             return plain_step(*args)
 
-        train.train_step, train.StopRequest = counting, lambda: stop
+        train.train_step, train.StopRequest = counting, lambda *_: stop
     if "in_order" in patch:  # so many examples a step, as they stand in the file
         size = patch["in_order"]
 
@@ -122,7 +130,9 @@ def run(case: dict) -> None:
             tensors[f"{step}.clipped.{i}"] = safe_get_full_grad(p).detach().float().clone()
         return norms[-1]
 
-    engines, frozen, report, error = [], [], {}, None
+    engines, frozen, report, error, said = [], [], {}, None, []
+    say = train.Monitor.say
+    train.Monitor.say = lambda self, text: said.append(text) or say(self, text)
     initialize = deepspeed.initialize
     train.clip_grad_norm = recording
 
@@ -140,6 +150,7 @@ def run(case: dict) -> None:
         error = f"{type(problem).__name__}: {problem}"
     finally:
         deepspeed.initialize = initialize
+        train.Monitor.say = say
         loop.checkpoint.Checkpoints._write = write
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
@@ -153,7 +164,7 @@ def run(case: dict) -> None:
         out = Path(case["out"])
         out.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors")
-        record = {"norms": norms, "names": names, "report": report, "frozen": frozen, "error": error}
+        record = {"norms": norms, "names": names, "report": report, "frozen": frozen, "error": error, "said": said}
         (out / f"{case['name']}.json").write_text(json.dumps(record))
 
 

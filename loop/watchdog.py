@@ -1,0 +1,155 @@
+"""What ends a run before its time: a signal, the time limit, a rank that died or stands still.
+
+A collective waits for every rank, so one that is gone or hangs would hold all others for as long as the process group allows. Each
+rank writes once a second into the run's folder what it is doing, and reads what the others wrote: `heartbeat/rank-0.json`.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from .distributed import Ranks
+
+_now = {"step": 0, "doing": "starting", "turns": 0, "since": time.time()}  # of this process; `doing` is its only writer
+
+
+def doing(what: str, step: int | None = None) -> None:
+    """Notes what this rank is about to do, for the line that a watchdog says when it is the last thing that it did."""
+    _now.update(doing=what, step=_now["step"] if step is None else step, turns=_now["turns"] + 1, since=time.time())
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT, SIGUSR1 and the end of `max_hours` into a flag that the loop reads at a step boundary; a second signal
+    stops at once.
+
+    One Ctrl-C may arrive twice (terminal and launcher), so a repeat within three seconds counts as the same request. A thread sees
+    to two cases that no signal covers: launch.sh was killed (its pid is gone), or no step boundary came within the grace time."""
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._signal: str | None = None
+        self._since = 0.0
+        # a limit is one of wall time, so what Python and the libraries took to start counts as well
+        self._end = psutil.Process().create_time() + max_hours * 3600 if max_hours else float("inf")
+        self._grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
+        self._launcher = int(os.environ.get("LOOP_LAUNCHER_PID", 0))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def signal(self) -> str | None:
+        """Why the run shall stop, None as long as it shall not."""
+        if not self._signal and time.time() > self._end:
+            self._signal, self._since = "run.max_hours", time.monotonic()
+        return self._signal
+
+    def _on_signal(self, number, frame) -> None:
+        if self._signal and time.monotonic() - self._since > 3:
+            os._exit(128 + number)
+        if not self._signal:
+            self._signal, self._since = signal.Signals(number).name, time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(2)
+            if self.signal and time.monotonic() - self._since > self._grace:
+                os._exit(1)
+            if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
+                self._on_signal(signal.SIGTERM, None)
+
+
+class Watchdog:
+    """While it is entered, this rank ends with code 1 when another one died, or when any stands still for `timeout_minutes`.
+
+    A rank that ends well takes its file away; one that fails leaves it with the error's name. What files of an earlier run say is
+    not believed: they carry another token. Every rank must come here (the token is agreed on)."""
+
+    def __init__(self, folder: Path, ranks: Ranks, timeout_minutes: float) -> None:
+        self.folder, self.ranks, self.timeout = folder / "heartbeat", ranks, 60 * timeout_minutes
+        namespace = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+        self.me = {"rank": ranks.rank, "pid": os.getpid(), "host": f"{socket.gethostname()} {namespace}", "token": ranks.gather(time.time_ns())[0]}
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        doing("starting", step=0)
+        self._write()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.over.set()
+        if kind is None:
+            with contextlib.suppress(OSError):
+                (self.folder / f"rank-{self.ranks.rank}.json").unlink()
+            return
+        self._write(ended=kind.__name__)
+        if issubclass(kind, RuntimeError):  # perhaps a collective that failed because another rank is gone: say which
+            time.sleep(1)
+            if lost := self._lost():
+                sys.stderr.write(f"{lost}\n")
+
+    def _write(self, **more) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"rank-{self.ranks.rank}.json"
+            aside = path.with_suffix(".writing")
+            aside.write_text(json.dumps(self.me | _now | {"alive": time.time()} | more))
+            aside.replace(path)
+
+    def _others(self) -> list[dict]:
+        """What the other ranks of this run wrote last."""
+        found = []
+        for path in sorted(self.folder.glob("rank-*.json")):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(json.loads(path.read_text()))
+        return [beat for beat in found if beat["token"] == self.me["token"] and beat["rank"] != self.ranks.rank]
+
+    def _lost(self) -> str | None:
+        """The rank that died, in words; only the pids of one's own machine can be looked at."""
+        for beat in self._others():
+            if "ended" in beat:
+                return f"rank {beat['rank']} ended with {beat['ended']} {_where(beat)}"
+            if beat["host"] == self.me["host"] and not _lives(beat["pid"]):
+                return f"rank {beat['rank']} (pid {beat['pid']}) died {_where(beat)}"
+        return None
+
+    def _stalled(self) -> str | None:
+        """The rank that all wait for, in words: one that is frozen, or else the one that has come least far."""
+        if time.time() - _now["since"] < self.timeout:
+            return None
+        beats = [self.me | _now | {"alive": time.time()}, *self._others()]
+        frozen = [beat for beat in beats if beat["alive"] < time.time() - self.timeout / 2]  # not even its thread writes
+        beat = min(frozen or beats, key=lambda b: b["turns"])
+        return f"rank {beat['rank']} stands still {_where(beat)}, and run.timeout_minutes is over"
+
+    def _watch(self) -> None:
+        while not self.over.wait(1.0):
+            self._write()
+            stalled = self._stalled()
+            reason = stalled or self._lost()
+            if not reason or (not stalled and self.over.wait(3)):  # a rank that ends like the lost one may do so by itself
+                continue
+            sys.stderr.write(f"error: {reason}; rank {self.ranks.rank} ends {_where(_now)}. The next start goes on from the newest checkpoint\n")
+            if stalled:
+                faulthandler.dump_traceback()
+            os._exit(1)
+
+
+def _where(beat: dict) -> str:
+    return f"in step {beat['step']} ({beat['doing']}, for {time.time() - beat['since']:.0f} s)"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
