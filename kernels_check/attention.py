@@ -1,9 +1,7 @@
 """Packed attention against plain softmax attention, document by document, in float64.
 
-In the field: a packed row whose boundaries never reach the kernel trains on without a word, every document reading the ones
-before it (trl#3910: loss 0.03 to 0.15 higher); flash-attn built for another torch dies as `undefined symbol`
-(flash-attention#931 and many like it); torch's varlen kernel changed its signature between 2.10 and 2.13. Checked is what is
-trained with: `loop.attention.packed_attention`.
+In the field: flash-attn built for another torch dies as `undefined symbol` (flash-attention#931 and many like it); torch's varlen
+kernel changed its signature between 2.10 and 2.13. Checked is what is trained with: `loop.attention.packed_attention`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,14 +10,15 @@ from itertools import pairwise
 
 import torch
 
-from kernels_check.rows import Row, emit, guarded, judge, median_seconds
+from kernels_check.rows import Row, best_seconds, failure, guarded, judge
+from kernels_check.table import emit
 
 LENGTHS = (1, 37, 300, 129, 45)  # unequal documents, the shortest possible among them; the last one is padding
 BOUND = 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding, a few of which meet in a gradient
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Tensor, Attend = torch.Tensor, Callable[..., torch.Tensor]  # query, key, value, cu_seqlens, max_seqlen -> output
 
 
-def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """query [T, Hq, D], key and value [T, Hkv, D] -> [T, Hq, D]: softmax(q k' / sqrt(D)) v of each document alone, causal."""
     parts = []
     for start, end in pairwise(cu_seqlens.tolist()):
@@ -31,7 +30,7 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return torch.cat(parts)
 
 
-def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[list[Tensor], Tensor, int]:
     """Random query, key, value (4 query heads, 2 key heads) and the boundaries, padded by repeating the last."""
     torch.manual_seed(0)
     row = [torch.randn(sum(lengths), heads, head_dim, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
@@ -39,8 +38,8 @@ def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[li
     return row, bounds, max(lengths)
 
 
-def passes(attend: Attend, row: list[torch.Tensor], bounds: torch.Tensor, longest: int) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value under one fixed random gradient of the output."""
+def passes(attend: Attend, row: list[Tensor], bounds: Tensor, longest: int) -> list[Tensor]:
+    """Output and the gradients of query, key and value, under one fixed random gradient of the output."""
     row = [x.detach().requires_grad_() for x in row]
     out = attend(*row, bounds, longest)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -57,24 +56,24 @@ def check_numbers(name: str, version: str, attend: Attend, device: str) -> Itera
             for start, end in pairwise(bounds.unique().tolist()):
                 gap = (got[start:end].double() - want[start:end]).square().mean().sqrt() / want.square().mean().sqrt()
                 worst = max(worst, gap.item()) if gap == gap else float("nan")
-    lengths = (2048,) * 8 if device == "cuda" else (512,) * 2
-    timed = [median_seconds(partial(passes, f, *packed_row(lengths, 64, device)), device, 3) for f in (plain_attention, attend)]
-    yield judge(f"attention {name}", version, worst, BOUND, f"use attention=<another backend> or reinstall {name}",
-                speed=timed[0] / timed[1], slowest=0.3)  # fmt: skip
+    lengths, slowest = ((2048,) * 8, 0.3) if device == "cuda" else ((512,) * 2, 0.0)  # there is no other to take on a CPU
+    plain, ours = (best_seconds(partial(passes, f, *packed_row(lengths, 64, device)), device, 3) for f in (plain_attention, attend))
+    yield judge(f"attention {name}", version, worst, BOUND, "set attention= to another", speed=plain / ours, slowest=slowest)
 
 
 def main() -> Iterator[Row]:
     from kernels_check.leak import check_leak
+    from kernels_check.repeatable import check_repeatable
     from loop.attention import available_backends, packed_attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, version in reversed(available_backends(device).items()):  # sdpa first: it is the one that can't crash
-        if version.startswith("missing"):
-            yield Row(f"attention {name}", "", "missing", note=version.removeprefix("missing: "), required=False)
+        what, attend = f"attention {name}", partial(packed_attention, backend=name)
+        if version.startswith("missing: "):
+            yield failure(what, ModuleNotFoundError(version[9:]), required=False)
             continue
-        attend = partial(packed_attention, backend=name)
-        yield from guarded(f"attention {name}", check_numbers, name, version, attend, device)
-        yield from guarded(f"attention {name}, leak", check_leak, name, version, attend, device)
+        for check in (check_numbers, check_leak, check_repeatable):
+            yield from guarded(what, check, name, version, attend, device, required=name == "sdpa")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels_check.rows import Row, emit, guarded, judge, median_seconds, relative_error
+from kernels_check.rows import Row, guarded, judge, best_seconds, relative_error
+from kernels_check.table import emit
 
 
 def check_matrix_rate(device: str, matmul: Callable = torch.mm) -> Iterator[Row]:
@@ -17,8 +18,8 @@ def check_matrix_rate(device: str, matmul: Callable = torch.mm) -> Iterator[Row]
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     a16, b16 = a.bfloat16(), b.bfloat16()
     error = relative_error(matmul(a16, b16), a16.float() @ b16.float())
-    rate = 2 * size**3 / median_seconds(lambda: matmul(a16, b16), device) / 1e12
-    plain = 2 * size**3 / median_seconds(lambda: a @ b, device) / 1e12
+    rate = 2 * size**3 / best_seconds(lambda: matmul(a16, b16), device) / 1e12
+    plain = 2 * size**3 / best_seconds(lambda: a @ b, device) / 1e12
     yield judge("bf16 matrix product", f"fp32 {plain:.3g} TFLOP/s", error, 1e-2, "bf16 is emulated or throttled here",
                 speed=rate, slowest=plain / 2, unit="TFLOP/s")  # fmt: skip
 
@@ -29,7 +30,7 @@ def check_bandwidth(device: str, copy: Callable = torch.Tensor.copy_) -> Iterato
     target = torch.empty_like(source)
     copy(target, source)
     lost = (target != source).double().mean().item()
-    rate = 2 * source.nbytes / median_seconds(lambda: copy(target, source), device) / 1e9
+    rate = 2 * source.nbytes / best_seconds(lambda: copy(target, source), device) / 1e9
     yield judge("memory copy", "", lost, 0.0, "memory errors: don't train on this machine", speed=rate, unit="GB/s")
 
 

@@ -2,7 +2,7 @@
 
 In the field: a container with a small /dev/shm, a broken peer-to-peer path or NVLink that is not used makes NCCL hang, fail
 or crawl over sockets (nccl#342, nccl#606), and ZeRO-3 gathers every weight twice a step. Bandwidth is the bus bandwidth
-of nccl-tests: bytes that each link must carry, by the time; on one rank it says nothing and stays empty.
+of nccl-tests: bytes that each link must carry, by the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from kernels_check.ranks import on_ranks
-from kernels_check.rows import Row, emit, guarded, judge, median_seconds
+from kernels_check.rows import Row, guarded, judge, best_seconds
+from kernels_check.table import emit
 
 SIZES = {"small": 1 << 12, "medium": 1 << 20, "large": 1 << 25}  # bytes
 REMEDY = "look at NCCL_DEBUG=INFO, /dev/shm and the topology"
@@ -38,10 +39,11 @@ def check_collectives(device: str, all_reduce: Callable, all_gather: Callable) -
             ("all-gather", gap, 1, partial(all_gather, gathered, shard)),
         )
         for name, wrong_by, ways, run in runs:
-            seconds = median_seconds(run, device)
-            speed = ways * (world - 1) / world * number / seconds / 1e9 if world > 1 else None
-            yield judge(f"{backend} {name}, {size}, {world} ranks", version, wrong_by, 0.0, REMEDY,
+            speed = ways * (world - 1) / world * number / best_seconds(run, device) / 1e9 if world > 1 else None
+            row = judge(f"{backend} {name}, {size}, {world} rank(s)", version, wrong_by, 0.0, REMEDY,
                         speed=speed, slowest=SLOWEST[backend] if size == "large" else 0.0, unit="GB/s")  # fmt: skip
+            row.note = row.note or ("no bandwidth: with one rank nothing crosses a link" if world == 1 else "")
+            yield row
 
 
 def main() -> list[Row]:

@@ -6,12 +6,14 @@ operator at first use, in the middle of a run, and dies where no compiler or nin
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import torch
 
 from kernels_check import packages
-from kernels_check.rows import Row, emit, guarded
+from kernels_check.rows import Row, guarded
+from kernels_check.table import emit
 
 
 def check_cuda(driver: str, built_for: str | None) -> Iterator[Row]:
@@ -19,12 +21,8 @@ def check_cuda(driver: str, built_for: str | None) -> Iterator[Row]:
     if not driver:
         yield Row("CUDA", "", "missing", note="no NVIDIA driver here: rows that need a GPU are not required", required=False)
     elif not torch.cuda.is_available():
-        yield Row(
-            "CUDA",
-            str(built_for),
-            "wrong",
-            note=f"driver {driver} is here, but torch {torch.__version__} can't use it: install its CUDA build",
-        )
+        remedy = f"driver {driver} is here, but torch {torch.__version__} can't use it: install its CUDA build"
+        yield Row("CUDA", str(built_for), "wrong", note=remedy)
     else:
         (major, minor), nccl = torch.cuda.get_device_capability(), ".".join(map(str, torch.cuda.nccl.version()))
         version = f"{built_for}, driver {driver}, sm_{major}{minor}, NCCL {nccl}"
@@ -39,14 +37,14 @@ def check_tool(name: str, needed_by: str, found: str | None) -> Iterator[Row]:
     yield Row(name, "found") if found else Row(name, "", "missing", note=f"put it on PATH: {needed_by}", required=False)
 
 
-def check_deepspeed_ops() -> Iterator[Row]:
-    """Which operators are built and which would be compiled at first use. The loop needs none of them."""
-    import deepspeed.ops
-    from deepspeed.git_version_info import installed_ops
-
-    built = [name for name, there in installed_ops.items() if there]
-    later = [name for name, possible in deepspeed.ops.__compatible_ops__.items() if possible and name not in built]
-    yield Row("deepspeed operators", f"{len(built)} built, {len(later)} at use", note=f"built: {built}; compiled at use: {later}")
+def check_operators(installed: dict[str, bool], compatible: dict[str, bool], built_for: str) -> Iterator[Row]:
+    """`installed`, `compatible`: DeepSpeed's operators by name; `built_for`: the torch that the installed ones were built with."""
+    built = [name for name, there in installed.items() if there]
+    later = [name for name, possible in compatible.items() if possible and name not in built]
+    row = Row("deepspeed operators", f"{len(built)} built, {len(later)} at use", note=f"built: {built or 'none'}; compiled at first use: {later}")
+    if built and built_for != ".".join(torch.__version__.split(".")[:2]):
+        row.verdict, row.note = "wrong", f"a stale build, made with torch {built_for}: pip install --force-reinstall --no-cache-dir deepspeed"
+    yield row
 
 
 def main() -> Iterator[Row]:
@@ -56,7 +54,11 @@ def main() -> Iterator[Row]:
     yield from guarded("CUDA", check_cuda, said[0] if said else "", torch.version.cuda)
     yield from check_tool("C++ compiler", "torch.compile and DeepSpeed's operators", shutil.which("g++") or shutil.which("clang++"))
     yield from check_tool("ninja on PATH", "DeepSpeed's operators (pip install ninja)", shutil.which("ninja"))
-    yield from guarded("deepspeed operators", check_deepspeed_ops, required=False)
+    if "deepspeed" in sys.modules:  # otherwise its own row has said why
+        from deepspeed.git_version_info import installed_ops, torch_info
+
+        compatible = sys.modules["deepspeed"].ops.__compatible_ops__
+        yield from guarded("deepspeed operators", check_operators, installed_ops, compatible, torch_info["version"], required=False)
 
 
 if __name__ == "__main__":

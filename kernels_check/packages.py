@@ -6,6 +6,7 @@ as `undefined symbol` (flash-attention#931).
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,29 +16,23 @@ from kernels_check.rows import Row, guarded
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 # The other pins build and test; training starts without them.
-TRAINS = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "tqdm",
-    "tensorboard",
-)
+TRAINS = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "tqdm", "tensorboard")
 
 
 def check_package(name: str, pin: str, version_of: Callable = importlib.metadata.version, load: Callable = importlib.import_module) -> Iterator[Row]:
-    """Installed, imports, is the pinned version. Another version is named but stops nothing: the other rows tell what it does.
-    The build tag after `+` (cpu, cu130) is not part of a pin."""
+    """Installed, imports, is what its record says, and the pinned version. Another version is remarked on and stops nothing:
+    the other rows tell what it does. The build tag after `+` (cpu, cu130) is not part of a pin."""
     try:
         version = version_of(name)
     except importlib.metadata.PackageNotFoundError:
         yield Row(name, "", "missing", note=f"pip install {name}=={pin} (./launch.sh setup)")
         return
-    load(name.replace("-", "_"))
-    if version.split("+")[0] != pin:
-        yield Row(name, version, "wrong", note=f"the pin is {pin}: pip install {name}=={pin} (./launch.sh setup)", required=False)
+    loaded = getattr(load(name.replace("-", "_")), "__version__", version)
+    if str(loaded).split("+")[0] != version.split("+")[0]:
+        remedy = f"pip install --force-reinstall --no-cache-dir {name}=={pin}"
+        yield Row(name, version, "wrong", note=f"a stale build: what is imported calls itself {loaded}: {remedy}")
+    elif version.split("+")[0] != pin:
+        yield Row(name, version, note=f"tested with {pin} (./launch.sh setup installs that)")
     else:
         yield Row(name, version)
 
@@ -45,12 +40,7 @@ def check_package(name: str, pin: str, version_of: Callable = importlib.metadata
 def check_native(version: str, library: object) -> Iterator[Row]:
     """bitsandbytes' C library: where it does not load, the package puts an object in its place that fails at first use."""
     if "ErrorHandler" in type(library).__name__:
-        yield Row(
-            "bitsandbytes library",
-            version,
-            "wrong",
-            note="it did not load: see `python -m bitsandbytes`; reinstall for this CUDA",
-        )
+        yield Row("bitsandbytes library", version, "wrong", note="it did not load: see `python -m bitsandbytes`; reinstall for this CUDA")
     else:
         yield Row("bitsandbytes library", version)
 
@@ -62,8 +52,8 @@ def pins(text: str) -> dict[str, str]:
     return {r.name: str(r.specifier).removeprefix("==") for r in wanted if r.marker is None or r.marker.evaluate()}
 
 
-def main() -> Iterator[Row]:
+def main(load: Callable = importlib.import_module) -> Iterator[Row]:
     for name, pin in pins(CONSTRAINTS.read_text()).items():
-        yield from guarded(name, check_package, name, pin, required=name in TRAINS)
-    bnb = importlib.import_module("bitsandbytes")
-    yield from guarded("bitsandbytes library", check_native, bnb.__version__, bnb.cextension.lib)
+        yield from guarded(name, check_package, name, pin, load=load, required=name in TRAINS)
+    if bnb := sys.modules.get("bitsandbytes"):  # otherwise its own row has said why
+        yield from guarded("bitsandbytes library", check_native, bnb.__version__, bnb.cextension.lib)

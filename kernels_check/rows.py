@@ -1,13 +1,11 @@
-"""A check answers in rows. This file makes them, judges them and hands them to the table as JSON lines."""
+"""A check answers in rows. This file makes them and judges them."""
 
-import json
 import math
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +22,7 @@ class Row:
     bound: float | None = None
     speed: float | None = None
     unit: str = "x"
-    note: str = ""  # the reason and the remedy; printed where the verdict is not ok
+    note: str = ""  # the reason and the remedy where the verdict is not ok; else a remark
     required: bool = True
 
     def blocks(self) -> bool:
@@ -50,8 +48,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
 
-def median_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Median wall time of `run` after one call that warms it up; a GPU is waited for before each reading of the clock."""
+def best_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """Shortest wall time of `run` after one call that warms it up: what other programs add to a time is never negative.
+    A GPU is waited for before each reading of the clock."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     times = []
     for _ in range(repeats + 1):
@@ -60,7 +59,7 @@ def median_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> 
         run()
         wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def failure(what: str, error: BaseException, required: bool = True) -> Row:
@@ -70,7 +69,8 @@ def failure(what: str, error: BaseException, required: bool = True) -> Row:
         remedy = "it was built for another torch: install the build for this one, or build it from source"
         return Row(what, "", "wrong", note=f"{text[:160]}; {remedy}", required=required)
     if isinstance(error, ModuleNotFoundError):
-        return Row(what, "", "missing", note=f"{text[:160]}; install it (./launch.sh setup)", required=required)
+        remedy = "; install it (./launch.sh help: setup)" if text.startswith("No module") else ""
+        return Row(what, "", "missing", note=text[:160] + remedy, required=required)
     return Row(what, "", "wrong", note=f"{type(error).__name__}: {text[:160]}", required=required)
 
 
@@ -84,9 +84,3 @@ def guarded(what: str, check: Callable[..., Iterable[Row]], *args, required: boo
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         yield failure(what, error, required)
-
-
-def emit(rows: Iterable[Row]) -> None:
-    """One JSON line a row, at once: what was found before a segfault or a hang is kept."""
-    for row in rows:
-        print(json.dumps(asdict(row)), flush=True)

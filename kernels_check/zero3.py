@@ -6,18 +6,15 @@ back as another weight without a word, bf16 and uint8 survive. Gradients are add
 The precision checked is that of `ds_config.json`.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from kernels_check.ranks import on_ranks
-from kernels_check.rows import Row, emit, guarded, judge
-
-BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
+from kernels_check.ranks import on_ranks, zero3_config, zero3_engine
+from kernels_check.rows import Row, guarded, judge
+from kernels_check.table import emit
 
 
 def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config: dict[str, Any]) -> Iterator[Row]:
@@ -25,8 +22,6 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
     import bitsandbytes as bnb
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or the CPU would compile it now, and needs ninja for it
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     torch.manual_seed(0)
     options = {"bias": False, "quant_type": "nf4", "compute_dtype": torch.bfloat16}
     model = torch.nn.ModuleList([bnb.nn.Linear4bit(256, 128, quant_storage=s, **options) for s in storages]).to(device)
@@ -36,8 +31,7 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
     states = [{k: v.clone() for k, v in layer.weight.quant_state.as_dict(packed=True).items()} for layer in model]
 
     # no zero.Init here, nor in the loop: it would skip the cast by value that `initialize` makes, and with it the fault
-    optimizer = torch.optim.AdamW([model.trained], lr=1e-3)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine = zero3_engine(model, config)
     for layer, storage, packed, state in zip(model, storages, stored, states):
         what = f"zero3 NF4 stored as {str(storage)[6:]}"
         if layer.weight.numel():
@@ -48,7 +42,7 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
             changed += sum(not torch.equal(now[name], value) for name, value in state.items())
         yield judge(what, deepspeed.__version__, changed, 0.0, "set bnb_4bit_quant_storage to bfloat16 or uint8; qwZ off")
 
-    ranks, count = dist.get_world_size(), BATCH["gradient_accumulation_steps"]
+    ranks, count = dist.get_world_size(), config["gradient_accumulation_steps"]
     share = lambda rank, i: 1.0 if rank == i == 0 else 2.0 ** -(9 + rank + 2 * i)  # noqa: E731  bf16 would drop the small ones
     for i in range(count):
         engine.set_gradient_accumulation_boundary(i == count - 1)
@@ -60,15 +54,8 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
     yield judge("zero3 gradients add up in fp32", deepspeed.__version__, (got / wanted - 1).abs().max().item(), 1e-6, remedy)
 
 
-def check_zero3(storages: tuple[torch.dtype, ...], config: dict[str, Any]) -> list[Row]:
-    """`config` is a DeepSpeed configuration without batch sizes; small tensors are partitioned too."""
-    zero = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
-    return on_ranks(partition_and_gather, storages, {**config, **BATCH, "zero_optimization": zero})
-
-
 def main() -> list[Row]:
-    config = json.loads((Path(__file__).parent.parent / "ds_config.json").read_text())
-    return check_zero3((torch.bfloat16, torch.uint8), config)
+    return on_ranks(partition_and_gather, (torch.bfloat16, torch.uint8), zero3_config(2))
 
 
 if __name__ == "__main__":

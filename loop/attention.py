@@ -9,12 +9,16 @@ which packed documents leak into one another (trl#3910), and boundaries that are
 import functools
 import importlib.metadata
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first
+from . import verdicts
+
+BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first, as far as known without having measured
+COSTS = {"varlen": "the same algorithm, from torch", "sdpa": "costs a kernel call for each document"}  # said of a fallback
 
 
 class AttentionError(RuntimeError):
@@ -115,7 +119,7 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
         try:
             probe()
         except (ImportError, OSError, AttributeError) as error:  # not installed, or built for another torch (undefined symbol)
-            found[name] = f"missing: {str(error).splitlines()[0][:120]}"
+            found[name] = f"missing: {str(error).splitlines()[0][-120:]}"
         else:
             found[name] = importlib.metadata.version("flash-attn") if name == "flash_attn" else f"torch {torch.__version__}"
     return {name: found[name] for name in BACKENDS}
@@ -135,18 +139,23 @@ def _keeps_documents_apart(backend: str, device, head_dim: int) -> bool:
 
 
 def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
-    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs heads of this size here and was just seen
-    to keep documents apart. Raises AttentionError when `wanted` can't run or leaks."""
+    """Returns (backend, remark): `wanted`, or with "auto" the fastest one (as `./launch.sh check` measured, if it was run) that runs
+    heads of this size here, was not found wrong and was just seen to keep documents apart. What was passed over stands in the remark
+    after "; ". Raises AttentionError when `wanted` can't run, leaks, or was found wrong."""
     found = available_backends(device)
+    fastest_first = sorted(BACKENDS, key=lambda name: -(verdicts.speed(f"attention {name}") or math.inf))  # not measured: as they stand
     remarks = []
-    for name in BACKENDS if wanted == "auto" else (wanted,):
+    for name in fastest_first if wanted == "auto" else (wanted,):
         reason = found.get(name, f"missing: one of auto, {', '.join(BACKENDS)} is possible")
         if not reason.startswith("missing") and name != "sdpa" and dtype not in (torch.bfloat16, torch.float16):
             reason = f"missing: takes bf16 or fp16, not {dtype}"
-        if not reason.startswith("missing"):
+        if row := verdicts.why_not("attention", f"attention {name}", f"attention {name}, leak"):
+            reason = row
+        if not reason.startswith(("missing", "wrong")):
             try:
                 if _keeps_documents_apart(name, device, head_dim):
-                    return name, "; ".join([f"attention: {name} ({reason})", *remarks])
+                    cost = [f"instead {name}: {COSTS[name]}"] if remarks and name in COSTS else []
+                    return name, "; ".join([f"attention: {name} ({reason})", *remarks, *cost])
                 reason = "wrong: it leaks between documents on this machine"
             except RuntimeError as error:
                 reason = f"wrong: {str(error).splitlines()[0][:120]}"

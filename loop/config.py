@@ -97,6 +97,7 @@ class Config(Section):
     restart_mult: int = Field(1, ge=1)  # each further cycle is this many times longer (SGDR, arXiv 1608.03983)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
+    optimizer: Literal["auto", "fused", "plain"] = "auto"  # torch's AdamW; 8-bit states don't fit the checkpoints, which hold fp32 moments
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     seed: int = Field(42, ge=0)

@@ -8,8 +8,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 
-from .config import Config
+from . import verdicts
+from .config import Config, ConfigError
 from .distributed import on_gpu
+
+
+def choose_fused(wanted: str) -> tuple[bool, str]:
+    """(whether AdamW is torch's fused kernel, what a person should know of it): `wanted`, or with "auto" the faster one, as
+    `./launch.sh check` measured, otherwise fused on GPUs. Raises ConfigError when fused is asked for and was found wrong."""
+    wrong, times = verdicts.why_not("optimizers", "optimizer AdamW fused"), verdicts.speed("optimizer AdamW fused")
+    if wanted == "plain" or not wrong:
+        return wanted == "fused" or (wanted == "auto" and (times > 1 if times else on_gpu())), ""
+    if wanted == "fused":
+        raise ConfigError(f"optimizer=fused: {wrong}")
+    return False, f"optimizer: plain AdamW, whose update takes longer, as fused is {wrong}"
 
 
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -24,7 +36,7 @@ def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
             groups.setdefault((decay, scale), []).append(p)
     # Only groups that hold something: an empty one crashes ZeRO-3 at the first boundary on torch >= 2.13.
     params = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
-    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu())
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=choose_fused(config.optimizer)[0])
 
 
 def cosine_lr(step: int, num_steps: int, lr: float, *, warmup_steps: int = 0, min_lr: float = 0.0,

@@ -24,11 +24,12 @@ from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .export import export_model
 from .folder import prepare_folder
 from .identity import at_step, refuse_another, run_identity
+from .mfu import utilisation
 from .model import (
     choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, quiet_libraries, versions
-from .optim import adamw, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
+from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
 from .watchdog import StopRequest, Watchdog, doing
 
@@ -135,7 +136,9 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     )
     monitor.accounts({"train": account, "valid": held_out_account})
     monitor.plan(plan, lengths, targets, micro_batch_size)
-    for remark in [*remarks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
+    attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
+    fallbacks = filter(None, [attention_fallback, choose_fused(config.optimizer)[1]])
+    for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 
     monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})
@@ -167,6 +170,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     if figures is None:
         figures = validate_and_show(first_step)
     stopping, bad_steps = figures is None, 0
+    mfu = utilisation(engine.module, shape, ranks)
     for step in range(first_step, len(plan)):
         if stopping:  # in the evaluation just now; nothing new is to be saved
             break
@@ -186,6 +190,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
         doing("agreeing whether to stop")
         stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
+        monitor.scalars(step + 1, mfu(lengths[ids], num_targets, time.perf_counter() - monitor.last))
         monitor.step(step + 1, loss, grad_norm, lr, int(lengths[ids].sum()))
         if engine.was_step_applied():
             bad_steps = 0

@@ -1,18 +1,24 @@
 """Planted faults: each is caught by the row that is meant for it, and by no other."""
 
 import importlib.metadata
-import json
+import os
+import signal
 import sys
+import time
+import types
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import loop.attention
 from kernels_check import (
     attention,
     ceilings,
+    codebook,
     collectives,
     compiled,
     environment,
@@ -20,13 +26,20 @@ from kernels_check import (
     nf4,
     optimizers,
     packages,
+    processes,
     ranks,
     repacking,
+    repeatable,
+    run,
     zero3,
 )
-from kernels_check.__main__ import run_check, table
 from kernels_check.rows import Row, guarded, judge
+from kernels_check.table import table
+from loop import verdicts as verdicts_of_loop
 from loop.attention import packed_attention
+from loop.config import ConfigError
+from loop.mfu import utilisation
+from loop.optim import choose_fused
 
 sdpa = partial(packed_attention, backend="sdpa")
 
@@ -45,45 +58,82 @@ def test_judge(error, speed, verdict):
     assert row.blocks() == (verdict == "wrong")
 
 
-def script(code: str) -> list[Row]:
-    first = """import os, sys, time; print('{"what": "first"}', flush=True);"""
-    return run_check([sys.executable, "-c", first + code], "attention", timeout=2)
+def first_then(fault):
+    yield Row("first")
+    yield from fault() or ()
+
+
+def segfault():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang():
+    time.sleep(99)
+
+
+def leave():
+    sys.exit("no such kernel")
 
 
 @pytest.mark.parametrize(
-    "code, note",
-    [
-        ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
-        ("time.sleep(99)", "no end within 2 s"),
-        ("sys.exit('no such kernel')", "no such kernel"),
-    ],
+    "fault, note", [(segfault, "killed by SIGSEGV after the row 'first'"), (hang, "no end within 3 s"), (leave, "no such kernel")]
 )
-def test_crash_and_hang_become_rows_and_keep_earlier_ones(code, note):
-    first, last = script(code)
+def test_crash_and_hang_become_rows_and_keep_earlier_ones(fault, note):
+    first, last = run.finish(run.begin(partial(first_then, fault), "attention"), timeout=3)
     assert (first.what, first.verdict) == ("first", "ok")
     assert (last.what, last.verdict, last.blocks()) == ("attention", "wrong", True) and note in last.note
 
 
+def test_processes_are_forked_only_where_that_works(monkeypatch):
+    assert processes.context().get_start_method() == "forkserver"
+    monkeypatch.setattr(processes, "_fork_works", leave)  # as it ends where an import has touched CUDA
+    assert processes.context.__wrapped__().get_start_method() == "spawn"
+
+
 def test_silence_is_a_row():
-    (row,) = run_check([sys.executable, "-c", "print('hello')"], "attention")
+    (row,) = run.finish(run.begin(tuple, "attention"))
     assert row.blocks() and "after 0 rows" in row.note
 
 
-def test_table_names_remedy_only_for_what_is_not_ok():
+def rank_that_hangs(device):
+    if dist.get_rank() == 1:
+        time.sleep(99)
+    dist.barrier()
+    yield Row("never")
+
+
+def test_ranks_end_with_their_check():
+    check = run.begin(partial(ranks.on_ranks, rank_that_hangs), "zero3")
+    (row,) = run.finish(check, timeout=5)
+    assert row.verdict == "wrong" and "no end within 5 s" in row.note
+    with pytest.raises(ProcessLookupError):  # its whole group is gone; a moment for the last of it to be reaped
+        for _ in range(50):
+            os.killpg(check.process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_check_without_its_package_is_not_checked_rather_than_wrong(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (row,) = run.rows_of("nf4")
+    assert row.verdict == "missing" and row.blocks() and "not checked" in row.note and "bitsandbytes" in row.note
+
+
+def test_table_names_remedies_and_remarks():
     text = table(
         [
-            Row("fine", note="hidden"),
+            Row("fine"),
+            Row("old", note="tested with 2"),
             Row("bad", verdict="wrong", note="do this"),
             Row("no", verdict="missing", note="why", required=False),
         ]
     )
-    assert "hidden" not in text and "wrong: bad: do this" in text and "missing, not required: no: why" in text
+    assert "ok: old: tested with 2" in text and "wrong: bad: do this" in text and "missing, not required: no: why" in text and ": fine:" not in text
 
 
 # ---- environment
 
 
-def torch_row(version="2.13.0+cpu", load=lambda name: None):
+def torch_row(version="2.13.0+cpu", load=lambda name: types.ModuleType(name)):
     return list(guarded("torch", packages.check_package, "torch", "2.13.0", lambda name: version, load))[0]
 
 
@@ -93,7 +143,15 @@ def test_pinned_version_is_ok_whatever_its_build():
 
 def test_other_version_than_the_pin_is_named_and_stops_nothing():
     row = torch_row("2.12.1")
-    assert row.verdict == "wrong" and "2.13.0" in row.note and not row.blocks()
+    assert row.verdict == "ok" and "tested with 2.13.0" in row.note
+
+
+def test_stale_build():
+    row = torch_row(load=lambda name: types.SimpleNamespace(__version__="2.11.0+cu130"))
+    assert row.verdict == "wrong" and "stale" in row.note and row.blocks()
+    operators = lambda built_for: next(environment.check_operators({"cpu_adam": True}, {"cpu_adam": True}, built_for))  # noqa: E731
+    now = ".".join(torch.__version__.split(".")[:2])
+    assert operators("2.1").verdict == "wrong" and "stale" in operators("2.1").note and operators(now).verdict == "ok"
 
 
 def test_pin_for_another_python_does_not_count():
@@ -117,6 +175,17 @@ def test_missing_library():
     assert row.verdict == "missing" and "pip install deepspeed==0.19.8" in row.note and row.blocks()
 
 
+def test_broken_package_has_one_row_and_the_others_go_on(monkeypatch):
+    def load(name):
+        if name == "bitsandbytes":
+            raise ImportError("libbitsandbytes.so: undefined symbol: cgemm_4bit")
+        return types.ModuleType(name)
+
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    found = verdicts(packages.main(load))
+    assert wrong(found) == ["bitsandbytes"] and "bitsandbytes library" not in found and len(found) > 10
+
+
 def test_native_library_that_did_not_load():
     class ErrorHandlerMockBNBNativeLibrary:
         pass
@@ -136,26 +205,46 @@ def test_cpu_build_of_torch_on_a_gpu_machine():
 
 
 def attention_rows(attend):
-    return verdicts(attention.check_numbers("x", "1", attend, "cpu"), leak.check_leak("x", "1", attend, "cpu"))
+    checks = (attention.check_numbers, leak.check_leak, repeatable.check_repeatable)
+    return verdicts(*(check("x", "1", attend, "cpu") for check in checks))
+
+
+def attention_faults(attend):
+    return {
+        what.removeprefix("attention x").removeprefix(", ") or "numbers" for what, verdict in attention_rows(attend).items() if verdict == "wrong"
+    }
 
 
 def test_attention_right():
-    found = attention_rows(sdpa)
-    assert found.pop("attention x") in ("ok", "slow") and found == {"attention x, leak": "ok"}  # slow: the machine may be busy
+    assert set(attention_rows(sdpa).values()) == {"ok"}
 
 
 def test_attention_wrong_scale_is_no_leak():
-    assert attention_rows(lambda *row: sdpa(*row, scale=0.1)) == {"attention x": "wrong", "attention x, leak": "ok"}
+    assert attention_faults(lambda *row: sdpa(*row, scale=0.1)) == {"numbers"}
 
 
 def test_attention_faint_leak_hides_in_the_numbers_only():
-    found = attention_rows(lambda q, k, v, *rest: sdpa(q, k, v, *rest) + 0.02 * v.mean())
-    assert found["attention x"] in ("ok", "slow") and found["attention x, leak"] == "wrong"
+    assert attention_faults(lambda q, k, v, *rest: sdpa(q, k, v, *rest) + 0.02 * v.mean()) == {"leak"}
 
 
 def test_attention_over_the_whole_row_leaks():
-    whole = lambda q, k, v, bounds, longest: sdpa(q, k, v, bounds[[0, -1]], len(q))  # noqa: E731
-    assert attention_rows(whole) == {"attention x": "wrong", "attention x, leak": "wrong"}
+    assert attention_faults(lambda q, k, v, bounds, longest: sdpa(q, k, v, bounds[[0, -1]], len(q))) == {"numbers", "leak"}
+
+
+class AnyOrder(torch.autograd.Function):
+    """The backward pass of a kernel that adds in no fixed order: right but for the last bits."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + 4e-3 * torch.randint(0, 2, grad.shape))
+
+
+def test_attention_whose_backward_differs_from_run_to_run():
+    assert attention_faults(lambda q, *rest: sdpa(AnyOrder.apply(q), *rest)) == {"repeatable"}
 
 
 def test_attention_nan_in_padding():
@@ -166,17 +255,25 @@ def test_attention_nan_in_padding():
     assert attention_rows(attend)["attention x"] == "wrong"
 
 
+def test_flash_attn_of_another_abi(monkeypatch):
+    broken = {"flash_attn": "missing: flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E", "varlen": "missing: needs an NVIDIA GPU"}
+    monkeypatch.setattr(loop.attention, "available_backends", lambda device: broken)
+    found = {row.what: row for row in attention.main()}
+    assert found["attention flash_attn"].verdict == "wrong" and "another torch" in found["attention flash_attn"].note
+    assert found["attention varlen"].verdict == "missing" and not any(row.blocks() for row in found.values())
+
+
 # ---- NF4
 
 bnb = pytest.importorskip("bitsandbytes")
 quantize, dequantize = bnb.functional.quantize_4bit, bnb.functional.dequantize_4bit
-ROUNDING = ["nf4 rounding, stored as uint8", "nf4 rounding, stored as bfloat16", "nf4 double quantisation"]
+ROUNDING = [f"nf4 rounding, stored as {storage}" for storage in ("uint8", "bfloat16", "float16", "float32")] + ["nf4 double quantisation"]
 
 
 def nf4_rows(code=None, decode=dequantize, matmul=bnb.matmul_4bit):
-    code = nf4.plain_codebook() if code is None else code
+    code = codebook.plain_codebook() if code is None else code
     return verdicts(
-        nf4.check_codebook("1", code),
+        codebook.check_codebook("1", code),
         nf4.check_rounding("1", quantize, decode, "cpu"),
         nf4.check_product("1", matmul, quantize, dequantize, "cpu"),
     )
@@ -192,12 +289,12 @@ def test_nf4_right():
 
 def test_published_codebook():
     # QLoRA, arXiv 2305.14314, appendix E, four of its sixteen values
-    code = nf4.plain_codebook()
+    code = codebook.plain_codebook()
     assert code[[0, 1, 7, 8]].tolist() == pytest.approx([-1.0, -0.6961928009986877, 0.0, 0.07958029955625534], abs=1e-6)
 
 
 def test_corrupt_codebook():
-    code = nf4.plain_codebook()
+    code = codebook.plain_codebook()
     code[3] += 1e-3
     assert wrong(nf4_rows(code=code)) == ["nf4 codebook"]
 
@@ -269,39 +366,140 @@ def test_collectives_wrong_at_one_size():
 
 
 def test_zero3_fp16_storage_and_bf16_gradients_are_caught():
-    config = json.loads((Path(zero3.__file__).parent.parent / "ds_config.json").read_text())
-    config["data_types"] = {"grad_accum_dtype": "bf16"}
-    found = verdicts(zero3.check_zero3((torch.bfloat16, torch.uint8, torch.float16), config))
+    config = ranks.zero3_config(2, data_types={"grad_accum_dtype": "bf16"})
+    found = verdicts(ranks.on_ranks(zero3.partition_and_gather, (torch.bfloat16, torch.uint8, torch.float16), config))
     assert wrong(found) == ["zero3 NF4 stored as float16", "zero3 gradients add up in fp32"] and len(found) == 4
 
 
 # ---- compile, with a backend that needs no compiler
 
-graph_only = partial(torch.compile, backend="eager")
+
+def graph_only(forward):
+    return torch.compile(forward, backend="eager")
+
+
+def off_by_a_tenth(forward):
+    return graph_only(lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
+
+
+def anew_for_each_layer(forward):  # as DeepSpeed's `ds_id` on each parameter does: a guard that differs by layer
+    index = forward.__self__.self_attn.layer_idx
+    return graph_only(lambda *args, **kwargs: forward(*args, **kwargs) if index < 9 else None)
+
+
+def as_seen(compile) -> list[str]:
+    return wrong(verdicts(ranks.on_ranks(compiled.check_compiled, compile, ranks.zero3_config(1), world_size=1)))
+
+
+def test_compiled_right():
+    assert as_seen(graph_only) == []
+
+
+def test_compiled_numbers_wrong():
+    assert as_seen(off_by_a_tenth) == [compiled.WHAT]
+
+
+def test_compiled_anew_for_each_layer():
+    assert as_seen(anew_for_each_layer) == [f"{compiled.WHAT}, graphs beyond the first"]
+
+
+# ---- the verdict drives the loop
 
 
 @pytest.fixture
-def tiny():
-    return compiled.llama_layers("cpu")
+def verdict(tmp_path, monkeypatch):
+    """Keeps rows as the check does, for the loop to find."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    verdicts_of_loop.found.cache_clear()
+
+    def keep(*rows: Row):
+        file = verdicts_of_loop.keep(map(asdict, rows))
+        verdicts_of_loop.found.cache_clear()
+        return file
+
+    yield keep
+    verdicts_of_loop.found.cache_clear()
 
 
-def test_compiled_right(tiny):
-    assert wrong(verdicts(compiled.check_compiled(*tiny, graph_only))) == []
+WRONG = {"version": "2.8.3", "verdict": "wrong", "error": 0.5, "bound": 0.02, "note": "set attention= to another"}
 
 
-def test_compiled_numbers_wrong(tiny):
-    def off(forward):
-        return graph_only(lambda *a, **k: 1.1 * forward(*a, **k))
-
-    assert "compiled layer" in wrong(verdicts(compiled.check_compiled(*tiny, off)))
-
-
-def test_compiled_anew_for_each_layer(tiny):
-    for index, layer in enumerate(tiny[0]):  # as DeepSpeed's `ds_id` on each parameter does: a guard that differs by layer
-        layer.index = index
-        layer.forward = _guarded_by_index.__get__(layer)
-    assert wrong(verdicts(compiled.check_compiled(*tiny, graph_only))) == ["compiled layer, graphs beyond the first"]
+def test_verdict_is_the_owners_alone_and_of_this_machine_and_these_versions(verdict, monkeypatch):
+    assert verdicts_of_loop.found() == {}
+    file = verdict(Row("memory copy", speed=2.0, unit="GB/s"))
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    assert verdicts_of_loop.speed("memory copy") == 2.0
+    for change in (("platform.node", lambda: "another"), ("torch.version.cuda", "99.0")):
+        with monkeypatch.context() as other:
+            other.setattr(*change)
+            verdicts_of_loop.found.cache_clear()
+            assert verdicts_of_loop.found() == {}
 
 
-def _guarded_by_index(self, x, **kwargs):
-    return type(self).forward(self, x, **kwargs) * (1.0 if self.index >= 0 else self.index)
+@pytest.fixture
+def three_backends(monkeypatch):
+    monkeypatch.setattr(loop.attention, "available_backends", lambda device: dict.fromkeys(loop.attention.BACKENDS, "1"))
+    monkeypatch.setattr(loop.attention, "_keeps_documents_apart", lambda *args: True)
+
+
+def chosen(wanted="auto"):
+    return loop.attention.choose_backend(wanted, "cpu", torch.bfloat16)
+
+
+def test_attention_auto_takes_the_fastest_that_was_found_right(verdict, three_backends):
+    assert chosen() == ("flash_attn", "attention: flash_attn (1)")
+    verdict(Row("attention flash_attn", speed=5.0), Row("attention varlen", speed=6.0), Row("attention sdpa", speed=1.0))
+    assert chosen()[0] == "varlen" and chosen("flash_attn")[0] == "flash_attn"
+
+
+def test_attention_that_is_missing_is_said_after_a_check_too(verdict):
+    verdict(Row("attention flash_attn", verdict="missing"), Row("attention sdpa", speed=1.0))
+    assert "flash_attn missing: needs an NVIDIA GPU" in chosen()[1] and "instead sdpa: costs" in chosen()[1]
+
+
+@pytest.mark.parametrize("row", ["attention flash_attn", "attention flash_attn, leak"])
+def test_attention_found_wrong_is_passed_over_aloud_or_refused_with_its_row(verdict, three_backends, row):
+    verdict(Row("attention flash_attn"), Row(row, **WRONG))
+    backend, remark = chosen()
+    assert backend == "varlen" and f"{row} (2.8.3), error 5.0e-01 over the bound 2e-02" in remark and "instead varlen" in remark
+    with pytest.raises(loop.attention.AttentionError, match=row):
+        chosen("flash_attn")
+
+
+def test_attention_whose_check_crashed_is_refused(verdict, three_backends):
+    verdict(
+        Row("attention sdpa"), Row("attention varlen"), Row("attention", verdict="wrong", note="killed by SIGSEGV after the row 'attention varlen'")
+    )
+    assert chosen()[0] == "varlen" and "SIGSEGV" in chosen()[1] and chosen("sdpa")[0] == "sdpa"
+
+
+def test_attention_not_repeatable_is_no_reason_against_it(verdict, three_backends):
+    verdict(Row("attention flash_attn"), Row("attention flash_attn, repeatable", **WRONG))
+    assert chosen("flash_attn")[0] == "flash_attn"
+
+
+def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict):
+    fused = "optimizer AdamW fused"
+    assert choose_fused("auto")[0] is torch.cuda.is_available() and choose_fused("fused")[0] and not choose_fused("plain")[0]
+    for speed in (0.5, 2.0):
+        verdict(Row(fused, speed=speed))
+        assert choose_fused("auto") == (speed > 1, "")
+    verdict(Row(fused, **WRONG))
+    assert choose_fused("auto")[0] is False and fused in choose_fused("auto")[1] and choose_fused("plain") == (False, "")
+    with pytest.raises(ConfigError, match=f"optimizer=fused: wrong by ./launch.sh check: {fused}"):
+        choose_fused("fused")
+
+
+def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):
+    model = torch.nn.Module()
+    model.frozen, model.trained, model.head = (torch.nn.Linear(4, n, bias=False) for n in (8, 2, 100))
+    model.frozen.requires_grad_(False), model.head.requires_grad_(False)
+    model.get_output_embeddings = lambda: model.head
+    shape = types.SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, head_dim=4)
+    here, cpu = (types.SimpleNamespace(world_size=2, device=torch.device(kind)) for kind in ("cuda", "cpu"))
+    lengths = np.array([10, 30])
+    assert utilisation(model, shape, here)(lengths, 7, 1.0) == {}
+    verdict(Row("bf16 matrix product", speed=2e-6, unit="TFLOP/s"))
+    flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
+    assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 4e6)}
+    assert utilisation(model, shape, cpu)(lengths, 7, 0.5) == {}
