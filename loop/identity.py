@@ -44,6 +44,8 @@ def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, fo
     if step > len(plan):
         raise ConfigError(f"{path}: the run has made {step} steps already, and is to have {len(plan)} (max_steps, epochs); give it "
                           "another run.name")  # fmt: skip
+    if not saved.keys() >= {"state", "plan", "settings"}:
+        raise ConfigError(f"{path}: written by another version of this loop; give the run another run.name, or start over with run.resume=false")
     now, remarks = at_step(now, plan, step), []
     for kind in ("state", "plan", "settings"):
         for key in {**saved[kind], **now[kind]}:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from .config import ROOT, Config
 from .data import Account
+from .describe import describe_plan, learning_rates, write_plan
 from .distributed import Ranks, on_gpu
 from .folder import as_markdown, kept_lines, write_atomically, write_report
-from .optim import cosine_lr
-from .packing import Plan, cut
+from .packing import Plan
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -47,35 +47,6 @@ def versions() -> dict[str, str]:
     found["device"] = torch.cuda.get_device_name() if on_gpu() else f"cpu ({os.cpu_count()} cores)"
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return found | {"commit": git.stdout.strip() or "unknown"}
-
-
-def learning_rates(config: Config, num_steps: int) -> list[float]:
-    return [cosine_lr(s, num_steps, config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
-                      restart_steps=config.restart_steps, restart_mult=config.restart_mult) for s in range(num_steps)]  # fmt: skip
-
-
-def describe_plan(plan: Plan, lengths: np.ndarray, targets: np.ndarray, config: Config, world_size: int, micro_batch_size: int) -> str:
-    """The batch arithmetic, before the first step."""
-    first = range(min(len(plan), 50))
-    rounds = np.mean([len(cut(plan[s], lengths, world_size, micro_batch_size * config.max_seq_len)[0]) for s in first])
-    n = len(plan.order)
-    return "\n".join([
-        f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of whole examples, on {world_size} rank(s) "
-        f"in {rounds:.1f} micro-batch(es) on average of at most {micro_batch_size} x {config.max_seq_len:,} tokens",
-        f"the run     {len(plan):,} steps, {n:,} examples, {n / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
-        f"{int(targets[plan.order].sum()):,} of them supervised; the budget is filled to {plan.fill:.1%}",
-        f"lengths     mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,} tokens",
-    ])  # fmt: skip
-
-
-def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int = 0) -> None:
-    """What `./launch.sh plan` shows, in TensorBoard. After a resume only what it has dropped from `first_step` on."""
-    if not first_step:
-        board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
-        board.add_histogram("plan/tokens_of_an_example", lengths, 0)
-    for step in range(0, len(lr), -(-len(lr) // 1000)):  # a thousand points show any curve
-        if step >= first_step:
-            board.add_scalar("plan/lr", lr[step], step + 1)
 
 
 class Monitor:

@@ -10,8 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 from .cli import exit_with_config_error, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
+from .describe import describe_plan, learning_rates, write_plan
 from .model import activation_bytes, count_parameters, load_shape, load_tokenizer
-from .monitor import describe_plan, learning_rates, quiet_libraries, write_plan
+from .monitor import quiet_libraries
 from .packing import make_plan
 
 

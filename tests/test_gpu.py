@@ -72,8 +72,8 @@ def broken(tinyllama, rows, tmp_path_factory):
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (folder / "fp32.json").write_text(json.dumps(fp32))
     args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", f"data.valid={rows['valid']}",
-            "monitor.sample_notes=[]", f"run.dir={folder}", "epochs=4", "max_steps=8", "batch_size=2", "lr=1e-3", "run.save_steps=3",
-            "monitor.eval_steps=4"]  # fmt: skip
+            "data.test=null", "monitor.sample_notes=[]", f"run.dir={folder}", "epochs=4", "max_steps=8", "batch_size=2", "lr=1e-3",
+            "run.save_steps=3", "monitor.eval_steps=4"]  # fmt: skip
 
     def run(name: str, *parts: tuple[int, int | None, list[str]]) -> Path:
         for number, (gpus, steps, more) in enumerate(parts):

@@ -129,3 +129,9 @@ def test_a_base_that_is_only_a_pickle_is_refused(config_file, tiny_base, tmp_pat
     (moved / "model.safetensors").rename(moved / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
         load_base(str(moved), torch.float32, "cpu", quantized=False)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):
+    now, plan = this()
+    with pytest.raises(ConfigError, match="another version of this loop"):
+        refuse_another(Path("step-000003"), {"base": "x", "seed": 1}, now, plan, 3, False)

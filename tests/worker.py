@@ -160,6 +160,8 @@ def run(case: dict) -> None:
             tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
             names.append(name)
         engines[0].destroy()
+    if not torch.distributed.is_initialized():
+        raise SystemExit(error)
     if torch.distributed.get_rank() == 0:
         out = Path(case["out"])
         out.mkdir(parents=True, exist_ok=True)
