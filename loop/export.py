@@ -22,6 +22,7 @@ def export_model(engine, config: Config, tokenizer, folder: Path, ranks: Ranks) 
     written aside and renamed, so that nobody finds half of it. Raises RuntimeError when a tensor is not whole, OSError on all ranks when
     nothing can be written."""
     doing("writing the result")
+    engine.empty_partition_cache()  # a GPU may still be prefetching for a step that won't come; what is in flight can't be gathered
     state = gathered_weights(engine.module, ranks)
     target = folder / ("model" if config.method == "full" else "adapter")
     problem = None

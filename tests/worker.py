@@ -155,6 +155,7 @@ def run(case: dict) -> None:
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
     if engines:
+        engines[0].empty_partition_cache()  # as export_model: gathers may be under way
         frozen.append(frozen_digest(engines[0].module))
         for i, (name, p) in enumerate(loop.model.trainable(engines[0].module)):
             tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
