@@ -9,7 +9,6 @@ which packed documents leak into one another (trl#3910), and boundaries that are
 import functools
 import importlib.metadata
 import inspect
-import math
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from transformers import AttentionInterface
 
 from . import verdicts
 
-BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first, as far as known without having measured
+BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first on rows of thousands of tokens; the check's small rows show launch overhead
 COSTS = {"varlen": "the same algorithm, from torch", "sdpa": "costs a kernel call for each document"}  # said of a fallback
 
 
@@ -139,13 +138,12 @@ def _keeps_documents_apart(backend: str, device, head_dim: int) -> bool:
 
 
 def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
-    """Returns (backend, remark): `wanted`, or with "auto" the fastest one (as `./launch.sh check` measured, if it was run) that runs
-    heads of this size here, was not found wrong and was just seen to keep documents apart. What was passed over stands in the remark
+    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs heads of this size here, was not found wrong by
+    `./launch.sh check` (if it was run) and was just seen to keep documents apart. What was passed over stands in the remark
     after "; ". Raises AttentionError when `wanted` can't run, leaks, or was found wrong."""
     found = available_backends(device)
-    fastest_first = sorted(BACKENDS, key=lambda name: -(verdicts.speed(f"attention {name}") or math.inf))  # not measured: as they stand
     remarks = []
-    for name in fastest_first if wanted == "auto" else (wanted,):
+    for name in BACKENDS if wanted == "auto" else (wanted,):
         reason = found.get(name, f"missing: one of auto, {', '.join(BACKENDS)} is possible")
         if not reason.startswith("missing") and name != "sdpa" and dtype not in (torch.bfloat16, torch.float16):
             reason = f"missing: takes bf16 or fp16, not {dtype}"

@@ -158,6 +158,8 @@ def read_rows(source: str, split: str, data: Data) -> tuple[Iterator[tuple[int, 
     if path.suffix in READERS:
         return READERS[path.suffix](path), wanted
     if path.is_dir() and any(path.glob("*.dialogue.txt")):
+        if "messages" in data.columns:
+            raise ConfigError(f"data.{split}={source}: a folder of dialogues and notes has no messages; map dialogue and note in data.columns")
         return _read_pairs(path, _columns(data)), wanted
     return enumerate(open_dataset(source, split), 1), wanted
 
@@ -207,6 +209,14 @@ def check_row(row, key: str, data: Data, weight: float = 1.0) -> Conversation:
     return Conversation(key, soap_messages(dialogue, note), dialogue, note, weight)
 
 
+def _readable(rows: Iterator, where: str) -> Iterator:
+    """The rows; a file that can't be read, or no longer, is the user's to mend."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
 def _read_sources(data: Data, split: str) -> tuple[list[tuple[Conversation, str]], list[str]]:
     """(conversation, where it stands) of every good row of a split, and a line for every bad one."""
     sources = getattr(data, split)
@@ -215,7 +225,7 @@ def _read_sources(data: Data, split: str) -> tuple[list[tuple[Conversation, str]
     problems, count = [], 0
     for source, weight in zip(sources, (data.weights if split == "train" else None) or [1.0] * len(sources), strict=True):
         rows, name = read_rows(source, split, data)
-        for number, row in rows:
+        for number, row in _readable(rows, f"data.{split}={source}"):
             if data.limit and count >= data.limit:
                 break
             key, where = None, f"{source}, row {number}"

@@ -446,10 +446,13 @@ def chosen(wanted="auto"):
     return loop.attention.choose_backend(wanted, "cpu", torch.bfloat16)
 
 
-def test_attention_auto_takes_the_fastest_that_was_found_right(verdict, three_backends):
+def test_attention_auto_takes_the_first_that_was_found_right(verdict, three_backends):
+    """Not the one with the best figure: on the check's small rows, whose figures are launch overhead, that is often the wrong one."""
     assert chosen() == ("flash_attn", "attention: flash_attn (1)")
-    verdict(Row("attention flash_attn", speed=5.0), Row("attention varlen", speed=6.0), Row("attention sdpa", speed=1.0))
-    assert chosen()[0] == "varlen" and chosen("flash_attn")[0] == "flash_attn"
+    verdict(Row("attention flash_attn", speed=1.3), Row("attention varlen", speed=1.2), Row("attention sdpa", speed=2.0))
+    assert chosen()[0] == "flash_attn" and chosen("varlen")[0] == "varlen"
+    verdict(Row("attention flash_attn", **WRONG), Row("attention varlen", speed=1.2), Row("attention sdpa", speed=2.0))
+    assert chosen()[0] == "varlen"
 
 
 def test_attention_that_is_missing_is_said_after_a_check_too(verdict):

@@ -116,6 +116,20 @@ def test_pairs_lack_a_partner(tmp_path):
         read_split(config(path), "train")
 
 
+def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path, "jsonl")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+        yield
+
+    monkeypatch.setitem(READERS, ".jsonl", refuse)
+    with pytest.raises(ConfigError, match=r"rows.jsonl: cannot be read \(Permission denied\)"):
+        read_split(config(path), "train")
+    with pytest.raises(ConfigError, match="has no messages; map dialogue and note"):
+        read_split(config(write(tmp_path, "pairs"), "data.columns={messages: messages}"), "train")
+
+
 def test_missing_sources_are_named():
     with pytest.raises(ConfigError, match="data.train=nowhere.jsonl: no such file"):
         read_split(config("nowhere.jsonl"), "train")
