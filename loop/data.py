@@ -12,9 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from . import leaks, soap, sources, tokens
+from . import leaks, readers, soap, sources, tokens
 from .config import Config, ConfigError
-from .sources import Conversation, digest_sources, read_split
+from .readers import digest_sources
+from .sources import Conversation, read_split
 from .tokens import PLAIN_TEMPLATE, Example, encode_examples
 
 
@@ -113,7 +114,7 @@ def _cached(config: Config, tokenizer, split: str):
             digest = hashlib.sha256(digest_sources(config))
             digest.update(json.dumps([split, config.data.model_dump(), config.max_seq_len, tokenizer.chat_template]).encode())
             digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode() + tokenizer.backend_tokenizer.to_str().encode())
-            for module in (__file__, tokens.__file__, soap.__file__, sources.__file__, leaks.__file__):
+            for module in (__file__, tokens.__file__, soap.__file__, readers.__file__, sources.__file__, leaks.__file__):
                 digest.update(Path(module).read_bytes())
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)

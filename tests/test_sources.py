@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from loop.cli import load_config
 from loop.config import ConfigError
 from loop.soap import soap_messages
-from loop.sources import READERS, is_held_out, read_split
+from loop.readers import READERS
+from loop.sources import is_held_out, read_split
 
 ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
 SECRET = "hemochromatosis"
