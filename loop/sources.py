@@ -131,7 +131,7 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
         problems += [f"{rows[i][1]}: {how} as that of held-out id {held_out[j].id}: remove one of them" for i, j, how in leaks]
         rows = [row for i, row in enumerate(rows) if i not in {leak[0] for leak in leaks}]
     if problems and data.on_error == "stop":
-        more = f"{len(problems) - 1} more rows are bad; " if len(problems) > 1 else ""
+        more = f"and {len(problems) - 1} more; " if len(problems) > 1 else ""
         raise ConfigError(f"data.{split}: {problems[0]} ({more}data.on_error=skip leaves them out and lists them)")
     return [c for c, _ in rows], problems
 
