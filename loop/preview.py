@@ -85,7 +85,7 @@ def check_examples(examples: list[Example], conversations: dict[str, Conversatio
         prompt = next(prompts)
         if e.id not in truncated and (e.input_ids[: len(prompt)].tolist() != prompt or (e.labels[: len(prompt)] != IGNORE).any()):
             raise ConfigError(f"id {e.id}: what generation would be fed is not what training has before the note")
-        if tokenizer.decode(e.input_ids[e.labels != IGNORE][:-1]).strip() != note.strip():
+        if tokenizer.decode(e.input_ids[e.labels != IGNORE], skip_special_tokens=True).strip() != note.strip():
             raise ConfigError(f"id {e.id}: the supervised tokens do not decode to the note; this tokenizer changes text")
         checked += 1
     return [f"every answer ends in a supervised {tokenizer.eos_token!r} ({len(examples):,} examples)",

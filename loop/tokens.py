@@ -47,8 +47,10 @@ def render(tokenizer, messages: list[dict[str, str]], add_generation_prompt: boo
         raise ConfigError(f"the base's chat template refuses a conversation of {roles}: {type(error).__name__}") from error
 
 
-def special_tokens(tokenizer) -> list[str]:
-    return [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+def special_tokens(tokenizer) -> dict[str, int]:
+    """The spelling and id of every token that the tokenizer finds before anything else: more than `all_special_tokens`, which lacks a
+    template's role tags in some bases."""
+    return {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[list[int]]:
@@ -81,21 +83,25 @@ def encode_prompts(tokenizer, prompts: list[list[dict[str, str]]], wholes: list[
 
     A special token is a hard boundary: what stands before it is tokenised the same whatever follows. So a prompt is the whole up to
     its last special token, and then the few tokens of the template's own text (often none) that lead to the answer."""
-    specials, special_ids = special_tokens(tokenizer), set(tokenizer.all_special_ids)
+    specials = special_tokens(tokenizer)
     tails: dict[str, tuple[list[int], list[int]]] = {}  # the text behind the last special token -> (special tokens of the prompt, its tail)
     found: list[list[int] | None] = []
     for messages, whole in zip(prompts, wholes):
         text = render(tokenizer, messages, True)
-        last = max((text.rfind(s) + len(s) for s in specials if s in text), default=0)
+        last, token = max(((text.rfind(s) + len(s), s) for s in specials if s in text), default=(0, ""))
         if not last or any(s in m["content"] for s in specials for m in messages):
             found.append(None)
             continue
         key = f"{len(messages)} {text[last:]}"
         if key not in tails:
             ids = encode(tokenizer, [(messages, True)])[0]
-            marks = [i for i, t in enumerate(ids) if t in special_ids]
-            tails[key] = [ids[i] for i in marks], ids[marks[-1] + 1 :]
+            marks = [i for i, t in enumerate(ids) if t in specials.values()]
+            known = bool(marks) and ids[marks[-1]] == specials[token]  # the last one in the text is the last one among the tokens
+            tails[key] = ([ids[i] for i in marks], ids[marks[-1] + 1 :]) if known else ([], [])
         marks, tail = tails[key]
+        if not marks:
+            found.append(None)
+            continue
         at = -1
         for token in marks:
             at = whole.index(token, at + 1)

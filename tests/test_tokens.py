@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from loop.model import load_tokenizer
 from loop.soap import soap_messages
@@ -24,8 +25,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Gemma's: the role tags are special, but none of the tokens with a name, and the template ends a turn with a tag instead of the EOS.
+UNNAMED = "{{ bos_token }}" + CHATML.replace("<|im_end|>", "<end>").replace("<|im_start|>", "<start>")
 TEMPLATES = {  # template, end of sequence, further special tokens
     "own": (None, "</s>", []), "none": (PLAIN_TEMPLATE, "</s>", []), "zephyr": (ZEPHYR, "</s>", []),
+    "unnamed": (UNNAMED, "</s>", None),
     "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]), "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
 }  # fmt: skip
 
@@ -34,7 +38,11 @@ TEMPLATES = {  # template, end of sequence, further special tokens
 def tokenizer(request, tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     template, eos, specials = TEMPLATES[request.param]
-    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": specials})
+    if specials is None:
+        tokenizer.add_tokens([AddedToken("<start>", special=True), AddedToken("<end>", special=True)], special_tokens=True)
+        assert tokenizer.convert_tokens_to_ids("<end>") not in tokenizer.all_special_ids
+    else:
+        tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": specials})
     tokenizer.chat_template = template or tokenizer.chat_template
     return tokenizer
 
@@ -48,7 +56,7 @@ def test_the_note_and_its_eos_are_supervised_and_nothing_else(tokenizer):
     for e, row in zip(encode_examples(tokenizer, conversations), ROWS):
         supervised = e.input_ids[e.labels != -100]
         assert supervised[-1] == tokenizer.eos_token_id == e.input_ids[-1]
-        assert tokenizer.decode(supervised[:-1]).strip() == row["soap"]
+        assert tokenizer.decode(supervised, skip_special_tokens=True).strip() == row["soap"]
         prompt = encode(tokenizer, [(soap_messages(row["dialogue"]), True)])[0]
         assert e.input_ids[: len(prompt)].tolist() == prompt  # what generation feeds is what training saw
         assert np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :]) and (e.labels[: len(prompt)] == -100).all()
@@ -62,7 +70,7 @@ def test_the_spelling_of_a_special_token_stays_text(tokenizer):
     frame = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])[0]
     assert count[0] == count[1] == sum(int(i) in tokenizer.all_special_ids for i in frame.input_ids)
     supervised = injected.input_ids[injected.labels != -100]
-    assert tokenizer.decode(supervised[:-1]).strip() == note and tokenizer.eos_token_id not in supervised[:-1]
+    assert tokenizer.decode(supervised, skip_special_tokens=True).strip() == note and tokenizer.eos_token_id not in supervised[:-1]
 
 
 def test_a_template_without_an_eos_gets_one(tiny_base):
