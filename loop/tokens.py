@@ -78,23 +78,23 @@ def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) ->
     return encoded
 
 
-def encode_prompts(tokenizer, prompts: list[list[dict[str, str]]], wholes: list[list[int]]) -> list[list[int]]:
-    """`encode` of the prompts (messages up to an answer) whose conversations with that answer are `wholes`, without doing the work twice.
+def encode_prompts(tokenizer, conversations: list[list[dict[str, str]]], wholes: list[list[int]]) -> list[list[int]]:
+    """`encode` of the prompts of conversations, all but their last message, without doing the work twice: `wholes` are their tokens.
 
     A special token is a hard boundary: what stands before it is tokenised the same whatever follows. So a prompt is the whole up to
     its last special token, and then the few tokens of the template's own text (often none) that lead to the answer."""
     specials = special_tokens(tokenizer)
-    tails: dict[str, tuple[list[int], list[int]]] = {}  # the text behind the last special token -> (special tokens of the prompt, its tail)
+    tails: dict[tuple, tuple[list[int], list[int]]] = {}  # roles, text behind the last special token -> (the prompt's special tokens, tail)
     found: list[list[int] | None] = []
-    for messages, whole in zip(prompts, wholes):
-        text = render(tokenizer, messages, True)
+    for messages, whole in zip(conversations, wholes):
+        text = render(tokenizer, messages[:-1], True)
         last, token = max(((text.rfind(s) + len(s), s) for s in specials if s in text), default=(0, ""))
         if not last or any(s in m["content"] for s in specials for m in messages):
             found.append(None)
             continue
-        key = f"{len(messages)} {text[last:]}"
+        key = (*(m["role"] for m in messages), text[last:])
         if key not in tails:
-            ids = encode(tokenizer, [(messages, True)])[0]
+            ids = encode(tokenizer, [(messages[:-1], True)])[0]
             marks = [i for i, t in enumerate(ids) if t in specials.values()]
             known = bool(marks) and ids[marks[-1]] == specials[token]  # the last one in the text is the last one among the tokens
             tails[key] = ([ids[i] for i in marks], ids[marks[-1] + 1 :]) if known else ([], [])
@@ -106,7 +106,7 @@ def encode_prompts(tokenizer, prompts: list[list[dict[str, str]]], wholes: list[
         for token in marks:
             at = whole.index(token, at + 1)
         found.append(whole[: at + 1] + tail)
-    rest = iter(encode(tokenizer, [(messages, True) for messages, ids in zip(prompts, found) if ids is None]))
+    rest = iter(encode(tokenizer, [(messages[:-1], True) for messages, ids in zip(conversations, found) if ids is None]))
     return [next(rest) if ids is None else ids for ids in found]
 
 
@@ -121,7 +121,7 @@ def encode_examples(tokenizer, conversations: list[Conversation], supervise: str
     turns = [ts[-1:] for ts in turns] if supervise == "all" else turns
     upto = [c.messages[: t + 1] for c, ts in zip(conversations, turns) for t in ts]
     wholes = encode(tokenizer, [(messages, False) for messages in upto])
-    prompts = [[]] * len(wholes) if supervise == "all" else encode_prompts(tokenizer, [m[:-1] for m in upto], wholes)
+    prompts = [[]] * len(wholes) if supervise == "all" else encode_prompts(tokenizer, upto, wholes)
     answers, eos = iter(zip(upto, prompts, wholes)), tokenizer.eos_token_id
     examples = []
     for conversation, ts in zip(conversations, turns):

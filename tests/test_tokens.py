@@ -87,10 +87,11 @@ def test_prompts_are_found_without_tokenising_them(tokenizer):
     specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     dialogues = [r["dialogue"] for r in ROWS] + ["Doctor: " + specials, "Doctor: ends in a line break\n\n", "Doctor: é\u4e2d\U0001f600 x  y"]
     upto = [soap_messages(d, "S: ok\nP: rest") for d in dialogues]
+    upto.append(soap_messages("Doctor: hi  \n there", "S: he said " + specials))  # then the whole is put together from pieces, the prompt is not
     first = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
     upto += [first, [*first, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]]
     wholes = encode(tokenizer, [(m, False) for m in upto])
-    assert encode_prompts(tokenizer, [m[:-1] for m in upto], wholes) == encode(tokenizer, [(m[:-1], True) for m in upto])
+    assert encode_prompts(tokenizer, upto, wholes) == encode(tokenizer, [(m[:-1], True) for m in upto])
 
 
 def test_a_base_without_a_template_gets_the_plain_one(tiny_base):
