@@ -171,20 +171,6 @@ def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
     return int(tokens * (kept + 10 * shape.vocab_size / 3))
 
 
-def count_parameters(shape, config: Config) -> tuple[int, int, int]:
-    """(weights of linear layers that NF4 stores, all other weights, weights of the LoRA adapter) of the base, without loading it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    linear = {m.weight: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-    matrices = sum(w.numel() for w in linear)
-    other = sum(p.numel() for p in model.parameters()) - matrices
-    if config.method == "full":
-        return matrices, other, 0
-    with torch.device("meta"):
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-    return matrices, other, sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
-
-
 def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:
     """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit 80 % of the free memory, and
     recomputes activations only where even one row does not fit without. free_bytes None: a CPU, no checkpointing, all rows at once."""

@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn as nn
+from peft import LoraConfig, get_peft_model
 from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModelForCausalLM
 
 from .cli import exit_with_config_error, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .describe import describe_plan, learning_rates, write_plan
-from .model import activation_bytes, count_parameters, load_shape, load_tokenizer
+from .model import activation_bytes, load_shape, load_tokenizer
 from .monitor import quiet_libraries
 from .packing import make_plan
 
@@ -34,6 +38,20 @@ def describe_time(tokens: int, given: str | None, config: Config) -> str:
     if not rate:
         return "time        not known before a first run; give --tokens-per-second N"
     return f"time        {tokens / rate / 60:,.0f} min at {rate:,.0f} tokens/s ({source}), without evaluation and saving"
+
+
+def count_parameters(shape, config: Config) -> tuple[int, int, int]:
+    """(weights of linear layers that NF4 stores, all other weights, weights of the LoRA adapter) of the base, without loading it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    linear = {m.weight: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    matrices = sum(w.numel() for w in linear)
+    other = sum(p.numel() for p in model.parameters()) - matrices
+    if config.method == "full":
+        return matrices, other, 0
+    with torch.device("meta"):
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
+    return matrices, other, sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
 
 
 def describe_memory(config: Config, rows: int) -> str:
