@@ -17,7 +17,7 @@ def test_every_rank_gets_what_every_rank_says():
         "said = ranks.gather([None, 'a', {'Ä€': [1.5, float('nan')] * 40}][ranks.rank])\n"
         "assert said[:2] == [None, 'a'] and str(said[2]) == str({'Ä€': [1.5, float('nan')] * 40}), said\n"
         "assert ranks.any(ranks.rank == 2) and not ranks.any(False) and ranks.sum(ranks.rank, 1) == [3.0, 3.0]\n"
-        "dist.barrier(); print('agreed')"
+        "dist.barrier(); dist.destroy_process_group(); print('agreed')"
     )
     assert "agreed" in run_ok(3, "-c", code)
 
