@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -169,6 +170,13 @@ def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
     layer = 2 * (8 * shape.hidden_size + 4 * shape.intermediate_size)
     kept = shape.num_hidden_layers * 2 * shape.hidden_size + layer if checkpointing else shape.num_hidden_layers * layer
     return int(tokens * (kept + 10 * shape.vocab_size / 3))
+
+
+def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
+    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU)."""
+    weights = sum(m.in_features * m.out_features for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit))
+    room = free_bytes is None or 2 * weights <= 0.1 * free_bytes
+    return room if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
 def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:
