@@ -10,6 +10,8 @@ import sys
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
+import deepspeed
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,8 +20,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
 from . import verdicts
-from .config import ConfigError
+from .config import Config, ConfigError
 from .kernels import add_up, down, grad_down, rotate, swiglu, swiglu_backward
+from .model import decoder_layers
 
 
 class Linear:
@@ -31,8 +34,10 @@ class Linear:
     def __init__(self, module: nn.Module, keep_dense: bool) -> None:
         (self.adapter,), self.module, self.dense = module.active_adapters, module, None
         self.scaling = module.scaling[self.adapter]
-        if keep_dense and hasattr(module.base_layer.weight, "quant_state"):
-            self.dense = self.weight(module.base_layer.compute_dtype)
+        weight = module.base_layer.weight
+        if keep_dense and hasattr(weight, "quant_state"):
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                self.dense = self.weight(module.base_layer.compute_dtype)
 
     @property
     def lora(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -134,6 +139,13 @@ def choose_layers(wanted: bool | str) -> tuple[bool, str]:
     if wrong and wanted is True:
         raise ConfigError(f"fused=true: {wrong}")
     return bool(wanted) and not wrong, f"layers: as PEFT computes them, which takes longer, as fused is {wrong}" if wrong else ""
+
+
+def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
+    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's)."""
+    weights = sum(m.in_features * m.out_features for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit))
+    room = 2 * weights <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
+    return room if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
 def fuse(model: nn.Module, layers: nn.ModuleList, keep_dense: bool) -> set[str]:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from .attention import IMPLEMENTATIONS
 from .config import ROOT, Config, ConfigError
+from .stream import stream_base
 
 
 def resolve_base(base: str) -> dict[str, Any]:
@@ -95,11 +95,14 @@ def load_base(
     elif ds is None:
         options |= {"device_map": {"": device}}
     with loading(base):
-        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options)
+        return never_repack(AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options))
+
+
+def never_repack(model: PreTrainedModel) -> PreTrainedModel:
+    """On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards and every
+    gradient after it would be wrong."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards
-            # and every gradient after it would be wrong.
             module.support_avx512bf16_for_cpu = False
     return model
 
@@ -126,12 +129,19 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
     """The model as the engine gets it; only what shall be trained requires a gradient. With `adapter`, its LoRA weights are loaded.
 
     Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
-    # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference);
-    # it does not partition quantised ones, which the engine does.
-    alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
-    model = load_base(config.base, dtype_of(ds), device, revision=config.revision, quantized=config.method == "qlora",
-                      double_quant=config.double_quant, attention=IMPLEMENTATIONS[attention], ds=ds)  # fmt: skip
-    del alive
+    dtype, attention, model = dtype_of(ds), IMPLEMENTATIONS[attention], None
+    if config.method == "qlora":
+        with loading(config.base):
+            model = stream_base(resolve_base(config.base), dtype, device, revision=config.revision, ds=ds, attention=attention,
+                                quantization=nf4_config(dtype, config.double_quant))  # fmt: skip
+    if model is not None:
+        never_repack(model)
+    else:
+        # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference).
+        alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
+        model = load_base(config.base, dtype, device, revision=config.revision, quantized=config.method == "qlora",
+                          double_quant=config.double_quant, attention=attention, ds=ds)  # fmt: skip
+        del alive
     model.config.use_cache = False
     if config.method == "full":
         model.requires_grad_(True)
@@ -170,13 +180,6 @@ def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
     layer = 2 * (8 * shape.hidden_size + 4 * shape.intermediate_size)
     kept = shape.num_hidden_layers * 2 * shape.hidden_size + layer if checkpointing else shape.num_hidden_layers * layer
     return int(tokens * (kept + 10 * shape.vocab_size / 3))
-
-
-def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
-    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU)."""
-    weights = sum(m.in_features * m.out_features for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit))
-    room = free_bytes is None or 2 * weights <= 0.1 * free_bytes
-    return room if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
 def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:

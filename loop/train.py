@@ -23,12 +23,11 @@ from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .export import export_model
 from .folder import prepare_folder
-from .fused import choose_layers, fuse
+from .fused import choose_dequantized, choose_layers, fuse
 from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
-    choose_dequantized, choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy,
-    trainable, use_checkpointing,
+    choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, quiet_libraries, versions
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil

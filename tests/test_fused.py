@@ -11,8 +11,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from loop import kernels
+from loop.config import Config
 from loop.dropout import share_dropout
-from loop.fused import fuse, fuse_norm, is_plain_lora, is_swiglu
+from loop.fused import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_swiglu
 from loop.model import decoder_layers, load_base
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -75,6 +76,14 @@ def test_fewer_roundings_than_peft_in_bf16():
         seen = loss_and_gradients(model, masks)
         distances.append(sum((seen[n].float() - exact[n]).square().sum().item() for n in seen) ** 0.5)
     assert 0 < distances[1] < distances[0]
+
+
+def test_dequantised_weights_are_kept_where_there_is_room(tiny_base):
+    model, small = load_base(tiny_base, torch.float32, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    for free, kept in ((None, True), (small, True), (small - 1, False)):  # none: a CPU, which has more than that
+        assert choose_dequantized(Config(base="x", data={"train": "x"}), model, free) is kept
+        assert choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=True), model, free)
+        assert not choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=False), model, free)
 
 
 class Scaled(LlamaRMSNorm):

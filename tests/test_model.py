@@ -11,8 +11,7 @@ from loop.attention import IMPLEMENTATIONS, available_backends
 from loop.config import Config, ConfigError
 from loop.tokens import Example
 from loop.model import (
-    activation_bytes, choose_dequantized, choose_micro_batch, decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy,
-    use_checkpointing,
+    activation_bytes, choose_micro_batch, decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing,
 )  # fmt: skip
 from loop.packing import collate
 
@@ -107,14 +106,6 @@ def test_auto_takes_the_fewest_micro_batches_that_fit():
     assert choose_micro_batch(Config(**PLAIN), shape, 1, 2 * 2**30) == (3, True)  # recompute before giving up
     assert choose_micro_batch(Config(**PLAIN, micro_batch_size=3, gradient_checkpointing=True), shape, 1, 120 * 2**30) == (3, True)
     assert activation_bytes(shape, 2048, True) < activation_bytes(shape, 2048, False) / 5
-
-
-def test_dequantised_weights_are_kept_where_there_is_room(tiny_base):
-    model, small = load_base(tiny_base, torch.float32, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
-    for free, kept in ((None, True), (small, True), (small - 1, False)):
-        assert choose_dequantized(Config(**PLAIN), model, free) is kept
-        assert choose_dequantized(Config(**PLAIN, keep_dequantized=True), model, free)
-        assert not choose_dequantized(Config(**PLAIN, keep_dequantized=False), model, free)
 
 
 def test_what_is_not_a_model_is_named(tmp_path, tiny_base):

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
     parser.add_argument("overrides", nargs="*", help="key=value for the loop")
     args = parser.parse_args()
-    base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 3)
+    base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
     common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up, "examples": int(args.steps * 13)}
     contenders = {"the loop": common | {"name": "ours", "args": args.overrides}}
     for variant in args.variant:
