@@ -83,5 +83,16 @@ def exit_with_config_error(error: Exception) -> None:
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")  # one write: lines must not mix
-    sys.exit(2)
+    leave(2, f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
+
+
+def leave(code: int, message: str = "") -> None:
+    """Ends this process. Not by sys.exit once it belongs to a process group: gloo's threads may then abort it, with a code of their own."""
+    if message:
+        sys.stderr.write(message + "\n")  # one write: lines must not mix
+    sys.stdout.flush()
+    sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from .attention import AttentionError, choose_backend
 from .checkpoint import Checkpoints
-from .cli import exit_with_config_error, load_config
+from .cli import exit_with_config_error, leave, load_config
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except (FloatingPointError, OSError) as error:  # not a mistake in what was typed: exit code 1
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
     if report:
         show_summary(config, report)
     dist.barrier()
