@@ -32,7 +32,7 @@ def runs(tiny_base, tmp_path_factory):
     (folder / "fp32.json").write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}))
     data = {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2)}
     config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "max_steps": STEPS}
-    config |= {"run": {"dir": str(folder), "save_steps": 2}, "monitor": {"eval_steps": 2}}
+    config |= {"run": {"dir": str(folder), "save_steps": 2, "audit": 0}, "monitor": {"eval_steps": 2}}
     (folder / "config.yaml").write_text(json.dumps(config))
     loaded = load_config(["--config", str(folder / "config.yaml"), "data.cache=false"])
     examples, _ = load_examples(loaded, load_tokenizer(tiny_base), "train")
