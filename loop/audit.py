@@ -26,7 +26,7 @@ from .tokens import Example
 
 WEIGHTS = "adapter_model.safetensors"
 # The run packs examples into rows, computes in bf16 and adds in another order than a process that takes them one by one.
-RELATIVE, ABSOLUTE = 0.02, 0.002  # of the loss, and in nats a token
+RELATIVE, ABSOLUTE = 0.01, 0.001  # of the loss, and in nats a token; seen: 3e-4 of a loss of 0.054
 
 
 class AuditError(RuntimeError):
