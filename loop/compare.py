@@ -58,16 +58,16 @@ def three_ways(adapter: str, out: str, base: str | None, config_file: str, split
     with written_aside(Path(out)) as aside:
         for way in WAYS:
             merge(adapter, str(aside / way), None, way, device)
-        rows: dict[str, dict] = {}
+        rows, written = {}, {}
         for way in (ADAPTER, *WAYS):
             folder = Path(adapter) if way == ADAPTER else aside / way
             loss = fresh_loss(folder, examples, device, timeout=3600)
             if isinstance(loss, str):
                 raise ConfigError(f"{way}: its loss could not be measured ({loss})")
             of_adapter = (adapter, None) if way == ADAPTER else (None, str(folder))
-            written = write_all(*of_adapter, prompts, config.monitor.sample_max_new_tokens, device) if prompts else []
-            first = written if way == ADAPTER else first
-            rows[way] = {"loss": loss, "sections": sum(map(has_all_sections, written)), "same": sum(a == b for a, b in zip(first, written))}
+            written[way] = write_all(*of_adapter, prompts, config.monitor.sample_max_new_tokens, device) if prompts else []
+            same = sum(a == b for a, b in zip(written[ADAPTER], written[way]))
+            rows[way] = {"loss": loss, "sections": sum(map(has_all_sections, written[way])), "same": same}
         (aside / "report.json").write_text(json.dumps({"split": split, "ways": rows, "verdict": verdict(rows)}, indent=2))
     lines = [f"{split}: loss on {len(examples)} examples, {len(prompts)} notes", f"{'':16}{'loss':>9}{'S, O, A, P':>12}{'the same notes':>16}"]
     lines += [f"{way:16}{row['loss']:9.4f}{row['sections']:12}{row['same']:16}" for way, row in rows.items()]

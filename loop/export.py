@@ -72,7 +72,7 @@ def write_model(model, state: dict[str, torch.Tensor], config: Config, folder: P
             state.setdefault(a, state[b]) if b in state else state.setdefault(b, state[a])
         model.save_pretrained(folder, state_dict=state)
         return audit_weights(folder, state)
-    tensors = get_peft_model_state_dict(model, state_dict=state)
+    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     if len(tensors) != len(state):
         raise AuditError(f"PEFT keeps {len(tensors)} of the {len(state)} trained tensors")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
