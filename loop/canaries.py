@@ -1,25 +1,24 @@
 """How much of a training set a run remembers: made-up identifiers, planted a known number of times, against ones it never saw.
 
 The measure is the exposure of "The Secret Sharer" (Carlini et al. 2019, arXiv 1802.08232, section 4): a canary is a sentence with a random number
-in it; the trained model ranks that number among numbers that were never there; the exposure is log2 of how many there are less log2 of
-its rank. Chance gives 1.44 bits on average (a rank drawn evenly), a number that is ranked first the most that can be seen, log2 of all.
-
+in it; the trained model ranks it among numbers that were never there; the exposure is log2 of how many there are less log2 of its rank:
+by chance 1.44 bits on average (a rank drawn evenly), log2 of all for a number that is ranked first.
 `./launch.sh evaluate --canaries N [--repeats 1,4,16] [--config FILE] [key=value ...]` trains by the ordinary loop on the planted copy.
 """
 
 import copy
 import dataclasses
-import itertools
 import json
 import os
 import random
 import re
-import statistics
+import sys
 from collections import Counter
 
 import numpy as np
 import torch
 
+from .audit import AuditError
 from .cli import load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples
@@ -50,21 +49,20 @@ class Canary:
 
 
 def make_canaries(rows: list[Conversation], count: int, repeats: list[int], seed: int) -> list[Canary]:
-    """`count` canaries for each number of repeats and as many controls, each in rows of its own, of the shorter half (they shall still fit
-    when they are longer). Names and numbers stand nowhere in the rows. Raises ConfigError when there are too few rows."""
+    """`count` canaries for each number of repeats and as many controls, each in rows of its own, of the shorter half (with their sentence they
+    shall fit, too). Names and numbers stand nowhere in the rows. Raises ConfigError when there are too few rows."""
     rng, text = random.Random(seed), "\n".join(f"{c.dialogue}\n{c.note}" for c in rows).lower()
     shorter = sorted(rows, key=lambda c: len(c.dialogue + c.note))[: len(rows) // 2]
     if count * sum(repeats) > len(shorter):
         raise ConfigError(f"--canaries {count} --repeats {','.join(map(str, repeats))}: needs {count * sum(repeats)} rows, and the shorter half of "
                           f"data.train has {len(shorter)}")  # fmt: skip
     free, taken, found = rng.sample([c.id for c in shorter], count * sum(repeats)), set(), []
-    syllables = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     for times in [*repeats, 0] * count:
-        while True:
+        name = number = ""  # which is in every text
+        while name in taken or name.lower() in text or number in text:
             name = " ".join("".join(rng.sample(syllables, n)).title() for n in (2, 3))
             number = f"{rng.randrange(10**DIGITS):0{DIGITS}}"
-            if name not in taken and name.lower() not in text and number not in text:
-                break
         taken.add(name)
         found.append(Canary(name, number, times, [free.pop() for _ in range(times)]))
     return found
@@ -78,28 +76,25 @@ def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
 
 
 def prepare(config: Config, count: int, repeats: list[int], ranks: Ranks) -> tuple[Config, list[Canary]]:
-    """The configuration of the run on the planted copy, which lies in the run's own folder, and the canaries. Every rank must call it."""
-    splits = {split: read_split(config, split)[0] for split in ("train", "valid")}
-    if config.data.weights or any(c.note is None for rows in splits.values() for c in rows):
+    """The configuration of the run on the planted copy, which lies in a folder beside the run's, and the canaries. Every rank must call it."""
+    train, valid = (read_split(config, split)[0] for split in ("train", "valid"))
+    if config.data.weights or any(c.note is None for c in train + valid):
         raise ConfigError("--canaries needs a dialogue and a note in each row, and data.weights=null, so that it is known how often each is seen")
-    canaries = make_canaries(splits["train"], count, repeats, config.seed)
+    canaries, problem = make_canaries(train, count, repeats, config.seed), None
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-canaries"})})
-    columns = {"id": "id", "dialogue": "dialogue", "note": "soap"}
-    paths = {split: config.folder / f"{split}.jsonl" if rows else None for split, rows in splits.items()}
-    problem = None
+    folder = config.folder.with_name(f"{config.run.name}-data")
     if ranks.is_main:
         try:
-            config.folder.mkdir(parents=True, exist_ok=True)
-            config.folder.chmod(0o700)  # it holds a copy of the data
-            for split, path in paths.items():
-                if path:
-                    rows = plant(splits[split], canaries if split == "train" else [])
-                    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)  # it holds a copy of the data
+            for split, rows in (("train", plant(train, canaries)), ("valid", plant(valid, []))):
+                write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            problem = f"run.dir, run.name: {config.folder} cannot be written ({error.strerror})"
+            problem = f"run.dir, run.name: {folder} cannot be written ({error.strerror})"
     if problem := ranks.gather(problem)[0]:
         raise ConfigError(problem)
-    data = {split: str(path) if path else None for split, path in paths.items()} | {"columns": columns, "valid_share": 0, "limit": None}
+    data = {"train": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl") if valid else None, "valid_share": 0, "limit": None,
+            "columns": {"id": "id", "dialogue": "dialogue", "note": "soap"}}  # fmt: skip
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), canaries
 
 
@@ -132,8 +127,8 @@ def log_probs(model, rows: list[list[int]], batch_size: int = 256) -> torch.Tens
 
 def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: random.Random) -> float:
     """In bits, from 0 to 10: where the model ranks the canary's number among never-seen ones, behind the dialogue and note of `context`."""
-    others = (f"{number:0{DIGITS}}" for number in rng.sample(range(10**DIGITS), REFERENCES + 1))
-    numbers = [canary.number, *itertools.islice((n for n in others if n != canary.number), REFERENCES)]
+    others = [n for n in rng.sample(range(10**DIGITS), REFERENCES + 1) if n != int(canary.number)][:REFERENCES]
+    numbers = [canary.number, *(f"{n:0{DIGITS}}" for n in others)]
     said = [soap_messages(context.dialogue, context.note.strip() + canary.sentence(number)) for number in numbers]
     scores = log_probs(model, [e.input_ids.tolist() for e in encode_examples(tokenizer, [Conversation("", messages) for messages in said])])
     return float(np.log2(len(numbers)) - np.log2(int((scores >= scores[0]).sum())))
@@ -141,10 +136,10 @@ def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: rando
 
 def measure(config: Config, canaries: list[Canary], tokenizer, device) -> list[float]:
     """The exposure of each canary to the model that the run made, in the context of the shortest held-out conversation."""
-    dtype, trained = dtype_of(build_ds_config(config)), config.folder / ("model" if config.method == "full" else "adapter")
-    model = load_base(str(trained) if config.method == "full" else config.base, dtype, device, revision=config.revision,
-                      quantized=config.method == "qlora", double_quant=config.double_quant)  # fmt: skip
-    model = (model if config.method == "full" else attach_adapter(model, str(trained))).eval()
+    whole, options = config.method == "full", {"quantized": config.method == "qlora", "double_quant": config.double_quant}
+    base = str(config.folder / "model") if whole else config.base
+    model = load_base(base, dtype_of(build_ds_config(config)), device, revision=config.revision, **options).eval()
+    model = model if whole else attach_adapter(model, str(config.folder / "adapter")).eval()
     planted = {row for c in canaries for row in c.rows}
     rows = read_split(config, "valid")[0] or [c for c in read_split(config, "train")[0] if c.id not in planted]
     context, rng = min(rows, key=lambda c: len(c.dialogue + c.note)), random.Random(config.seed)
@@ -153,13 +148,11 @@ def measure(config: Config, canaries: list[Canary], tokenizer, device) -> list[f
 
 def table(canaries: list[Canary], seen: list[int], exposures: list[float]) -> list[str]:
     """A line for each number of repeats, the never-seen ones first."""
-    lines = [f"{'planted in':>10}  {'seen':>6}  {'canaries':>8}  {'exposure (bits)':>15}  {'lowest .. highest':>17}  {'ranked first':>12}"]
+    lines = ["planted in    seen  canaries  exposure (bits)  lowest .. highest  ranked first"]
     for times in sorted({c.repeats for c in canaries}):
-        at = [i for i, c in enumerate(canaries) if c.repeats == times]
-        bits, visits = [exposures[i] for i in at], statistics.mean(seen[i] for i in at)
-        first = sum(b == np.log2(REFERENCES + 1) for b in bits)
-        lines.append(f"{times or 'none':>10}  {visits:>6.1f}  {len(at):>8}  {statistics.mean(bits):>15.2f}  {min(bits):>8.2f} .. {max(bits):>5.2f}"
-                     f"  {first:>12}")  # fmt: skip
+        visits, bits = zip(*((n, bits) for c, n, bits in zip(canaries, seen, exposures) if c.repeats == times))
+        spread, first = f"{min(bits):>8.2f} .. {max(bits):>5.2f}", bits.count(np.log2(REFERENCES + 1))
+        lines.append(f"{times or 'none':>10}  {np.mean(visits):>6.1f}  {len(bits):>8}  {np.mean(bits):>15.2f}  {spread}  {first:>12}")
     return lines
 
 
@@ -175,10 +168,13 @@ def main(args: list[str]) -> None:
     config, canaries = prepare(config, int(options["--canaries"]), sorted({int(n) for n in options["--repeats"].split(",")}), ranks)
     tokenizer = load_tokenizer(config.base, config.revision)
     seen = times_seen(config, tokenizer, canaries)
-    report = train(config, build_ds_config(config))
+    try:
+        report = train(config, build_ds_config(config))
+    except (FloatingPointError, AuditError, OSError) as error:  # as in train.main
+        sys.exit(f"error: {error}" if ranks.is_main else 1)
     if report and report["steps"] == report["planned_steps"]:
         exposures = measure(config, canaries, tokenizer, ranks.device)
-        each = [dataclasses.asdict(c) | {"seen": n, "exposure": bits} for c, n, bits in zip(canaries, seen, exposures)]
-        write_report(config.folder, {"canaries": each})
+        write_report(config.folder, {"canaries": [vars(c) | {"seen": n, "exposure": bits} for c, n, bits in zip(canaries, seen, exposures)]})
         print(f"\nexposure of made-up record numbers, of at most {np.log2(REFERENCES + 1):.0f} bits; 1.44 on average by chance")
         print("\n".join(table(canaries, seen, exposures)))
+    torch.distributed.destroy_process_group()

@@ -30,9 +30,8 @@ from .folder import written_aside
 from .model import load_tokenizer, loading, nf4_config, resolve_base
 from .state import FILE_BYTES
 
-WAYS = ("16bit", "nf4")
+WAYS, INDEX = ("16bit", "nf4"), "model.safetensors.index.json"
 BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]  # a base's files, apart from its weights, that go along
-FLOATS = ("BF16", "F16", "F32")
 
 
 def find_base(base: str, revision: str | None) -> tuple[Path, dict, dict[str, str]]:
@@ -45,8 +44,7 @@ def find_base(base: str, revision: str | None) -> tuple[Path, dict, dict[str, st
     if quantised := config.get("quantization_config"):
         raise ConfigError(f"base={base}: is stored quantised ({quantised.get('quant_method', 'unknown')}), so there is nothing to add to; name "
                           "the 16-bit model that it was made from with --base")  # fmt: skip
-    index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    files = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
     if not files and not (folder / "model.safetensors").is_file():
         raise ConfigError(f"base={base}: {folder} has no model.safetensors; weights in other formats are not read")
     if absent := sorted({file for file in files.values() if not (folder / file).is_file()}):
@@ -70,11 +68,11 @@ def adapted_layers(adapter: str, base: Path, double_quant: bool) -> tuple[dict[s
     kind = type(model).__name__
     AutoHfQuantizer.from_config(nf4_config(torch.bfloat16, double_quant), pre_quantized=False).preprocess_model(model=model, device_map={"": "cpu"})
     quantised = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    weights, layers = load_peft_weights(adapter, device="cpu"), {}
     try:
         model = get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"--adapter {adapter}: does not fit this base ({str(error).splitlines()[0][:160]})") from error
-    weights, layers = load_peft_weights(adapter, device="cpu"), {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             layers[f"{name.removeprefix('base_model.model.')}.weight"] = layer
@@ -102,7 +100,6 @@ def merged_tensor(weight: torch.Tensor, layer: LoraLayer | None, double_quant: b
 
 def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", device="cpu") -> Path:
     """Writes the merged model to `out`, in bf16, with the base's tokenizer and other files, and the chat template of the training.
-
     into="16bit" merges into the base as published; into="nf4" into the dequantised 4-bit base, the one that the adapter was trained
     against (peft#2105): the first is another model by the quantisation error, the second by one rounding to bf16. Raises ConfigError for
     folders that are not what they should be, AuditError for an adapter that is not what was trained."""
@@ -118,11 +115,11 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", 
         with safe_open(folder / file, "pt") as opened:
             part = opened.get_slice(name)
             sizes[name] = 2 * torch.Size(part.get_shape()).numel()
-            if part.get_dtype() not in FLOATS and name in layers.keys() | quantised:
+            if part.get_dtype() not in ("BF16", "F16", "F32") and name in layers.keys() | quantised:
                 raise ConfigError(f"base={base}: {name} is stored as {part.get_dtype()}; name a 16-bit model with --base")
     total = sum(sizes.values())
-    in_memory = max(FILE_BYTES, total // (config.get("num_hidden_layers") or 1))  # at a time: of a large model about a layer
-    shards = split_state_dict_into_shards_factory(sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=in_memory)
+    most = max(FILE_BYTES, total // (config.get("num_hidden_layers") or 1))  # in memory at a time: of a large model about a layer
+    shards = split_state_dict_into_shards_factory(sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=most)
     with written_aside(Path(out)) as aside:
         if (free := shutil.disk_usage(aside).free) < total:
             raise ConfigError(f"--out {out}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -135,9 +132,8 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", 
                 tensors[name] = merged_tensor(tensor, layers.get(name), through_nf4, device) if tensor.is_floating_point() else tensor.clone()
             save_file(tensors, aside / shard, metadata={"format": "pt"})
         if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for path in (path for pattern in BESIDE for path in folder.glob(pattern) if path.name != "model.safetensors.index.json"):
+            (aside / INDEX).write_text(json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=2))
+        for path in (path for pattern in BESIDE for path in folder.glob(pattern) if path.name != INDEX):
             shutil.copyfile(path, aside / path.name)
         # older transformers, and with it vLLM, read torch_dtype; newer ones dtype
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
@@ -145,7 +141,7 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", 
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         if (Path(adapter) / "tokenizer_config.json").is_file():
             template = AutoTokenizer.from_pretrained(adapter).chat_template
-            if template != load_tokenizer(base, revision).chat_template:  # the base has none of its own: the project's was trained with
+            if template and template != load_tokenizer(base, revision).chat_template:  # the base has none of its own: the project's was trained with
                 (aside / "chat_template.jinja").write_text(template)
     return Path(out)
 

@@ -109,11 +109,12 @@ def test_the_command_plants_trains_and_measures(config_file):
     out = run_ok(2, "-m", "loop.evaluate", "--canaries", "1", "--repeats", "1,8", "--config", str(config_file), "max_steps=2")
     folder = config_file.parent / "runs" / "t-canaries"
     report = json.loads((folder / "report.json").read_text())
-    planted, seen = (folder / "train.jsonl").read_text(), {c["repeats"]: c for c in report["canaries"]}
+    data = config_file.parent / "runs" / "t-canaries-data"
+    planted, seen = (data / "train.jsonl").read_text(), {c["repeats"]: c for c in report["canaries"]}
     assert sorted(seen) == [0, 1, 8] and all(planted.count(c["number"]) == repeats for repeats, c in seen.items())
     assert all(0 <= c["exposure"] <= 10 and c["seen"] <= c["repeats"] for c in seen.values())
     assert "exposure (bits)" in out and len(out[out.index("exposure (bits)") :].strip().splitlines()) == 4
-    assert report["steps"] == 2 and not (config_file.parent / "runs" / "t").exists() and folder.stat().st_mode & 0o77 == 0
+    assert report["steps"] == 2 and not (config_file.parent / "runs" / "t").exists() and data.stat().st_mode & 0o77 == 0
 
 
 @pytest.mark.parametrize(("args", "words"), [
