@@ -54,7 +54,7 @@ def three_ways(adapter: str, out: str, base: str | None, config_file: str, split
     examples = load_examples(config, load_tokenizer(config.base, config.revision), split)[0]
     if not examples:
         raise ConfigError(f"--report {config_file}: data.{split} is not set, so there is nothing to measure on")
-    prompts = [prompt_of(e).tolist() for e in examples[:notes]]
+    prompts = [prompt_of(e).tolist() for e in examples[: max(notes, 0)]]
     with written_aside(Path(out)) as aside:
         for way in WAYS:
             merge(adapter, str(aside / way), None, way, device)
