@@ -16,8 +16,8 @@ from pathlib import Path
 from kernels_check.processes import context, output_to, send_output_to
 from kernels_check.rows import Row, guarded
 
-CHECKS = ("environment", "attention", "nf4", "optimizers", "zero3", "collectives", "compiled", "ceilings")
-OPTIONAL = ("compiled", "ceilings")  # training starts without them
+CHECKS = ("environment", "attention", "nf4", "optimizers", "zero3", "collectives", "compiled", "fused", "ceilings")
+OPTIONAL = ("compiled", "fused", "ceilings")  # training starts without them
 TOGETHER = ("compiled", "zero3", "environment")  # side by side, the longest first: what they find does not hang on the clock
 
 

@@ -34,8 +34,12 @@ class ExampleDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x
-        keep = self.masks.keep[:, self.column : self.column + x.shape[-1]].expand(x.shape)
-        return _Masked.apply(x, keep, 1 / (1 - self.masks.p))
+        keep, scale = self.mask(x.shape[-1])
+        return _Masked.apply(x, keep.expand(x.shape), scale)
+
+    def mask(self, width: int) -> tuple[torch.Tensor, float]:
+        """(keep bool [T, width], what a kept number is multiplied by)"""
+        return self.masks.keep[:, self.column : self.column + width], 1 / (1 - self.masks.p)
 
 
 class Masks:

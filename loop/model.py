@@ -16,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from .attention import IMPLEMENTATIONS
 from .config import ROOT, Config, ConfigError
+from .stream import stream_base
 
 
 def resolve_base(base: str) -> dict[str, Any]:
@@ -94,11 +95,14 @@ def load_base(
     elif ds is None:
         options |= {"device_map": {"": device}}
     with loading(base):
-        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options)
+        return never_repack(AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options))
+
+
+def never_repack(model: PreTrainedModel) -> PreTrainedModel:
+    """On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards and every
+    gradient after it would be wrong."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards
-            # and every gradient after it would be wrong.
             module.support_avx512bf16_for_cpu = False
     return model
 
@@ -125,12 +129,19 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
     """The model as the engine gets it; only what shall be trained requires a gradient. With `adapter`, its LoRA weights are loaded.
 
     Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
-    # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference);
-    # it does not partition quantised ones, which the engine does.
-    alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
-    model = load_base(config.base, dtype_of(ds), device, revision=config.revision, quantized=config.method == "qlora",
-                      double_quant=config.double_quant, attention=IMPLEMENTATIONS[attention], ds=ds)  # fmt: skip
-    del alive
+    dtype, attention, model = dtype_of(ds), IMPLEMENTATIONS[attention], None
+    if config.method == "qlora":
+        with loading(config.base):
+            model = stream_base(resolve_base(config.base), dtype, device, revision=config.revision, ds=ds, attention=attention,
+                                quantization=nf4_config(dtype, config.double_quant))  # fmt: skip
+    if model is not None:
+        never_repack(model)
+    else:
+        # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference).
+        alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
+        model = load_base(config.base, dtype, device, revision=config.revision, quantized=config.method == "qlora",
+                          double_quant=config.double_quant, attention=attention, ds=ds)  # fmt: skip
+        del alive
     model.config.use_cache = False
     if config.method == "full":
         model.requires_grad_(True)

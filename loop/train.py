@@ -24,10 +24,11 @@ from .ds_config import build_ds_config
 from .evaluate import evaluate_loss, prompt_of, sample_notes
 from .export import export_model
 from .folder import prepare_folder
+from .fused import choose_dequantized, choose_layers, fuse
 from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
-    choose_micro_batch, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
+    choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, quiet_libraries, versions
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
@@ -115,12 +116,15 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
 
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
+    fused, fused_remark = choose_layers(config.fused)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
+    dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
+    if fused:
+        fuse(model, decoder_layers(model), choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
-    dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     parameters = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
@@ -140,7 +144,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     monitor.accounts({"train": account, "valid": held_out_account})
     monitor.plan(plan, lengths, targets, micro_batch_size)
     attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
-    fallbacks = filter(None, [attention_fallback, choose_fused(config.optimizer)[1]])
+    fallbacks = filter(None, [attention_fallback, fused_remark, choose_fused(config.optimizer)[1]])
     for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 

@@ -26,7 +26,8 @@ def path() -> Path:
     gpus = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})  # not how many: a run may take fewer
     key = [platform.node(), platform.machine(), os.cpu_count(), gpus, torch.version.cuda, sorted(versions.items())]
     digest = hashlib.sha256(json.dumps(key).encode())
-    for source in [*sorted((ROOT / "kernels_check").glob("*.py")), ROOT / "loop" / "attention.py", ROOT / "ds_config.json"]:
+    ours = [ROOT / "loop" / "attention.py", ROOT / "loop" / "kernels.py", ROOT / "ds_config.json"]
+    for source in [*sorted((ROOT / "kernels_check").glob("*.py")), *ours]:
         digest.update(source.read_bytes())
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "soap-loop", f"verdicts-{digest.hexdigest()[:16]}.json")
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import loop.attention
+import loop.kernels
 from kernels_check import (
     attention,
     ceilings,
@@ -22,6 +23,7 @@ from kernels_check import (
     collectives,
     compiled,
     environment,
+    fused,
     leak,
     nf4,
     optimizers,
@@ -38,6 +40,7 @@ from kernels_check.table import table
 from loop import verdicts as verdicts_of_loop
 from loop.attention import packed_attention
 from loop.config import ConfigError
+from loop.fused import choose_layers
 from loop.mfu import utilisation
 from loop.optim import choose_fused
 
@@ -346,6 +349,29 @@ def test_eight_bit_moments_are_within_their_bound():
     assert row.verdict in ("ok", "slow")
 
 
+def half_dropped(term):
+    """A kernel that forgets the last, partial block of tokens."""
+
+    def broken(*args):
+        out = [part.clone() for part in (term(*args) if isinstance(term(*args), tuple) else (term(*args),))]
+        for part in out:
+            part[len(part) // 128 * 128 :] = 0
+        return out[0] if len(out) == 1 else tuple(out)
+
+    return broken
+
+
+def test_fused_terms():
+    for name, args in fused.inputs("cpu").items():
+        term = getattr(loop.kernels, name)
+        assert wrong(verdicts(fused.check_term(name, term, args, "cpu"))) == [], name
+    for name in ("down", "add_up", "swiglu", "swiglu_backward"):
+        broken = half_dropped(getattr(loop.kernels, name))
+        assert wrong(verdicts(fused.check_term(name, broken, fused.inputs("cpu")[name], "cpu"))) == [f"fused {name}"]
+    scaled = lambda *args: loop.kernels.grad_down(*args) * 0.9  # noqa: E731
+    assert wrong(verdicts(fused.check_term("grad_down", scaled, fused.inputs("cpu")["grad_down"], "cpu"))) == ["fused grad_down"]
+
+
 def test_ceilings():
     assert wrong(verdicts(ceilings.check_matrix_rate("cpu", lambda a, b: 1.1 * (a @ b)))) == ["bf16 matrix product"]
     assert wrong(verdicts(ceilings.check_bandwidth("cpu", lambda target, source: target[1:].copy_(source[1:])))) == ["memory copy"]
@@ -491,6 +517,14 @@ def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict)
     assert choose_fused("auto")[0] is False and fused in choose_fused("auto")[1] and choose_fused("plain") == (False, "")
     with pytest.raises(ConfigError, match=f"optimizer=fused: wrong by ./launch.sh check: {fused}"):
         choose_fused("fused")
+
+
+def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
+    assert choose_layers("auto") == choose_layers(True) == (True, "") and choose_layers(False) == (False, "")
+    verdict(Row("fused down"), Row("fused rotate", **WRONG))
+    assert choose_layers("auto")[0] is False and "fused rotate" in choose_layers("auto")[1] and choose_layers(False) == (False, "")
+    with pytest.raises(ConfigError, match="fused=true: wrong by ./launch.sh check: fused rotate"):
+        choose_layers(True)
 
 
 def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):

@@ -20,6 +20,8 @@ WHOM = ["everybody", "launch.sh", "the runner", "the launcher", "rank 0", "rank 
 
 def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
     env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOOP_GRACE_SECONDS": "60"}
+    if (slow_disk := config_file.parent / "slow_disk").is_dir():
+        env["PYTHONPATH"] = str(slow_disk)
     log = (config_file.parent / f"{name}.log").open("a")
     return subprocess.Popen([str(ROOT / "launch.sh"), "--config", str(config_file), f"run.name={name}", *args],
                             env=env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
@@ -110,6 +112,10 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
     config = json.loads((trained.parent / "config.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
+    (tmp_path / "slow_disk").mkdir()  # on a fast one a save is over before a busy machine has looked
+    (tmp_path / "slow_disk" / "sitecustomize.py").write_text(
+        "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.1), fsync(file))[1]\n"
+    )
     assert kill(tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1)
     assert kill(tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving)
     finish(tmp_path / "config.yaml", "killed")

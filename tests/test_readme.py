@@ -19,6 +19,7 @@ SHORTER = {"train": ["max_steps=2", "data.limit=8", "monitor.sample_max_new_toke
 ELSEWHERE = {
     "./launch.sh test": "this run",
     "./launch.sh check": "tests/test_kernels_check.py",
+    "./launch.sh bench": "tests/test_bench.py",
     "./launch.sh audit --config runs/mine/config.yaml": "tests/test_audit.py",
 }
 

@@ -75,8 +75,10 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "shuffled within the step", "patch": {"shuffle": 1}, "args": ["micro_batch_size=2"]},
                {"name": "reentrant checkpointing", "args": ["gradient_checkpointing=true"]},
                {"name": "non-reentrant checkpointing", "patch": {"non_reentrant": 1}}, {"name": "no leaf modules", "patch": {"no_leaf": 1}},
+               {"name": "as PEFT computes it", "args": ["fused=false"]}, {"name": "NF4 in each pass", "args": ["keep_dequantized=false"]},
                {"name": "lora", "args": ["method=lora"]}, {"name": "full", "args": ["method=full"]},
-               {"name": "bf16", "args": ["deepspeed=ds_config.json"]}])  # fmt: skip
+               {"name": "bf16", "args": ["deepspeed=ds_config.json"]},
+               {"name": "bf16, as PEFT computes it", "args": ["deepspeed=ds_config.json", "fused=false"]}])  # fmt: skip
     mistakes = [{"name": m, "mistake": m, "args": ["max_grad_norm=5"] if m == "deepspeed_clips_too" else []} for m in MISTAKES]
     it.run(2, [{"name": "2 ranks"}, {"name": "2 ranks, micro-batches of 1 row", "args": ["micro_batch_size=1"]},
                {"name": "2 ranks, lora", "args": ["method=lora"]}, {"name": "2 ranks, full", "args": ["method=full"]},
@@ -131,7 +133,8 @@ def compare(record: dict, reference: list[dict]) -> dict[str, float]:
 
 FP32 = ["1 rank", "micro-batches of 1 row", "micro-batches of 2 rows", "micro-batches of 3 rows", "shuffled within the step",
         "reentrant checkpointing",
-        "non-reentrant checkpointing", "no leaf modules", "2 ranks", "2 ranks, micro-batches of 1 row", "4 ranks",
+        "non-reentrant checkpointing", "no leaf modules", "as PEFT computes it", "NF4 in each pass",
+        "2 ranks", "2 ranks, micro-batches of 1 row", "4 ranks",
         "4 ranks, micro-batches of 1 row, checkpointing"]  # fmt: skip
 
 
@@ -201,7 +204,7 @@ def replayed(record: dict, config, num_steps: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", ["bf16", "2 ranks, bf16, checkpointing"])
+@pytest.mark.parametrize("name", ["bf16", "bf16, as PEFT computes it", "2 ranks, bf16, checkpointing"])
 def test_bf16_adds_no_error_to_the_plain_loops_rounding(bench, name):
     """The bound is the plain loop's own distance between bf16 and fp32, half as much again for sums in another order."""
     config, steps = bench.planned()
@@ -211,7 +214,8 @@ def test_bf16_adds_no_error_to_the_plain_loops_rounding(bench, name):
         assert figures["gradient"][0] < 1.5 * figures["gradient"][1] < 0.15
         # a single number may round to nothing by chance: its bound is the gradient's, which it is made of
         assert figures["norm"][0] < figures["gradient"][1] and figures["loss"][0] < 0.1 * figures["gradient"][1]
-        assert figures["gradient, both in bf16"][0] < 0.02  # torch's attention here, once a document: nearly the same rounding
+        if "PEFT" in name:  # the same terms in nearly the same order; fused layers round less often, and elsewhere
+            assert figures["gradient, both in bf16"][0] < 0.02
     assert update < 1e-5
 
 

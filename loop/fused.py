@@ -1,0 +1,248 @@
+"""What makes the step fast: linear layers with their LoRA, the feed-forward block, norms and rotary positions in few kernels.
+
+A QLoRA step lacks neither arithmetic nor memory: it is held back by kernel launches and by reading and writing activations. What stands
+here computes what PEFT and transformers compute, term by term, with fewer roundings to bf16 between the terms, and keeps nothing for the
+backward pass that a cheap kernel makes again. On GPUs the kernels are Triton's, elsewhere the same terms are written in plain PyTorch.
+`fuse` first runs each part against the one that it replaces and leaves alone what differs.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import deepspeed
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from deepspeed.utils import set_z3_leaf_modules
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+
+from . import verdicts
+from .config import Config, ConfigError
+from .kernels import add_up, down, grad_down, rotate, swiglu, swiglu_backward
+from .model import decoder_layers
+
+
+class Linear:
+    """A frozen linear layer with its LoRA, y = x W^T + b + s (drop(x) A^T) B^T, and its gradients. x [T, K], A [r, K], B [N, r].
+
+    Its parameters are looked up in every call: between two calls ZeRO-3 may have taken them away and brought them back. keep_dense: the
+    dequantised weight is kept, for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""
+
+    def __init__(self, module: nn.Module, keep_dense: bool) -> None:
+        (self.adapter,), self.module, self.dense = module.active_adapters, module, None
+        self.scaling = module.scaling[self.adapter]
+        weight = module.base_layer.weight
+        if keep_dense and hasattr(weight, "quant_state"):
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                self.dense = self.weight(module.base_layer.compute_dtype)
+
+    @property
+    def lora(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+
+    def draw(self) -> tuple[torch.Tensor, float] | None:
+        """(keep bool [T, K], scale) of this micro-batch's dropout, None where nothing is dropped."""
+        dropout = self.module.lora_dropout[self.adapter]
+        return dropout.mask(self.module.in_features) if self.module.training and not isinstance(dropout, nn.Identity) else None
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [N, K]"""
+        weight = self.module.base_layer.weight
+        if self.dense is not None or not hasattr(weight, "quant_state"):
+            return weight if self.dense is None else self.dense
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, drop) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y [T, N], h [T, r] = drop(x) A^T, which the backward pass wants again)"""
+        h, w, bias = down(x, a, drop), self.weight(x.dtype), self.module.base_layer.bias
+        y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
+        return y.addmm_(h, b.t(), alpha=self.scaling), h
+
+    def grad_input(self, dy: torch.Tensor, a, b, drop, dx=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dx [T, K], added to what is there already, dh [T, r])"""
+        w = self.weight(dy.dtype)
+        dx = dy @ w if dx is None else dx.addmm_(dy, w)
+        dh = (dy @ b).mul_(self.scaling)
+        return add_up(dx, dh, a, drop), dh
+
+    def grad_lora(self, dy: torch.Tensor, dh, x, h, drop) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dA [r, K], dB [N, r])"""
+        return grad_down(dh, x, drop), (dy.t() @ h).mul_(self.scaling)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, linear: Linear, x, a, b):
+        ctx.linear, ctx.drop = linear, linear.draw()
+        y, h = linear.forward(x, a, b, ctx.drop)
+        ctx.save_for_backward(x, h, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, a, b = ctx.saved_tensors
+        dx, dh = ctx.linear.grad_input(dy, a, b, ctx.drop)
+        return None, dx, *ctx.linear.grad_lora(dy, dh, x, h, ctx.drop)
+
+
+class _FeedForward(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). silu(gate) * up, the widest tensor of a layer, is made again."""
+
+    @staticmethod
+    def forward(ctx, linears: list[Linear], x, *lora):
+        ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
+        gate, up, last = linears
+        g, hg = gate.forward(x, *lora[0:2], ctx.drops[0])
+        u, hu = up.forward(x, *lora[2:4], ctx.drops[1])
+        y, hm = last.forward(swiglu(g, u), *lora[4:6], ctx.drops[2])
+        ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, g, u, hg, hu, hm, *lora = ctx.saved_tensors
+        gate, up, last = ctx.linears
+        dm, dh = last.grad_input(dy, *lora[4:6], ctx.drops[2])
+        dg, du, m = swiglu_backward(dm, g, u)
+        of_last = last.grad_lora(dy, dh, m, hm, ctx.drops[2])
+        dx, dhg = gate.grad_input(dg, *lora[0:2], ctx.drops[0])
+        dx, dhu = up.grad_input(du, *lora[2:4], ctx.drops[1], dx)
+        of_gate, of_up = gate.grad_lora(dg, dhg, x, hg, ctx.drops[0]), up.grad_lora(du, dhu, x, hu, ctx.drops[1])
+        return None, dx, *of_gate, *of_up, *of_last
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotary positions (arXiv 2104.09864) of queries and keys; the gradient is the rotation back.
+    q [B, Hq, T, D], k [B, Hkv, T, D], cos and sin [B, T, D]; both halves of a head turn by the same angles."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        return rotate(dq, cos, -sin), rotate(dk, cos, -sin), None, None
+
+
+# ------------------------------------------------------------------ what is put in place of what
+
+
+def choose_layers(wanted: bool | str) -> tuple[bool, str]:
+    """(whether layers are fused, what a person should know of it). Raises ConfigError when that is asked for and a kernel was found wrong."""
+    terms = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate")
+    wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None) if wanted else None
+    if wrong and wanted is True:
+        raise ConfigError(f"fused=true: {wrong}")
+    return bool(wanted) and not wrong, f"layers: as PEFT computes them, which takes longer, as fused is {wrong}" if wrong else ""
+
+
+def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
+    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's)."""
+    weights = sum(m.in_features * m.out_features for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit))
+    room = 2 * weights <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
+    return room if config.keep_dequantized == "auto" else config.keep_dequantized
+
+
+def fuse(model: nn.Module, layers: nn.ModuleList, keep_dense: bool) -> set[str]:
+    """Puts the functions above in the place of the decoder layers' own, before the engine gets the model. A norm, a feed-forward block or
+    rotary positions that compute something else than ours do stay as they are, and so does LoRA with additions (DoRA and its like).
+    Returns what stayed, by class or function."""
+    stayed = set()
+    for layer in layers:
+        parts = {name: module for name, module in layer.named_modules()}
+        for name, module in parts.items():
+            if type(module).__name__.endswith("Norm"):
+                stayed |= set() if fuse_norm(module) else {type(module).__name__}
+            elif hasattr(module, "gate_proj"):
+                inner = [module.gate_proj, module.up_proj, module.down_proj]
+                if is_swiglu(module) and all(map(is_plain_lora, inner)):
+                    linears = [Linear(m, keep_dense) for m in inner]
+                    put(module, linears, lambda x, linears=linears: _FeedForward.apply(linears, x, *(p for m in linears for p in m.lora)))
+                else:
+                    stayed.add(type(module).__name__)
+            elif is_plain_lora(module) and not hasattr(parts[name.rpartition(".")[0]], "fused"):
+                linear = Linear(module, keep_dense)
+                put(module, [linear], lambda x, linear=linear: _Linear.apply(linear, x, *linear.lora))
+            elif hasattr(module, "lora_A") and not is_plain_lora(module):
+                stayed.add(type(module).__name__)
+        stayed |= fuse_rotary(layer)
+    # Their parameters are read from outside of the modules that own them: ZeRO-3 has to gather these units whole.
+    if units := {type(m) for m in layers.modules() if hasattr(m, "fused")}:
+        set_z3_leaf_modules(model, list(units))
+    return stayed
+
+
+def put(module: nn.Module, linears: list[Linear], function) -> None:
+    """Lets the module compute function(x [T, K])."""
+    plain, module.fused = module.forward, linears
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if x.shape[-2] == 1 and not torch.is_grad_enabled():  # one token of a generation: bitsandbytes has a kernel that needs no dense W
+            return plain(x, *args, **kwargs)
+        return function(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    module.forward = forward
+
+
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether it is a linear layer with one LoRA and nothing else: no DoRA or the like, no bias of LoRA's own."""
+    if type(module) not in (PeftLinear, PeftLinear4bit) or len(module.active_adapters) != 1 or module.merged:
+        return False
+    (name,) = module.active_adapters
+    return not (module.lora_variant or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False))
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Random ones that leave the run's own generator as it is."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Runs the block's own code on stand-ins for its linear layers."""
+    x = numbers(64)
+    stand_in = SimpleNamespace(gate_proj=lambda x: 2 * x, up_proj=lambda x: x + 1, down_proj=lambda x: 3 * x, act_fn=getattr(module, "act_fn", None))
+    try:
+        return torch.allclose(type(module).forward(stand_in, x), 3 * F.silu(2 * x) * (x + 1))
+    except (AttributeError, TypeError):
+        return False
+
+
+def fuse_norm(module: nn.Module) -> bool:
+    """torch has RMSNorm (arXiv 1910.07467) in one kernel; written out in PyTorch as in transformers it takes six, through fp32."""
+    x, weight, eps = numbers(4, 64), numbers(64), getattr(module, "variance_epsilon", None)
+    stand_in = SimpleNamespace(weight=weight, variance_epsilon=eps)
+    try:
+        same = torch.allclose(type(module).forward(stand_in, x), F.rms_norm(x, (64,), weight, eps), atol=1e-5)
+    except (AttributeError, TypeError):
+        return False
+    if same:
+        module.forward = lambda x: F.rms_norm(x, x.shape[-1:], module.weight, eps)
+    return same
+
+
+def fuse_rotary(layer: nn.Module) -> set[str]:
+    """Rotary positions are a function of the attention's module in transformers, so that is where ours has to be put."""
+    home = next((sys.modules[type(m).__module__] for m in layer.modules() if hasattr(m, "q_proj")), None)
+    plain = getattr(home, "apply_rotary_pos_emb", None)
+    if plain is None or hasattr(plain, "plain"):
+        return set()
+    q, k, angle = numbers(1, 4, 8, 16), numbers(1, 2, 8, 16), numbers(1, 8, 8).repeat(1, 1, 2)
+    try:
+        same = all(map(torch.allclose, plain(q, k, angle.cos(), angle.sin()), _Rotary.apply(q, k, angle.cos(), angle.sin())))
+    except (TypeError, RuntimeError):
+        same = False
+    if not same:
+        return {"apply_rotary_pos_emb"}
+
+    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+        if args or kwargs or cos.shape != (q.shape[0], *q.shape[2:]):
+            return plain(q, k, cos, sin, *args, **kwargs)
+        return _Rotary.apply(q, k, cos, sin)
+
+    apply_rotary_pos_emb.plain, home.apply_rotary_pos_emb = plain, apply_rotary_pos_emb
+    return set()

@@ -1,0 +1,164 @@
+"""The terms of fused.py, each one kernel: Triton's where there is a GPU, elsewhere the same in plain PyTorch, which is what they are tested against.
+
+`drop` is (keep bool [T, width], scale) or None: what is kept is multiplied by scale. All shapes are of row-major tensors.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch without CUDA
+    triton = None
+
+masked = torch.ops.aten.native_dropout_backward  # x * keep * scale in one kernel
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on a CPU, for tests."""
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def down(x: torch.Tensor, a: torch.Tensor, drop) -> torch.Tensor:
+    """drop(x) A^T [T, r], without writing drop(x) down on a GPU."""
+    if drop is None or not on_triton(x):
+        return (x if drop is None else masked(x, *drop)) @ a.t()
+    (keep, scale), (rows, width), rank = drop, x.shape, len(a)
+    h = x.new_empty(rows, rank)
+    _down[(triton.cdiv(rows, 64),)](x, keep, a, h, rows, width, keep.stride(0), scale, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    return h
+
+
+def grad_down(dh: torch.Tensor, x: torch.Tensor, drop) -> torch.Tensor:
+    """dA = dh^T drop(x) [r, K]. The sum over T is cut into shares that are added in a fixed order: the same bits in every run."""
+    if drop is None or not on_triton(x):
+        return dh.t() @ (x if drop is None else masked(x, *drop))
+    (keep, scale), (rows, width), rank = drop, x.shape, dh.shape[1]
+    shares = torch.empty(max(1, min(32, rows // 512)), rank, width, device=x.device)
+    grid, share = (triton.cdiv(width, 128), len(shares)), triton.cdiv(triton.cdiv(rows, len(shares)), 64) * 64
+    _grad_down[grid](dh, x, keep, shares, rows, width, keep.stride(0), share, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    return shares.sum(0).mul_(scale).to(dh.dtype)
+
+
+def add_up(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, drop) -> torch.Tensor:
+    """dx += drop(dh A), in place."""
+    if drop is None:
+        return dx.addmm_(dh, a)
+    if not on_triton(dx):
+        return dx.add_(masked(dh @ a, *drop))
+    (keep, scale), (rows, width), rank = drop, dx.shape, len(a)
+    grid = (triton.cdiv(rows, 64), triton.cdiv(width, 128))
+    _add_up[grid](dx, dh, a, keep, rows, width, keep.stride(0), scale, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    return dx
+
+
+def swiglu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    if not on_triton(g):
+        return F.silu(g) * u
+    m = torch.empty_like(g)
+    _swiglu[(triton.cdiv(g.numel(), 1024),)](g, u, m, g.numel(), 1024)
+    return m
+
+
+def swiglu_backward(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dg, du, silu(g) * u)"""
+    if not on_triton(g):
+        silu = F.silu(g)
+        return torch.ops.aten.silu_backward(dm * u, g), dm * silu, silu * u
+    dg, du, m = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+    _swiglu_backward[(triton.cdiv(g.numel(), 1024),)](dm, g, u, dg, du, m, g.numel(), 1024)
+    return dg, du, m
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + (-x2, x1) sin, x1 and x2 the halves of x [B, H, T, D]. The result lies in memory as [B, T, H, D], as attention takes it."""
+    x = x.transpose(1, 2).contiguous()  # as the projection wrote it
+    if not on_triton(x):
+        one, two = x.chunk(2, dim=-1)
+        return (x * cos[:, :, None] + torch.cat([-two, one], dim=-1) * sin[:, :, None]).transpose(1, 2)
+    out, (batch, rows, heads, size) = torch.empty_like(x), x.shape
+    _rotate[(batch * rows,)](
+        x, cos.contiguous(), sin.contiguous(), out, heads, size // 2, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
+    )
+    return out.transpose(1, 2)
+
+
+@jit
+def _down(x, keep, a, h, rows, width, stride, scale, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
+    sum = tl.zeros([T, R], tl.float32)
+    for start in range(0, width, K):
+        k = start + tl.arange(0, K)
+        inside = (t < rows)[:, None] & (k < width)[None]
+        values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
+        kept = tl.where(tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0, values, 0.0)
+        weights = tl.load(a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0)
+        sum += tl.dot(kept, tl.trans(weights), input_precision="ieee")
+    tl.store(h + t[:, None] * rank + r[None], sum * scale, mask=(t < rows)[:, None] & (r < rank)[None])
+
+
+@jit
+def _grad_down(dh, x, keep, out, rows, width, stride, share, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    k, r = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, R)
+    first = tl.program_id(1).to(tl.int64) * share
+    sum = tl.zeros([R, K], tl.float32)
+    for start in range(0, share, T):
+        t = first + start + tl.arange(0, T)
+        inside = (t < rows)[:, None] & (k < width)[None]
+        values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
+        kept = tl.where(tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0, values, 0.0)
+        factors = tl.load(dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
+        sum += tl.dot(tl.trans(factors), kept, input_precision="ieee")
+    out += tl.program_id(1) * rank * width
+    tl.store(out + r[:, None] * width + k[None], sum, mask=(r < rank)[:, None] & (k < width)[None])
+
+
+@jit
+def _add_up(dx, dh, a, keep, rows, width, stride, scale, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
+    k = tl.program_id(1) * K + tl.arange(0, K)
+    inside = (t < rows)[:, None] & (k < width)[None]
+    factors = tl.load(dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
+    weights = tl.load(a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0)
+    kept = tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0
+    old = tl.load(dx + t[:, None] * width + k[None], mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + t[:, None] * width + k[None], old + tl.where(kept, tl.dot(factors, weights, input_precision="ieee") * scale, 0.0), mask=inside)
+
+
+@jit
+def _swiglu(g, u, m, size, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    gate, up = tl.load(g + at, mask=at < size, other=0.0).to(tl.float32), tl.load(u + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(m + at, gate * tl.sigmoid(gate) * up, mask=at < size)
+
+
+@jit
+def _swiglu_backward(dm, g, u, dg, du, m, size, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    gate, up = tl.load(g + at, mask=at < size, other=0.0).to(tl.float32), tl.load(u + at, mask=at < size, other=0.0).to(tl.float32)
+    grad = tl.load(dm + at, mask=at < size, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    tl.store(dg + at, grad * up * share * (1 + gate * (1 - share)), mask=at < size)
+    tl.store(du + at, grad * gate * share, mask=at < size)
+    tl.store(m + at, gate * share * up, mask=at < size)
+
+
+@jit
+def _rotate(x, cos, sin, out, heads, half, H: tl.constexpr, D: tl.constexpr):
+    t, h, d = tl.program_id(0).to(tl.int64), tl.arange(0, H), tl.arange(0, D)
+    inside = (h < heads)[:, None] & (d < half)[None]
+    at = t * heads * 2 * half + h[:, None] * 2 * half + d[None]
+    one, two = tl.load(x + at, mask=inside, other=0.0).to(tl.float32), tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
+    angle = t * 2 * half + d  # both halves of a head turn by the same angles
+    c, s = tl.load(cos + angle, mask=d < half, other=0.0).to(tl.float32)[None], tl.load(sin + angle, mask=d < half, other=0.0).to(tl.float32)[None]
+    tl.store(out + at, one * c - two * s, mask=inside)
+    tl.store(out + at + half, two * c + one * s, mask=inside)

@@ -1,0 +1,92 @@
+"""Changes to the loop for measuring it: examples that come from nowhere, DeepSpeed taken out, one step under the profiler."""
+
+import re
+from collections import Counter
+
+import torch
+
+from loop.data import Account
+
+
+def given_examples(examples: list):
+    """In the place of loop.data.load_examples: these to train on, none held out."""
+
+    def load(config, tokenizer, split):
+        found = examples if split == "train" else []
+        return found, Account(len(found), len(found), [], [], [], 0, False)
+
+    return load
+
+
+class BareEngine:
+    """What the loop asks of DeepSpeed's engine, by plain PyTorch on one device: weights, gradients and AdamW in bf16."""
+
+    def __init__(self, model, optimizer, config) -> None:
+        self.module, self.optimizer, self.boundary = model.train(), optimizer, True
+        for p in model.parameters():
+            p.ds_numel, p.ds_shape = p.numel(), p.shape
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
+        self.boundary = boundary
+
+    def backward(self, loss, scale_wrt_gas=False) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        if self.boundary:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def was_step_applied(self) -> bool:
+        return True
+
+
+def take_deepspeed_out(train) -> None:
+    def initialize(model, optimizer, config):
+        return BareEngine(model, optimizer, config), optimizer, None, None
+
+    train.deepspeed.initialize = initialize
+    train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+
+KINDS = [
+    ("attention", r"flash|fmha|attention"),
+    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
+    ("NF4", r"dequant|Dequant|kDequantize"),
+    ("LoRA with dropout", r"^_down|^_grad_down|^_add_up|dropout|bernoulli|distribution"),
+    ("SwiGLU, rotary, norms", r"^_swiglu|^_rotate|rms|layer_norm|silu"),
+    ("loss", r"softmax|nll"),
+    ("AdamW, clipping", r"multi_tensor|Adam|norm_kernel|lpnorm|foreach"),
+    ("copies", r"copy|Memcpy|Memset|fill|cat"),
+    ("element by element", r"elementwise|vectorized|unrolled|add|mul"),
+]
+
+
+def profile_a_step(train, at: int, spec: dict) -> None:
+    """Where a step's time goes on the GPU, in ms by kind of kernel, and what lies between the kernels."""
+    step_of, count = train.train_step, [0]
+
+    def profiled(*args, **kwargs):
+        count[0] += 1
+        if count[0] != at:
+            return step_of(*args, **kwargs)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            result = step_of(*args, **kwargs)
+            torch.cuda.synchronize()
+        kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kinds: Counter = Counter()
+        for e in kernels:
+            kinds[next((kind for kind, pattern in KINDS if re.search(pattern, e.name)), "other")] += e.self_device_time_total / 1e3
+        span = (max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)) / 1e3
+        slowest = Counter()
+        for e in kernels:
+            slowest[e.name[:90]] += e.self_device_time_total / 1e3
+        spec["profiled"] = {"kernels": len(kernels), "kernel_ms": dict(kinds.most_common()), "span_ms": span,
+                            "between_kernels_ms": span - sum(kinds.values()), "slowest": slowest.most_common(25)}  # fmt: skip
+        return result
+
+    train.train_step = profiled

@@ -1,0 +1,174 @@
+"""One contender in its own process: `python tests/bench/contenders.py SPEC.json` trains some steps and writes what it measured.
+
+Each gets the same examples and the same base; each step is 16,384 tokens' worth of rows (8 examples where a contender pads). Tokens are
+real ones, without padding. All of them train LoRA of rank 8 on every linear layer of an NF4 base with double quantisation, in bf16."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STARTED = time.time()
+
+import torch  # noqa: E402
+from shapes import SHAPES, make_examples  # noqa: E402
+
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ROWS = 8  # examples a step, for those that pad
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+class Clock:
+    """When each step ended, on rank 0's clock with the GPU's work done, and the tokens it took."""
+
+    def __init__(self) -> None:
+        self.ends, self.tokens = [], []
+
+    def step(self, tokens: int) -> None:
+        if on_gpu():
+            torch.cuda.synchronize()
+        self.ends.append(time.time())
+        self.tokens.append(tokens)
+
+    def figures(self, warm_up: int) -> dict:
+        """Windows of four steps after the warm-up."""
+        speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 4, 4)]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None
+        return {"tokens_per_second": speeds, "peak_gib": peak, "first_step_after": self.ends[0] - STARTED}
+
+
+def ours(spec: dict, clock: Clock) -> None:
+    """loop.train as it is, on examples that are not read from a file. spec["without_deepspeed"]: its loop around a bare model."""
+    import bare
+
+    import loop.train as train
+
+    train.quiet_libraries()
+    config = train.load_config([
+        "--config", str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"), f"base={spec['base']}", f"max_steps={spec['steps']}",
+        "monitor.sample_notes=[]", f"run.dir={tempfile.mkdtemp()}", "run.save_steps=100000", "monitor.eval_steps=100000", *spec["args"]])  # fmt: skip
+    train.load_examples = bare.given_examples(make_examples(spec["examples"], spec["vocab_size"]))
+    step_of = train.Monitor.step
+
+    def step(self, number, loss, grad_norm, lr, lengths, num_targets):
+        clock.step(int(lengths.sum()))
+        return step_of(self, number, loss, grad_norm, lr, lengths, num_targets)
+
+    train.Monitor.step = step
+    train.export_model = lambda *_: ""
+    train.Checkpoints.save = lambda *_: None
+    if spec.get("without_deepspeed"):
+        bare.take_deepspeed_out(train)
+    if spec.get("profile"):
+        bare.profile_a_step(train, at=12, spec=spec)
+    train.train(config, train.build_ds_config(config))
+
+
+def base_model(spec: dict, attention: str, **options):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(spec["base"], dtype=torch.bfloat16, quantization_config=nf4, attn_implementation=attention,
+                                                device_map={"": 0 if on_gpu() else "cpu"}, **options)  # fmt: skip
+
+
+def padded(examples: list) -> dict[str, torch.Tensor]:
+    longest = max(map(len, examples))
+    batch = {key: torch.full((len(examples), longest), fill) for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
+    for row, example in enumerate(examples):
+        batch["input_ids"][row, : len(example)] = torch.from_numpy(example.input_ids)
+        batch["labels"][row, : len(example)] = torch.from_numpy(example.labels)
+        batch["attention_mask"][row, : len(example)] = 1
+    return batch
+
+
+def plain(spec: dict, clock: Clock) -> None:
+    """What one writes first: ZeRO-3 by deepspeed.initialize around PEFT's model, padded batches, the model's own loss."""
+    import deepspeed
+    from peft import LoraConfig, get_peft_model
+
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo")
+    model = base_model(spec, "flash_attention_2" if on_gpu() else "sdpa")
+    model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(**LORA))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": spec["micro"],
+          "gradient_accumulation_steps": ROWS // spec["micro"], "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)[0]
+    examples = make_examples(spec["steps"] * ROWS, spec["vocab_size"])
+    for first in range(0, len(examples), ROWS):
+        for start in range(first, first + ROWS, spec["micro"]):
+            batch = padded(examples[start : start + spec["micro"]])
+            loss = engine(**{k: v.to(engine.device) for k, v in batch.items()}, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+        clock.step(sum(map(len, examples[first : first + ROWS])))
+
+
+def by_trainer(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
+    """TRL's SFTTrainer on the given token ids."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    examples = make_examples(spec["steps"] * ROWS, spec["vocab_size"])
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            first = (state.global_step - 1) * ROWS
+            clock.step(sum(map(len, examples[first : first + ROWS])))
+
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=spec["micro"], gradient_accumulation_steps=ROWS // spec["micro"],
+        max_steps=spec["steps"], learning_rate=1e-4, lr_scheduler_type="cosine", weight_decay=1e-4, max_grad_norm=1.0, bf16=True,
+        optim="adamw_torch", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, packing=False, max_length=2048,
+        dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not on_gpu(), **options)  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples])
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Steps()])
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+
+
+def trl(spec: dict, clock: Clock) -> None:
+    """TRL with ZeRO-3, gradient checkpointing and flash attention, as its documentation sets up QLoRA under DeepSpeed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto",
+          "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+          "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    path = Path(tempfile.mkdtemp()) / "zero3.json"
+    path.write_text(json.dumps(ds))
+    model = base_model(spec, "flash_attention_2" if on_gpu() else "sdpa")
+    model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(**LORA))
+    by_trainer(spec, clock, model, AutoTokenizer.from_pretrained(spec["base"]), deepspeed=str(path), gradient_checkpointing=True)
+
+
+def unsloth(spec: dict, clock: Clock) -> None:
+    """Unsloth without DeepSpeed, as its notebooks do it: dropout 0 (its fast path), no checkpointing unless asked for."""
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(spec["base"], max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, lora_dropout=0, target_modules=modules, use_gradient_checkpointing=False)
+    by_trainer(spec, clock, model, tokenizer, gradient_checkpointing=False)
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    spec["vocab_size"] = min(SHAPES[spec["shape"]]["vocab_size"], 4000)
+    clock = Clock()
+    {"ours": ours, "plain": plain, "trl": trl, "unsloth": unsloth}[spec["name"]](spec, clock)
+    if os.environ.get("RANK", "0") == "0":
+        Path(spec["out"]).write_text(json.dumps(clock.figures(spec["warm_up"]) | spec.get("profiled", {})))
+
+
+if __name__ == "__main__":
+    main()

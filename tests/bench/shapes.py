@@ -1,0 +1,45 @@
+"""What the contenders are measured on: bases with random weights in real shapes, and examples with the seed configuration's lengths."""
+
+from pathlib import Path
+
+import numpy as np
+
+from loop.tokens import Example
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LLAMA = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPES = {
+    "tinyllama": LLAMA | {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+                          "num_key_value_heads": 4, "max_position_embeddings": 2048},
+    "llama3-8b": LLAMA | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                          "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0},
+    "embedded": LLAMA | {"vocab_size": 4000, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
+                         "num_key_value_heads": 2, "max_position_embeddings": 2048},
+}  # fmt: skip
+# The lengths of the seed's set: mean 1,463, standard deviation 350, none above 2,048; a note is about a quarter of it.
+MEAN, DEVIATION, LONGEST, SUPERVISED = 1463, 350, 2048, 0.27
+
+
+def make_base(shape: str, folder: Path) -> Path:
+    """A base with random weights in the hub's layout, with the embedded base's tokenizer; kept for the next call."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = folder / shape
+    if not (path / "config.json").is_file():
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            LlamaForCausalLM(LlamaConfig(**SHAPES[shape], dtype="bfloat16")).to(torch.bfloat16).save_pretrained(path)
+        AutoTokenizer.from_pretrained(ROOT / "loop" / "embedded" / "base").save_pretrained(path)
+    return path
+
+
+def make_examples(number: int, vocab_size: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i, length in enumerate(np.clip(rng.normal(MEAN, DEVIATION, number), 64, LONGEST).astype(int)):
+        ids = rng.integers(3, vocab_size, length).astype(np.int32)
+        labels = ids.copy()
+        labels[: int(length * (1 - SUPERVISED))] = -100
+        examples.append(Example(str(i), ids, labels))
+    return examples

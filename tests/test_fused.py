@@ -1,0 +1,134 @@
+"""The fused parts of a decoder layer: what PEFT and transformers compute, and what is left alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from loop import kernels
+from loop.config import Config
+from loop.dropout import share_dropout
+from loop.fused import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_swiglu
+from loop.model import decoder_layers, load_base
+
+SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def with_lora(base, dtype=torch.float32, dropout=0.1, **lora):
+    """(the model with random LoRA weights, its dropout masks)"""
+    base.requires_grad_(False)
+    base.enable_input_require_grads()
+    torch.manual_seed(1)
+    lora = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False} | lora
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **lora), autocast_adapter_dtype=False).to(dtype)
+    model.config.use_cache = False
+    return model.train(), share_dropout(model, dropout, 0, "cpu")
+
+
+def loss_and_gradients(model, masks) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 320, (1, 90), generator=torch.Generator().manual_seed(0))
+    masks.draw(0, [3, 4], torch.tensor([0, 40, 90]))
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def apart(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * 14 + 1
+    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in ours)
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_fused_layers_compute_what_peft_computes(tmp_path, quantized, keep_dense):
+    """With dropout, with and without biases and checkpointing, and token by token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, initializer_range=0.2, attention_bias=not quantized, mlp_bias=not quantized)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    seen = []
+    for fused in (False, True):
+        model, masks = with_lora(load_base(str(tmp_path), torch.float32, "cpu", quantized=quantized))
+        assert not fused or fuse(model, decoder_layers(model), keep_dense) == set()
+        figures = [loss_and_gradients(model, masks)]
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        figures.append(loss_and_gradients(model, masks))
+        model.gradient_checkpointing_disable()
+        seen.append((figures, model.eval().generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, use_cache=True)))
+    (plain, plain_tokens), (ours, our_tokens) = seen
+    assert max(map(apart, ours, plain)) < 3e-6 and torch.equal(our_tokens, plain_tokens)
+
+
+def test_fewer_roundings_than_peft_in_bf16():
+    """Both against fp32 from the same weights: ours is nearer, in the gradients of all layers together."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.1)).to(torch.bfloat16)
+    exact = loss_and_gradients(*with_lora(copy.deepcopy(base).float()))
+    distances = []
+    for fused in (False, True):
+        model, masks = with_lora(copy.deepcopy(base), torch.bfloat16)
+        assert not fused or fuse(model, decoder_layers(model), False) == set()
+        seen = loss_and_gradients(model, masks)
+        distances.append(sum((seen[n].float() - exact[n]).square().sum().item() for n in seen) ** 0.5)
+    assert 0 < distances[1] < distances[0]
+
+
+def test_dequantised_weights_are_kept_where_there_is_room(tiny_base):
+    model, small = load_base(tiny_base, torch.float32, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    for free, kept in ((None, True), (small, True), (small - 1, False)):  # none: a CPU, which has more than that
+        assert choose_dequantized(Config(base="x", data={"train": "x"}), model, free) is kept
+        assert choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=True), model, free)
+        assert not choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=False), model, free)
+
+
+class Scaled(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+def test_what_computes_something_else_is_left_alone():
+    config = LlamaConfig(**SHAPE)
+    gelu = LlamaConfig(**SHAPE, hidden_act="gelu")
+    assert is_swiglu(LlamaMLP(config)) and not is_swiglu(LlamaMLP(gelu)) and not is_swiglu(nn.Linear(2, 2))
+    assert not is_swiglu(GemmaMLP(LlamaConfig(**SHAPE, hidden_act="gelu", hidden_activation="gelu_pytorch_tanh")))
+    assert fuse_norm(LlamaRMSNorm(64)) and not fuse_norm(GemmaRMSNorm(64)) and not fuse_norm(Scaled(64)) and not fuse_norm(nn.LayerNorm(64))
+    model, _ = with_lora(LlamaForCausalLM(gelu), use_rslora=True)
+    assert all(is_plain_lora(m) for m in model.modules() if hasattr(m, "lora_A"))
+    assert fuse(model, decoder_layers(model), False) == {"LlamaMLP"}
+    model, _ = with_lora(LlamaForCausalLM(config), use_dora=True)
+    assert not any(map(is_plain_lora, model.modules()))
+    assert fuse(model, decoder_layers(model), False) == {"LlamaMLP", "Linear"}
+
+
+@pytest.mark.parametrize(("rows", "width", "rank"), [(150, 200, 8), (1100, 96, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.gpu
+def test_each_kernel_computes_its_term(rows, width, rank, dtype):
+    """On a GPU, or with TRITON_INTERPRET=1 in fp32 on a CPU, against plain PyTorch in fp32."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, g, u, dm = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(4))
+    a, dh = torch.randn(rank, width, device=device, dtype=dtype), torch.randn(rows, rank, device=device, dtype=dtype)
+    drop = (torch.rand(rows, width + 9, device=device) < 0.9)[:, 5:-4], 1 / 0.9
+    q, angle = torch.randn(2, rows, 6, 16, device=device, dtype=dtype).transpose(1, 2), torch.randn(2, rows, 8, device=device).repeat(1, 1, 2)
+    cases = [(kernels.down, x, a, drop), (kernels.grad_down, dh, x, drop), (kernels.add_up, x, dh, a, drop), (kernels.swiglu, g, u),
+             (kernels.swiglu_backward, dm, g, u), (kernels.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+
+    def compute(term, *args, to):
+        out = term(*(arg.to(*to, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        return [o.cpu().float() for o in ((out,) if isinstance(out, torch.Tensor) else out)]
+
+    assert kernels.on_triton(x)
+    for term, *args in cases:
+        ours = compute(term, *args, to=(device, dtype))
+        on_cpu = [(arg[0].cpu(), arg[1]) if isinstance(arg, tuple) else arg for arg in args]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "on_triton", lambda x: False)
+            exact = compute(term, *on_cpu, to=("cpu", torch.float32))
+        for got, wanted in zip(ours, exact, strict=True):
+            assert (got - wanted).norm() < (1e-6 if dtype == torch.float32 else 5e-3) * wanted.norm(), term.__name__
