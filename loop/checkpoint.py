@@ -67,7 +67,7 @@ class Checkpoints:
         for number, tensors in enumerate(stream):
             path = aside / f"state-{number:05d}.safetensors"
             save_file(tensors, path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         (aside / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
         for path in [*aside.iterdir(), aside]:
             _fsync(path)
@@ -121,7 +121,7 @@ class Checkpoints:
                 manifest = json.loads((path / "manifest.json").read_text())
                 for name, known in manifest["files"].items():
                     doing(f"checking {path.name}")
-                    if (path / name).stat().st_size != known["bytes"] or _sha256(path / name) != known["sha256"]:
+                    if (path / name).stat().st_size != known["bytes"] or sha256(path / name) != known["sha256"]:
                         raise ValueError(f"{name} is not what was written")
                 return path, manifest, remarks
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,7 +161,7 @@ def _validation_loss(path: Path) -> float | None:
         return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

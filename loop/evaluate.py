@@ -95,6 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        if "--canaries" in args:
+            from .canaries import main as measure_canaries  # late: it trains, and the loop imports this module
+
+            return measure_canaries(args)
         options = take_options(args, {"--adapter": None, "--split": "test", "--notes": "16"})
         if options["--split"] not in ("train", "valid", "test"):
             raise ConfigError(f"--split {options['--split']}: one of train, valid, test")

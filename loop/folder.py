@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def lock_folder(folder: Path):
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return file
+
+
+@contextlib.contextmanager
+def written_aside(out: Path):
+    """A new folder that becomes `out` at the end, and is gone when something goes wrong. Raises ConfigError where `out` is in use."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there already and is not an empty folder")
+    aside = out.absolute().with_name(f".writing-{out.absolute().name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def kept_lines(log: str, first_step: int, evaluated: bool) -> list[dict]:

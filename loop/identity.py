@@ -26,7 +26,7 @@ def run_identity(config: Config, tokenizer, examples: list[Example], plan: Plan)
     budget = {"seed": config.seed, "batch_size": config.batch_size, "max_seq_len": config.max_seq_len}
     settings = config.model_dump(mode="json", exclude=NOT_SETTINGS | fixed.keys() | budget.keys())
     found = {
-        "state": {"base": base_fingerprint(config), **fixed, **lora},
+        "state": {"base": base_fingerprint(config.base, config.revision), **fixed, **lora},
         "plan": {"tokenizer": tokenizer_fingerprint(tokenizer), "examples": examples_fingerprint(examples), **budget},
         "settings": settings | {"steps": len(plan), "lora.lora_dropout": config.lora["lora_dropout"]},
     }
@@ -60,11 +60,11 @@ def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, fo
     return remarks
 
 
-def base_fingerprint(config: Config) -> str:
+def base_fingerprint(base: str, revision: str | None = None) -> str:
     """A hash of the base's content: config.json, and of each weight file its size and 64 samples, the header first. The name does not count (a
     base may move), and gigabytes are not read."""
-    with loading(config.base):
-        folder = Path(cached_file(resolve_base(config.base)["pretrained_model_name_or_path"], "config.json", revision=config.revision)).parent
+    with loading(base):
+        folder = Path(cached_file(resolve_base(base)["pretrained_model_name_or_path"], "config.json", revision=revision)).parent
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .attention import AttentionError, choose_backend
+from .audit import AuditError, describe
 from .checkpoint import Checkpoints
 from .cli import exit_with_config_error, leave, load_config
 from .config import Config, ConfigError
@@ -32,6 +33,7 @@ from .model import (
 from .monitor import Monitor, quiet_libraries, versions
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
+from .state import adam_step
 from .watchdog import StopRequest, Watchdog, doing
 
 
@@ -219,11 +221,19 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         monitor.close({})
         raise FloatingPointError(f"{bad_steps} steps in a row were skipped; the state of step {step + 1} is saved in "
                                  f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
-    exported = export_model(engine, config, tokenizer, config.folder, ranks)
-    report = monitor.close({"fill": plan.fill, "exported": str(exported)} | (figures or {}))
+    exported = {}
+    if adam_step(engine):  # else the adapter is the random one of the start, and nobody shall take it for a trained one
+        sample = [] if stopping else (held_out or examples)[: config.run.audit]  # who is asked to stop has no time for the loss
+        loss = evaluate_loss(engine, sample, capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
+        folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
+        exported = {"exported": str(folder), "audit": audit and audit | {"split": "valid" if held_out else "train"}}
+        monitor.say(describe(audit))
+    else:
+        monitor.say("no adapter  no step has changed a weight, so there is nothing to hand out")
+    report = monitor.close({"fill": plan.fill} | exported | (figures or {}))
     if report and report["steps"] < len(plan):
-        print(f"asked to stop ({stop.signal or 'another rank was'}): saved after step {report['steps']}; the same command goes on from there "
-              "(with run.resume=true)")  # fmt: skip
+        at = f"saved after step {report['steps']}" if report["steps"] else "before the first step"
+        print(f"asked to stop ({stop.signal or 'another rank was'}): {at}; the same command goes on from there (with run.resume=true)")
     return report
 
 
@@ -251,9 +261,9 @@ def main(argv: list[str] | None = None) -> None:
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (FloatingPointError, OSError) as error:  # not a mistake in what was typed: exit code 1
+    except (FloatingPointError, AuditError, OSError) as error:  # not a mistake in what was typed: exit code 1
         leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
-    if report:
+    if "exported" in report:
         show_summary(config, report)
     dist.barrier()
     dist.destroy_process_group()

@@ -79,7 +79,7 @@ def verdict(whole: dict, resumed: dict, again: dict | None = None) -> tuple[bool
 def prove(config: Config, options: list[str], folder: Path) -> tuple[bool, str]:
     """Runs and compares. options: the user's arguments for launch.sh; folder: an empty one for the runs."""
     few = [f"max_steps={STEPS}", f"warmup_steps={min(config.warmup_steps, STEPS - 1)}", "data.valid=null", "data.valid_share=0",
-           "monitor.sample_notes=[]", "run.resume=true", "run.max_hours=null",
+           "monitor.sample_notes=[]", "run.resume=true", "run.max_hours=null", "run.audit=0",
            f"run.deterministic={'run.deterministic=false' not in options}"]  # fmt: skip
     print(f"{STEPS} steps in one go ...", flush=True)
     launch(folder, "whole", options, *few)

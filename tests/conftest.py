@@ -131,7 +131,7 @@ def config_file(tiny_base, rows, tmp_path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({
         "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 1024, "batch_size": 4, "lr": 1e-3,
-        "run": {"dir": str(tmp_path / "runs"), "name": "t", "save_steps": 2}, "monitor": {"eval_steps": 3},
+        "run": {"dir": str(tmp_path / "runs"), "name": "t", "save_steps": 2, "audit": 0}, "monitor": {"eval_steps": 3},
     }))  # fmt: skip
     return path
 

@@ -32,7 +32,7 @@ def runs(tiny_base, tmp_path_factory):
     (folder / "fp32.json").write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}))
     data = {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2)}
     config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "max_steps": STEPS}
-    config |= {"run": {"dir": str(folder), "save_steps": 2}, "monitor": {"eval_steps": 2}}
+    config |= {"run": {"dir": str(folder), "save_steps": 2, "audit": 0}, "monitor": {"eval_steps": 2}}
     (folder / "config.yaml").write_text(json.dumps(config))
     loaded = load_config(["--config", str(folder / "config.yaml"), "data.cache=false"])
     examples, _ = load_examples(loaded, load_tokenizer(tiny_base), "train")
@@ -54,7 +54,8 @@ def runs(tiny_base, tmp_path_factory):
           case("exact", "exact", *exact), case("full disk", "disk", disk_full=1),
           case("other LoRA", "whole", "lora.r=4"), case("other data", "whole", "data.limit=39"))  # fmt: skip
     start(4, case("four ranks", "elastic", *exact, stop_after=2))
-    start(2, case("two ranks", "elastic", *exact, stop_after=1))
+    start(2, case("two ranks", "elastic", *exact, stop_after=1), case("spoilt", "spoilt", "max_steps=1", spoil_export=1),
+          case("mended", "spoilt", "max_steps=1"), case("early", "early", "run.max_hours=1e-9"))  # fmt: skip
     start(1, case("one rank", "elastic", *exact, "micro_batch_size=2", stop_after=2))
     start(4, case("four ranks again", "elastic", *exact))
     return folder
@@ -72,6 +73,20 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(runs):
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
     halves = [load_file(runs / "out" / f"{name}.safetensors") for name in ("whole", "second half")]
     assert all(torch.equal(halves[0][f"final.weight.{i}"], halves[1][f"final.weight.{i}"]) for i in range(len(whole)))
+
+
+def test_a_failed_audit_fails_the_run_and_the_same_command_writes_again(runs):
+    spoilt, mended = (json.loads((runs / "out" / f"{name}.json").read_text()) for name in ("spoilt", "mended"))
+    assert spoilt["error"].startswith("AuditError: the audit of") and "is empty, of shape" in spoilt["error"] and not spoilt["report"]
+    assert mended["error"] is None and not (runs / "spoilt" / ".writing-adapter").exists()
+    assert mended["report"]["steps"] == 1 and any("resumed from" in line for line in mended["said"])
+    assert (runs / "spoilt" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_is_asked_to_stop_before_its_first_step_hands_out_nothing(runs):
+    early = json.loads((runs / "out" / "early.json").read_text())
+    assert early["error"] is None and early["report"]["steps"] == 0 and "exported" not in early["report"]
+    assert any("no step has changed a weight" in line for line in early["said"]) and not (runs / "early" / "adapter").exists()
 
 
 def test_metrics_show_one_curve(runs):

@@ -90,16 +90,15 @@ def test_the_order_up_to_the_step_counts_and_nothing_behind_it(this):
         compare(saved, (now, plan))
 
 
-def test_a_base_is_its_content_not_its_name(config_file, tiny_base, tmp_path):
+def test_a_base_is_its_content_not_its_name(tiny_base, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_base, moved)
-    here, there = (load_config(["--config", str(config_file), f"base={base}"]) for base in (tiny_base, moved))
-    assert base_fingerprint(here) == base_fingerprint(there)
+    assert base_fingerprint(tiny_base) == base_fingerprint(str(moved))
     weights = moved / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)
-    assert base_fingerprint(here) != base_fingerprint(there)
+    assert base_fingerprint(tiny_base) != base_fingerprint(str(moved))
 
 
 def test_a_tokenizer_is_its_vocabulary_specials_and_template(tiny_base):

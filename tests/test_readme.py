@@ -13,10 +13,15 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 # Small enough for a test; a line of the README is run as it stands, with these at its end.
-SHORTER = {"train": ["max_steps=2", "data.limit=8", "monitor.sample_max_new_tokens=8"],
+SHORTER = {"train": ["max_steps=2", "data.limit=8", "monitor.sample_max_new_tokens=8", "run.audit=0"],
            "evaluate": ["data.limit=4", "monitor.sample_max_new_tokens=8"],
            "generate": ["--max-new-tokens", "16"]}  # fmt: skip
-ELSEWHERE = {"./launch.sh test": "this run", "./launch.sh check": "tests/test_kernels_check.py", "./launch.sh bench": "tests/test_bench.py"}
+ELSEWHERE = {
+    "./launch.sh test": "this run",
+    "./launch.sh check": "tests/test_kernels_check.py",
+    "./launch.sh bench": "tests/test_bench.py",
+    "./launch.sh audit --config runs/mine/config.yaml": "tests/test_audit.py",
+}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def bench(tiny_base, rows, tmp_path_factory):
     (folder / "config.yaml").write_text(json.dumps({
         "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3,
         "deepspeed": str(folder / "fp32.json"),
-        "run": {"dir": str(folder / "runs")},
+        "run": {"dir": str(folder / "runs"), "audit": 0},
     }))  # fmt: skip
     base = ["--config", str(folder / "config.yaml"), *EXACT]
 

@@ -30,7 +30,7 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
         "eps": 1e-5,
     }
     config |= {"lora": {"lora_dropout": 0.0, "init_lora_weights": False}, "max_grad_norm": 0.5, "deepspeed": str(tmp_path / "fp32.json")}
-    config |= {"run": {"dir": str(tmp_path), "name": "ours"}}
+    config |= {"run": {"dir": str(tmp_path), "name": "ours", "audit": 0}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     case = {"name": "ours", "args": ["--config", str(tmp_path / "config.yaml")], "out": str(tmp_path), "patch": {"in_order": BATCH}}
     (tmp_path / "cases.json").write_text(json.dumps([case]))
