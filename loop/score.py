@@ -63,7 +63,10 @@ def score_note(row: Row) -> dict[str, tuple[float, float]]:
     said, noted = Said(row.dialogue), Said(row.note)
     stated = distinct(noted.facts)
     for kind in KINDS:
-        found[f"facts/supported/{kind}"] = (float(sum(said.supports(f) for f in stated if f.kind == kind)), float(sum(f.kind == kind for f in stated)))
+        found[f"facts/supported/{kind}"] = (
+            float(sum(said.supports(f) for f in stated if f.kind == kind)),
+            float(sum(f.kind == kind for f in stated)),
+        )
     found["facts/supported"] = tuple(map(sum, zip(*(found[f"facts/supported/{kind}"] for kind in KINDS))))
     told = distinct(said.facts)
     found["facts/kept"] = (float(sum(map(noted.supports, told))), float(len(told)))
