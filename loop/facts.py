@@ -154,4 +154,7 @@ class Said:
 
 def distinct(found: list[Fact]) -> list[Fact]:
     """The first of each fact that a text says."""
-    return list({(f.kind, f.value): f for f in reversed(found)}.values())[::-1]
+    first: dict[tuple[str, str], Fact] = {}
+    for fact in found:
+        first.setdefault((fact.kind, fact.value), fact)
+    return list(first.values())

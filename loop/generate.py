@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         args = parse(argv)
-        trained, output = what_writes(args.adapter, args.base), None
         dialogues = read_dialogues(args.input) if args.input else {args.dialogue: read_one(args.dialogue)}
+        trained, output = what_writes(args.adapter, args.base), None
         if args.output:
             weights = digest((Path(args.adapter) / "adapter_model.safetensors").read_bytes()) if args.adapter else None
             chosen = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "strict")}

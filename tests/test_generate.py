@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from loop.generate import load_for_notes, prompt_ids, write_notes
+from loop.generate import load_for_notes, prompt_ids
+from loop.notes import write_notes
 
 
 def command(*args: str, stdin: str = "") -> subprocess.CompletedProcess:

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 import loop.checkpoint
 import loop.data
 import loop.model
+import loop.notes
 import loop.packing
 import loop.train as train
 
-PATCHED = [train, loop.data, loop.model]  # whose names cases replace; put back after each case
+PATCHED = [train, loop.data, loop.model, loop.notes]  # whose names cases replace; put back after each case
 
 
 def frozen_digest(model) -> str:
@@ -108,6 +109,8 @@ def run(case: dict) -> None:
     if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
         build = train.build_ds_config
         train.build_ds_config = lambda config: build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
+    if "gathered" in patch:  # sample notes after one gather, or in lockstep, whatever the machine has room for
+        loop.notes.fits_gathered = lambda *_: patch["gathered"]
     if "disk_full" in patch:
 
         def full(*args):
