@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         print(as_table(report["figures"]))
         if config.folder.is_dir():
             steps = write_report(config.folder, {f"evaluate/{name}": report}).get("steps", 0)
-            with SummaryWriter(str(config.folder / "tensorboard")) as board:
+            with SummaryWriter(str(config.folder / "tensorboard" / "evaluate")) as board:
                 for key, figure in report["figures"].items():
                     board.add_scalar(f"{name}/{key}", figure["value"], steps)
             print(f"with every unsupported fact in {config.folder / 'report.json'}")

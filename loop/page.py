@@ -27,9 +27,9 @@ def as_page(title: str, rows: list[Row], table: str) -> str:
     body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>",
             "<p><mark>In the note and not in the dialogue</mark>; <u>in the dialogue and not in the note</u>. A fact is a number with its unit, "
             "how often, a date, a drug, or left and right; nothing else is checked. A clinician must review each note.</p>"]  # fmt: skip
-    for row in rows:
+    for wrong, row in sorted(((unsupported(row), row) for row in rows), key=lambda pair: -len(pair[0])):  # what needs most attention first
         noted = Said(row.note)
-        wrong, missed = unsupported(row), [fact for fact in Said(row.dialogue).facts if not noted.supports(fact)]
+        missed = [fact for fact in Said(row.dialogue).facts if not noted.supports(fact)]
         columns = {"dialogue": marked(row.dialogue, missed, "u", "not in the note"), "reference": html.escape(row.reference),
                    "note": marked(row.note, wrong, "mark", "not in the dialogue")}  # fmt: skip
         cells = "".join(f"<div><h3>{name}</h3><p>{text}</p></div>" for name, text in columns.items())

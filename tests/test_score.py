@@ -10,7 +10,9 @@ from conftest import SHARED
 from loop.score import FIGURES, Row, as_table, interval, most_similar, ratio, score_note, summarise, unsupported
 
 NOTE = "S: Cough for 3 days, takes warfarin.\nO: Temperature 38.4 C.\nA: Bronchitis.\nP: Amoxicillin 500 mg twice a day."
-SAID = "Doctor: Since when?\nPatient: A cough, three days. I take coumadin.\nDoctor: It is 38.4 degrees. Bronchitis. Take amoxicillin 500 twice daily."
+SAID = (
+    "Doctor: Since when?\nPatient: A cough, three days. I take coumadin.\nDoctor: It is 38.4 degrees. Bronchitis. Take amoxicillin 500 twice daily."
+)
 
 
 def figures(note: str, **more) -> dict[str, float | None]:
@@ -19,7 +21,9 @@ def figures(note: str, **more) -> dict[str, float | None]:
 
 def test_a_note_like_the_reference_has_every_figure_at_its_best():
     found = figures(NOTE, ended=True)
-    assert all(found[key] == 1 for key in ("rouge1", "rougeLsum", "S/rouge2", "P/rougeL", "sections", "section/O", "ended", "length", "facts/supported"))
+    assert all(
+        found[key] == 1 for key in ("rouge1", "rougeLsum", "S/rouge2", "P/rougeL", "sections", "section/O", "ended", "length", "facts/supported")
+    )
     assert found["markdown"] == found["repetition"] == 0 and found["facts/kept"] == 1 and found["facts/supported/drug"] == 1
 
 
