@@ -7,7 +7,8 @@ from loop.embedded.conditions import DRUGS
 
 
 @pytest.mark.parametrize(("word", "drug"), [
-    ("lisinopril", "lisinopril"), ("tylenol", "acetaminophen"), ("acetaminophen", "acetaminophen"), ("warfarin", "warfarin"), ("cefazolin", "cefazolin"),
+    ("lisinopril", "lisinopril"), ("tylenol", "acetaminophen"), ("acetaminophen", "acetaminophen"), ("warfarin", "warfarin"),
+    ("cefazolin", "cefazolin"),
     ("ofloxacin", "ofloxacin"), ("april", None), ("cholesterol", None), ("program", None), ("pain", None), ("person", None),
 ])  # fmt: skip
 def test_a_word(word, drug):

@@ -36,12 +36,15 @@ def test_a_fact_knows_its_place():
 
 @pytest.mark.parametrize(("note", "dialogue", "supported"), [
     ("acetaminophen 500 mg", "I take Tylenol, five hundred", True), ("500 mg", "500 mcg", False), ("500 mg", "250 mg", False),
-    ("25 mg", "I am 25 years old", False), ("25 mg", "25 milligrams", True), ("pulse 80", "the pulse is eighty", True), ("pulse 80", "pulse 81", False),
+    ("25 mg", "I am 25 years old", False), ("25 mg", "25 milligrams", True), ("pulse 80", "the pulse is eighty", True),
+    ("pulse 80", "pulse 81", False),
     ("120/80", "one twenty over eighty", True), ("120/80", "one thirty over eighty", False), ("7/10", "I'd say a seven", True),
-    ("2/day b.i.d.", "twice a day", True), ("twice daily", "once daily", False), ("warfarin", "I take coumadin", True), ("warfarin", "heparin", False),
+    ("2/day b.i.d.", "twice a day", True), ("twice daily", "once daily", False), ("warfarin", "I take coumadin", True),
+    ("warfarin", "heparin", False),
     ("left knee", "my left knee hurts", True), ("left knee", "my right knee hurts", False), ("left knee", "both knees hurt", True),
     ("left knee", "the left arm", False), ("left knee", "it is on the left", True), ("bilateral ears", "left ear and right ear", True),
-    ("July 2008", "July 29th 2008", True), ("July 29, 2008", "in July 2008", False), ("in 2008", "two thousand eight", True), ("in 2007", "2008", False),
+    ("July 2008", "July 29th 2008", True), ("July 29, 2008", "in July 2008", False), ("in 2008", "two thousand eight", True),
+    ("in 2007", "2008", False),
 ])  # fmt: skip
 def test_whether_a_dialogue_supports_a_note(note, dialogue, supported):
     said = Said(dialogue)

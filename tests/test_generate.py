@@ -26,7 +26,8 @@ def files(trained, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     handler = signal.getsignal(signal.SIGTERM)
-    yield ["--adapter", str(trained / "adapter"), "--input", str(path), "--output", str(tmp_path / "out.jsonl"), "--max-new-tokens", "6"], tmp_path / "out.jsonl"
+    out = tmp_path / "out.jsonl"
+    yield ["--adapter", str(trained / "adapter"), "--input", str(path), "--output", str(out), "--max-new-tokens", "6"], out
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -47,7 +48,8 @@ def test_the_command_reads_a_file_or_standard_input(trained, tmp_path, capsys, f
 
 
 @pytest.mark.parametrize(("args", "stdin", "words"), [
-    (["--adapter", "nowhere", "--dialogue", "-"], "Doctor: hi", "--adapter nowhere"), (["--dialogue", "nowhere.txt"], "", "nowhere.txt: No such file"),
+    (["--adapter", "nowhere", "--dialogue", "-"], "Doctor: hi", "--adapter nowhere"),
+    (["--dialogue", "nowhere.txt"], "", "nowhere.txt: No such file"),
     ([], "Doctor: hi", "--adapter DIR or --base"), (["--adapter", "x"], "  \n", "the dialogue is empty"),
 ])  # fmt: skip
 def test_wrong_arguments_end_with_2(monkeypatch, capsys, args, stdin, words):
@@ -102,6 +104,7 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
     args, out = files
     generate.main(args)
     kept = out.read_bytes()
+    capsys.readouterr()
     assert "row 1: written with temperature 0.0, now 0.5" in refused(capsys, *args, "--temperature", "0.5")
     assert "row 1: written with strict False, now True" in refused(capsys, *args, "--strict")
     rows = open(args[3]).read()

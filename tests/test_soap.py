@@ -46,6 +46,6 @@ def test_a_dialogue_loses_as_few_turns_as_make_it_fit():
 
 
 def test_a_section_ends_where_a_line_begins_another():
-    assert before_next_heading(" Cough.\nMore: yes.\nObjective: x") == " Cough.\nMore: yes."
+    assert before_next_heading(" Cough.\nMore: yes.\nObjective: x") == " Cough.\nMore: yes.\n"
     assert before_next_heading(" Plan: rest, BP: 120/80") == " Plan: rest, BP: 120/80"
-    assert before_next_heading("\nP: x") == ""
+    assert before_next_heading("\nP: x") == "\n"
