@@ -21,7 +21,7 @@ def read_by_id(path: str, option: str) -> dict[str, tuple[str, dict]]:
             where = f"{option} {path}, row {number}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}")
-            key = str(row.get("id", number))
+            key = str(number if row.get("id") is None else row["id"])
             if not re.fullmatch(r"\S{1,100}", key):
                 raise ConfigError(f"{where}: its id must be a number, or 1 to 100 characters without a space")
             if key in found:

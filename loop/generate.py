@@ -148,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         exit_with_config_error(error)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; the notes so far are in {args.output}, and the same command goes on" if args.output else 130)
+        if args.output:
+            print(f"stopped; the notes so far are in {args.output}, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -139,14 +139,15 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
     if not batches:
         return {}
     mine = batches[ranks.rank :: ranks.world_size]
-    alone = ranks.world_size == 1 or fits_gathered(engine.module, ranks)
-    if not alone:  # a rank without a batch of its own writes another's, to take part in its gathers
-        mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
     engine.empty_partition_cache()  # a GPU may be prefetching for a step to come; what is in flight can't be gathered
-    with unwrap_model_for_generation(engine) if alone else contextlib.nullcontext():
+    gathered = fits_gathered(engine.module, ranks)
+    synced = not gathered and ranks.world_size > 1
+    if synced:  # a rank that has one batch less writes another's, to take part in its gathers
+        mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
+    with unwrap_model_for_generation(engine) if gathered else contextlib.nullcontext():
         written = {}
         for keys in mine:
-            notes = write_notes(engine.module, tokenizer, [prompts[key] for key in keys], max_new_tokens, not alone, stop)
+            notes = write_notes(engine.module, tokenizer, [prompts[key] for key in keys], max_new_tokens, synced, stop)
             written |= dict(zip(keys, notes))
     found = {key: Note(*note) for part in ranks.gather(written) for key, note in part.items()}
     return {e.id: found[e.id] for e in examples}

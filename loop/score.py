@@ -109,7 +109,7 @@ def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
 
 def as_table(report: dict[str, dict]) -> str:
     """The figures as text, a line each; shares in per cent."""
-    others = [key for key in report["rouge1"] if key not in ("value", "low", "high")]
+    others = list(dict.fromkeys(key for figure in report.values() for key in figure if key not in ("value", "low", "high")))
     lines = [f"  {'':28}{'notes':>8}  {'95 % interval':^17}" + "".join(f"{other:>14}" for other in others)]
     for name, figure in report.items():
         title, share = FIGURES[name]

@@ -76,7 +76,7 @@ def test_an_interrupted_file_is_gone_on_with(files, monkeypatch, capsys):
     monkeypatch.setattr(generate, "write_batch", interrupted)
     with pytest.raises(SystemExit) as end:
         generate.main([*args, "--batch-size", "2"])
-    assert "the same command goes on" in end.value.code and len(out.read_bytes().splitlines()) == 2
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err and len(out.read_bytes().splitlines()) == 2
     out.write_bytes(out.read_bytes()[:-20])
     monkeypatch.setattr(generate, "write_batch", lambda model, tokenizer, keys, *rest: written.append(keys) or write(model, tokenizer, keys, *rest))
     generate.main(args)

@@ -66,6 +66,7 @@ def test_the_summary_puts_the_others_beside_the_notes():
     assert report["rouge1"]["value"] == report["rouge1"]["low"] == report["rouge1"]["high"] == 1 > report["rouge1"]["dialogue"] > 0
     assert report.keys() < FIGURES.keys() and "ended" not in report  # nobody knows it here
     table = as_table(report)
+    assert as_table({"loss": {"value": 1.5, "low": 1.25, "high": 2.0}}).split()[-6:] == "nats a token 1.5000 1.2500 to 2.0000".split()[-6:]
     assert "ROUGE-Lsum" in table and "100.0 to 100.0" in table and len(table.splitlines()) == len(report) + 1
 
 
