@@ -12,12 +12,13 @@ from .notes import Note
 from .readers import BadRow, read_json
 
 
-def read_by_id(path: str, option: str) -> dict[str, tuple[str, dict]]:
-    """{id: (file and row, object)} of the JSONL file that an option of a command names; a row without `id` has its number for one.
-    Raises ConfigError naming file and row."""
+def read_by_id(path: str, option: str, torn: bool = False) -> dict[str, tuple[str, dict]]:
+    """{id: (file and row, object)} of the JSONL file that an option of a command names; a row without `id` has its number for one. torn: a
+    last line that lacks its line break is passed over. Raises ConfigError naming file and row."""
     found: dict[str, tuple[str, dict]] = {}
     try:
-        for number, row in read_json(Path(path)):
+        rows = list(read_json(Path(path)))
+        for number, row in rows[:-1] if torn and not Path(path).read_bytes().endswith(b"\n") else rows:
             where = f"{option} {path}, row {number}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}")
@@ -71,12 +72,21 @@ class NotesFile:
             raise ConfigError(f"--output {path}: another run writes to it; wait for its end, or name another file") from None
         except OSError as error:
             raise ConfigError(f"--output {path}: {error.strerror}") from error
-        whole = self.file.read()
+        try:
+            whole = self.file.read()
+            found = read_by_id(path, "--output", torn=True)
+            for key, (where, row) in found.items():
+                self._refuse_another(where, key, row)
+            if whole and not found and not whole.startswith(b'{"id": "'):
+                raise ConfigError(f"--output {path}: was not written by this command; name another file, or remove this one")
+        except ConfigError:
+            self.file.close()
+            raise
+        self.done = {key: row for key, (_, row) in found.items()}
         self.file.seek(whole.rfind(b"\n") + 1)
         self.file.truncate()
-        self.done = {key: row for key, (where, row) in read_by_id(path, "--output").items() if self._is_ours(where, key, row)}
 
-    def _is_ours(self, where: str, key: str, row: dict) -> bool:
+    def _refuse_another(self, where: str, key: str, row: dict) -> None:
         other = "name another file, or remove this one"
         if not isinstance(row.get("by"), dict) or "note" not in row:
             raise ConfigError(f"{where}: was not written by this command; {other}")
@@ -85,7 +95,6 @@ class NotesFile:
             raise ConfigError(f"{where}: written with {name} {row['by'].get(name)}, now {self.by.get(name)}; {other}")
         if key not in self.dialogues or row.get("dialogue") != digest(self.dialogues[key]):
             raise ConfigError(f"{where} (id {key}): its dialogue is not the input's; {other}")
-        return True
 
     def add(self, key: str, note: Note, turns_left_out: int) -> None:
         """Appends a note, whole on the disk when this returns."""

@@ -40,6 +40,15 @@ def test_a_second_writer_is_refused(tmp_path):
     file.close()
 
 
+@pytest.mark.parametrize("text", [' {"id": "1", "text": "x"}', "Dear diary", '{"id": "1", "text": "x"}\n{"id": "2", "te'])
+def test_a_file_of_somebody_elses_is_left_as_it_is(tmp_path, text):
+    path = tmp_path / "out.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="was not written by this command"):
+        NotesFile(str(path), DIALOGUES, BY)
+    assert path.read_text() == text
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text('{"id": "1", "no\n{"id": "2"}\n')

@@ -106,22 +106,22 @@ def test_a_sampled_note_depends_on_seed_and_id_alone(loaded):
     prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
 
     def write(keys: list[str], seed=0, temperature=1.5, top_p=1.0):
-        return write_notes(model, tokenizer, [prompts[int(k)] for k in keys], 4, sampled=sampling(temperature, top_p, seed, keys))
+        return write_notes(model, tokenizer, [prompts[int(k)] for k in keys], 3, sampled=sampling(temperature, top_p, seed, keys))
 
     together = write(["0", "1", "2"])
     assert together == write(["0", "1", "2"]) == [*write(["0"]), *write(["1", "2"])]  # whatever the batch
     assert together != write(["0", "1", "2"], seed=1)
-    greedy = write_notes(model, tokenizer, prompts, 4)
+    greedy = write_notes(model, tokenizer, prompts, 3)
     assert together != greedy and write(["0", "1", "2"], top_p=1e-6) == greedy == write(["0", "1", "2"], temperature=1e-4)
 
 
 def test_strict_forces_the_headings_and_nothing_else(loaded):
     """A model that has learned none, one that ends at once, and one that begins a section in the wrong place."""
     model, tokenizer = loaded
-    for note in write_strict(model, tokenizer, DIALOGUES, 12):
+    for note in write_strict(model, tokenizer, DIALOGUES, 4):
         assert list(parse_note(note.text)) == list(HEADINGS)
     words = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in (" a b", " c\nPlan: d", "")]
-    notes = write_strict(model, tokenizer, DIALOGUES, 40, lambda heading: [Force(words)])
+    notes = write_strict(model, tokenizer, DIALOGUES, 32, lambda heading: [Force(words)])
     assert [n.text for n in notes] == ["S: a b\nO: a b\nA: a b\nP: a b", "S: c\nO: c\nA: c\nP: c", "S:\nO:\nA:\nP:"]
     assert [n.ended for n in notes] == [True, True, True]
     assert write_strict(model, tokenizer, DIALOGUES[:1], 6, lambda heading: [Force([words[0][:1]])])[0].ended is False
