@@ -133,11 +133,11 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
     gather again, in lockstep. Where it does not fit, the ranks do go in lockstep, a layer at a time. What is in a batch depends on the
     examples and `rows` alone, not on the number of ranks: another padding would be another rounding. With `stop`, a StopRequest, the
     notes break off when the run is asked to end."""
+    if not examples:
+        return {}
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
     keys = sorted(prompts, key=lambda key: (len(prompts[key]), key))  # of like length, so that there is little padding
     batches = [keys[start : start + rows] for start in range(0, len(keys), rows)]
-    if not batches:
-        return {}
     mine = batches[ranks.rank :: ranks.world_size]
     engine.empty_partition_cache()  # a GPU may be prefetching for a step to come; what is in flight can't be gathered
     gathered = fits_gathered(engine.module, ranks)
