@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if output:
             write_file(fitted, output, load, args)
+            cut = sum(not row["ended"] for row in output.done.values())
+            print(f"{len(fitted)} notes in {args.output}" + (f", {cut} of them cut off at --max-new-tokens" if cut else ""))
         else:
             ((key, (dialogue, _)),) = fitted.items()
             note = write_batch(*load(), [key], [dialogue], args)[0].text

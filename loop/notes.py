@@ -68,7 +68,7 @@ def write_notes(
 
     def broken_off(ids, scores, **_) -> torch.Tensor:  # transformers asks after each token
         count = ids.shape[1] - width
-        doing(f"writing notes, token {count}")
+        doing(f"writing sample notes, token {count}")
         if stop and stop.signal:
             allowed.clamp_(max=count)
         if until:
@@ -144,6 +144,7 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
     synced = not gathered and ranks.world_size > 1
     if synced:  # a rank that has one batch less writes another's, to take part in its gathers
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
+    doing("writing sample notes")  # said by a rank without a share as well
     with unwrap_model_for_generation(engine) if gathered else contextlib.nullcontext():
         written = {}
         for keys in mine:

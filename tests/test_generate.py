@@ -61,6 +61,7 @@ def test_an_interrupted_file_is_gone_on_with(files, monkeypatch, capsys):
     """Ctrl-C after a batch, then a line torn by a kill: the same command makes the file that an unbroken one makes, and writes no note twice."""
     args, out = files
     generate.main(args)
+    assert capsys.readouterr().out == f"3 notes in {out}, 3 of them cut off at --max-new-tokens\n"
     whole = out.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == ["b", "a", "3"] and all(row["ended"] in (True, False) and row["turns_left_out"] == 0 for row in rows)
