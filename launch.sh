@@ -7,11 +7,11 @@ py=${LOOP_PYTHON:-$here/.venv/bin/python} base=${PYTHON:-python3} stamp=$here/.v
 commands="train evaluate generate merge audit preview plan check bench test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the first use also sets up .venv, once)
   train      fine-tune (the default command)       preview    show the exact tokens that are trained on
-  evaluate   measure a trained adapter             plan       the run before its first step: steps, tokens, lr
-  generate   write the note of a dialogue          check      what this machine can run, how right and fast
+  evaluate   score a trained adapter, its notes    plan       the run before its first step: steps, tokens, lr
+  generate   write the notes of dialogues          check      what this machine can run, how right and fast
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers (--help)
-  audit      is the adapter the one that was trained?
-  test       run the tests; arguments go to pytest setup      only set up; --flash-attn also builds it (needs nvcc)
+  audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
+  setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
 train and evaluate run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE (the
 machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
 evaluate --canaries N: what a run remembers of single (made-up) patients; trains on a copy of the data for it.

@@ -11,11 +11,11 @@ from .audit import fresh_loss
 from .cli import load_config
 from .config import ConfigError
 from .data import load_examples
-from .evaluate import prompt_of
 from .folder import written_aside
-from .generate import load_for_notes, write_notes
+from .generate import load_for_notes
 from .merge import WAYS, merge
 from .model import load_tokenizer
+from .notes import ROWS, prompt_of, write_notes
 from .soap import has_all_sections
 
 ADAPTER = "adapter on NF4"
@@ -39,7 +39,7 @@ def verdict(rows: dict[str, dict]) -> str:
 def write_all(adapter: str | None, base: str | None, prompts: list[list[int]], max_new_tokens: int, device) -> list[str]:
     """The notes of prompts by a model that is loaded for them and let go."""
     model, tokenizer = load_for_notes(adapter, base, device)
-    notes = [note for at in range(0, len(prompts), 16) for note in write_notes(model, tokenizer, prompts[at : at + 16], max_new_tokens)]
+    notes = [note.text for at in range(0, len(prompts), ROWS) for note in write_notes(model, tokenizer, prompts[at : at + ROWS], max_new_tokens)]
     del model
     gc.collect()
     return notes

@@ -49,16 +49,12 @@ class Account:
 def shorten_to_fit(tokenizer, conversation: Conversation, max_seq_len: int) -> Example | None:
     """The example without as few turns from the middle of its dialogue as make it fit; None where even the first and last turn don't.
     The note and the prompt's frame stay whole."""
-    low, high, best = 1, soap.count_turns(conversation.dialogue) - 2 if conversation.dialogue else 0, None
-    while low <= high:
-        turns = (low + high) // 2
-        messages = soap.soap_messages(soap.shorten(conversation.dialogue, turns), conversation.note)
-        (example,) = encode_examples(tokenizer, [dataclasses.replace(conversation, messages=messages)])
-        if len(example) <= max_seq_len:
-            best, high = example, turns - 1
-        else:
-            low = turns + 1
-    return best
+
+    def encoded(dialogue: str) -> Example:
+        return encode_examples(tokenizer, [dataclasses.replace(conversation, messages=soap.soap_messages(dialogue, conversation.note))])[0]
+
+    fitted = soap.fit_dialogue(conversation.dialogue, lambda dialogue: len(encoded(dialogue)), max_seq_len) if conversation.dialogue else None
+    return encoded(fitted[0]) if fitted else None
 
 
 def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], Account]:

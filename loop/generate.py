@@ -1,70 +1,43 @@
-"""Notes from dialogues: `./launch.sh generate --adapter DIR --dialogue FILE`, and the sample notes of a run."""
+"""Notes from dialogues: `./launch.sh generate --adapter DIR --dialogue FILE`, or thousands with `--input FILE --output FILE`."""
 
 import argparse
 import contextlib
+import functools
+import signal
 import sys
 from pathlib import Path
 
-import torch
-from peft import PeftModel
+from tqdm import tqdm
 
 from .cli import exit_with_config_error
 from .config import ConfigError
 from .distributed import on_gpu
-from .model import attach_adapter, load_base, load_tokenizer, read_adapter
-from .soap import soap_messages
+from .files import NotesFile, digest, read_dialogues
+from .model import attach_adapter, load_base, load_shape, load_tokenizer, read_adapter
+from .notes import ROWS, Note, sampling, write_notes, write_strict
+from .soap import fit_dialogue, soap_messages
 from .tokens import encode
-from .watchdog import doing
-
-
-@torch.no_grad()
-def write_notes(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, synced: bool = False, stop=None) -> list[str]:
-    """Greedy notes for prompts of token ids, as one left-padded batch with a KV cache. synced: several ZeRO-3 ranks run on
-    until the last one has finished, since each of them must take part in every gather. With `stop`, a StopRequest, the notes break
-    off when it is set; a rank that was not asked itself writes its own to the end."""
-    config, was_training = model.config, model.training
-    packed, cache = config._attn_implementation, config.use_cache
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-
-    def asked_to_stop(ids, scores, **_) -> torch.Tensor:  # transformers asks after each token
-        doing(f"writing sample notes, token {ids.shape[1] - width}")
-        return torch.full((len(ids),), bool(stop and stop.signal), device=ids.device)
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    try:
-        model.eval()
-        inner.set_attn_implementation("sdpa")  # packed attention has no cache; torch's own takes the padding mask
-        config.use_cache = True
-        out = model.generate(
-            input_ids=ids.to(inner.device), attention_mask=mask.to(inner.device), max_new_tokens=max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, synced_gpus=synced,
-            stopping_criteria=[asked_to_stop],
-        )  # fmt: skip
-    finally:
-        inner.set_attn_implementation(packed)
-        config.use_cache = cache
-        model.train(was_training)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, width:].cpu()]
 
 
 def load_for_notes(adapter: str | None, base: str | None, device):
     """(model, tokenizer) for generation on one device, in the precision the adapter was trained on: `trained.json` beside it says."""
-    if not adapter and not base:
-        raise ConfigError("give --adapter DIR or --base DIR")
-    trained = read_adapter(adapter) if adapter else {"base": base, "revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
-    base, revision = base or trained["base"], trained["revision"]
-    tokenizer = load_tokenizer(base, revision)
-    dtype = getattr(torch, trained["dtype"])
-    model = load_base(base, dtype, device, revision=revision, quantized=trained["method"] == "qlora", double_quant=trained["double_quant"])
+    import torch
+
+    trained = what_writes(adapter, base)
+    tokenizer = load_tokenizer(trained["base"], trained["revision"])
+    model = load_base(trained["base"], getattr(torch, trained["dtype"]), device, revision=trained["revision"],
+                      quantized=trained["method"] == "qlora", double_quant=trained["double_quant"])  # fmt: skip
     if adapter:
         model = attach_adapter(model, adapter)
     return model.eval(), tokenizer
+
+
+def what_writes(adapter: str | None, base: str | None) -> dict:
+    """The base with its revision, and how it is stored. Raises ConfigError for a folder that is no adapter."""
+    if not adapter and not base:
+        raise ConfigError("give --adapter DIR or --base DIR")
+    trained = read_adapter(adapter) if adapter else {"revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
+    return trained | ({"base": base} if base else {})
 
 
 def prompt_ids(tokenizer, dialogue: str) -> list[int]:
@@ -72,31 +45,114 @@ def prompt_ids(tokenizer, dialogue: str) -> list[int]:
     return encode(tokenizer, [(soap_messages(dialogue), True)])[0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="launch.sh generate", description="Write the SOAP note of a dialogue.")
+def fit_all(tokenizer, dialogues: dict[str, str], context: int, max_new_tokens: int) -> dict[str, tuple[str, int]]:
+    """{id: (dialogue, turns left out)}: shortened as in training where prompt and note would not fit the base's context, in tokens. Raises
+    ConfigError naming the first id that can't be."""
+    if context <= max_new_tokens:
+        raise ConfigError(f"--max-new-tokens {max_new_tokens}: the base's context holds {context} tokens, the prompt included; give fewer")
+    fitted = {}
+    for key, dialogue in dialogues.items():
+        shorter = fit_dialogue(dialogue, lambda text: len(prompt_ids(tokenizer, text)), context - max_new_tokens)
+        if shorter is None:
+            raise ConfigError(f"id {key}: does not fit the base's context of {context:,} tokens beside a note of {max_new_tokens}, whatever turns "
+                              "are left out: split its longest turn, or give fewer --max-new-tokens")  # fmt: skip
+        fitted[key] = shorter
+    return fitted
+
+
+def write_batch(model, tokenizer, keys: list[str], dialogues: list[str], args: argparse.Namespace) -> list[Note]:
+    """The notes of some dialogues, as the command's options say."""
+
+    def sampled(part: str = ""):
+        return sampling(args.temperature, args.top_p, args.seed, [f"{key} {part}" for key in keys]) if args.temperature else None
+
+    if args.strict:
+        return write_strict(model, tokenizer, dialogues, args.max_new_tokens, sampled)
+    return write_notes(model, tokenizer, [prompt_ids(tokenizer, d) for d in dialogues], args.max_new_tokens, sampled=sampled())
+
+
+def read_one(path: str) -> str:
+    """The dialogue of a text file, or of standard input for -."""
+    try:
+        dialogue = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--dialogue {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    if not dialogue.strip():
+        raise ConfigError(f"--dialogue {path}: the dialogue is empty")
+    return dialogue
+
+
+def write_file(dialogues: dict[str, tuple[str, int]], output: NotesFile, load, args: argparse.Namespace) -> None:
+    """Writes the notes that the output lacks, in batches of like length."""
+    keys = sorted((key for key in dialogues if key not in output.done), key=lambda key: len(dialogues[key][0]))
+    with contextlib.closing(output), tqdm(total=len(dialogues), initial=len(output.done), unit="note", dynamic_ncols=True) as bar:
+        model, tokenizer = load() if keys else (None, None)
+        for start in range(0, len(keys), args.batch_size):
+            batch = keys[start : start + args.batch_size]
+            for key, note in zip(batch, write_batch(model, tokenizer, batch, [dialogues[key][0] for key in batch], args)):
+                output.add(key, note, dialogues[key][1])
+                bar.update()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch.sh generate", description="Write the SOAP notes of dialogues. They are drafts for a clinician.")
     parser.add_argument("--adapter", help="a run's adapter/ folder; without it the base answers alone")
     parser.add_argument("--base", help="the base, where it is not the one the adapter names")
     parser.add_argument("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=600)
+    parser.add_argument("--input", help="a JSONL file with `dialogue` and `id`")
+    parser.add_argument("--output", help="the JSONL file for its notes; one that was left unfinished is gone on with")
+    parser.add_argument("--max-new-tokens", type=int, default=600, help="longest note")
+    parser.add_argument("--batch-size", type=int, default=ROWS, help="dialogues at a time")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: draw from the likeliest tokens that have this share")
+    parser.add_argument("--seed", type=int, default=0, help="with a temperature: another seed, other notes")
+    parser.add_argument("--strict", action="store_true", help="force the four headings, and nothing else")
     args = parser.parse_args(argv)
+    for name, fine in {"max_new_tokens": args.max_new_tokens > 0, "batch_size": args.batch_size > 0, "temperature": args.temperature >= 0,
+                       "top_p": 0 < args.top_p <= 1, "seed": args.seed >= 0}.items():  # fmt: skip
+        if not fine:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
+    if not args.temperature and (args.top_p != 1 or args.seed):
+        raise ConfigError("--top-p and --seed: mean something only with --temperature above 0")
+    if bool(args.input) != bool(args.output) or (args.input and args.dialogue != "-"):
+        raise ConfigError("give --input FILE.jsonl and --output FILE.jsonl, or --dialogue FILE")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
     from .monitor import quiet_libraries
 
     quiet_libraries()
     try:
-        if args.dialogue == "-":
-            dialogue = sys.stdin.read()
+        args = parse(argv)
+        dialogues = read_dialogues(args.input) if args.input else {args.dialogue: read_one(args.dialogue)}
+        trained, output = what_writes(args.adapter, args.base), None
+        if args.output:
+            weights = digest((Path(args.adapter) / "adapter_model.safetensors").read_bytes()) if args.adapter else None
+            chosen = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "strict")}
+            output = NotesFile(args.output, dialogues, {"adapter": weights, "base": trained["base"], "revision": trained["revision"]} | chosen)
+        tokenizer, shape = (load(trained["base"], trained["revision"]) for load in (load_tokenizer, load_shape))
+        fitted = fit_all(tokenizer, dialogues, shape.max_position_embeddings, args.max_new_tokens)
+        if shortened := [key for key, (_, turns) in fitted.items() if turns]:
+            print(f"{len(shortened)} of {len(fitted)} dialogues had turns left out of their middle to fit {shape.max_position_embeddings:,} tokens: "
+                  + ", ".join(shortened[:8]) + (" ..." if len(shortened) > 8 else ""), file=sys.stderr)  # fmt: skip
+        load = functools.partial(load_for_notes, args.adapter, args.base, "cuda:0" if on_gpu() else "cpu")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if output:
+            write_file(fitted, output, load, args)
+            cut = sum(not row["ended"] for row in output.done.values())
+            print(f"{len(fitted)} notes in {args.output}" + (f", {cut} of them cut off at --max-new-tokens" if cut else ""))
         else:
-            try:
-                dialogue = Path(args.dialogue).read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"--dialogue {args.dialogue}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-        if not dialogue.strip():
-            raise ConfigError(f"--dialogue {args.dialogue}: the dialogue is empty")
-        model, tokenizer = load_for_notes(args.adapter, args.base, "cuda:0" if on_gpu() else "cpu")
+            ((key, (dialogue, _)),) = fitted.items()
+            note = write_batch(*load(), [key], [dialogue], args)[0].text
+            with contextlib.suppress(BrokenPipeError):
+                print(note)
     except ConfigError as error:
         exit_with_config_error(error)
-    with contextlib.suppress(BrokenPipeError):
-        print(write_notes(model, tokenizer, [prompt_ids(tokenizer, dialogue)], args.max_new_tokens)[0])
+    except KeyboardInterrupt:
+        if args.output:
+            print(f"stopped; the notes so far are in {args.output}, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def _json(text: bytes):
         raise BadRow("is not a whole JSON object: repair or remove the line") from None
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
+def read_json(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """A JSON object a line, or one array of objects."""
     with path.open("rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
@@ -103,7 +103,7 @@ def _read_pairs(folder: Path, columns: dict[str, list[str]]) -> Iterator[tuple[i
             yield number, BadRow(f"{stem}.{kind}.txt is not UTF-8: save it as UTF-8")
 
 
-READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+READERS = {".jsonl": read_json, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def locate(source: str, split: str) -> tuple[Path, str, str]:

@@ -1,6 +1,7 @@
 """The SOAP task itself: the one prompt that training and generation share, and how a note is taken apart again."""
 
 import re
+from collections.abc import Callable
 
 HEADINGS = ("S", "O", "A", "P")
 NAMES = {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"}
@@ -35,6 +36,28 @@ def count_turns(dialogue: str) -> int:
     """The turns that `shorten` could remove."""
     lines = dialogue.strip().splitlines()
     return len(lines) if len(lines) > 1 else len(re.split(r"(?<=[.?!]) ", lines[0]))
+
+
+def fit_dialogue(dialogue: str, count_tokens: Callable[[str], int], limit: int) -> tuple[str, int] | None:
+    """(the dialogue, turns left out): without as few turns from its middle as make `count_tokens` of it at most `limit`. None where even the
+    first and the last turn are too long."""
+    if count_tokens(dialogue) <= limit:
+        return dialogue, 0
+    low, high, best = 1, count_turns(dialogue) - 2, None
+    while low <= high:
+        turns = (low + high) // 2
+        shorter = shorten(dialogue, turns)
+        if count_tokens(shorter) <= limit:
+            best, high = (shorter, turns), turns - 1
+        else:
+            low = turns + 1
+    return best
+
+
+def before_next_heading(text: str) -> str:
+    """What a section's text holds before a line begins another section."""
+    mark = _HEADING.search("\0" + text)  # the text's own first line follows a heading already
+    return text[: mark.start() - 1] if mark else text
 
 
 def parse_note(note: str) -> dict[str, str]:

@@ -139,3 +139,8 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
 def said(c: Conversation) -> str:
     """What an example is recognised by: all that is not the answer."""
     return c.dialogue if c.dialogue is not None else "\n".join(m["content"] for m in c.messages if m["role"] == "user")
+
+
+def answer(c: Conversation) -> str:
+    """The note, or the last message where the row was a list of messages."""
+    return c.note if c.note is not None else c.messages[-1]["content"]

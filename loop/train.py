@@ -21,7 +21,7 @@ from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
 from .dropout import share_dropout
 from .ds_config import build_ds_config
-from .evaluate import evaluate_loss, prompt_of, sample_notes
+from .evaluate import evaluate_loss
 from .export import export_model
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
@@ -31,6 +31,7 @@ from .model import (
     choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
 )  # fmt: skip
 from .monitor import Monitor, quiet_libraries, versions
+from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
 from .state import adam_step
@@ -156,12 +157,13 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         if not held_out:
             return {}
         figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop)
-        notes = sample_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks, stop)
+        share = -(-len(shown) // ranks.world_size)  # a few notes: each rank writes some
+        notes = share_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks, stop, share)
         if ranks.any(stop.signal is not None):
             return None
         monitor.scalars(step, figures)
         monitor.say(f"step {step}: validation loss {figures['eval/loss']:.4f}, perplexity {figures['eval/perplexity']:.2f}")
-        monitor.notes(step, notes)
+        monitor.notes(step, {key: note.text for key, note in notes.items()})
         return figures
 
     def save(step: int, figures: dict[str, float] | None) -> None:

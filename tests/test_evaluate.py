@@ -4,26 +4,64 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_ok, run_ranks
+from conftest import ROOT, run_ok
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loop import evaluate
+from loop.cli import load_config
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_command_gives_the_runs_own_figure(trained, world_size):
-    command = ["-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "valid", "--notes", "2", "micro_batch_size=2"]
-    out = run_ok(world_size, *command)
+def test_any_number_of_ranks_and_any_batch_gives_the_same_figures(trained):
+    """1, 2 and 4 ranks, micro-batches of one row and of two: three batches of notes, their scores and intervals are equal to the bit, the
+    loss to rounding."""
+    command = ["-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "train", "monitor.sample_max_new_tokens=6"]
+    seen = []
+    for world_size, rows in ((1, "2"), (2, "1"), (4, "auto")):
+        out = run_ok(world_size, *command, "--html", str(trained.parent / f"{world_size}.html"), f"micro_batch_size={rows}")
+        seen.append(json.loads((trained / "report.json").read_text())["evaluate/train"])
+        assert "ROUGE-Lsum" in out and "adapter" in out and "pain" not in out
+    losses = [report["figures"].pop("loss") for report in seen]
+    assert seen[0] == seen[1] == seen[2] and 32 < seen[0]["notes"] == seen[0]["examples"] == 40 - seen[0]["left out"]
+    assert [loss["value"] for loss in losses] == pytest.approx([losses[0]["value"]] * 3, rel=2e-3)
+    assert losses[0]["low"] < losses[0]["value"] < losses[0]["high"]
+    pages = [(trained.parent / f"{world_size}.html").read_text().split("<section>")[1:] for world_size in (1, 2, 4)]
+    assert pages[0] == pages[1] == pages[2] and len(pages[0]) == seen[0]["notes"]
+    board = EventAccumulator(str(trained / "tensorboard" / "evaluate"))
+    board.Reload()
+    assert {"train/rouge1", "train/facts/supported", "train/loss"} <= set(board.Tags()["scalars"])
+
+
+def test_the_command_gives_the_runs_own_loss(trained):
+    run_ok(2, "-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "valid", "--notes", "0", "micro_batch_size=2")
     report = json.loads((trained / "report.json").read_text())
-    assert report["evaluate/valid"]["eval/loss"] == pytest.approx(report["eval/loss"], rel=2e-3)
-    assert report["evaluate/valid"]["notes"] == 2 and 0 <= report["evaluate/valid"]["notes with S, O, A, P"] <= 1
-    assert "eval/perplexity" in out and "adapter" in out
+    assert report["evaluate/valid"]["figures"]["loss"]["value"] == pytest.approx(report["eval/loss"], rel=2e-3)
+
+
+def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys):
+    """Without a model; and what is missing in the file is named."""
+    rows = [json.loads(line) for line in open(load_config(["--config", str(trained / "config.yaml")]).data.valid)]
+    notes = tmp_path / "theirs.jsonl"
+    notes.write_text("".join(json.dumps({"id": row["id"], "note": row["dialogue"]}) + "\n" for row in rows))
+    command = ["-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "valid", "--predictions", str(notes)]
+    run_ok(1, *command, "--reference", "dialogue", "base=nowhere/there")
+    report = json.loads((trained / "report.json").read_text())["evaluate/valid/theirs"]
+    assert report["figures"]["rouge2"]["value"] == report["figures"]["facts/supported"]["value"] == 1 and "loss" not in report["figures"]
+    notes.write_text("".join(notes.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(command[2:])
+    assert end.value.code == 2 and f"1 of 6 examples have no note, first id {rows[-1]['id']}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("args", "words"), [
     (["--split", "dev"], "--split dev"), (["--notes", "x"], "--notes x"), (["--split"], "--split: its value is missing"),
-    (["--adapter", "nowhere"], "--adapter nowhere"),
+    (["--adapter", "nowhere"], "--adapter nowhere"), (["--predictions", "nowhere"], "--predictions nowhere: No such file"),
+    (["--html", "nowhere/x.html"], "--html nowhere/x.html"), (["--reference", "gold"], "no column 'gold'"),
 ])  # fmt: skip
-def test_wrong_arguments_end_with_2(trained, args, words):
-    (done,) = run_ranks(1, "-m", "loop.evaluate", "--config", str(trained / "config.yaml"), *args)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.startswith("error: ")
+def test_wrong_arguments_end_with_2(trained, capsys, args, words):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--config", str(trained / "config.yaml"), *(args if "--split" in args else ["--split", "valid", *args])])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and words in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_no_tensor_of_the_adapter_is_missing_or_empty(trained):

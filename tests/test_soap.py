@@ -2,7 +2,7 @@
 
 import pytest
 
-from loop.soap import REQUEST, has_all_sections, parse_note, soap_messages
+from loop.soap import REQUEST, before_next_heading, fit_dialogue, has_all_sections, parse_note, shorten, soap_messages
 
 NOTE = "S: Cough for 3 days.\nO: Temperature 38.4 C.\nA: Bronchitis.\nP: Rest: a week.\nSee again in 7 days."
 
@@ -31,3 +31,21 @@ def test_training_and_generation_share_the_prompt():
     assert whole[:2] == prompt
     assert prompt[1]["content"] == REQUEST + "Doctor: hi"
     assert whole[2] == {"role": "assistant", "content": "S: a"}
+
+
+def test_a_dialogue_loses_as_few_turns_as_make_it_fit():
+    dialogue = "\n".join(f"turn {i}" for i in range(9))
+    assert fit_dialogue(dialogue, len, len(dialogue)) == (dialogue, 0)
+    for limit in range(30, len(dialogue)):
+        found = fit_dialogue(dialogue, len, limit)
+        if found:
+            text, turns = found
+            assert len(text) <= limit and text == shorten(dialogue, turns) and turns > 0
+            assert len(shorten(dialogue, turns - 1)) > limit
+    assert fit_dialogue(dialogue, len, 20) is None
+
+
+def test_a_section_ends_where_a_line_begins_another():
+    assert before_next_heading(" Cough.\nMore: yes.\nObjective: x") == " Cough.\nMore: yes.\n"
+    assert before_next_heading(" Plan: rest, BP: 120/80") == " Plan: rest, BP: 120/80"
+    assert before_next_heading("\nP: x") == "\n"

@@ -88,8 +88,9 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "spike", "patch": {"spike_at": 2}},
                {"name": "DeepSpeed clips", "patch": {"deepspeed_clips": 0.5}, "args": ["max_grad_norm=1e9"]},
                {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
-               {"name": "watched", "args": ["lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2]",
-                                            "monitor.sample_max_new_tokens=8"]},
+               *({"name": name, "patch": {"gathered": name == "watched, gathered"}, "args": [
+                   "lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2, valid-3]",
+                   "monitor.sample_max_new_tokens=8"]} for name in ("watched, gathered", "watched, in lockstep")),
                *mistakes])  # fmt: skip
     it.run(
         4,
@@ -257,12 +258,17 @@ def test_our_clipping_is_deepspeeds(bench):
     assert distance(*moved) < 1e-4
 
 
-def test_watching_changes_nothing(bench):
-    """Evaluation and sample notes in mid-run leave every following step as it was, to the bit, with dropout on."""
-    quiet, watched = bench.records["quiet"], bench.records["watched"]
+@pytest.mark.parametrize("way", ["gathered", "in lockstep"])
+def test_watching_changes_nothing(bench, way):
+    """Evaluation and sample notes in mid-run leave every following step as it was, to the bit, with dropout on: whether the ranks write
+    their shares after one gather of the base, of unequal lengths and one rank a note more, or in lockstep."""
+    quiet, watched = bench.records["quiet"], bench.records[f"watched, {way}"]
     assert quiet["loss"] == watched["loss"] and quiet["norms"] == watched["norms"]
     assert all(torch.equal(a, b) for a, b in zip(numbered(quiet, "final.weight"), numbered(watched, "final.weight")))
     assert len(watched["eval/loss"]) == STEPS + 1 and quiet["loss"] != bench.records["2 ranks"]["loss"]  # dropout was on
+    samples = [load_config(bench.args).folder.parent / f"watched, {w}" / "samples" for w in ("gathered", "in lockstep")]
+    written = [[path.read_text() for path in sorted(folder.glob("step-*.md"))] for folder in samples]
+    assert written[0] == written[1] and len(written[0]) == STEPS + 1 and all(note.count("## valid-") == 3 for note in written[0])
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(bench):

@@ -22,10 +22,11 @@ import loop.checkpoint
 import loop.data
 import loop.export
 import loop.model
+import loop.notes
 import loop.packing
 import loop.train as train
 
-PATCHED = [train, loop.data, loop.export, loop.model]  # whose names cases replace; put back after each case
+PATCHED = [train, loop.data, loop.export, loop.model, loop.notes]  # whose names cases replace; put back after each case
 
 
 def frozen_digest(model) -> str:
@@ -109,6 +110,8 @@ def run(case: dict) -> None:
     if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
         build = train.build_ds_config
         train.build_ds_config = lambda config: build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
+    if "gathered" in patch:  # sample notes after one gather, or in lockstep, whatever the machine has room for
+        loop.notes.fits_gathered = lambda *_: patch["gathered"]
     if "disk_full" in patch:
 
         def full(*args):
