@@ -168,11 +168,11 @@ def test_another_base_of_the_same_name_is_found(run, tiny_base, tmp_path):
         check_adapter(adapter, str(tmp_path / "base"))
 
 
-def test_a_failed_audit_ends_the_command_with_1(config_file, monkeypatch):
+def test_a_failed_audit_ends_the_command_with_1(config_file, monkeypatch, capsys):
     def failing(config, ds):
         raise AuditError("the audit of adapter failed")
 
     monkeypatch.setattr(train, "train", failing)
     with pytest.raises(SystemExit) as ended:
         train.main(["--config", str(config_file)])
-    assert ended.value.code == "error: the audit of adapter failed"  # a text goes to stderr, and the exit code is 1
+    assert ended.value.code == 1 and "error: the audit of adapter failed" in capsys.readouterr().err

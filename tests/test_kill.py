@@ -73,7 +73,7 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
         saving = any((folder / "checkpoints").glob(".*-*"))
         if working and instant(time.monotonic() - working, step, saving):
             break
-        time.sleep(0.002)
+        time.sleep(0.005)
     running = processes(config_file, name)
     for who, p in running.items():
         if whom in (who, "everybody"):
@@ -114,7 +114,7 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
     (tmp_path / "slow_disk").mkdir()  # on a fast one a save is over before a busy machine has looked
     (tmp_path / "slow_disk" / "sitecustomize.py").write_text(
-        "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.1), fsync(file))[1]\n"
+        "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]\n"
     )
     assert kill(tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1)
     assert kill(tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving)
