@@ -1,4 +1,4 @@
-"""By hand on a GPU machine (`./launch.sh test -m gpu -s`): the proofs of test_train.py with the GPU's kernels at TinyLlama's shape."""
+"""By hand on a GPU machine (`./launch.sh test -m gpu -n 0 -s`): the proofs of test_train.py with the GPU's kernels at TinyLlama's shape."""
 
 import json
 from pathlib import Path
