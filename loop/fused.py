@@ -21,7 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
 from . import verdicts
 from .config import Config, ConfigError
-from .kernels import add_up, down, grad_down, rotate, swiglu, swiglu_backward
+from .kernels import add_up, down, fails_here, grad_down, rotate, swiglu, swiglu_backward
 from .model import decoder_layers
 
 
@@ -132,13 +132,16 @@ class _Rotary(torch.autograd.Function):
 # ------------------------------------------------------------------ what is put in place of what
 
 
-def choose_layers(wanted: bool | str) -> tuple[bool, str]:
-    """(whether layers are fused, what a person should know of it). Raises ConfigError when that is asked for and a kernel was found wrong."""
+def choose_layers(wanted: bool | str, device) -> tuple[bool, str]:
+    """(whether layers are fused, what a person should know of it): `wanted`, or with "auto" whether the kernels run here, are right, and were
+    not found wrong by `./launch.sh check`. Raises ConfigError when they are asked for and are not."""
     terms = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate")
     wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None) if wanted else None
+    if wanted and not wrong and torch.device(device).type == "cuda":
+        wrong = fails_here(device)
     if wrong and wanted is True:
         raise ConfigError(f"fused=true: {wrong}")
-    return bool(wanted) and not wrong, f"layers: as PEFT computes them, which takes longer, as fused is {wrong}" if wrong else ""
+    return bool(wanted) and not wrong, f"layers: as PEFT computes them, which takes longer; fused ones: {wrong}" if wrong else ""
 
 
 def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:

@@ -92,6 +92,27 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out.transpose(1, 2)
 
 
+def fails_here(device) -> str | None:
+    """Runs each kernel once on this GPU, against fp32 on the CPU. The name of the first that is wrong or can't run, with what was seen."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, z, a, dh = (torch.randn(*shape, generator=generator).bfloat16() for shape in [(300, 200)] * 3 + [(8, 200), (300, 8)])
+    drop = (torch.rand(300, 209, generator=generator) < 0.9)[:, 5:205], 1 / 0.9
+    q, angle = torch.randn(1, 300, 6, 16, generator=generator).bfloat16().transpose(1, 2), torch.rand(1, 300, 8, generator=generator).repeat(1, 1, 2)
+    cases = [(down, x, a, drop), (grad_down, dh, x, drop), (add_up, x, dh, a, drop), (swiglu, x, y), (swiglu_backward, x, y, z),
+             (rotate, q, angle.cos().bfloat16(), angle.sin().bfloat16())]  # fmt: skip
+    for term, *args in cases:
+        there = [(arg[0].to(device), arg[1]) if isinstance(arg, tuple) else arg.to(device, copy=True) for arg in args]
+        try:
+            ours, exact = term(*there), term(*(arg if isinstance(arg, tuple) else arg.float() for arg in args))
+        except Exception as error:  # a compiler that is missing, a card that Triton does not know: whatever it is, PEFT's layers run
+            return f"{term.__name__}: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+        for got, wanted in zip(*((out,) if isinstance(out, torch.Tensor) else out for out in (ours, exact))):
+            error = ((got.cpu().float() - wanted).norm() / wanted.norm()).item()
+            if not error < 2e-2:
+                return f"{term.__name__}: error {error:.1e} against plain PyTorch"
+    return None
+
+
 @jit
 def _down(x, keep, a, h, rows, width, stride, scale, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
     t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)

@@ -117,7 +117,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
 
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
-    fused, fused_remark = choose_layers(config.fused)
+    fused, fused_remark = choose_layers(config.fused, ranks.device)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)

@@ -105,6 +105,21 @@ def test_what_computes_something_else_is_left_alone():
     assert fuse(model, decoder_layers(model), False) == {"LlamaMLP", "Linear"}
 
 
+def test_kernels_that_fail_on_this_card_are_not_used(monkeypatch):
+    """As if the CPU were a GPU: right terms pass, a wrong one and one that raises are named, before any layer is touched."""
+    assert kernels.fails_here("cpu") is None
+    right = kernels.swiglu
+    monkeypatch.setattr(kernels, "swiglu", lambda g, u: right(g, u) * (1.1 if g.dtype == torch.bfloat16 else 1))
+    assert "error" in kernels.fails_here("cpu") and "against plain PyTorch" in kernels.fails_here("cpu")
+
+    def rotate(*args):
+        raise RuntimeError("no such card\nand more")
+
+    monkeypatch.setattr(kernels, "swiglu", right)
+    monkeypatch.setattr(kernels, "rotate", rotate)
+    assert kernels.fails_here("cpu") == "rotate: RuntimeError: no such card"
+
+
 @pytest.mark.parametrize(("rows", "width", "rank"), [(150, 200, 8), (1100, 96, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.gpu

@@ -520,11 +520,12 @@ def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict)
 
 
 def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
-    assert choose_layers("auto") == choose_layers(True) == (True, "") and choose_layers(False) == (False, "")
+    assert choose_layers("auto", "cpu") == choose_layers(True, "cpu") == (True, "") and choose_layers(False, "cpu") == (False, "")
     verdict(Row("fused down"), Row("fused rotate", **WRONG))
-    assert choose_layers("auto")[0] is False and "fused rotate" in choose_layers("auto")[1] and choose_layers(False) == (False, "")
+    use, remark = choose_layers("auto", "cpu")
+    assert use is False and "fused rotate" in remark and choose_layers(False, "cpu") == (False, "")
     with pytest.raises(ConfigError, match="fused=true: wrong by ./launch.sh check: fused rotate"):
-        choose_layers(True)
+        choose_layers(True, "cpu")
 
 
 def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):
