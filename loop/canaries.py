@@ -12,14 +12,13 @@ import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 
 import numpy as np
 import torch
 
 from .audit import AuditError
-from .cli import load_config, take_options
+from .cli import leave, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed
@@ -171,7 +170,7 @@ def main(args: list[str]) -> None:
     try:
         report = train(config, build_ds_config(config))
     except (FloatingPointError, AuditError, OSError) as error:  # as in train.main
-        sys.exit(f"error: {error}" if ranks.is_main else 1)
+        leave(1, f"error: {error}" if ranks.is_main else "")
     if report and report["steps"] == report["planned_steps"]:
         exposures = measure(config, canaries, tokenizer, ranks.device)
         write_report(config.folder, {"canaries": [vars(c) | {"seen": n, "exposure": bits} for c, n, bits in zip(canaries, seen, exposures)]})
