@@ -1,8 +1,8 @@
 """What makes the step fast: linear layers with their LoRA, the feed-forward block, norms and rotary positions in few kernels.
 
 A QLoRA step lacks neither arithmetic nor memory: it is held back by kernel launches and by reading and writing activations. What stands
-here computes what PEFT and transformers compute, term by term, with fewer roundings to bf16 between the terms, and keeps nothing for the
-backward pass that a cheap kernel makes again. On GPUs the kernels are Triton's, elsewhere the same terms are written in plain PyTorch.
+here computes what PEFT and transformers compute, term by term, with fewer roundings to bf16 between the terms, and keeps less
+for the backward pass. On GPUs the kernels are Triton's, elsewhere the same terms are written in plain PyTorch.
 `fuse` first runs each part against the one that it replaces and leaves alone what differs.
 """
 
@@ -21,6 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
 from . import verdicts
 from .config import Config, ConfigError
+from .distributed import Ranks
 from .kernels import add_up, down, fails_here, grad_down, rotate, swiglu, swiglu_backward
 from .model import decoder_layers
 
@@ -29,7 +30,7 @@ class Linear:
     """A frozen linear layer with its LoRA, y = x W^T + b + s (drop(x) A^T) B^T, and its gradients. x [T, K], A [r, K], B [N, r].
 
     Its parameters are looked up in every call: between two calls ZeRO-3 may have taken them away and brought them back. keep_dense: the
-    dequantised weight is kept, for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""
+    dequantised weight is kept, in bf16 for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""
 
     def __init__(self, module: nn.Module, keep_dense: bool) -> None:
         (self.adapter,), self.module, self.dense = module.active_adapters, module, None
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _FeedForward(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). silu(gate) * up, the widest tensor of a layer, is made again."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). silu(gate) * up, one of three such wide tensors, is made again."""
 
     @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
@@ -132,22 +133,26 @@ class _Rotary(torch.autograd.Function):
 # ------------------------------------------------------------------ what is put in place of what
 
 
-def choose_layers(wanted: bool | str, device) -> tuple[bool, str]:
-    """(whether layers are fused, what a person should know of it): `wanted`, or with "auto" whether the kernels run here, are right, and were
-    not found wrong by `./launch.sh check`. Raises ConfigError when they are asked for and are not."""
-    terms = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate")
-    wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None) if wanted else None
-    if wanted and not wrong and torch.device(device).type == "cuda":
-        wrong = fails_here(device)
-    if wrong and wanted is True:
+def choose_layers(config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[bool, str]:
+    """(whether layers are fused, what a person should know of it): `config.fused`, or with "auto" whether the kernels run here, are right, and
+    were not found wrong by `./launch.sh check`. All ranks get the same answer, and every rank must call it. Raises ConfigError, on all of
+    them, when the kernels are asked for and fail."""
+    terms, wrong = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate"), None
+    if config.fused:
+        wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None)
+        if not wrong and ranks.device.type == "cuda":
+            wrong = fails_here(ranks.device, config.lora["r"], dtype)
+        wrong = next(filter(None, ranks.gather(wrong)), None)
+    if wrong and config.fused is True:
         raise ConfigError(f"fused=true: {wrong}")
-    return bool(wanted) and not wrong, f"layers: as PEFT computes them, which takes longer; fused ones: {wrong}" if wrong else ""
+    return bool(config.fused) and not wrong, f"layers: as PEFT computes them, which takes longer; fused ones: {wrong}" if wrong else ""
 
 
 def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
     """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's)."""
-    weights = sum(m.in_features * m.out_features for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit))
-    room = 2 * weights <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
+    layers = [m for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit)]
+    size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
+    room = size <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
     return room if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
@@ -185,9 +190,11 @@ def put(module: nn.Module, linears: list[Linear], function) -> None:
     plain, module.fused = module.forward, linears
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if x.shape[-2] == 1 and not torch.is_grad_enabled():  # one token of a generation: bitsandbytes has a kernel that needs no dense W
+        if x.shape[-2] == 1 and not (
+            module.training or torch.is_grad_enabled()
+        ):  # one token of a generation: bitsandbytes has a kernel that needs no dense W
             return plain(x, *args, **kwargs)
-        return function(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return function(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
 
     module.forward = forward
 

@@ -1,6 +1,6 @@
 """The terms of fused.py, each one kernel: Triton's where there is a GPU, elsewhere the same in plain PyTorch, which is what they are tested against.
 
-`drop` is (keep bool [T, width], scale) or None: what is kept is multiplied by scale. All shapes are of row-major tensors.
+`drop` is (keep bool [T, width], scale) or None: what is kept is multiplied by scale; keep may be columns of a wider mask. Matrices are row-major.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ masked = torch.ops.aten.native_dropout_backward  # x * keep * scale in one kerne
 
 
 def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
+    # The number of rows changes from step to step, and a mask begins at any column: not to be compiled anew for each that divides by 16.
+    return triton.jit(kernel, do_not_specialize=["rows", "stride", "share"], do_not_specialize_on_alignment=["keep"]) if triton else kernel
+
+
+def blocks(rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(rank, the rank's block, tokens of a block, columns of a block): as much as shared memory holds in three stages."""
+    padded = max(16, triton.next_power_of_2(rank))
+    return rank, padded, 64, 128 if padded <= 64 and dtype != torch.float32 else 64
 
 
 def on_triton(x: torch.Tensor) -> bool:
@@ -34,7 +41,7 @@ def down(x: torch.Tensor, a: torch.Tensor, drop) -> torch.Tensor:
         return (x if drop is None else masked(x, *drop)) @ a.t()
     (keep, scale), (rows, width), rank = drop, x.shape, len(a)
     h = x.new_empty(rows, rank)
-    _down[(triton.cdiv(rows, 64),)](x, keep, a, h, rows, width, keep.stride(0), scale, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    _down[(triton.cdiv(rows, 64),)](x, keep, a, h, rows, width, keep.stride(0), scale, *blocks(rank, x.dtype))
     return h
 
 
@@ -44,8 +51,9 @@ def grad_down(dh: torch.Tensor, x: torch.Tensor, drop) -> torch.Tensor:
         return dh.t() @ (x if drop is None else masked(x, *drop))
     (keep, scale), (rows, width), rank = drop, x.shape, dh.shape[1]
     shares = torch.empty(max(1, min(32, rows // 512)), rank, width, device=x.device)
-    grid, share = (triton.cdiv(width, 128), len(shares)), triton.cdiv(triton.cdiv(rows, len(shares)), 64) * 64
-    _grad_down[grid](dh, x, keep, shares, rows, width, keep.stride(0), share, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    sizes = blocks(rank, x.dtype)
+    grid, share = (triton.cdiv(width, sizes[3]), len(shares)), triton.cdiv(triton.cdiv(rows, len(shares)), 64) * 64
+    _grad_down[grid](dh, x, keep, shares, rows, width, keep.stride(0), share, *sizes)
     return shares.sum(0).mul_(scale).to(dh.dtype)
 
 
@@ -56,8 +64,8 @@ def add_up(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, drop) -> torch.T
     if not on_triton(dx):
         return dx.add_(masked(dh @ a, *drop))
     (keep, scale), (rows, width), rank = drop, dx.shape, len(a)
-    grid = (triton.cdiv(rows, 64), triton.cdiv(width, 128))
-    _add_up[grid](dx, dh, a, keep, rows, width, keep.stride(0), scale, rank, max(16, triton.next_power_of_2(rank)), 64, 128)
+    sizes = blocks(rank, dx.dtype)
+    _add_up[(triton.cdiv(rows, 64), triton.cdiv(width, sizes[3]))](dx, dh, a, keep, rows, width, keep.stride(0), scale, *sizes)
     return dx
 
 
@@ -92,22 +100,30 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out.transpose(1, 2)
 
 
-def fails_here(device) -> str | None:
-    """Runs each kernel once on this GPU, against fp32 on the CPU. The name of the first that is wrong or can't run, with what was seen."""
-    generator = torch.Generator().manual_seed(0)
-    x, y, z, a, dh = (torch.randn(*shape, generator=generator).bfloat16() for shape in [(300, 200)] * 3 + [(8, 200), (300, 8)])
-    drop = (torch.rand(300, 209, generator=generator) < 0.9)[:, 5:205], 1 / 0.9
-    q, angle = torch.randn(1, 300, 6, 16, generator=generator).bfloat16().transpose(1, 2), torch.rand(1, 300, 8, generator=generator).repeat(1, 1, 2)
-    cases = [(down, x, a, drop), (grad_down, dh, x, drop), (add_up, x, dh, a, drop), (swiglu, x, y), (swiglu_backward, x, y, z),
-             (rotate, q, angle.cos().bfloat16(), angle.sin().bfloat16())]  # fmt: skip
-    for term, *args in cases:
-        there = [(arg[0].to(device), arg[1]) if isinstance(arg, tuple) else arg.to(device, copy=True) for arg in args]
-        try:
-            ours, exact = term(*there), term(*(arg if isinstance(arg, tuple) else arg.float() for arg in args))
-        except Exception as error:  # a compiler that is missing, a card that Triton does not know: whatever it is, PEFT's layers run
-            return f"{term.__name__}: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
-        for got, wanted in zip(*((out,) if isinstance(out, torch.Tensor) else out for out in (ours, exact))):
-            error = ((got.cpu().float() - wanted).norm() / wanted.norm()).item()
+def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
+    """Runs each kernel on this GPU, with a run's rank and dtype, against fp32 on the CPU, on sizes that divide by 16 and on others. The first
+    one that is wrong or can't run, with what was seen; None where all are right."""
+    for rows, width in ((1100, 256), (300, 200)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(rows, width)] * 3 + [(rank, width), (rows, rank), (1, rows, 6, 16)]
+        x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+        mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
+        cases = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y), (swiglu_backward, x, y, z),
+                 (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+
+        def compute(term, args, *to):
+            args = [arg.to(*to, copy=True) if arg is not mask else (mask.to(to[0])[:, 5 : width + 5], 1 / 0.9) for arg in args]
+            if term is rotate:
+                args[0] = args[0].transpose(1, 2)
+            out = term(*args)
+            return [part.cpu().float() for part in ((out,) if isinstance(out, torch.Tensor) else out)]
+
+        for term, *args in cases:
+            try:
+                ours, exact = compute(term, args, device, dtype), compute(term, args, "cpu", torch.float32)
+            except Exception as error:  # a compiler that is missing, a card that is too small or unknown: whatever it is, PEFT's layers run
+                return f"{term.__name__}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+            error = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact))
             if not error < 2e-2:
                 return f"{term.__name__}: error {error:.1e} against plain PyTorch"
     return None

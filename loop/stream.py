@@ -69,9 +69,9 @@ def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantiz
     if not wanted <= weights.files.keys():
         return None
     for prefix, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}" in wanted]
+        own = [name for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}".lstrip(".") in wanted]
         if own:
-            fill(module, {name: f"{prefix}.{name}" for name in own}, weights, dtype, device)
+            fill(module, {name: f"{prefix}.{name}".lstrip(".") for name in own}, weights, dtype, device)
             deepspeed.zero.Init(module=module, config_dict_or_path=ds)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):

@@ -117,12 +117,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
 
     backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
-    fused, fused_remark = choose_layers(config.fused, ranks.device)
+    fused, fused_remark = choose_layers(config, dtype_of(ds), ranks)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     if fused:
-        fuse(model, decoder_layers(model), choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
+        keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
+        if stayed := fuse(model, decoder_layers(model), keep_dense):
+            fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)

@@ -8,6 +8,7 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from loop import kernels
@@ -17,6 +18,13 @@ from loop.fused import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_sw
 from loop.model import decoder_layers, load_base
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def rotary_as_shipped():
+    """Ours stays in transformers' module for the whole process; what is compared with it must be the library's own."""
+    yield
+    modeling_llama.apply_rotary_pos_emb = getattr(modeling_llama.apply_rotary_pos_emb, "plain", modeling_llama.apply_rotary_pos_emb)
 
 
 def with_lora(base, dtype=torch.float32, dropout=0.1, **lora):
@@ -79,7 +87,7 @@ def test_fewer_roundings_than_peft_in_bf16():
 
 
 def test_dequantised_weights_are_kept_where_there_is_room(tiny_base):
-    model, small = load_base(tiny_base, torch.float32, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    model, small = load_base(tiny_base, torch.bfloat16, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     for free, kept in ((None, True), (small, True), (small - 1, False)):  # none: a CPU, which has more than that
         assert choose_dequantized(Config(base="x", data={"train": "x"}), model, free) is kept
         assert choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=True), model, free)
@@ -107,17 +115,17 @@ def test_what_computes_something_else_is_left_alone():
 
 def test_kernels_that_fail_on_this_card_are_not_used(monkeypatch):
     """As if the CPU were a GPU: right terms pass, a wrong one and one that raises are named, before any layer is touched."""
-    assert kernels.fails_here("cpu") is None
+    assert kernels.fails_here("cpu", 8, torch.bfloat16) is None
     right = kernels.swiglu
     monkeypatch.setattr(kernels, "swiglu", lambda g, u: right(g, u) * (1.1 if g.dtype == torch.bfloat16 else 1))
-    assert "error" in kernels.fails_here("cpu") and "against plain PyTorch" in kernels.fails_here("cpu")
+    assert "error" in kernels.fails_here("cpu", 8, torch.bfloat16) and "against plain PyTorch" in kernels.fails_here("cpu", 8, torch.bfloat16)
 
     def rotate(*args):
         raise RuntimeError("no such card\nand more")
 
     monkeypatch.setattr(kernels, "swiglu", right)
     monkeypatch.setattr(kernels, "rotate", rotate)
-    assert kernels.fails_here("cpu") == "rotate: RuntimeError: no such card"
+    assert kernels.fails_here("cpu", 8, torch.bfloat16) == "rotate: RuntimeError: no such card"
 
 
 @pytest.mark.parametrize(("rows", "width", "rank"), [(150, 200, 8), (1100, 96, 24)])

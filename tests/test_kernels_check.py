@@ -39,7 +39,7 @@ from kernels_check.rows import Row, guarded, judge
 from kernels_check.table import table
 from loop import verdicts as verdicts_of_loop
 from loop.attention import packed_attention
-from loop.config import ConfigError
+from loop.config import Config, ConfigError
 from loop.fused import choose_layers
 from loop.mfu import utilisation
 from loop.optim import choose_fused
@@ -520,12 +520,18 @@ def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict)
 
 
 def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
-    assert choose_layers("auto", "cpu") == choose_layers(True, "cpu") == (True, "") and choose_layers(False, "cpu") == (False, "")
+    here = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda value: [value])
+    other_fails = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda value: [value, "rotate: no such card"])
+
+    def chosen(wanted, ranks=here):
+        return choose_layers(Config(base="x", data={"train": "x"}, fused=wanted), torch.bfloat16, ranks)
+
+    assert chosen("auto") == chosen(True) == (True, "") and chosen(False) == (False, "")
+    assert chosen("auto", other_fails)[0] is False and "no such card" in chosen("auto", other_fails)[1]
     verdict(Row("fused down"), Row("fused rotate", **WRONG))
-    use, remark = choose_layers("auto", "cpu")
-    assert use is False and "fused rotate" in remark and choose_layers(False, "cpu") == (False, "")
+    assert chosen("auto")[0] is False and "fused rotate" in chosen("auto")[1] and chosen(False) == (False, "")
     with pytest.raises(ConfigError, match="fused=true: wrong by ./launch.sh check: fused rotate"):
-        choose_layers(True, "cpu")
+        chosen(True)
 
 
 def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):

@@ -40,10 +40,14 @@ def run(spec: dict, world_size: int, limit: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps(spec | {"out": f"{folder}/out.json"}))
-        ranks = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        ranks = [{"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+        if spec["name"] == "unsloth":  # would take them for a distributed run and wrap its model
+            ranks = [{"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}]
+        port = {} if spec["name"] == "unsloth" else {"MASTER_PORT": str(free_port())}
         log = open(f"{folder}/log", "w")
         processes = [subprocess.Popen([sys.executable, str(HERE / "contenders.py"), str(path)], stdout=log, stderr=log,
-                                      env=os.environ | ranks | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world_size)]  # fmt: skip
+                                      env=env | port | rank) for rank in ranks]  # fmt: skip
         try:
             codes = [p.wait(limit) for p in processes]
         except subprocess.TimeoutExpired:
@@ -72,6 +76,8 @@ def main() -> None:
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
     parser.add_argument("overrides", nargs="*", help="key=value for the loop")
     args = parser.parse_args()
+    if args.without_deepspeed and args.gpus > 1:
+        parser.error("--without-deepspeed has no ranks: leave out --gpus")
     base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
     common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up, "examples": int(args.steps * 13)}
     contenders = {"the loop": common | {"name": "ours", "args": args.overrides}}

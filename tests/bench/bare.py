@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+import loop.model
 from loop.data import Account
 
 
@@ -49,6 +50,7 @@ def take_deepspeed_out(train) -> None:
         return BareEngine(model, optimizer, config), optimizer, None, None
 
     train.deepspeed.initialize = initialize
+    loop.model.stream_base = lambda *args, **kwargs: None  # which would leave shards; the base is loaded whole
     train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
 
 
@@ -56,7 +58,7 @@ KINDS = [
     ("attention", r"flash|fmha|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("NF4", r"dequant|Dequant|kDequantize"),
-    ("LoRA with dropout", r"^_down|^_grad_down|^_add_up|dropout|bernoulli|distribution"),
+    ("LoRA with dropout", r"^_down|^_grad_down|^_add_up|dropout|masked_scale|bernoulli|distribution"),
     ("SwiGLU, rotary, norms", r"^_swiglu|^_rotate|rms|layer_norm|silu"),
     ("loss", r"softmax|nll"),
     ("AdamW, clipping", r"multi_tensor|Adam|norm_kernel|lpnorm|foreach"),

@@ -3,6 +3,7 @@
 Each gets the same examples and the same base; each step is 16,384 tokens' worth of rows (8 examples where a contender pads). Tokens are
 real ones, without padding. All of them train LoRA of rank 8 on every linear layer of an NF4 base with double quantisation, in bf16."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -36,8 +37,8 @@ class Clock:
         self.tokens.append(tokens)
 
     def figures(self, warm_up: int) -> dict:
-        """Windows of four steps after the warm-up."""
-        speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 4, 4)]
+        """Windows of four steps after the warm-up. The last step counts in none: it may run under the profiler."""
+        speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 5, 4)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None
         return {"tokens_per_second": speeds, "peak_gib": peak, "first_step_after": self.ends[0] - STARTED}
 
@@ -66,7 +67,7 @@ def ours(spec: dict, clock: Clock) -> None:
     if spec.get("without_deepspeed"):
         bare.take_deepspeed_out(train)
     if spec.get("profile"):
-        bare.profile_a_step(train, at=12, spec=spec)
+        bare.profile_a_step(train, at=spec["steps"], spec=spec)
     train.train(config, train.build_ds_config(config))
 
 
@@ -95,7 +96,7 @@ def plain(spec: dict, clock: Clock) -> None:
     from peft import LoraConfig, get_peft_model
 
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo")
-    model = base_model(spec, "flash_attention_2" if on_gpu() else "sdpa")
+    model = base_model(spec, flash_or_sdpa())
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -146,7 +147,7 @@ def trl(spec: dict, clock: Clock) -> None:
           "zero_force_ds_cpu_optimizer": False}  # fmt: skip
     path = Path(tempfile.mkdtemp()) / "zero3.json"
     path.write_text(json.dumps(ds))
-    model = base_model(spec, "flash_attention_2" if on_gpu() else "sdpa")
+    model = base_model(spec, flash_or_sdpa())
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
     by_trainer(spec, clock, model, AutoTokenizer.from_pretrained(spec["base"]), deepspeed=str(path), gradient_checkpointing=True)
@@ -160,6 +161,14 @@ def unsloth(spec: dict, clock: Clock) -> None:
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, lora_dropout=0, target_modules=modules, use_gradient_checkpointing=False)
     by_trainer(spec, clock, model, tokenizer, gradient_checkpointing=False)
+
+
+def flash_or_sdpa() -> str:
+    """transformers' own attention for the peers, said where it is not the fast one."""
+    if on_gpu() and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    print("attention: sdpa, as flash-attn is not here", file=sys.stderr)
+    return "sdpa"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ def make_base(shape: str, folder: Path) -> Path:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             LlamaForCausalLM(LlamaConfig(**SHAPES[shape], dtype="bfloat16")).to(torch.bfloat16).save_pretrained(path)
+        torch.cuda.empty_cache()  # this process goes on to start the contenders, who shall find the GPU empty
         AutoTokenizer.from_pretrained(ROOT / "loop" / "embedded" / "base").save_pretrained(path)
     return path
 
