@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from deepspeed.utils import set_z3_leaf_modules
@@ -130,7 +131,7 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
 
     Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
     dtype, attention, model = dtype_of(ds), IMPLEMENTATIONS[attention], None
-    if config.method == "qlora":
+    if config.method == "qlora" and dist.get_world_size() > 1:  # else there is nothing to share
         with loading(config.base):
             model = stream_base(resolve_base(config.base), dtype, device, revision=config.revision, ds=ds, attention=attention,
                                 quantization=nf4_config(dtype, config.double_quant))  # fmt: skip

@@ -5,7 +5,6 @@ from collections import Counter
 
 import torch
 
-import loop.model
 from loop.data import Account
 
 
@@ -50,7 +49,6 @@ def take_deepspeed_out(train) -> None:
         return BareEngine(model, optimizer, config), optimizer, None, None
 
     train.deepspeed.initialize = initialize
-    loop.model.stream_base = lambda *args, **kwargs: None  # which would leave shards; the base is loaded whole
     train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
 
 
