@@ -1,7 +1,7 @@
 """LoRA's dropout with a mask that belongs to the example, so that neither ranks nor micro-batches change what a step computes.
 
 torch's own draws from the rank's generator: on another number of ranks an example would meet another mask. Here each document of a row gets
-random bits from a generator seeded with (seed, step, example), drawn once for all LoRA modules: module m reads them from column m on. So
+random bits from a generator seeded with (seed, step, example), drawn once for all LoRA modules: module m reads them from column 16 m on. So
 two modules' masks at the same feature are independent draws, and one is a shifted copy of the other. That needs one mask of a row in
 memory and a hundredth of the random numbers, where torch draws and keeps one for each of the 154 modules of TinyLlama.
 """
@@ -9,6 +9,8 @@ memory and a hundredth of the random numbers, where torch draws and keeps one fo
 import numpy as np
 import torch
 import torch.nn as nn
+
+APART = 16  # columns between two modules: bytes that a kernel can read at a time
 
 
 class _Masked(torch.autograd.Function):
@@ -43,11 +45,17 @@ class ExampleDropout(nn.Module):
 
 
 class Masks:
-    """The mask of the micro-batch that is being computed: `keep` bool [T, widest module + number of modules]."""
+    """The mask of the micro-batch that is being computed: `keep` bool [T, widest module + 16 for each module]."""
 
     def __init__(self, p: float, seed: int, device) -> None:
         self.p, self.seed, self.device, self.width = p, seed, device, 0
         self.generator = torch.Generator(device)
+        self.place = torch.empty(0, 0, dtype=torch.bool, device=device)
+
+    def reserve(self, tokens: int) -> None:
+        """Rows of up to so many tokens have their mask at one address from now on."""
+        self.place = torch.ones(tokens, self.width, dtype=torch.bool, device=self.device)
+        self.keep = self.place
 
     def draw(self, step: int, examples: list[int], cu_seqlens: torch.Tensor) -> None:
         """examples: their numbers, in the order of the row; cu_seqlens: on the CPU. The same arguments give the same bits on the same
@@ -55,7 +63,9 @@ class Masks:
         if not self.width:
             return
         bounds = cu_seqlens.tolist()
-        self.keep = torch.ones(bounds[-1], self.width, dtype=torch.bool, device=self.device)
+        if len(self.place) < bounds[-1]:
+            self.reserve(bounds[-1])
+        self.keep = self.place[: bounds[-1]]
         for example, start, end in zip(examples, bounds, bounds[1:]):
             mixed = np.random.SeedSequence([self.seed, step, example]).generate_state(1, np.uint64)[0]
             self.generator.manual_seed(int(mixed) >> 1)  # a signed 64-bit number
@@ -66,7 +76,7 @@ def share_dropout(model: nn.Module, p: float, seed: int, device) -> Masks:
     """Puts ExampleDropout in the place of each nn.Dropout of the model's LoRA modules (of which there is none with p = 0)."""
     masks = Masks(p, seed, device)
     lora = [m for m in model.modules() if hasattr(m, "lora_dropout") and any(isinstance(d, nn.Dropout) for d in m.lora_dropout.values())]
-    for column, module in enumerate(lora):
-        module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, ExampleDropout(masks, column)))
-        masks.width = max(masks.width, module.in_features + len(lora))
+    for number, module in enumerate(lora):
+        module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, ExampleDropout(masks, APART * number)))
+        masks.width = max(masks.width, -(-module.in_features // APART) * APART + APART * len(lora))
     return masks

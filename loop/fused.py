@@ -74,19 +74,25 @@ class Linear:
         return grad_down(dh, x, drop), (dy.t() @ h).mul_(self.scaling)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, linear: Linear, x, a, b):
-        ctx.linear, ctx.drop = linear, linear.draw()
-        y, h = linear.forward(x, a, b, ctx.drop)
-        ctx.save_for_backward(x, h, a, b)
-        return y
+class _Linears(torch.autograd.Function):
+    """Linear layers of one input, as queries, keys and values are. The gradient of the input is summed where it is computed."""
 
     @staticmethod
-    def backward(ctx, dy):
-        x, h, a, b = ctx.saved_tensors
-        dx, dh = ctx.linear.grad_input(dy, a, b, ctx.drop)
-        return None, dx, *ctx.linear.grad_lora(dy, dh, x, h, ctx.drop)
+    def forward(ctx, linears: list[Linear], x, *lora):
+        ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
+        outputs = [linear.forward(x, *lora[2 * i : 2 * i + 2], ctx.drops[i]) for i, linear in enumerate(linears)]
+        ctx.save_for_backward(x, *(h for _, h in outputs), *lora)
+        return tuple(y for y, _ in outputs)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *saved = ctx.saved_tensors
+        hs, lora = saved[: len(dys)], saved[len(dys) :]
+        dx, of_lora = None, []
+        for i, (linear, dy, h, drop) in enumerate(zip(ctx.linears, dys, hs, ctx.drops)):
+            dx, dh = linear.grad_input(dy, *lora[2 * i : 2 * i + 2], drop, dx)
+            of_lora += linear.grad_lora(dy, dh, x, h, drop)
+        return None, dx, *of_lora
 
 
 class _FeedForward(torch.autograd.Function):
@@ -100,7 +106,7 @@ class _FeedForward(torch.autograd.Function):
         u, hu = up.forward(x, *lora[2:4], ctx.drops[1])
         y, hm = last.forward(swiglu(g, u), *lora[4:6], ctx.drops[2])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
-        return y
+        return (y,)
 
     @staticmethod
     def backward(ctx, dy):
@@ -165,20 +171,22 @@ def fuse(model: nn.Module, layers: nn.ModuleList, keep_dense: bool) -> set[str]:
     Returns what stayed, by class or function."""
     stayed = set()
     for layer in layers:
-        parts = {name: module for name, module in layer.named_modules()}
-        for name, module in parts.items():
+        for name, module in list(layer.named_modules()):
+            inner = [getattr(module, part) for part in ("q_proj", "k_proj", "v_proj") if hasattr(module, part)]
             if type(module).__name__.endswith("Norm"):
                 stayed |= set() if fuse_norm(module) else {type(module).__name__}
+            elif len(inner) == 3 and all(map(is_plain_lora, inner)):
+                put(inner, [Linear(m, keep_dense) for m in inner], _Linears)
             elif hasattr(module, "gate_proj"):
                 inner = [module.gate_proj, module.up_proj, module.down_proj]
                 if is_swiglu(module) and all(map(is_plain_lora, inner)):
-                    linears = [Linear(m, keep_dense) for m in inner]
-                    put(module, linears, lambda x, linears=linears: _FeedForward.apply(linears, x, *(p for m in linears for p in m.lora)))
+                    put([module], [Linear(m, keep_dense) for m in inner], _FeedForward)
+                    for m in inner:
+                        m.fused = None
                 else:
                     stayed.add(type(module).__name__)
-            elif is_plain_lora(module) and not hasattr(parts[name.rpartition(".")[0]], "fused"):
-                linear = Linear(module, keep_dense)
-                put(module, [linear], lambda x, linear=linear: _Linear.apply(linear, x, *linear.lora))
+            elif is_plain_lora(module) and not hasattr(module, "fused"):
+                put([module], [Linear(module, keep_dense)], _Linears)
             elif hasattr(module, "lora_A") and not is_plain_lora(module):
                 stayed.add(type(module).__name__)
         stayed |= fuse_rotary(layer)
@@ -188,18 +196,23 @@ def fuse(model: nn.Module, layers: nn.ModuleList, keep_dense: bool) -> set[str]:
     return stayed
 
 
-def put(module: nn.Module, linears: list[Linear], function) -> None:
-    """Lets the module compute function(x [T, K])."""
-    plain, module.fused = module.forward, linears
+def put(modules: list[nn.Module], linears: list[Linear], function: type[torch.autograd.Function]) -> None:
+    """Lets the modules, which get the same input one after the other, compute their outputs by `function` at the first one's turn."""
+    waiting: list = [None]  # the input, and the outputs that have not been asked for
+    for number, module in enumerate(modules):
 
-    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if x.shape[-2] == 1 and not (
-            module.training or torch.is_grad_enabled()
-        ):  # one token of a generation: bitsandbytes has a kernel that needs no dense W
-            return plain(x, *args, **kwargs)
-        return function(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+        def forward(x: torch.Tensor, *args, number=number, module=module, plain=module.forward, **kwargs) -> torch.Tensor:
+            if x.shape[-2] == 1 and not (module.training or torch.is_grad_enabled()):
+                return plain(x, *args, **kwargs)  # one token of a generation: bitsandbytes has a kernel that needs no dense W
+            if waiting[0] is not x or waiting[1 + number] is None:
+                flat = x.reshape(-1, x.shape[-1]).contiguous()
+                waiting[:] = [x, *function.apply(linears, flat, *(p for linear in linears for p in linear.lora))]
+            y, waiting[1 + number] = waiting[1 + number], None
+            if not any(y is not None for y in waiting[1:]):
+                waiting[:] = [None]
+            return y.view(*x.shape[:-1], -1)
 
-    module.forward = forward
+        module.forward, module.fused = forward, True
 
 
 def is_plain_lora(module: nn.Module) -> bool:

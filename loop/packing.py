@@ -186,3 +186,21 @@ def collate(examples: list, max_seq_len: int) -> Batch:
         target_positions=torch.from_numpy(keep),
         targets=torch.from_numpy(following[keep].astype(np.int64)),
     )
+
+
+def pad(batch: Batch, tokens: int, documents: int, max_seq_len: int) -> Batch:
+    """The batch as a row of exactly so many tokens and documents, for kernels that were recorded for that size. The fill has documents of its
+    own, without targets; what is still lacking in documents is empty ones at the end. ValueError where the batch is larger."""
+    start, count = batch.input_ids.shape[1], len(batch.cu_seqlens) - 1
+    ends = [*range(start + max_seq_len, tokens, max_seq_len), tokens] if start < tokens else []
+    empty = documents - count - len(ends)
+    if tokens < start or empty < 0:
+        raise ValueError(f"a row of {start} tokens and {count} documents does not fit {tokens} tokens and {documents} documents")
+    fill = (torch.arange(tokens - start) % max_seq_len)[None]
+    bounds = torch.tensor(ends + [tokens] * empty, dtype=torch.int32)
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, torch.zeros_like(fill)], 1),
+        position_ids=torch.cat([batch.position_ids, fill], 1),
+        cu_seqlens=torch.cat([batch.cu_seqlens, bounds]),
+    )

@@ -25,6 +25,7 @@ from .evaluate import evaluate_loss
 from .export import export_model
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
+from .graphs import choose_graphs, graph_layers, room_of, spare_housekeeping
 from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
@@ -33,7 +34,7 @@ from .model import (
 from .monitor import Monitor, quiet_libraries, versions
 from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
-from .packing import Batch, collate, cut, make_plan
+from .packing import Batch, collate, cut, make_plan, pad
 from .state import adam_step
 from .watchdog import StopRequest, Watchdog, doing
 
@@ -129,11 +130,18 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
+    engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
     parameters = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
 
     if path:
         checkpoints.load(engine, path, manifest)
+    spare_housekeeping(engine, ranks)
+    room = room_of(plan, capacity, config.max_seq_len) if choose_graphs(config, ranks, backend, checkpointing) else None
+    if room:
+        dropout.reserve(capacity)
+        if not graph_layers(engine.module, decoder_layers(engine.module), room, config.max_seq_len, ranks.device):
+            room = None
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
     mfu = utilisation(engine.module, shape, ranks)
@@ -189,6 +197,8 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         ids = plan[step]  # the examples of this step
         mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
         micro_batches = [collate([examples[i] for i in part], config.max_seq_len) for part in mine]
+        if room:
+            micro_batches = [pad(batch, *room, config.max_seq_len) for batch in micro_batches]
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
                        restart_steps=config.restart_steps, restart_mult=config.restart_mult)  # fmt: skip

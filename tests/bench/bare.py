@@ -22,12 +22,15 @@ class BareEngine:
     """What the loop asks of DeepSpeed's engine, by plain PyTorch on one device: weights, gradients and AdamW in bf16."""
 
     def __init__(self, model, optimizer, config) -> None:
-        self.module, self.optimizer, self.boundary = model.train(), optimizer, True
+        self.module, self.optimizer, self.boundary = model, optimizer, True
         for p in model.parameters():
             p.ds_numel, p.ds_shape = p.numel(), p.shape
 
     def __call__(self, **inputs):
         return self.module(**inputs)
+
+    def train(self) -> None:
+        self.module.train()
 
     def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
         self.boundary = boundary

@@ -1,0 +1,168 @@
+"""Decoder layers as CUDA graphs: what Python launches kernel by kernel is recorded once and then replayed by one call a layer and direction.
+
+A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run on one
+rank, where ZeRO-3 partitions nothing and a weight stays where it is, and for rows of one size, for which `packing.pad` fills a
+row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .config import Config
+from .distributed import Ranks
+from .packing import Plan, collate, pad
+
+
+class _Replay(torch.autograd.Function):
+    """A layer's forward and backward pass. Its input lies where the layer before wrote it, so that only the first one copies."""
+
+    @staticmethod
+    def forward(ctx, graphed: "GraphedLayer", x, *trained):
+        ctx.graphed = graphed
+        if x.data_ptr() != graphed.x.data_ptr():
+            graphed.x.data.copy_(x)
+        graphed.forward_graph.replay()
+        return graphed.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        graphed = ctx.graphed
+        if dy.data_ptr() != graphed.dy.data_ptr():
+            graphed.dy.copy_(dy)
+        graphed.backward_graph.replay()
+        return None, *(gradient.detach() for gradient in graphed.gradients)  # DeepSpeed copies them before the next replay
+
+
+class Arguments:
+    """What all decoder layers get beside their input, its tensors at fixed addresses."""
+
+    def __init__(self, args: tuple, kwargs: dict) -> None:
+        self.live, self.structure = tree_flatten((args, kwargs))  # what was copied last
+        self.fixed = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.live]
+        self.args, self.kwargs = tree_unflatten(self.fixed, self.structure)
+
+    def take(self, args: tuple, kwargs: dict) -> bool:
+        """Copies what is new. False where something is of another kind or shape than in the capture."""
+        leaves, structure = tree_flatten((args, kwargs))
+        if structure != self.structure:
+            return False
+        for i, (fixed, leaf) in enumerate(zip(self.fixed, leaves)):
+            if leaf is self.live[i]:
+                continue
+            if not isinstance(leaf, torch.Tensor) or not isinstance(fixed, torch.Tensor):
+                if type(leaf) is not type(fixed) or leaf != fixed:
+                    return False
+            elif leaf.shape != fixed.shape:
+                return False
+            else:
+                fixed.copy_(leaf)
+            self.live[i] = leaf
+        return True
+
+
+class GraphedLayer:
+    """In the place of a decoder layer's forward."""
+
+    def __init__(self, layer: nn.Module, arguments: Arguments) -> None:
+        self.layer, self.plain, self.arguments = layer, layer.forward, arguments
+        self.weights = list(layer.parameters())
+        self.trained = [p for p in self.weights if p.requires_grad]
+
+    def capture_forward(self, x: torch.Tensor, pool) -> torch.Tensor:
+        self.x, self.forward_graph = x.detach().requires_grad_(), torch.cuda.CUDAGraph()
+        self.addresses = [p.data_ptr() for p in self.weights]
+        with torch.cuda.graph(self.forward_graph, pool=pool):
+            self.y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
+        return self.y
+
+    def capture_backward(self, dy: torch.Tensor, pool) -> torch.Tensor:
+        self.dy, self.backward_graph = dy, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.backward_graph, pool=pool):
+            self.gradients = torch.autograd.grad(self.y, [self.x, *self.trained], dy)
+        self.y = self.y.detach()
+        return self.gradients[0]
+
+    def __call__(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if (
+            self.layer.training
+            and torch.is_grad_enabled()
+            and x.shape == self.x.shape
+            and [p.data_ptr() for p in self.weights] == self.addresses
+            and self.arguments.take(args, kwargs)
+        ):
+            return _Replay.apply(self, x, *self.trained)
+        return self.plain(x, *args, **kwargs)
+
+
+def choose_graphs(config: Config, ranks: Ranks, backend: str, checkpointing: bool) -> bool:
+    """Whether layers are replayed: on one GPU, with attention that does not ask the GPU for the documents' bounds, and with activations kept."""
+    return config.cuda_graphs and ranks.device.type == "cuda" and ranks.world_size == 1 and backend != "sdpa" and not checkpointing
+
+
+def room_of(plan: Plan, capacity: int, max_seq_len: int) -> tuple[int, int]:
+    """(tokens, documents) of a row that holds any micro-batch of the plan, and what fills it up."""
+    return capacity, int((plan.offsets[1:] - plan.offsets[:-1]).max()) + -(-capacity // max_seq_len)
+
+
+def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> bool:
+    """Captures each layer of the engine's model for rows of `room`. False, and all stays as it was, where layers get different arguments. The
+    dropout's masks must have got their place for such a row already."""
+    calls: list[tuple] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True) for layer in layers]
+    with torch.no_grad():
+        model(**pad(collate([], max_seq_len), *room, max_seq_len).to(device).model_inputs())
+    for hook in hooks:
+        hook.remove()
+    (x, *args), kwargs = calls[0]
+    leaves = [tree_flatten((args, kwargs))[0] for (_, *args), kwargs in calls]
+    if any(a is not b for others in leaves for a, b in zip(others, leaves[0], strict=True)):
+        return False
+    arguments = Arguments(tuple(args), kwargs)
+    graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
+    with fetched([p for g in graphed for p in g.weights]), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
+            y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
+            torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
+            del y
+        torch.cuda.synchronize()
+        for g in graphed:
+            x = g.capture_forward(x, pool)
+        dy = torch.zeros_like(x)
+        for g in reversed(graphed):
+            dy = g.capture_backward(dy, pool)
+    for layer, g in zip(layers, graphed):
+        layer.forward = g
+    return True
+
+
+@contextlib.contextmanager
+def fetched(weights: list[nn.Parameter]):
+    """Weights as the layers' hooks fetch them: on one rank each shard itself, at the address that it keeps (GatheredParameters makes copies)."""
+    away = [p for p in weights if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+    if away:
+        away[0].all_gather_coalesced(away).wait()
+    yield
+    if away:
+        away[0].partition(away)
+
+
+def spare_housekeeping(engine, ranks: Ranks) -> None:
+    """On one rank ZeRO-3 has nothing to take away, and yet it walks through all modules before and after each forward pass (to find weights
+    that others use) and after each step (to let go of every weight), and takes the norm of each gradient by itself: 40 ms of Python a
+    step, in which the GPU waits. What it needs of that is whether the gradient is finite."""
+    if ranks.world_size > 1 or not hasattr(engine.optimizer, "parameter_offload"):
+        return
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    engine.optimizer.parameter_offload.partition_all_parameters = lambda: None
+
+    def norms() -> list[torch.Tensor]:
+        groups = engine.optimizer.averaged_gradients  # {parameter group: its gradients, fp32}
+        return [torch.stack(torch._foreach_norm(groups[i])).norm() for i in sorted(groups)]
+
+    engine.optimizer._get_norm_groups = norms

@@ -1,0 +1,143 @@
+"""Layers that are replayed. Graphs themselves need a GPU (test_gpu.py compares whole runs); here a stand-in runs the layer again at each replay,
+with the same fixed places for what goes in and out."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from test_fused import with_lora
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loop.attention import IMPLEMENTATIONS
+from loop.graphs import GraphedLayer, graph_layers, room_of
+from loop.model import decoder_layers, summed_cross_entropy
+from loop.packing import collate, make_plan, pad
+from loop.tokens import Example
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+class Again:
+    """A graph that computes instead of replaying: `work` writes into the places that the capture made."""
+
+    def replay(self):
+        self.work()
+
+
+@pytest.fixture()
+def stand_in(monkeypatch):
+    forward, backward = GraphedLayer.capture_forward, GraphedLayer.capture_backward
+
+    def capture_forward(self, x, pool):
+        y = forward(self, x, pool)
+
+        def work():
+            with torch.no_grad():
+                self.y.data.copy_(self.plain(self.x, *self.arguments.args, **self.arguments.kwargs))
+
+        self.forward_graph.work = work
+        return y
+
+    def capture_backward(self, dy, pool):
+        dx = backward(self, dy, pool)
+
+        def work():
+            with torch.enable_grad():
+                y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
+            for place, gradient in zip(self.gradients, torch.autograd.grad(y, [self.x, *self.trained], self.dy)):
+                place.copy_(gradient)
+
+        self.backward_graph.work = work
+        return dx
+
+    monkeypatch.setattr(GraphedLayer, "capture_forward", capture_forward)
+    monkeypatch.setattr(GraphedLayer, "capture_backward", capture_backward)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def examples(*lengths: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(int(sum(lengths)))
+    ids = [torch.randint(1, 64, (int(n),), generator=generator).numpy() for n in lengths]
+    return [Example(str(i), x, x, 1.0) for i, x in enumerate(ids)]
+
+
+def model_with_masks():
+    torch.manual_seed(0)
+    return with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=IMPLEMENTATIONS["sdpa"])))
+
+
+def step(model, masks, batch) -> dict[str, torch.Tensor]:
+    masks.draw(1, [4, 7], batch.cu_seqlens)
+    model.zero_grad()
+    loss = summed_cross_entropy(model(**batch.model_inputs()).logits, batch.targets)
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
+    """Rows of several sizes and documents one after the other: loss and every gradient, with dropout."""
+    model, masks = model_with_masks()
+    plain, plain_masks = copy.deepcopy(model), model_with_masks()[1]
+    plain_masks = next(m.masks for m in plain.modules() if hasattr(m, "masks"))
+    masks.reserve(64)
+    replays = []
+    assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    for layer in decoder_layers(model):
+        work = layer.forward.backward_graph.work
+        layer.forward.backward_graph.work = lambda work=work: (replays.append(1), work())
+    for lengths in ((20, 24), (24, 24, 16), (3,), (20, 24)):
+        row = collate(examples(*lengths), 24)
+        ours, theirs = step(model, masks, pad(row, 64, 8, 24)), step(plain, plain_masks, row)
+        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
+    assert len(replays) == 4 * 3
+    longer = collate(examples(24, 24, 20), 24)  # another size runs as it did
+    ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
+    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs) and len(replays) == 4 * 3
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**row.model_inputs()).logits, plain.eval()(**row.model_inputs()).logits)
+
+
+def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
+    model, masks = model_with_masks()
+    masks.reserve(64)
+    graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    row = pad(collate(examples(20, 24), 24), 64, 8, 24)
+    before = step(model, masks, row)
+    for layer in decoder_layers(model):
+        layer.forward.forward_graph.work = None  # a replay would fail now
+    with pytest.raises(TypeError):
+        step(model, masks, row)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    assert all(torch.allclose(value, before[name]) for name, value in step(model, masks, row).items())
+
+
+def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
+    model, masks = model_with_masks()
+    masks.reserve(64)
+    last = decoder_layers(model)[2]
+    call = type(last).__call__
+    last.__class__ = type("Other", (type(last),), {"__call__": lambda self, x, **kwargs: call(self, x, **kwargs | {"max_seqlen": 12})})
+    assert not graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
+
+
+def test_a_row_has_room_for_every_micro_batch_of_the_plan():
+    lengths = torch.randint(2, 25, (200,), generator=torch.Generator().manual_seed(0)).numpy()
+    plan = make_plan(lengths, 64, 0)
+    tokens, documents = room_of(plan, 64, 24)
+    for ids in (plan[s] for s in range(len(plan))):
+        row = pad(collate(examples(*lengths[ids]), 24), tokens, documents, 24)
+        bounds = row.cu_seqlens
+        assert len(bounds) == documents + 1 and bounds[-1] == tokens == row.input_ids.shape[1] == row.position_ids.shape[1]
+        assert (bounds.diff() >= 0).all() and bounds.diff().max() <= 24
+        starts = bounds[:-1][bounds.diff() > 0]
+        assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(starts)
+    with pytest.raises(ValueError, match="does not fit"):
+        pad(collate(examples(24, 24, 20), 24), 64, 8, 24)
