@@ -83,7 +83,7 @@ class Config(Section):
     loraplus_lr_ratio: float = Field(1.0, gt=0)  # lr of the B matrices over lr of the A matrices (LoRA+, arXiv 2402.12354)
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    fused: bool | Literal["auto"] = "auto"  # decoder layers in few kernels; false: as PEFT computes them; auto: on CPUs only
+    fused: bool | Literal["auto"] = "auto"  # decoder layers in few kernels; false: as PEFT computes them; auto: where they were found right
     cuda_graphs: bool = True  # on one GPU, replay each decoder layer instead of launching its kernels one by one
     keep_dequantized: bool | Literal["auto"] = "auto"  # NF4 weights dequantised once, for 2 bytes a weight on each rank; auto: where there is room
 

@@ -15,7 +15,6 @@ import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from deepspeed.utils import set_z3_leaf_modules
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
@@ -140,13 +139,10 @@ class _Rotary(torch.autograd.Function):
 
 
 def choose_layers(config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[bool, str]:
-    """(whether layers are fused, what a person should know of it): `config.fused`, or with "auto" whether they are on a CPU, where the proofs of
-    tests/test_train.py have passed with them; on GPUs these have not been run yet. Kernels that were found wrong by `./launch.sh check`, or
-    fail here, are not taken. All ranks get the same answer, and every rank must call it. Raises ConfigError, on all of them, when the
-    kernels are asked for and fail."""
+    """(whether layers are fused, what a person should know of it): `config.fused`, except that "auto" does not take kernels that were found
+    wrong by `./launch.sh check`, or fail here. All ranks get the same answer, and every rank must call it. Raises ConfigError, on all of
+    them, when the kernels are asked for and fail."""
     terms, wrong = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate"), None
-    if config.fused == "auto" and ranks.device.type == "cuda":
-        return False, ""
     if config.fused:
         wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None)
         if not wrong and ranks.device.type == "cuda":
@@ -165,34 +161,32 @@ def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None)
     return room if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
-def fuse(model: nn.Module, layers: nn.ModuleList, keep_dense: bool) -> set[str]:
+def fuse(layers: nn.ModuleList, keep_dense: bool) -> set[str]:
     """Puts the functions above in the place of the decoder layers' own, before the engine gets the model. A norm, a feed-forward block or
     rotary positions that compute something else than ours do stay as they are, and so does LoRA with additions (DoRA and its like).
-    Returns what stayed, by class or function."""
-    stayed = set()
+    Parameters are read outside of the modules that own them: ZeRO-3 has to gather layers whole, as leaf modules. Returns what stayed, by class
+    or function."""
+    stayed, done = set(), set()
     for layer in layers:
-        for name, module in list(layer.named_modules()):
+        for module in layer.modules():
             inner = [getattr(module, part) for part in ("q_proj", "k_proj", "v_proj") if hasattr(module, part)]
             if type(module).__name__.endswith("Norm"):
                 stayed |= set() if fuse_norm(module) else {type(module).__name__}
             elif len(inner) == 3 and all(map(is_plain_lora, inner)):
                 put(inner, [Linear(m, keep_dense) for m in inner], _Linears)
+                done |= set(inner)
             elif hasattr(module, "gate_proj"):
                 inner = [module.gate_proj, module.up_proj, module.down_proj]
                 if is_swiglu(module) and all(map(is_plain_lora, inner)):
                     put([module], [Linear(m, keep_dense) for m in inner], _FeedForward)
-                    for m in inner:
-                        m.fused = None
+                    done |= set(inner)
                 else:
                     stayed.add(type(module).__name__)
-            elif is_plain_lora(module) and not hasattr(module, "fused"):
+            elif is_plain_lora(module) and module not in done:
                 put([module], [Linear(module, keep_dense)], _Linears)
             elif hasattr(module, "lora_A") and not is_plain_lora(module):
                 stayed.add(type(module).__name__)
         stayed |= fuse_rotary(layer)
-    # Their parameters are read from outside of the modules that own them: ZeRO-3 has to gather these units whole.
-    if units := {type(m) for m in layers.modules() if hasattr(m, "fused")}:
-        set_z3_leaf_modules(model, list(units))
     return stayed
 
 
@@ -212,7 +206,7 @@ def put(modules: list[nn.Module], linears: list[Linear], function: type[torch.au
                 waiting[:] = [None]
             return y.view(*x.shape[:-1], -1)
 
-        module.forward, module.fused = forward, True
+        module.forward = forward
 
 
 def is_plain_lora(module: nn.Module) -> bool:

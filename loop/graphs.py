@@ -160,6 +160,7 @@ def spare_housekeeping(engine, ranks: Ranks) -> None:
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     engine.optimizer.parameter_offload.partition_all_parameters = lambda: None
+    engine.optimizer.persistent_parameters = []  # small ones would be taken up again as copies, which later updates don't reach
 
     def norms() -> list[torch.Tensor]:
         groups = engine.optimizer.averaged_gradients  # {parameter group: its gradients, fp32}

@@ -124,11 +124,13 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     if fused:
         keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
-        if stayed := fuse(model, decoder_layers(model), keep_dense):
+        if stayed := fuse(decoder_layers(model), keep_dense):
             fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
+    if ranks.world_size == 1:
+        ds["zero_optimization"]["stage3_prefetch_bucket_size"] = 0  # everything is here already
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
     parameters = [p for _, p in trainable(engine.module)]

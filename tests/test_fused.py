@@ -62,7 +62,7 @@ def test_fused_layers_compute_what_peft_computes(tmp_path, quantized, keep_dense
     seen = []
     for fused in (False, True):
         model, masks = with_lora(load_base(str(tmp_path), torch.float32, "cpu", quantized=quantized))
-        assert not fused or fuse(model, decoder_layers(model), keep_dense) == set()
+        assert not fused or fuse(decoder_layers(model), keep_dense) == set()
         figures = [loss_and_gradients(model, masks)]
         model.gradient_checkpointing_enable({"use_reentrant": True})
         figures.append(loss_and_gradients(model, masks))
@@ -80,7 +80,7 @@ def test_fewer_roundings_than_peft_in_bf16():
     distances = []
     for fused in (False, True):
         model, masks = with_lora(copy.deepcopy(base), torch.bfloat16)
-        assert not fused or fuse(model, decoder_layers(model), False) == set()
+        assert not fused or fuse(decoder_layers(model), False) == set()
         seen = loss_and_gradients(model, masks)
         distances.append(sum((seen[n].float() - exact[n]).square().sum().item() for n in seen) ** 0.5)
     assert 0 < distances[1] < distances[0]
@@ -107,10 +107,10 @@ def test_what_computes_something_else_is_left_alone():
     assert fuse_norm(LlamaRMSNorm(64)) and not fuse_norm(GemmaRMSNorm(64)) and not fuse_norm(Scaled(64)) and not fuse_norm(nn.LayerNorm(64))
     model, _ = with_lora(LlamaForCausalLM(gelu), use_rslora=True)
     assert all(is_plain_lora(m) for m in model.modules() if hasattr(m, "lora_A"))
-    assert fuse(model, decoder_layers(model), False) == {"LlamaMLP"}
+    assert fuse(decoder_layers(model), False) == {"LlamaMLP"}
     model, _ = with_lora(LlamaForCausalLM(config), use_dora=True)
     assert not any(map(is_plain_lora, model.modules()))
-    assert fuse(model, decoder_layers(model), False) == {"LlamaMLP", "Linear"}
+    assert fuse(decoder_layers(model), False) == {"LlamaMLP", "Linear"}
 
 
 def test_kernels_that_fail_on_this_card_are_not_used(monkeypatch):

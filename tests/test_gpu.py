@@ -19,6 +19,8 @@ from loop.packing import make_plan
 pytestmark = pytest.mark.gpu
 STEPS = 2
 CASES = {"flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"],
+         "varlen, launched kernel by kernel": ["attention=varlen", "cuda_graphs=false"],
+         "varlen, as PEFT computes it": ["attention=varlen", "cuda_graphs=false", "fused=false"],
          "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
          "varlen, checkpointing": ["attention=varlen", "gradient_checkpointing=true"]}  # fmt: skip
 
