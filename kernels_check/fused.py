@@ -7,6 +7,7 @@ The sizes here are no multiples of any block.
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils._pytree import tree_map
 
 from kernels_check.rows import Row, best_seconds, guarded, judge, relative_error
 from kernels_check.table import emit
@@ -17,29 +18,29 @@ REMEDY = "set fused=false"
 
 
 def inputs(device: str) -> dict[str, tuple]:
-    """For each term its arguments: T = 3,001 tokens, layers 2,040 wide, LoRA of rank 8, a head of 64."""
+    """For each term its arguments: T = 12,001 tokens, layers 2,040 wide, LoRA of rank 8, a head of 64."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=generator).bfloat16()
 
-    x, y, z, a, dh = numbers(3001, 2040), numbers(3001, 2040), numbers(3001, 2040), numbers(8, 2040), numbers(3001, 8)
-    drop = (torch.rand(3001, 2049, device=device, generator=generator) < 0.9)[:, 5:2045], 1 / 0.9
-    angle = torch.rand(1, 3001, 32, device=device, generator=generator).repeat(1, 1, 2)
-    rotary = numbers(1, 3001, 6, 64).transpose(1, 2), angle.cos().bfloat16(), angle.sin().bfloat16()
+    x, y, z, a, dh = numbers(12001, 2040), numbers(12001, 2040), numbers(12001, 2040), numbers(8, 2040), numbers(12001, 8)
+    drop, up = ((torch.rand(12001, 2064, device=device, generator=generator) < 0.9)[:, 16:2056], 1 / 0.9), (dh, a.t().contiguous(), 1.5)
+    angle = torch.rand(1, 12001, 32, device=device, generator=generator).repeat(1, 1, 2)
+    rotary = numbers(1, 12001, 6, 64).transpose(1, 2), angle.cos().bfloat16(), angle.sin().bfloat16()
     return {
         "down": (x, a, drop),
         "grad_down": (dh, x, drop),
         "add_up": (x, dh, a, drop),
-        "swiglu": (x, y),
-        "swiglu_backward": (x, y, z),
+        "swiglu": (x, y, up, up),
+        "swiglu_backward": (x, y, z, up, up),
         "rotate": rotary,
     }
 
 
 def in_plain_pytorch(term: Callable, args: tuple, dtype: torch.dtype) -> Callable:
     """A call of the term with Triton switched off, its numbers in `dtype`."""
-    converted = [arg.to(dtype, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    converted = tree_map(lambda arg: arg.to(dtype, copy=True) if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool else arg, args)
 
     def call():
         on_triton, kernels.on_triton = kernels.on_triton, lambda x: False
@@ -58,7 +59,7 @@ def joined(out) -> torch.Tensor:
 def check_term(name: str, term: Callable, args: tuple, device: str) -> Iterator[Row]:
     """Error against float64; speed against PyTorch's own kernels in bf16."""
     exact = joined(in_plain_pytorch(getattr(kernels, name), args, torch.float64)())
-    ours = joined(term(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)))
+    ours = joined(term(*tree_map(lambda arg: arg.clone() if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool else arg, args)))
     plain = best_seconds(in_plain_pytorch(getattr(kernels, name), args, torch.bfloat16), device)
     version = f"triton {kernels.triton.__version__}" if kernels.triton else f"torch {torch.__version__}"
     yield judge(

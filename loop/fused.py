@@ -55,11 +55,14 @@ class Linear:
             return weight if self.dense is None else self.dense
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
 
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        w, bias = self.weight(x.dtype), self.module.base_layer.bias
+        return x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
+
     def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, drop) -> tuple[torch.Tensor, torch.Tensor]:
         """(y [T, N], h [T, r] = drop(x) A^T, which the backward pass wants again)"""
-        h, w, bias = down(x, a, drop), self.weight(x.dtype), self.module.base_layer.bias
-        y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-        return y.addmm_(h, b.t(), alpha=self.scaling), h
+        h = down(x, a, drop)
+        return self.base(x).addmm_(h, b.t(), alpha=self.scaling), h
 
     def grad_input(self, dy: torch.Tensor, a, b, drop, dx=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(dx [T, K], added to what is there already, dh [T, r])"""
@@ -95,15 +98,18 @@ class _Linears(torch.autograd.Function):
 
 
 class _FeedForward(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). silu(gate) * up, one of three such wide tensors, is made again."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). Kept are g and u, before their LoRA is added; silu(gate) * up is made again."""
+
+    @staticmethod
+    def ups(linears, hg, hu, lora) -> tuple[tuple, tuple]:
+        return (hg, lora[1], linears[0].scaling), (hu, lora[3], linears[1].scaling)
 
     @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
         ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
         gate, up, last = linears
-        g, hg = gate.forward(x, *lora[0:2], ctx.drops[0])
-        u, hu = up.forward(x, *lora[2:4], ctx.drops[1])
-        y, hm = last.forward(swiglu(g, u), *lora[4:6], ctx.drops[2])
+        g, u, hg, hu = gate.base(x), up.base(x), down(x, lora[0], ctx.drops[0]), down(x, lora[2], ctx.drops[1])
+        y, hm = last.forward(swiglu(g, u, *_FeedForward.ups(linears, hg, hu, lora)), *lora[4:6], ctx.drops[2])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
         return (y,)
 
@@ -112,7 +118,7 @@ class _FeedForward(torch.autograd.Function):
         x, g, u, hg, hu, hm, *lora = ctx.saved_tensors
         gate, up, last = ctx.linears
         dm, dh = last.grad_input(dy, *lora[4:6], ctx.drops[2])
-        dg, du, m = swiglu_backward(dm, g, u)
+        dg, du, m = swiglu_backward(dm, g, u, *_FeedForward.ups(ctx.linears, hg, hu, lora))
         of_last = last.grad_lora(dy, dh, m, hm, ctx.drops[2])
         dx, dhg = gate.grad_input(dg, *lora[0:2], ctx.drops[0])
         dx, dhu = up.grad_input(du, *lora[2:4], ctx.drops[1], dx)

@@ -72,21 +72,30 @@ def add_up(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, drop) -> torch.T
     return dx
 
 
-def swiglu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def lift(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """y + scale h B^T. y [T, N], h [T, r], b [N, r]"""
+    return torch.addmm(y, h, b.t(), alpha=scale)
+
+
+def swiglu(g: torch.Tensor, u: torch.Tensor, up_g: tuple, up_u: tuple) -> torch.Tensor:
+    """silu(g') u', where g' and u' are g and u with their LoRA's (h, b, scale) lifted onto them, without writing them down on a GPU."""
     if not on_triton(g):
-        return F.silu(g) * u
-    m = torch.empty_like(g)
-    _swiglu[(triton.cdiv(g.numel(), 1024),)](g, u, m, g.numel(), 1024)
+        return F.silu(lift(g, *up_g)) * lift(u, *up_u)
+    m, (rows, width), sizes = torch.empty_like(g), g.shape, blocks(up_g[0].shape[1], g.dtype)
+    _swiglu[(triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes[3]))](g, u, *up_g, *up_u, m, rows, width, *sizes)
     return m
 
 
-def swiglu_backward(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dg, du, silu(g) * u)"""
+def swiglu_backward(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, up_g: tuple, up_u: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dg', du', silu(g') u')"""
     if not on_triton(g):
+        g, u = lift(g, *up_g), lift(u, *up_u)
         silu = F.silu(g)
         return torch.ops.aten.silu_backward(dm * u, g), dm * silu, silu * u
     dg, du, m = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
-    _swiglu_backward[(triton.cdiv(g.numel(), 1024),)](dm, g, u, dg, du, m, g.numel(), 1024)
+    (rows, width), sizes = g.shape, blocks(up_g[0].shape[1], g.dtype)
+    grid = triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes[3])
+    _swiglu_backward[grid](dm, g, u, *up_g, *up_u, dg, du, m, rows, width, *sizes)
     return dg, du, m
 
 
@@ -111,11 +120,13 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
         shapes = [(rows, width)] * 3 + [(rank, width), (rows, rank), (1, rows, 6, 16)]
         x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
         mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
-        cases = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y), (swiglu_backward, x, y, z),
-                 (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+        up = dh, a.t().contiguous(), 1.5
+        cases = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y, up, up),
+                 (swiglu_backward, x, y, z, up, up), (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
 
         def compute(term, args, *to):
-            args = [arg.to(*to, copy=True) if arg is not mask else (mask.to(to[0])[:, 5 : width + 5], 1 / 0.9) for arg in args]
+            args = [(mask.to(to[0])[:, :width], 1 / 0.9) if arg is mask else (dh.to(*to), up[1].to(*to), 1.5) if arg is up else
+                    arg.to(*to, copy=True) for arg in args]  # fmt: skip
             if term is rotate:
                 args[0] = args[0].transpose(1, 2)
             out = term(*args)
@@ -175,21 +186,32 @@ def _add_up(dx, dh, a, keep, rows, width, stride, scale, rank: tl.constexpr, R: 
 
 
 @jit
-def _swiglu(g, u, m, size, N: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    gate, up = tl.load(g + at, mask=at < size, other=0.0).to(tl.float32), tl.load(u + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(m + at, gate * tl.sigmoid(gate) * up, mask=at < size)
+def _lifted(y, h, b, scale, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    """This block of y + scale h B^T in fp32, with the places of its numbers and which of them exist."""
+    t, k, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.program_id(1) * K + tl.arange(0, K), tl.arange(0, R)
+    at, inside = t[:, None] * width + k[None], (t < rows)[:, None] & (k < width)[None]
+    factors = tl.load(h + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
+    weights = tl.load(b + k[:, None] * rank + r[None], mask=(k < width)[:, None] & (r < rank)[None], other=0.0)
+    values = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    return values + tl.dot(factors, tl.trans(weights), input_precision="ieee") * scale, at, inside
 
 
 @jit
-def _swiglu_backward(dm, g, u, dg, du, m, size, N: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    gate, up = tl.load(g + at, mask=at < size, other=0.0).to(tl.float32), tl.load(u + at, mask=at < size, other=0.0).to(tl.float32)
-    grad = tl.load(dm + at, mask=at < size, other=0.0).to(tl.float32)
+def _swiglu(g, u, hg, bg, sg, hu, bu, su, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    gate, at, inside = _lifted(g, hg, bg, sg, rows, width, rank, R, T, K)
+    up, at, inside = _lifted(u, hu, bu, su, rows, width, rank, R, T, K)
+    tl.store(m + at, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@jit
+def _swiglu_backward(dm, g, u, hg, bg, sg, hu, bu, su, dg, du, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    gate, at, inside = _lifted(g, hg, bg, sg, rows, width, rank, R, T, K)
+    up, at, inside = _lifted(u, hu, bu, su, rows, width, rank, R, T, K)
+    grad = tl.load(dm + at, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
-    tl.store(dg + at, grad * up * share * (1 + gate * (1 - share)), mask=at < size)
-    tl.store(du + at, grad * gate * share, mask=at < size)
-    tl.store(m + at, gate * share * up, mask=at < size)
+    tl.store(dg + at, grad * up * share * (1 + gate * (1 - share)), mask=inside)
+    tl.store(du + at, grad * gate * share, mask=inside)
+    tl.store(m + at, gate * share * up, mask=inside)
 
 
 @jit

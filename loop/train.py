@@ -130,7 +130,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     if ranks.world_size == 1:
-        ds["zero_optimization"]["stage3_prefetch_bucket_size"] = 0  # everything is here already
+        ds["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0, "overlap_comm": False}  # everything is here already
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
     parameters = [p for _, p in trainable(engine.module)]

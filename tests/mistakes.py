@@ -109,9 +109,7 @@ def stale_grad_norm():
     def wrong(parameters, max_norm):
         factor = min(1.0, max_norm / last[0])
         last[0] = clip(parameters, float("inf"))
-        for p in parameters:
-            if (g := loop.optim.safe_get_local_grad(p)) is not None:
-                g.mul_(factor)
+        torch._foreach_mul_(loop.optim.local_gradients(parameters), factor)
         return last[0]
 
     loop.train.clip_grad_norm = wrong

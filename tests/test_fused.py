@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama import modeling_llama
@@ -117,7 +118,7 @@ def test_kernels_that_fail_on_this_card_are_not_used(monkeypatch):
     """As if the CPU were a GPU: right terms pass, a wrong one and one that raises are named, before any layer is touched."""
     assert kernels.fails_here("cpu", 8, torch.bfloat16) is None
     right = kernels.swiglu
-    monkeypatch.setattr(kernels, "swiglu", lambda g, u: right(g, u) * (1.1 if g.dtype == torch.bfloat16 else 1))
+    monkeypatch.setattr(kernels, "swiglu", lambda g, *rest: right(g, *rest) * (1.1 if g.dtype == torch.bfloat16 else 1))
     assert "error" in kernels.fails_here("cpu", 8, torch.bfloat16) and "against plain PyTorch" in kernels.fails_here("cpu", 8, torch.bfloat16)
 
     def rotate(*args):
@@ -137,19 +138,19 @@ def test_each_kernel_computes_its_term(rows, width, rank, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, g, u, dm = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(4))
     a, dh = torch.randn(rank, width, device=device, dtype=dtype), torch.randn(rows, rank, device=device, dtype=dtype)
-    drop = (torch.rand(rows, width + 9, device=device) < 0.9)[:, 5:-4], 1 / 0.9
+    drop, up = ((torch.rand(rows, width + 9, device=device) < 0.9)[:, 5:-4], 1 / 0.9), (dh, torch.randn(width, rank, device=device, dtype=dtype), 1.5)
     q, angle = torch.randn(2, rows, 6, 16, device=device, dtype=dtype).transpose(1, 2), torch.randn(2, rows, 8, device=device).repeat(1, 1, 2)
-    cases = [(kernels.down, x, a, drop), (kernels.grad_down, dh, x, drop), (kernels.add_up, x, dh, a, drop), (kernels.swiglu, g, u),
-             (kernels.swiglu_backward, dm, g, u), (kernels.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+    cases = [(kernels.down, x, a, drop), (kernels.grad_down, dh, x, drop), (kernels.add_up, x, dh, a, drop), (kernels.swiglu, g, u, up, up),
+             (kernels.swiglu_backward, dm, g, u, up, up), (kernels.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
 
     def compute(term, *args, to):
-        out = term(*(arg.to(*to, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        out = term(*tree_map(lambda arg: arg.to(*to, copy=True) if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool else arg, args))
         return [o.cpu().float() for o in ((out,) if isinstance(out, torch.Tensor) else out)]
 
     assert kernels.on_triton(x)
     for term, *args in cases:
         ours = compute(term, *args, to=(device, dtype))
-        on_cpu = [(arg[0].cpu(), arg[1]) if isinstance(arg, tuple) else arg for arg in args]
+        on_cpu = tree_map(lambda arg: arg.cpu() if isinstance(arg, torch.Tensor) else arg, args)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "on_triton", lambda x: False)
             exact = compute(term, *on_cpu, to=("cpu", torch.float32))
