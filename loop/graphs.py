@@ -5,15 +5,11 @@ rank, where ZeRO-3 partitions nothing and a weight stays where it is, and for ro
 row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
 """
 
-import contextlib
-
 import torch
 import torch.nn as nn
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import Config
-from .distributed import Ranks
 from .packing import Plan, collate, pad
 
 
@@ -98,9 +94,10 @@ class GraphedLayer:
         return self.plain(x, *args, **kwargs)
 
 
-def choose_graphs(config: Config, ranks: Ranks, backend: str, checkpointing: bool) -> bool:
-    """Whether layers are replayed: on one GPU, with attention that does not ask the GPU for the documents' bounds, and with activations kept."""
-    return config.cuda_graphs and ranks.device.type == "cuda" and ranks.world_size == 1 and backend != "sdpa" and not checkpointing
+def choose_graphs(config: Config, device: torch.device, whole: bool, backend: str, checkpointing: bool) -> bool:
+    """Whether layers are replayed: on a GPU that holds the model whole, with attention that does not ask it for the documents' bounds, and with
+    activations kept."""
+    return config.cuda_graphs and device.type == "cuda" and whole and backend != "sdpa" and not checkpointing
 
 
 def room_of(plan: Plan, capacity: int, max_seq_len: int) -> tuple[int, int]:
@@ -123,7 +120,7 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
         return False
     arguments = Arguments(tuple(args), kwargs)
     graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
-    with fetched([p for g in graphed for p in g.weights]), torch.enable_grad():
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
         with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
             y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
@@ -138,39 +135,3 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
     for layer, g in zip(layers, graphed):
         layer.forward = g
     return True
-
-
-@contextlib.contextmanager
-def fetched(weights: list[nn.Parameter]):
-    """Weights as the layers' hooks fetch them: on one rank each shard itself, at the address that it keeps (GatheredParameters makes copies)."""
-    away = [p for p in weights if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
-    if away:
-        away[0].all_gather_coalesced(away).wait()
-    yield
-    if away:
-        away[0].partition(away)
-
-
-def spare_housekeeping(engine, ranks: Ranks) -> None:
-    """On one rank ZeRO-3 has nothing to take away or to send, and yet it walks through all modules before and after each forward pass (to
-    find weights that others use) and after each step (to let go of every weight), takes each gradient's norm by itself, and notes for
-    each on which streams it is used: 50 ms of Python a step, on the README's machine, in which the GPU waits."""
-    optimizer = engine.optimizer
-    if ranks.world_size > 1 or not hasattr(optimizer, "parameter_offload"):
-        return
-    engine.module_forward_pre_hook.remove()
-    engine.module_forward_post_hook.remove()
-    optimizer.parameter_offload.partition_all_parameters = lambda: None
-    optimizer.persistent_parameters = []  # small weights would be taken up again as copies, which later updates don't reach
-
-    def norms() -> list[torch.Tensor]:
-        """Of each parameter group's gradients. The step is skipped where one is not finite; clipping is ours."""
-        groups = optimizer.averaged_gradients  # {group: gradients, fp32}
-        return [torch.stack(torch._foreach_norm(groups[i])).norm() for i in sorted(groups)]
-
-    def hand_over(group: int) -> None:
-        """The gradients to the optimiser, which has them in one piece."""
-        optimizer.fp32_partitioned_groups_flat[group].grad = torch.cat([g.flatten() for g in optimizer.averaged_gradients[group]])
-        optimizer.averaged_gradients[group] = None
-
-    optimizer._get_norm_groups, optimizer._prepare_fp32_grad_for_sub_group = norms, hand_over

@@ -145,7 +145,7 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
     if synced:  # a rank that has one batch less writes another's, to take part in its gathers
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
     doing("writing sample notes")  # said by a rank without a share as well
-    with unwrap_model_for_generation(engine) if gathered else contextlib.nullcontext():
+    with unwrap_model_for_generation(engine) if gathered and not getattr(engine, "whole", False) else contextlib.nullcontext():
         written = {}
         for keys in mine:
             notes = write_notes(engine.module, tokenizer, [prompts[key] for key in keys], max_new_tokens, synced, stop)

@@ -25,7 +25,7 @@ from .evaluate import evaluate_loss
 from .export import export_model
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
-from .graphs import choose_graphs, graph_layers, room_of, spare_housekeeping
+from .graphs import choose_graphs, graph_layers, room_of
 from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
@@ -35,6 +35,7 @@ from .monitor import Monitor, quiet_libraries, versions
 from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan, pad
+from .spare import keep_whole, remember_parameters
 from .state import adam_step
 from .watchdog import StopRequest, Watchdog, doing
 
@@ -129,8 +130,6 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
-    if ranks.world_size == 1:
-        ds["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0, "overlap_comm": False}  # everything is here already
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
     parameters = [p for _, p in trainable(engine.module)]
@@ -138,9 +137,10 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
     if path:
         checkpoints.load(engine, path, manifest)
-    spare_housekeeping(engine, ranks)
-    room = room_of(plan, capacity, config.max_seq_len) if choose_graphs(config, ranks, backend, checkpointing) else None
-    if room:
+    remember_parameters()
+    whole, room = keep_whole(engine, ds, ranks), None
+    if choose_graphs(config, ranks.device, whole, backend, checkpointing):
+        room = room_of(plan, capacity, config.max_seq_len)
         dropout.reserve(capacity)
         if not graph_layers(engine.module, decoder_layers(engine.module), room, config.max_seq_len, ranks.device):
             room = None
