@@ -10,7 +10,9 @@ import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import Config
-from .packing import Plan, collate, pad
+from .dropout import Masks
+from .model import decoder_layers
+from .packing import Plan, collate
 
 
 class _Replay(torch.autograd.Function):
@@ -82,6 +84,17 @@ class GraphedLayer:
         self.y = self.y.detach()
         return self.gradients[0]
 
+    def error(self) -> float:
+        """How far a replay is from the layer itself, on random numbers: the largest relative difference of its output and all gradients."""
+        self.x.data.normal_()
+        self.dy.normal_()
+        y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
+        wanted = [y.detach(), *torch.autograd.grad(y, [self.x, *self.trained], self.dy)]
+        self.forward_graph.replay()
+        self.backward_graph.replay()
+        apart = [(a - b).float().norm() / b.float().norm().clamp_min(1e-30) for a, b in zip([self.y, *self.gradients], wanted)]
+        return torch.stack(apart).max().item()
+
     def __call__(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if (
             self.layer.training
@@ -94,10 +107,16 @@ class GraphedLayer:
         return self.plain(x, *args, **kwargs)
 
 
-def choose_graphs(config: Config, device: torch.device, whole: bool, backend: str, checkpointing: bool) -> bool:
-    """Whether layers are replayed: on a GPU that holds the model whole, with attention that does not ask it for the documents' bounds, and with
-    activations kept."""
-    return config.cuda_graphs and device.type == "cuda" and whole and backend != "sdpa" and not checkpointing
+def replay_layers(config: Config, model: nn.Module, plan: Plan, capacity: int, dropout: Masks, device, backend: str) -> tuple[tuple | None, str]:
+    """Lets the layers of an engine's model, which holds its weights whole, be replayed: on a GPU, with attention that does not ask it for the
+    documents' bounds. Returns (the room that each row has to be filled up to, None where nothing is replayed; what a person should know)."""
+    if not config.cuda_graphs or device.type != "cuda" or backend == "sdpa":
+        return None, ""
+    room = room_of(plan, capacity, config.max_seq_len)
+    dropout.reserve(capacity)
+    if in_the_way := graph_layers(model, decoder_layers(model), room, config.max_seq_len, device):
+        return None, f"layers      launched kernel by kernel, not replayed: {in_the_way}"
+    return room, ""
 
 
 def room_of(plan: Plan, capacity: int, max_seq_len: int) -> tuple[int, int]:
@@ -105,33 +124,40 @@ def room_of(plan: Plan, capacity: int, max_seq_len: int) -> tuple[int, int]:
     return capacity, int((plan.offsets[1:] - plan.offsets[:-1]).max()) + -(-capacity // max_seq_len)
 
 
-def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> bool:
-    """Captures each layer of the engine's model for rows of `room`. False, and all stays as it was, where layers get different arguments. The
-    dropout's masks must have got their place for such a row already."""
+def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> str | None:
+    """Captures each layer of the engine's model for rows of `room`, and replays it beside the layer itself. Where layers get different
+    arguments, something can't be captured or comes out otherwise, all stays as it was, and what is in the way is returned. The dropout's
+    masks must have got their place for such a row already."""
     calls: list[tuple] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True) for layer in layers]
     with torch.no_grad():
-        model(**pad(collate([], max_seq_len), *room, max_seq_len).to(device).model_inputs())
+        model(**collate([], max_seq_len, room).to(device).model_inputs())
     for hook in hooks:
         hook.remove()
     (x, *args), kwargs = calls[0]
     leaves = [tree_flatten((args, kwargs))[0] for (_, *args), kwargs in calls]
     if any(a is not b for others in leaves for a, b in zip(others, leaves[0], strict=True)):
-        return False
+        return "layers get different arguments"
     arguments = Arguments(tuple(args), kwargs)
     graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
-            y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
-            torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
-            del y
-        torch.cuda.synchronize()
-        for g in graphed:
-            x = g.capture_forward(x, pool)
-        dy = torch.zeros_like(x)
-        for g in reversed(graphed):
-            dy = g.capture_backward(dy, pool)
+    try:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
+                y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
+                torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
+                del y
+            torch.cuda.synchronize()
+            for g in graphed:
+                x = g.capture_forward(x, pool)
+            dy = torch.zeros_like(x)
+            for g in reversed(graphed):
+                dy = g.capture_backward(dy, pool)
+            error = max(g.error() for g in graphed)
+    except RuntimeError as problem:  # a kernel that waits for the GPU, or too little memory
+        return str(problem).strip().splitlines()[0][:120]
+    if not error < 1e-2:  # bf16, and attention's backward pass adds in any order: some 1e-3
+        return f"a replay is {error:.1e} from the layer itself"
     for layer, g in zip(layers, graphed):
         layer.forward = g
-    return True
+    return None

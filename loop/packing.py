@@ -167,8 +167,9 @@ class Batch:
                 "max_seqlen": self.max_seqlen, "logits_to_keep": self.target_positions, "use_cache": False}  # fmt: skip
 
 
-def collate(examples: list, max_seq_len: int) -> Batch:
-    """Packs examples (each with `input_ids` and `labels`, int [L], -100 where not supervised) into one row.
+def collate(examples: list, max_seq_len: int, room: tuple[int, int] | None = None) -> Batch:
+    """Packs examples (each with `input_ids` and `labels`, int [L], -100 where not supervised) into one row, filled up to `room` = (tokens,
+    documents) if given.
 
     Without examples it gives a row of one unsupervised token: a rank without work still takes part in every collective."""
     ids = [e.input_ids for e in examples] or [np.zeros(1, np.int64)]
@@ -178,7 +179,7 @@ def collate(examples: list, max_seq_len: int) -> Batch:
     positions = np.flatnonzero(following != -100)
     # An empty index would give empty logits and no gradient at all; one dummy target, ignored by the loss, keeps the graph whole.
     keep = positions if len(positions) else np.zeros(1, np.int64)
-    return Batch(
+    batch = Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
@@ -186,6 +187,7 @@ def collate(examples: list, max_seq_len: int) -> Batch:
         target_positions=torch.from_numpy(keep),
         targets=torch.from_numpy(following[keep].astype(np.int64)),
     )
+    return pad(batch, *room, max_seq_len) if room else batch
 
 
 def pad(batch: Batch, tokens: int, documents: int, max_seq_len: int) -> Batch:

@@ -11,6 +11,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from .distributed import Ranks
 
 
+def spare(engine, ds: dict, ranks: Ranks) -> bool:
+    """Both of what follows; whether the engine's weights stay whole."""
+    remember_parameters()
+    return keep_whole(engine, ds, ranks)
+
+
 def remember_parameters() -> None:
     """Each hook of a layer asks for the layer's parameters, by a walk through its modules: a quarter of all Python of a step. They stay the
     same after `deepspeed.initialize`, so each module is walked once."""

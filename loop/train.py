@@ -25,7 +25,7 @@ from .evaluate import evaluate_loss
 from .export import export_model
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
-from .graphs import choose_graphs, graph_layers, room_of
+from .graphs import replay_layers
 from .identity import at_step, refuse_another, run_identity
 from .mfu import utilisation
 from .model import (
@@ -34,8 +34,8 @@ from .model import (
 from .monitor import Monitor, quiet_libraries, versions
 from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
-from .packing import Batch, collate, cut, make_plan, pad
-from .spare import keep_whole, remember_parameters
+from .packing import Batch, collate, cut, make_plan
+from .spare import spare
 from .state import adam_step
 from .watchdog import StopRequest, Watchdog, doing
 
@@ -137,13 +137,10 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
     if path:
         checkpoints.load(engine, path, manifest)
-    remember_parameters()
-    whole, room = keep_whole(engine, ds, ranks), None
-    if choose_graphs(config, ranks.device, whole, backend, checkpointing):
-        room = room_of(plan, capacity, config.max_seq_len)
-        dropout.reserve(capacity)
-        if not graph_layers(engine.module, decoder_layers(engine.module), room, config.max_seq_len, ranks.device):
-            room = None
+    whole = spare(engine, ds, ranks)  # ZeRO-3's hooks, where they have nothing to do
+    room, launched = (
+        replay_layers(config, engine.module, plan, capacity, dropout, ranks.device, backend) if whole and not checkpointing else (None, "")
+    )
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
     mfu = utilisation(engine.module, shape, ranks)
@@ -157,7 +154,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     monitor.accounts({"train": account, "valid": held_out_account})
     monitor.plan(plan, lengths, targets, micro_batch_size)
     attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
-    fallbacks = filter(None, [attention_fallback, fused_remark, choose_fused(config.optimizer)[1]])
+    fallbacks = filter(None, [attention_fallback, fused_remark, launched, choose_fused(config.optimizer)[1]])
     for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 
@@ -198,9 +195,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         monitor.start_step()
         ids = plan[step]  # the examples of this step
         mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
-        micro_batches = [collate([examples[i] for i in part], config.max_seq_len) for part in mine]
-        if room:
-            micro_batches = [pad(batch, *room, config.max_seq_len) for batch in micro_batches]
+        micro_batches = [collate([examples[i] for i in part], config.max_seq_len, room) for part in mine]
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
                        restart_steps=config.restart_steps, restart_mult=config.restart_mult)  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
     plain_masks = next(m.masks for m in plain.modules() if hasattr(m, "masks"))
     masks.reserve(64)
     replays = []
-    assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") is None
     for layer in decoder_layers(model):
         work = layer.forward.backward_graph.work
         layer.forward.backward_graph.work = lambda work=work: (replays.append(1), work())
@@ -124,8 +124,29 @@ def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
     last = decoder_layers(model)[2]
     call = type(last).__call__
     last.__class__ = type("Other", (type(last),), {"__call__": lambda self, x, **kwargs: call(self, x, **kwargs | {"max_seqlen": 12})})
-    assert not graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == "layers get different arguments"
     assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
+
+
+def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatch):
+    """Wrong by 2 % in one weight's gradient; and a capture that fails."""
+    backward = GraphedLayer.capture_backward
+
+    def wrong(self, dy, pool):
+        dx = backward(self, dy, pool)
+        work = self.backward_graph.work
+        self.backward_graph.work = lambda: (work(), self.gradients[-1].mul_(1.02))
+        return dx
+
+    def fails(self, dy, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    for capture, said in ((wrong, "a replay is 2.0e-02 from the layer itself"), (fails, "operation not permitted when stream is capturing")):
+        monkeypatch.setattr(GraphedLayer, "capture_backward", capture)
+        model, masks = model_with_masks()
+        masks.reserve(64)
+        assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == said
+        assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
 
 
 def test_a_row_has_room_for_every_micro_batch_of_the_plan():
