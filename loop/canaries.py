@@ -163,7 +163,7 @@ def main(args: list[str]) -> None:
     from .train import train  # late: it imports evaluate, which comes here
 
     config = load_config(args)
-    ranks = init_distributed()
+    ranks = init_distributed(config.run.join_minutes)
     config, canaries = prepare(config, int(options["--canaries"]), sorted({int(n) for n in options["--repeats"].split(",")}), ranks)
     tokenizer = load_tokenizer(config.base, config.revision)
     seen = times_seen(config, tokenizer, canaries)

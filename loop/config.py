@@ -59,6 +59,8 @@ class Run(Section):
     spike_sigmas: float | None = Field(None, gt=0)  # skip a step whose loss is so many standard deviations above the last 50; none: don't
     max_hours: float | None = Field(None, gt=0)  # save and end after so much wall time; the same command goes on
     timeout_minutes: float = Field(10, gt=0)  # end all ranks when one stands still for so long
+    silence_minutes: float = Field(1, gt=0)  # or when nothing is heard from one on another machine for so long
+    join_minutes: float = Field(10, gt=0)  # how long ranks wait for each other at the start
     audit: int = Field(8, ge=0)  # examples whose loss a fresh process with PEFT alone must get from the saved adapter; 0: only its files are read
     deterministic: bool = False  # on GPUs, sum in a fixed order where a kernel offers it, so that a resumed run is the unbroken one to the bit
 

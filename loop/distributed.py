@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from .join import join
+
 
 def on_gpu() -> bool:
     return get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
@@ -55,8 +57,8 @@ class Ranks:
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes)]
 
 
-def init_distributed(timeout_minutes: float = 30) -> Ranks:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it."""
+def init_distributed(join_minutes: float = 10, timeout_minutes: float = 30) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it. Raises JoinError where not all ranks come."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         os.environ.setdefault(name, value)  # `python -m loop.train` without a launcher is a world of one
     if on_gpu():
@@ -65,6 +67,8 @@ def init_distributed(timeout_minutes: float = 30) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles a C++ helper at start-up
     _die_with_parent()
     backend, timeout = "nccl" if on_gpu() else "gloo", datetime.timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        join(backend, join_minutes, timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks()
 

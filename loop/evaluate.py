@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from .attention import AttentionError, choose_backend
-from .cli import exit_with_config_error, load_config, take_options
+from .cli import exit_with_config_error, leave, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed, seed_everything
 from .ds_config import build_ds_config
 from .files import read_predictions
 from .folder import write_report
+from .join import JoinError
 from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter
 from .notes import Note, share_notes
 from .packing import collate, cut, make_plan
@@ -100,13 +101,13 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
     if predictions:
         ids = list(conversations)[:notes]
         written = read_predictions(predictions, ids)
-        ranks = init_distributed()
+        ranks = init_distributed(config.run.join_minutes)
     else:
         ds = build_ds_config(config)
         tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
         examples, account = load_examples(config, tokenizer, split)
         ids = [e.id for e in examples][:notes]
-        ranks = init_distributed()
+        ranks = init_distributed(config.run.join_minutes)
         seed_everything(config.seed)
         backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
         engine = deepspeed.initialize(model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds)[0]
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate(config, adapter, split, count, predictions, options["--reference"], options["--html"])
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
+    except JoinError as error:
+        leave(1, f"error: {error}")
     if report:
         name = f"{split}/{Path(predictions).stem}" if predictions else split
         print(f"{split}, {predictions or adapter or f'{config.base} without an adapter'}: " + ", ".join(

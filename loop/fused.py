@@ -152,7 +152,8 @@ def choose_layers(config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[boo
     if config.fused:
         wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None)
         if not wrong and ranks.device.type == "cuda":
-            wrong = fails_here(ranks.device, config.lora["r"], dtype)
+            sizes = {config.lora["r"], *config.lora.get("rank_pattern", {}).values()}
+            wrong = next(filter(None, (fails_here(ranks.device, size, dtype) for size in sorted(sizes))), None)
         wrong = next(filter(None, ranks.gather(wrong)), None)
     if wrong and config.fused is True:
         raise ConfigError(f"fused=true: {wrong}")
@@ -183,7 +184,7 @@ def fuse(layers: nn.ModuleList, keep_dense: bool) -> set[str]:
                 done |= set(inner)
             elif hasattr(module, "gate_proj"):
                 inner = [module.gate_proj, module.up_proj, module.down_proj]
-                if is_swiglu(module) and all(map(is_plain_lora, inner)):
+                if is_swiglu(module) and all(map(is_plain_lora, inner)) and rank_of(inner[0]) == rank_of(inner[1]):
                     put([module], [Linear(m, keep_dense) for m in inner], _FeedForward)
                     done |= set(inner)
                 else:
@@ -221,6 +222,10 @@ def is_plain_lora(module: nn.Module) -> bool:
         return False
     (name,) = module.active_adapters
     return not (module.lora_variant or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False))
+
+
+def rank_of(module: nn.Module) -> int:
+    return module.r[module.active_adapters[0]]
 
 
 def numbers(*shape: int) -> torch.Tensor:

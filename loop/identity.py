@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from .config import Config, ConfigError
+from .distributed import Ranks
 from .model import loading, resolve_base
 from .packing import Plan
 from .tokens import Example
@@ -31,6 +32,19 @@ def run_identity(config: Config, tokenizer, examples: list[Example], plan: Plan)
         "settings": settings | {"steps": len(plan), "lora.lora_dropout": config.lora["lora_dropout"]},
     }
     return json.loads(json.dumps(found))  # as it will be read again: tuples are lists
+
+
+def refuse_unlike(ranks: Ranks, identity: dict, made_by: dict[str, str]) -> None:
+    """Ranks on several machines may have been started on other code, libraries, data or settings; their collectives would hang, or train on
+    a mixture. Every rank must call it; raises ConfigError on all, naming the ranks and what differs."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+    mine = identity["state"] | identity["plan"] | identity["settings"] | {"code of loop/": code} | made_by
+    everyone = ranks.gather({key: value for key, value in mine.items() if key not in ("device", "commit")})
+    for rank, other in enumerate(everyone):
+        for key in {**everyone[0], **other}:
+            if other.get(key) != everyone[0].get(key):
+                raise ConfigError(f"rank {rank} has another {key} than rank 0: {other.get(key)!r}, not {everyone[0].get(key)!r}; start all machines "
+                                  "with the same code, libraries, data and settings")  # fmt: skip
 
 
 def at_step(identity: dict, plan: Plan, step: int) -> dict:

@@ -86,8 +86,10 @@ def clip_grad_norm(parameters, max_norm: float) -> float:
 
 
 def spoil(parameters: list) -> None:
-    """Makes the accumulated gradients NaN, upon which DeepSpeed skips the update: one way of skipping, whatever the reason."""
-    torch._foreach_mul_(local_gradients(parameters), math.nan)
+    """Makes the accumulated gradient NaN, upon which DeepSpeed skips the update: one way of skipping, whatever the reason. One number of rank
+    0's is enough, as the norm is that of all ranks; it must not be in a slice's padding, which nothing ever overwrites."""
+    if dist.get_rank() == 0:
+        local_gradients(parameters)[0].view(-1)[0] = math.nan
 
 
 def is_spike(loss: float, recent: Sequence[float], sigmas: float | None) -> bool:

@@ -25,8 +25,9 @@ from .evaluate import evaluate_loss
 from .export import export_model
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
-from .graphs import replay_layers
-from .identity import at_step, refuse_another, run_identity
+from .graphs import release_graphs, replay_layers
+from .identity import at_step, refuse_another, refuse_unlike, run_identity
+from .join import JoinError
 from .mfu import utilisation
 from .model import (
     choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
@@ -77,11 +78,11 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
 
 
 def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:
-    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 16 bytes for every
-    trainable weight (its fp32 master, gradient and two moments), shared by all ranks."""
+    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 18 bytes for every
+    trainable weight (its fp32 master, gradient and two moments, and a gradient in bf16), shared by all ranks."""
     if ranks.device.type == "cpu":
         return None
-    states = 16 * sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable(model)) // ranks.world_size
+    states = 18 * sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable(model)) // ranks.world_size
     free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
     return int(free)
@@ -107,10 +108,11 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     if config.warmup_steps >= len(plan):
         raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
-    ranks = init_distributed()
+    identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
+    ranks = init_distributed(config.run.join_minutes)
+    refuse_unlike(ranks, identity, made_by)
     use_deterministic_kernels(config.run.deterministic)
     held.enter_context(prepare_folder(config, ranks))
-    identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
     checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
     path, manifest, remarks = checkpoints.agree_on_newest()
     first_step, figures = manifest.get("step", 0), manifest.get("figures")  # none: it was asked to stop in its evaluation
@@ -142,7 +144,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         replay_layers(config, engine.module, plan, capacity, dropout, ranks.device, backend) if whole and not checkpointing else (None, "")
     )
 
-    held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes))
+    held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
     monitor = Monitor(config, ds, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
@@ -233,6 +235,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         raise FloatingPointError(f"{bad_steps} steps in a row were skipped; the state of step {step + 1} is saved in "
                                  f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
     exported = {}
+    release_graphs(decoder_layers(engine.module))  # the export's fresh process needs room
     if adam_step(engine):  # else the adapter is the random one of the start, and nobody shall take it for a trained one
         sample = [] if stopping else (held_out or examples)[: config.run.audit]  # who is asked to stop has no time for the loss
         loss = evaluate_loss(engine, sample, capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
@@ -272,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (FloatingPointError, AuditError, OSError) as error:  # not a mistake in what was typed: exit code 1
-        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
+    except (FloatingPointError, AuditError, JoinError, OSError) as error:  # not a mistake in what was typed: exit code 1
+        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, JoinError) else "")
     if "exported" in report:
         show_summary(config, report)
     dist.barrier()

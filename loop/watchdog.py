@@ -68,13 +68,15 @@ class StopRequest:
 
 
 class Watchdog:
-    """While it is entered, this rank ends with code 1 when another one died, or when any stands still for `timeout_minutes`.
+    """While it is entered, this rank ends with code 1 when another one died, when one on another machine has written nothing for
+    `silence_minutes`, or when any stands still for `timeout_minutes`.
 
     A rank that ends well takes its file away; one that fails leaves it with the error's name. What files of an earlier run say is
     not believed: they carry another token. Every rank must come here (the token is agreed on)."""
 
-    def __init__(self, folder: Path, ranks: Ranks, timeout_minutes: float) -> None:
-        self.folder, self.ranks, self.timeout = folder / "heartbeat", ranks, 60 * timeout_minutes
+    def __init__(self, folder: Path, ranks: Ranks, timeout_minutes: float, silence_minutes: float = 1) -> None:
+        self.folder, self.ranks, self.timeout, self.silence = folder / "heartbeat", ranks, 60 * timeout_minutes, 60 * silence_minutes
+        self.heard: dict[int, tuple[float, float]] = {}  # of each rank: when it wrote last by its clock, and when that was read by ours
         namespace = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
         self.me = {"rank": ranks.rank, "pid": os.getpid(), "host": f"{socket.gethostname()} {namespace}", "token": ranks.gather(time.time_ns())[0]}
         self.over = threading.Event()
@@ -93,8 +95,9 @@ class Watchdog:
             return
         self._write(ended=kind.__name__)
         if issubclass(kind, RuntimeError):  # perhaps a collective that failed because another rank is gone: say which
-            time.sleep(1)
-            if lost := self._lost():
+            self._lost()
+            time.sleep(1 if all(beat["host"] == self.me["host"] for beat in self._others()) else 5)
+            if lost := self._lost(silence=4):  # a connection broke, and beats come once a second
                 sys.stderr.write(f"{lost}\n")
 
     def _write(self, **more) -> None:
@@ -113,13 +116,18 @@ class Watchdog:
                 found.append(json.loads(path.read_text()))
         return [beat for beat in found if beat["token"] == self.me["token"] and beat["rank"] != self.ranks.rank]
 
-    def _lost(self) -> str | None:
-        """The rank that died, in words; only the pids of one's own machine can be looked at."""
+    def _lost(self, silence: float | None = None) -> str | None:
+        """The rank that died, in words. Only the pids of one's own machine can be looked at; of another one's, whether they still write."""
+        now = time.monotonic()
         for beat in self._others():
+            if beat["alive"] != self.heard.get(beat["rank"], (0, 0))[0]:
+                self.heard[beat["rank"]] = beat["alive"], now
             if "ended" in beat:
                 return f"rank {beat['rank']} ended with {beat['ended']} {_where(beat)}"
             if beat["host"] == self.me["host"] and not _lives(beat["pid"]):
                 return f"rank {beat['rank']} (pid {beat['pid']}) died {_where(beat)}"
+            if beat["host"] != self.me["host"] and now - self.heard[beat["rank"]][1] > (silence or self.silence):
+                return f"nothing is heard from rank {beat['rank']} on {beat['host'].split()[0]} any more; it was {_where(beat)}"
         return None
 
     def _stalled(self) -> str | None:

@@ -10,7 +10,7 @@ from test_fused import with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loop.attention import IMPLEMENTATIONS
-from loop.graphs import GraphedLayer, graph_layers, room_of
+from loop.graphs import GraphedLayer, graph_layers, release_graphs, room_of
 from loop.model import decoder_layers, summed_cross_entropy
 from loop.packing import collate, make_plan, pad
 from loop.tokens import Example
@@ -59,6 +59,8 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -99,6 +101,8 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
     longer = collate(examples(24, 24, 20), 24)  # another size runs as it did
     ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
     assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs) and len(replays) == 4 * 3
+    release_graphs(decoder_layers(model))
+    assert all(torch.equal(theirs[n], value) for n, value in step(plain, plain_masks, longer).items())
     with torch.no_grad():
         assert torch.equal(model.eval()(**row.model_inputs()).logits, plain.eval()(**row.model_inputs()).logits)
 
@@ -129,7 +133,7 @@ def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
 
 
 def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatch):
-    """Wrong by 2 % in one weight's gradient; and a capture that fails."""
+    """Wrong by 2 % in one weight's gradient, no number in the last layer's; and a capture that fails. The run's generator stays as it is."""
     backward = GraphedLayer.capture_backward
 
     def wrong(self, dy, pool):
@@ -138,14 +142,27 @@ def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatc
         self.backward_graph.work = lambda: (work(), self.gradients[-1].mul_(1.02))
         return dx
 
+    def lost(self, dy, pool):
+        dx = backward(self, dy, pool)
+        work, last = self.backward_graph.work, self.layer.self_attn.layer_idx == 2
+        self.backward_graph.work = lambda: (work(), last and self.gradients[-1].fill_(float("nan")))
+        return dx
+
     def fails(self, dy, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    for capture, said in ((wrong, "a replay is 2.0e-02 from the layer itself"), (fails, "operation not permitted when stream is capturing")):
+    expected = {
+        wrong: "a replay is 2.0e-02 from the layer itself",
+        lost: "a replay is nan from the layer itself",
+        fails: "operation not permitted when stream is capturing",
+    }
+    for capture, said in expected.items():
         monkeypatch.setattr(GraphedLayer, "capture_backward", capture)
         model, masks = model_with_masks()
         masks.reserve(64)
+        state = torch.get_rng_state()
         assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == said
+        assert torch.equal(torch.get_rng_state(), state)
         assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
 
 
