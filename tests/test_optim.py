@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import run_ok
 
 from loop.config import Config
 from loop.optim import adamw, cosine_lr, is_spike, set_lr
@@ -71,3 +72,27 @@ def test_a_spike_is_so_many_deviations_above_what_came_before():
     assert is_spike(5.1, recent, 3.0) and not is_spike(4.9, recent, 3.0) and not is_spike(-9.0, recent, 3.0)
     assert not is_spike(1e9, recent, None) and not is_spike(1e9, recent[:19], 3.0)  # switched off; too little to go by
     assert not is_spike(math.nan, recent, 3.0)  # DeepSpeed skips it by itself
+
+
+def test_a_spoiled_step_leaves_nothing_behind(tmp_path):
+    """On three ranks a weight of 25 numbers is padded to 27: NaN in the padding would stay for every later step."""
+    (tmp_path / "spoiled.py").write_text("""
+import deepspeed, torch
+from loop.distributed import init_distributed
+from loop.optim import clip_grad_norm, spoil
+init_distributed()
+torch.manual_seed(0)
+model = torch.nn.Linear(5, 5, bias=False)
+ds = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
+      "data_types": {"grad_accum_dtype": "fp32"}}
+engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=ds)
+for step in range(3):
+    engine.backward(engine(torch.ones(1, 5)).square().sum())
+    norm = clip_grad_norm(list(engine.module.parameters()), 1.0)
+    if step == 1:
+        spoil(list(engine.module.parameters()))
+    engine.step()
+    print("SAID", step, norm == norm, engine.was_step_applied())
+""")
+    said = [line for line in run_ok(3, str(tmp_path / "spoiled.py")).splitlines() if line.startswith("SAID")]
+    assert said == ["SAID 0 True True", "SAID 1 True False", "SAID 2 True True"]
