@@ -48,8 +48,8 @@ def one_document_mask():
     """The row is treated as one document: every note reads its neighbours."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len):
-        batch = collate(examples, max_seq_len)
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
         row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
         return loop.packing.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
 
@@ -60,8 +60,8 @@ def positions_run_on():
     """Position ids count through the row. With rotary embeddings alone a shifted document attends as before: only rounding tells."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len):
-        batch = collate(examples, max_seq_len)
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
         return loop.packing.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
 
     loop.train.collate = wrong
@@ -71,8 +71,8 @@ def targets_cross_documents():
     """The shift by one runs over the whole row, so that the last token of a document predicts its neighbour's first."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len):
-        batch = collate(examples, max_seq_len)
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
         if len(examples) > 1:
             ends = batch.cu_seqlens[1:-1].long() - 1
             batch = loop.packing.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
