@@ -6,7 +6,7 @@ import torch
 
 from .config import Config, ConfigError
 from .distributed import on_gpu
-from .ledger import LOADED, STATES, WORKING, count_weights, ledger
+from .ledger import LOADED, STATES, WORKING, count_weights, ledger, most_rows
 
 CONTEXT = 2**30  # what CUDA, its libraries and NCCL take beside the tensors: an allowance, not measured
 MOST_GPUS = 64
@@ -17,9 +17,7 @@ def choose_micro_batch(config: Config, ds: dict, shape, world_size: int, free_by
     """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit the free memory, and recomputes activations only
     where even one row does not fit without. free_bytes: beside the weights and the optimizer's state; None: a CPU, no checkpointing, all
     rows at once. The others are as in `ledger`."""
-    # Packing whole examples leaves gaps: on several ranks a row more than the even share saves a second, half empty micro-batch.
-    most = min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
-    sizes = range(most, 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
+    sizes = range(most_rows(config, world_size), 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
     for checkpointing in [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing]:
         for size in sizes:
             if free_bytes is None:
@@ -89,7 +87,7 @@ def knobs(config: Config, ds: dict, shape, gpus: int, memory: int, supervised: f
         slower["keep_dequantized"] = False
     found = [way for name, value in slower.items() for way in first([("", {name: value}, {})])]
     if now.rows > 1:
-        found += first([("", {"micro_batch_size": n}, {}) for n in range(now.rows - 1, 0, -1)])
+        found += first([("", {"micro_batch_size": n}, {}) for n in range(min(now.rows, most_rows(config, gpus)) - 1, 0, -1)])
         slower["micro_batch_size"] = 1
     if not found and len(slower) > 1:
         found = first([("", slower, {})])

@@ -4,11 +4,8 @@ Some components lie there for the whole run: their sizes follow from the weights
 Others belong to a micro-batch: they follow from what the layers keep for their backward pass. `loop/fit.py` asks whether the sum fits.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 import torch.nn as nn
 from peft import LoraConfig, get_peft_model
@@ -65,14 +62,19 @@ def kept_of_a_token(shape, config: Config, fused: bool, size: int) -> int:
     attention = (2 * q + 2 * kv) * size + 4 * heads  # and logsumexp in fp32
     low = 0 if config.method == "full" else 7 * config.lora["r"] * size
     if fused:
-        norms = 2 * 4  # 1 / root mean square, of each of the two
-        return attention + low + norms + (4 * hidden + 2 * inner) * size
+        return attention + low + 2 * 4 + (4 * hidden + 2 * inner) * size  # and each norm's 1 / root mean square
     inputs = 2 * hidden + inner  # of the linear layers; attention's output is counted above
     if config.method == "full":
         inputs += 2 * hidden  # of the norms' weights
     elif config.lora["lora_dropout"]:
         inputs = 5 * hidden + q + inner
     return attention + low + 2 * (4 * hidden + 4) + (inputs + 3 * inner) * size
+
+
+def most_rows(config: Config, world_size: int) -> int:
+    """That a rank computes at once. Packing whole examples leaves gaps: on several ranks a row more than the even share saves a second, half
+    empty micro-batch."""
+    return min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
 
 
 def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpointing: bool, fused: bool, dequantized: bool,
@@ -82,7 +84,7 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
     w, zero, qlora = count_weights(shape, config), ds["zero_optimization"], config.method == "qlora"
     size = 2 if ds.get("bf16", {}).get("enabled") else 4  # bytes of a number that is computed with
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
-    tokens = rows * config.max_seq_len
+    tokens = min(rows, most_rows(config, world_size)) * config.max_seq_len
 
     def share(sizes) -> int:
         return sum(-(-n // world_size) for n in sizes)
@@ -106,14 +108,15 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
         small = zero.get("stage3_param_persistence_threshold", 100_000)
         stays = sum(b for n, b in stored if n <= small)
         large = [(n, b) for n, b in stored if n > small]
+        most = sum(n for n, _ in large)
         # What the backward pass will want again within the reuse distance stays there, beside the layer in work and the next ones.
         window = zero.get("stage3_max_reuse_distance", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
-        window += sum(n for n, _ in large) / shape.num_hidden_layers
-        parts["gathered weights"] = int(stays + sum(b for _, b in large) * min(1, window / max(1, sum(n for n, _ in large))))
+        window += most / shape.num_hidden_layers
+        parts["gathered weights"] = int(stays + sum(b for _, b in large) * min(1, window / max(1, most)))
 
     layer, n_logits = tokens * kept_of_a_token(shape, config, fused, size), tokens * supervised * shape.vocab_size
-    of_layers = shape.num_hidden_layers * (tokens * shape.hidden_size * size if checkpointing else layer)
-    parts["activations"] = of_layers + tokens * shape.hidden_size * 4  # the last norm's, in fp32
+    of_a_layer = tokens * shape.hidden_size * size if checkpointing else layer
+    parts["activations"] = shape.num_hidden_layers * of_a_layer + tokens * shape.hidden_size * 4  # and the last norm's, in fp32
     # bf16, and for the loss fp32, its logarithm of probabilities and gradients; then the layers' turn comes, and bf16 alone is left.
     parts["logits"] = int(n_logits * (size + 12))
     work = layer * checkpointing + tokens * (4 * shape.intermediate_size + 2 * shape.hidden_size) * size
@@ -129,29 +132,3 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
 def peak(parts: dict[str, int]) -> int:
     """What the components add up to, without the slack: what `torch.cuda.max_memory_allocated` sees."""
     return sum(parts.values()) - parts["allocator slack"]
-
-
-class Measured:
-    """The highest memory of the steps. On a CPU it is the rise of this process's RSS since it was made, in which all that Python allocates
-    is, too."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.gpu, self.before = device.type == "cuda", psutil.Process().memory_info().rss
-
-    def begin(self) -> None:
-        """Forgets the peak of loading and evaluating. Linux does so for a process that asks for its own."""
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def beside(self, parts: dict[str, int]) -> str:
-        """One line: predicted and measured."""
-        if self.gpu:
-            seen, what = torch.cuda.max_memory_allocated(), "allocated on this GPU"
-        else:
-            status = Path("/proc/self/status")
-            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-            high = int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
-            seen, what = high - self.before, "by which this process's RSS rose (a CPU: with Python's own memory, and what was freed but kept)"
-        return f"memory      predicted {peak(parts) / 2**30:.2f} GiB at the peak; measured {seen / 2**30:.2f} GiB {what}"
