@@ -14,6 +14,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the 
   setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
 train and evaluate run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE (the
 machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
+plan --gpus N --gpu-memory G: whether it fits N GPUs of G GiB, component by component, and what would make it fit.
 evaluate --canaries N: what a run remembers of single (made-up) patients; trains on a copy of the data for it.
 train --verify-resume: shows on a few steps that a run which is broken off and goes on is the unbroken one, bit for bit.
 environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv), LOOP_GRACE_SECONDS (longest stop; 120),

@@ -14,8 +14,9 @@ from .config import ROOT, Config, ConfigError
 
 
 def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Takes `--name value` pairs out of `args` for the commands that have options beside the configuration."""
+    """Takes `--name value` pairs, also as `--name=value`, out of `args` for the commands that have options beside the configuration."""
     options = dict(defaults)
+    args[:] = [part for arg in args for part in (arg.split("=", 1) if arg.split("=")[0] in options else [arg])]
     for name in options:
         if name in args:
             at = args.index(name)

@@ -172,30 +172,6 @@ def use_checkpointing(model: nn.Module, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def activation_bytes(shape, tokens: int, checkpointing: bool) -> int:
-    """Estimated activation memory of one micro-batch in bytes. shape: the base's configuration.
-
-    A Llama layer keeps about 8 hidden and 4 feed-forward vectors of bf16 a token for its backward pass (78 KB for TinyLlama; 75
-    were measured); checkpointed, one hidden vector, and one layer at a time is whole. A third of the tokens have logits (bf16 and fp32
-    with its gradient)."""
-    layer = 2 * (8 * shape.hidden_size + 4 * shape.intermediate_size)
-    kept = shape.num_hidden_layers * 2 * shape.hidden_size + layer if checkpointing else shape.num_hidden_layers * layer
-    return int(tokens * (kept + 10 * shape.vocab_size / 3))
-
-
-def choose_micro_batch(config: Config, shape, world_size: int, free_bytes: int | None) -> tuple[int, bool]:
-    """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit 80 % of the free memory, and
-    recomputes activations only where even one row does not fit without. free_bytes None: a CPU, no checkpointing, all rows at once."""
-    # Packing whole examples leaves gaps: on several ranks a row more than the even share saves a second, half empty micro-batch.
-    most = min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
-    sizes = range(most, 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
-    for checkpointing in [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing]:
-        for size in sizes:
-            if free_bytes is None or activation_bytes(shape, size * config.max_seq_len, checkpointing) <= 0.8 * free_bytes:
-                return size, checkpointing
-    return sizes[-1], config.gradient_checkpointing is not False
-
-
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum, not mean, of the cross-entropies in nats, in fp32: the loop divides once by the targets of the whole step.
 

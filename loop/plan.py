@@ -5,17 +5,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn as nn
-from peft import LoraConfig, get_peft_model
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM
 
 from .cli import exit_with_config_error, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .describe import describe_plan, learning_rates, write_plan
-from .model import activation_bytes, load_shape, load_tokenizer
+from .ds_config import build_ds_config
+from .fit import describe_memory, read_gpus
+from .model import load_shape, load_tokenizer
 from .monitor import quiet_libraries
 from .packing import make_plan
 
@@ -40,52 +38,28 @@ def describe_time(tokens: int, given: str | None, config: Config) -> str:
     return f"time        {tokens / rate / 60:,.0f} min at {rate:,.0f} tokens/s ({source}), without evaluation and saving"
 
 
-def count_parameters(shape, config: Config) -> tuple[int, int, int]:
-    """(weights of linear layers that NF4 stores, all other weights, weights of the LoRA adapter) of the base, without loading it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    linear = {m.weight: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-    matrices = sum(w.numel() for w in linear)
-    other = sum(p.numel() for p in model.parameters()) - matrices
-    if config.method == "full":
-        return matrices, other, 0
-    with torch.device("meta"):
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-    return matrices, other, sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
-
-
-def describe_memory(config: Config, rows: int) -> str:
-    """An estimate of what one GPU alone would hold."""
-    shape = load_shape(config.base, config.revision)
-    matrices, other, adapter = count_parameters(shape, config)
-    frozen = 0 if config.method == "full" else (matrices * (4.127 / 8 if config.method == "qlora" else 2) + other * 2)
-    trained = (matrices + other if config.method == "full" else adapter) * (2 + 16)  # bf16, and fp32 master, gradient and two moments
-    tokens = rows * config.max_seq_len
-    parts = {"frozen base": frozen, f"{trained // 18:,} trained weights with master, gradient, moments": trained,
-             f"activations of {tokens:,} tokens": activation_bytes(shape, tokens, False),
-             "or, with gradient checkpointing": activation_bytes(shape, tokens, True)}  # fmt: skip
-    return "memory      one GPU, estimated: " + "; ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
-
-
 def main(argv: list[str] | None = None) -> None:
-    """`plan [--tokens-per-second N] [--tensorboard DIR] [--config FILE] [key=value ...]`"""
+    """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR] [--config FILE] [key=value ...]`"""
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = take_options(args, {"--tokens-per-second": None, "--tensorboard": None})
+        options = take_options(args, dict.fromkeys(["--gpus", "--gpu-memory", "--tokens-per-second", "--tensorboard"]))
         given = options["--tokens-per-second"]
         if given is not None and not (given.replace(".", "", 1).isdigit() and float(given) > 0):
             raise ConfigError(f"--tokens-per-second {given}: must be a number above 0")
+        gpus, gpu_memory = read_gpus(options["--gpus"], options["--gpu-memory"])
         config = load_config(args)
+        ds = build_ds_config(config)
         examples, account = load_examples(config, load_tokenizer(config.base, config.revision), "train")
         lengths, targets = np.array([len(e) for e in examples]), np.array([e.num_targets for e in examples])
         plan = make_plan(lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights_of(examples))
-        rows = config.batch_size if config.micro_batch_size == "auto" else config.micro_batch_size
+        shape = load_shape(config.base, config.revision)
+        memory, answer = describe_memory(config, ds, shape, gpus, gpu_memory, float(targets.sum() / lengths.sum()))
         counts, edges = np.histogram(lengths, bins=8, range=(0, config.max_seq_len))
         lr = learning_rates(config, len(plan))
         text = "\n".join([
             f"examples    {account.kept:,} of {account.rows:,} to train on", *account.lines("train", config.max_seq_len),
-            describe_plan(plan, lengths, targets, config, 1, rows), describe_time(plan.tokens, given, config), describe_memory(config, rows),
+            describe_plan(plan, lengths, targets, config, gpus, answer.rows), describe_time(plan.tokens, given, config), memory,
             "", "tokens of an example",
             *(f"{int(a):6,}-{int(b):<6,} {'#' * int(50 * c / max(counts))} {c:,}" for a, b, c in zip(edges, edges[1:], counts)),
         ])  # fmt: skip

@@ -23,19 +23,20 @@ from .dropout import share_dropout
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
+from .fit import choose_micro_batch
 from .folder import prepare_folder
 from .fused import choose_dequantized, choose_layers, fuse
 from .graphs import release_graphs, replay_layers
 from .identity import at_step, refuse_another, refuse_unlike, run_identity
 from .join import JoinError
+from .ledger import ledger
 from .mfu import utilisation
-from .model import (
-    choose_micro_batch, decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing,
-)  # fmt: skip
+from .model import decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing
 from .monitor import Monitor, quiet_libraries, versions
 from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
+from .peak import Measured
 from .spare import spare
 from .state import adam_step
 from .watchdog import StopRequest, Watchdog, doing
@@ -111,6 +112,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
     ranks = init_distributed(config.run.join_minutes)
     refuse_unlike(ranks, identity, made_by)
+    measured = Measured(ranks.device)
     use_deterministic_kernels(config.run.deterministic)
     held.enter_context(prepare_folder(config, ranks))
     checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
@@ -125,11 +127,14 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
+    keep_dense, supervised = False, float(targets.sum() / lengths.sum())
     if fused:
         keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
         if stayed := fuse(decoder_layers(model), keep_dense):
             fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
-    micro_batch_size, checkpointing = choose_micro_batch(config, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
+    known = fused, keep_dense, supervised
+    micro_batch_size, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known)
+    predicted = ledger(shape, config, ds, ranks.world_size, micro_batch_size, checkpointing, *known)
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
@@ -194,6 +199,8 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         if stopping:  # in the evaluation just now; nothing new is to be saved
             break
         doing("reading and packing examples", step + 1)
+        if step == first_step:
+            measured.begin()
         monitor.start_step()
         ids = plan[step]  # the examples of this step
         mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
@@ -210,6 +217,8 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         doing("agreeing whether to stop")
         stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
         monitor.step(step + 1, loss, grad_norm, lr, lengths[ids], num_targets)
+        if step == min(first_step + 2, len(plan) - 1):
+            monitor.say(measured.beside(predicted))
         if engine.was_step_applied():
             bad_steps = 0
             recent.append(loss)

@@ -10,9 +10,7 @@ from transformers import AutoModelForCausalLM
 from loop.attention import IMPLEMENTATIONS, available_backends
 from loop.config import Config, ConfigError
 from loop.tokens import Example
-from loop.model import (
-    activation_bytes, choose_micro_batch, decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing,
-)  # fmt: skip
+from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
 from loop.packing import collate
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
@@ -95,17 +93,6 @@ def test_the_summed_loss_ignores_what_is_no_target():
     assert loss.item() == pytest.approx(-(logits[0].log_softmax(-1)[0, 2] + logits[0].log_softmax(-1)[2, 5]).item())
     assert (logits.grad[0, 1] == 0).all()
     assert summed_cross_entropy(logits[:, :1], torch.tensor([-100])).item() == 0  # a rank without targets
-
-
-def test_auto_takes_the_fewest_micro_batches_that_fit():
-    shape = tinyllama_shape()
-    assert choose_micro_batch(Config(**PLAIN), shape, 1, None) == (8, False)  # a CPU
-    assert choose_micro_batch(Config(**PLAIN), shape, 4, None) == (3, False)
-    assert choose_micro_batch(Config(**PLAIN), shape, 1, 120 * 2**30) == (8, False)
-    assert choose_micro_batch(Config(**PLAIN), shape, 1, 12 * 2**30) == (2, False)
-    assert choose_micro_batch(Config(**PLAIN), shape, 1, 2 * 2**30) == (3, True)  # recompute before giving up
-    assert choose_micro_batch(Config(**PLAIN, micro_batch_size=3, gradient_checkpointing=True), shape, 1, 120 * 2**30) == (3, True)
-    assert activation_bytes(shape, 2048, True) < activation_bytes(shape, 2048, False) / 5
 
 
 def test_what_is_not_a_model_is_named(tmp_path, tiny_base):

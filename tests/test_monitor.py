@@ -71,4 +71,5 @@ def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):
     arithmetic = ("4 rows x 512 = 2,048 tokens", "the run     6 steps", "trainable parameters")
     for words in (*arithmetic, "a held-out conversation", "before training", "--logdir", "launch.sh generate"):
         assert words in out, words
+    assert "GiB at the peak; measured" in out and "RSS rose" in out
     assert "warn" not in out.lower()
