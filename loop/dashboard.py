@@ -109,7 +109,7 @@ class Dashboard:
         for name in values.keys() - {"step"}:
             self.board.add_scalar(name, values[name], step)
         self.tags |= values.keys()
-        if (charts := layout(self.tags)) != self.shown:  # TensorBoard takes the last one
+        if (charts := layout(self.tags)) != self.shown:  # TensorBoard takes the last layout
             self.shown = charts
             self._add(custom_scalars(charts), step)
 

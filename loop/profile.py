@@ -121,7 +121,8 @@ def table(profiler, steps: list[dict[str, float]]) -> str:
     lines = [f"a step on rank 0: {whole:,.1f} ms while it was recorded, {sum(steps[WARM_UP - 1].values()) * 1e3:,.1f} ms before that"]
     lines += rows("part", [(part, None, sum(parts[part] for parts in recorded) * 1e3) for part in PARTS], whole)
     ranges = {*PARTS, *(f"step {i + 1}" for i in range(len(steps)))}
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in ranges]
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))]  # ranges lie around kernels
     if kernels:
         kinds, counts, names, calls = by_kind(kernels), Counter(kind_of(e.name) for e in kernels), Counter(), Counter(e.name for e in kernels)
         for e in kernels:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -16,6 +18,8 @@ from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INF
 
 from loop.cli import load_config
 from loop.dashboard import CHARTS, COLORS, METRICS, UNUSED, hparams_of, layout, row_picture
+from loop.monitor import Monitor
+from loop.packing import make_plan
 from loop.sources import read_split
 from loop.tokens import Example
 
@@ -46,6 +50,31 @@ def test_clipped_steps_are_counted(trained, board):
     clipped = np.cumsum([e.value > limit for e in board.Scalars("train/grad_norm")])
     assert [e.value for e in board.Scalars("train/clipped_steps")] == clipped.tolist() and clipped[-1] > 0
     assert [(e.step, e.value) for e in board.Scalars("plan/max_grad_norm")] == [(1, limit), (6, limit)]
+
+
+def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
+    """Four steps, and on from the checkpoint after the second, with other norms: what TensorBoard then shows is one run."""
+    config = load_config(["--config", str(config_file), "data.valid=null"])
+    config.folder.mkdir(parents=True)
+    ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    model = torch.nn.Linear(2, 2)
+    engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
+    examples = [Example("a", np.arange(700), np.arange(700))] * 20
+    plan = make_plan([700] * 20, 4096, seed=0)
+    assert len(plan) == 4
+    for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
+        monitor = Monitor(config, {}, engine, ranks, first, len(plan), lambda *_: {})
+        monitor.plan(plan, examples, 4)
+        for step, norm in enumerate(norms, first + 1):
+            monitor.start_step()
+            monitor.step(step, 1.0, norm, 1e-3, np.array([700] * 5), 700)
+        monitor.close({})
+    board = EventAccumulator(str(config.folder / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/clipped_steps")] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4] and [e.step for e in board.Scalars("plan/lr")] == [1, 2, 3, 4]
+    shown = Layout.FromString(board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    tags = {tag[1:-1] for category in shown.category for chart in category.chart for tag in chart.multiline.tag}
+    assert tags == set(board.Tags()["scalars"]) and "plan/lr" in tags and len(board.Images("plan/packed_rows_of_the_first_step")) == 1
 
 
 def test_the_configuration_is_there_to_compare_runs_by(trained, board):
