@@ -7,7 +7,7 @@ dialogue or note; the sample notes that monitor.sample_notes names are the only 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
@@ -37,7 +37,6 @@ CHARTS = {  # category -> title -> tags, of which a chart shows those that the r
                                                                 "activations_and_rest")],
     },
 }  # fmt: skip
-METRICS = ("eval/loss", "eval/perplexity", "train/loss", "train/tokens_per_second")  # columns of HParams
 COLORS = ((31, 119, 180), (214, 100, 20), (44, 140, 44), (200, 39, 40), (128, 90, 175), (130, 86, 75))  # of documents, in turn
 UNUSED, INK = (225, 225, 225), (40, 40, 40)
 
@@ -64,17 +63,17 @@ def hparams_of(config: Config) -> dict[str, float | str]:
     return found
 
 
-def row_picture(rows: list[tuple[str, list[Example]]], capacity: int, width: int = 1024) -> np.ndarray:
+def row_picture(rows: list[tuple[str, list[Example]]], capacity: int, width: int = 800) -> np.ndarray:
     """Packed rows, each (its name, its documents), as uint8 [height, width, 3]: a colour a document, its prompt pale, what is supervised
     strong; a line where a document begins; grey what no token fills of `capacity`."""
-    head, band = 16, 40
+    head, band, font = 30, 48, ImageFont.load_default(20)
     image = Image.new("RGB", (width, head + len(rows) * (head + band + 6)), (255, 255, 255))
     draw = ImageDraw.Draw(image)
-    draw.text((2, 1), "a colour a document; pale: prompt, strong: supervised (the note); black line: a document begins; grey: unused", INK)
+    draw.text((2, 3), "a colour a document; pale: its prompt, strong: its note (supervised); grey: unused", INK, font)
     for number, (name, documents) in enumerate(rows):
-        top = head + number * (head + band + 6)
+        top = head + number * (head + band + 6)  # of its title; the row lies below
         tokens = sum(map(len, documents))
-        draw.text((2, top + 2), f"{name}: {len(documents)} documents, {tokens:,} of {capacity:,} tokens", INK)
+        draw.text((2, top + 3), f"{name}: {len(documents)} document(s), {tokens:,} of {capacity:,} tokens", INK, font)
         top, start = top + head, 0
         draw.rectangle((0, top, width - 1, top + band - 1), UNUSED)
         for i, document in enumerate(documents):
@@ -98,8 +97,8 @@ class Dashboard:
         """purge: TensorBoard drops what earlier files hold from this step on. tags: of the scalars that earlier files hold."""
         self.folder, self.config, self.first_step = folder, config, first_step
         self.board, self.tags, self.shown = SummaryWriter(str(folder), purge_step=purge), set(tags), None
-        experiment, start, self.end = hparams(hparams_of(config), dict.fromkeys(METRICS, 0.0))
-        self._add(experiment, first_step)
+        # Not the first of the three, a list of columns: without it TensorBoard makes one of all runs, in which what differs comes first.
+        _, start, self.end = hparams(hparams_of(config), {})
         self._add(start, first_step)
 
     def _add(self, summary: Summary, step: int) -> None:

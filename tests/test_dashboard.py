@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
 from loop.cli import load_config
-from loop.dashboard import CHARTS, COLORS, METRICS, UNUSED, hparams_of, layout, row_picture
+from loop.dashboard import CHARTS, COLORS, UNUSED, hparams_of, layout, row_picture
 from loop.monitor import Monitor
 from loop.packing import make_plan
 from loop.sources import read_split
@@ -82,7 +82,8 @@ def test_the_configuration_is_there_to_compare_runs_by(trained, board):
     start = parse_session_start_info_plugin_data(content)
     assert start.hparams["lr"].number_value == 1e-2 and start.hparams["lora.r"].number_value == 8
     assert start.hparams["restart_steps"].string_value == "None" and start.hparams["micro_batch_size"].string_value == "auto"
-    assert {EXPERIMENT_TAG, SESSION_END_INFO_TAG} <= set(board.summary_metadata) and set(METRICS) <= set(board.Tags()["scalars"])
+    assert SESSION_END_INFO_TAG in board.summary_metadata
+    assert EXPERIMENT_TAG not in board.summary_metadata, "with a list of columns, TensorBoard would not put those first that differ"
 
 
 def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
