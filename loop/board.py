@@ -14,6 +14,7 @@ from .cli import exit_with_config_error
 from .config import ConfigError
 
 HOST = "127.0.0.1"
+CHARTS = "#custom_scalars&_smoothingWeight=0"  # TensorBoard would show averages, even of counts
 
 
 def open_board(folder: Path) -> str:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         exit_with_config_error(error)
     runs = len({p.parent for p in folder.rglob("events.out.tfevents.*")})
-    print(f"{address} shows {runs} run(s) of {folder}, to this machine alone; Custom Scalars has the charts. Ctrl-C ends it", flush=True)
+    print(f"{address}{CHARTS}\nshows {runs} run(s) of {folder}, to this machine alone. Ctrl-C ends it", flush=True)
     signal.pause()
 
 
