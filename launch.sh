@@ -4,16 +4,17 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 py=${LOOP_PYTHON:-$here/.venv/bin/python} base=${PYTHON:-python3} stamp=$here/.venv/launch.stamp
-commands="train evaluate generate merge audit preview plan check bench test setup help"
+commands="train evaluate generate merge audit preview plan board profile check bench test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the first use also sets up .venv, once)
   train      fine-tune (the default command)       preview    show the exact tokens that are trained on
   evaluate   score a trained adapter, its notes    plan       the run before its first step: steps, tokens, lr
   generate   write the notes of dialogues          check      what this machine can run, how right and fast
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers (--help)
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
+  board      TensorBoard on runs/, or on a folder  profile    where a step's time goes: trace, table
   setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
-train and evaluate run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE (the
-machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
+train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE
+(the machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
 plan --gpus N --gpu-memory G: whether it fits N GPUs of G GiB, component by component, and what would make it fit.
 evaluate --canaries N: what a run remembers of single (made-up) patients; trains on a copy of the data for it.
 train --verify-resume: shows on a few steps that a run which is broken off and goes on is the unbroken one, bit for bit.
@@ -56,7 +57,7 @@ if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(nvidia-smi -L 2>/dev/null | 
 fi
 if [[ -z $gpus || $gpus == -1 ]]; then gpus="" && export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 case $command in
-  train | evaluate) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.verify "$@"; fi ;;
+  train | evaluate | profile) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.verify "$@"; fi ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
   test) cd "$here" && exec "$py" -m pytest -q "$@" ;;

@@ -5,14 +5,20 @@ import fcntl
 import itertools
 import json
 import os
+import platform
 import shutil
+import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-from .config import Config, ConfigError
-from .distributed import Ranks
+import torch
+
+from .config import ROOT, Config, ConfigError
+from .distributed import Ranks, on_gpu
 
 LOCK = ".lock"
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
 
 
 def prepare_folder(config: Config, ranks: Ranks) -> contextlib.AbstractContextManager:
@@ -54,6 +60,14 @@ def lock_folder(folder: Path):
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return file
+
+
+def versions() -> dict[str, str]:
+    """Library versions, Python, GPU and the repository's commit, for the run's folder and for bug reports."""
+    found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    found["device"] = torch.cuda.get_device_name() if on_gpu() else f"cpu ({os.cpu_count()} cores)"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found | {"commit": git.stdout.strip() or "unknown"}
 
 
 @contextlib.contextmanager

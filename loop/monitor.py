@@ -4,29 +4,28 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
-import platform
 import shutil
-import subprocess
 import time
 import warnings
-from importlib.metadata import version
 
 import numpy as np
 import torch
 import transformers
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .config import ROOT, Config
+from .config import Config
 from .data import Account
-from .describe import describe_plan, learning_rates, write_plan
-from .distributed import Ranks, on_gpu
-from .folder import as_markdown, kept_lines, write_atomically, write_report
+from .dashboard import Dashboard
+from .describe import describe_plan
+from .distributed import Ranks
+from .folder import as_markdown, kept_lines, versions, write_atomically, write_report
+from .footprint import memory_parts
 from .packing import Plan
-
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
+from .timers import StepTimer
+from .tokens import Example
 
 
 def quiet_libraries() -> None:
@@ -41,21 +40,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def versions() -> dict[str, str]:
-    """Library versions, Python, GPU and the repository's commit, for the run's folder and for bug reports."""
-    found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    found["device"] = torch.cuda.get_device_name() if on_gpu() else f"cpu ({os.cpu_count()} cores)"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found | {"commit": git.stdout.strip() or "unknown"}
-
-
 class Monitor:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`."""
 
-    def __init__(self, config: Config, ds: dict, ranks: Ranks, first_step: int, num_steps: int, mfu, evaluated: bool = True) -> None:
+    def __init__(self, config: Config, ds: dict, engine, ranks: Ranks, first_step: int, num_steps: int, mfu, evaluated: bool = True) -> None:
         """mfu: what mfu.utilisation gave. evaluated: nothing that belongs to `first_step` will be logged once more."""
-        self.on, self.config, self.folder, self.ranks = ranks.is_main, config, config.folder, ranks
-        self.first_step, self.num_steps, self.mfu = first_step, num_steps, mfu
+        self.on, self.config, self.folder, self.engine, self.ranks = ranks.is_main, config, config.folder, engine, ranks
+        self.first_step, self.num_steps, self.mfu, self.timer = first_step, num_steps, mfu, StepTimer(ranks.device)
         self.started = self.last = time.perf_counter()
         self.tokens, self.seconds = 0, 0.0  # of the steps alone, without evaluation and saving
         if not self.on:
@@ -71,11 +62,12 @@ class Monitor:
         if not first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
-        # TensorBoard drops what earlier files hold from this step on
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + evaluated if first_step else None)
+        self.clipped = sum(self._is_clipped(line.get("train/grad_norm", 0.0)) for line in lines)
+        purge, tags = first_step + evaluated if first_step else None, {key for line in lines for key in line}
+        self.board = Dashboard(self.folder / "tensorboard", config, first_step, purge, tags)
         if not evaluated:
             for line in (line for line in lines if line["step"] == first_step):
-                self._to_board(first_step, line)
+                self.board.scalars(first_step, line)
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
     def accounts(self, accounts: dict[str, Account]) -> None:
@@ -87,13 +79,14 @@ class Monitor:
             with self.carry_on():
                 (self.folder / "data.json").write_text(json.dumps({k: dataclasses.asdict(a) for k, a in accounts.items()}, indent=1))
 
-    def plan(self, plan: Plan, lengths: np.ndarray, targets: np.ndarray, micro_batch_size: int) -> None:
-        """The run in advance: said, and in TensorBoard as text, the lengths' histogram and the whole curve of the learning rate."""
+    def plan(self, plan: Plan, examples: list[Example], micro_batch_size: int) -> None:
+        """The run in advance: said, and in TensorBoard as text, histograms, the whole curve of the learning rate and a picture."""
         if self.on:
+            lengths, targets = np.array([len(e) for e in examples]), np.array([e.num_targets for e in examples])
             text = describe_plan(plan, lengths, targets, self.config, self.ranks.world_size, micro_batch_size)
             self.say(text)
             with self.carry_on():
-                write_plan(self.board, text, lengths, learning_rates(self.config, len(plan)), self.first_step)
+                self.board.plan(plan, text, examples, self.ranks.world_size, micro_batch_size * self.config.max_seq_len)
 
     def say(self, text: str) -> None:
         if self.on:
@@ -106,18 +99,14 @@ class Monitor:
             with self.carry_on():
                 self.log.write(json.dumps({"step": step} | values) + "\n")
                 self.log.flush()
-                self._to_board(step, values)
-
-    def _to_board(self, step: int, values: dict[str, float]) -> None:
-        for name in values.keys() - {"step"}:
-            self.board.add_scalar(name, values[name], step)
+                self.board.scalars(step, values)
 
     def flush(self) -> None:
         """Before a checkpoint: a run that goes on from it finds all that was logged up to it, even after a power cut."""
         if self.on:
             with self.carry_on():
                 os.fsync(self.log.fileno())
-                self.board.flush()  # it holds lines back for two minutes
+                self.board.flush()
 
     @contextlib.contextmanager
     def carry_on(self):
@@ -126,12 +115,15 @@ class Monitor:
             yield
         except OSError as error:
             self.say(f"not logged: {error} ({self.folder})")
-            with contextlib.suppress(OSError):  # TensorBoard's writer never recovers from an error: begin another file
-                self.board = SummaryWriter(str(self.folder / "tensorboard"))
+            with contextlib.suppress(OSError):
+                self.board.reopen()
+
+    def _is_clipped(self, grad_norm: float) -> bool:
+        return math.isfinite(grad_norm) and grad_norm > self.config.max_grad_norm
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, lengths: np.ndarray, num_targets: int) -> None:
         """One finished step: its loss (nats a supervised token), gradient norm before clipping, lr, its examples' lengths, its targets."""
-        seconds, tokens = time.perf_counter() - self.last, int(lengths.sum())
+        seconds, parts, tokens = time.perf_counter() - self.last, self.timer.stop(), int(lengths.sum())
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         if step == self.first_step + 3:
             left = self.num_steps - step
@@ -139,9 +131,12 @@ class Monitor:
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens_per_second": tokens / seconds}
         if self.ranks.device.type == "cuda":
             values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        values |= self.mfu(lengths, num_targets, seconds)
-        self.scalars(step, values)
+        values |= self.mfu(lengths, num_targets, seconds) | {f"time/{part}": spent for part, spent in parts.items()}
         if self.on:
+            if step in (self.first_step + 1, self.num_steps) or step % self.config.monitor.eval_steps == 0:  # it hardly changes
+                values |= memory_parts(self.engine, self.ranks)
+            self.clipped += self._is_clipped(grad_norm)
+            self.scalars(step, values | {"train/clipped_steps": self.clipped})
             figures = f"loss {loss:.4f}, norm {grad_norm:.2f}, lr {lr:.2e}, {tokens / seconds:,.0f} tokens/s"
             with contextlib.suppress(OSError):
                 self.bar.set_postfix_str(figures, refresh=False)
@@ -150,6 +145,7 @@ class Monitor:
     def start_step(self) -> None:
         """A step's time begins here; evaluation, sampling and saving are not part of it."""
         self.last = time.perf_counter()
+        self.timer.start()
 
     def notes(self, step: int, notes: dict[str, str]) -> None:
         """Sample notes of held-out examples, as text in TensorBoard and as a file."""
@@ -159,7 +155,7 @@ class Monitor:
                 folder.mkdir(exist_ok=True)
                 (folder / f"step-{step:06d}.md").write_text(as_markdown(notes))
                 for key, note in notes.items():
-                    self.board.add_text(f"notes/{key}", "    " + note.replace("\n", "\n    "), step)
+                    self.board.note(step, key, note)
 
     def prompts(self, prompts: dict[str, str]) -> None:
         """What the sample notes are written from."""
@@ -174,7 +170,7 @@ class Monitor:
             return {}
         with self.carry_on():
             self.bar.close()
-            self.board.close()
+            self.board.close(self.num_steps)
             self.log.close()
         losses = [line["train/loss"] for line in map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()) if "train/loss" in line]
         if losses:

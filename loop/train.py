@@ -24,7 +24,7 @@ from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
 from .fit import choose_micro_batch
-from .folder import prepare_folder
+from .folder import prepare_folder, versions
 from .fused import choose_dequantized, choose_layers, fuse
 from .graphs import release_graphs, replay_layers
 from .identity import at_step, refuse_another, refuse_unlike, run_identity
@@ -32,7 +32,7 @@ from .join import JoinError
 from .ledger import ledger
 from .mfu import utilisation
 from .model import decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing
-from .monitor import Monitor, quiet_libraries, versions
+from .monitor import Monitor, quiet_libraries
 from .notes import prompt_of, share_notes
 from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
 from .packing import Batch, collate, cut, make_plan
@@ -43,15 +43,17 @@ from .watchdog import StopRequest, Watchdog, doing
 
 
 def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
-               draw_mask=None, is_bad=None):  # fmt: skip
+               draw_mask=None, is_bad=None, mark=lambda part: None):  # fmt: skip
     """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks. draw_mask:
-    draws the dropout of the micro-batch with this index; is_bad: tells of the step's loss whether the update shall be skipped.
+    draws the dropout of the micro-batch with this index; is_bad: tells of the step's loss whether the update shall be skipped; mark: is told
+    which part of the step begins (timers.py).
 
     Returns (the step's loss over all ranks in nats a supervised token, global gradient norm before clipping, which of this rank's
     micro-batches had a loss that is no number)."""
     losses = []  # of each micro-batch, summed over its supervised tokens
     for i, batch in enumerate(micro_batches):
         doing(f"micro-batch {i + 1} of {len(micro_batches)}")
+        mark("forward")
         last = i == len(micro_batches) - 1
         # ZeRO-3 may update the weights only after the last micro-batch. We say which one that is: their number varies.
         engine.set_gradient_accumulation_boundary(last)
@@ -60,6 +62,7 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         batch = batch.to(ranks.device)
         logits = engine(**batch.model_inputs()).logits  # [1, N, V], N supervised positions
         loss_sum = summed_cross_entropy(logits, batch.targets)
+        mark("backward")
         # Every supervised token of the step weighs the same, so divide once by all of them: not by the micro-batch's own
         # number (a short note would weigh as much as a long one), and not by the number of micro-batches, which is what
         # scale_wrt_gas would do. DeepSpeed averages gradients over ranks; world_size turns that average back into a sum.
@@ -67,6 +70,7 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         losses.append(loss_sum.detach().double())
         if last:
             doing("clipping and updating")
+            mark("optimizer")
             # The accumulated gradients are complete now and engine.step() will consume them: the only moment to clip.
             grad_norm = clip_grad_norm(parameters, max_grad_norm)
             loss = ranks.sum(torch.stack(losses).sum().item())[0] / num_targets
@@ -89,13 +93,13 @@ def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int 
     return int(free)
 
 
-def train(config: Config, ds: dict) -> dict:
+def train(config: Config, ds: dict, make_monitor: type[Monitor] = Monitor) -> dict:
     """Runs the whole job and returns the figures of report.json (on rank 0)."""
     with contextlib.ExitStack() as held:  # the folder's lock and the watchdog, let go however the run ends
-        return _train(config, ds, held)
+        return _train(config, ds, held, make_monitor)
 
 
-def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
+def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: type[Monitor]) -> dict:
     stop = StopRequest(config.run.max_hours)
     tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
     examples, account = load_examples(config, tokenizer, "train")
@@ -151,7 +155,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
-    monitor = Monitor(config, ds, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
+    monitor = make_monitor(config, ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
         f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
         f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
@@ -159,7 +163,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
         f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
     )
     monitor.accounts({"train": account, "valid": held_out_account})
-    monitor.plan(plan, lengths, targets, micro_batch_size)
+    monitor.plan(plan, examples, micro_batch_size)
     attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
     fallbacks = filter(None, [attention_fallback, fused_remark, launched, choose_fused(config.optimizer)[1]])
     for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
@@ -212,9 +216,10 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack) -> dict:
 
         loss, grad_norm, bad_batches = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
                                                   lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
-                                                  lambda loss: is_spike(loss, recent, config.run.spike_sigmas))  # fmt: skip
+                                                  lambda loss: is_spike(loss, recent, config.run.spike_sigmas), monitor.timer.mark)  # fmt: skip
 
         doing("agreeing whether to stop")
+        monitor.timer.mark("agreement")
         stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
         monitor.step(step + 1, loss, grad_norm, lr, lengths[ids], num_targets)
         if step == min(first_step + 2, len(plan) - 1):
@@ -272,7 +277,7 @@ def show_summary(config: Config, report: dict) -> None:
     print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "
           f"{report.get('train/loss_last', 0):.4f}{evaluated}, {report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
           f"  written to        {report['exported']}\n"
-          f"  look at curves    tensorboard --logdir {config.run.dir}\n"
+          f"  look at curves    ./launch.sh board {config.run.dir}\n"
           f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
           f"  score it          ./launch.sh evaluate --config {config.folder}/config.yaml")  # fmt: skip
 

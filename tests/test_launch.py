@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = "train evaluate generate merge preview plan check test setup help".split()
+COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
 
 # A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a signal, at a "step".
 TOY = """
@@ -138,6 +138,14 @@ def test_a_command_runs_once_and_gets_its_arguments_untouched(clone):
     (clone / "loop" / "plan.py").write_text(TOY)
     assert run(clone, "plan", "--gpus", "8", "a=b c")[0] == 0
     assert events(clone, "none")[0] == "args --gpus 8 a=b c"
+
+
+def test_board_runs_once_and_profile_on_the_ranks_of_train(clone):
+    for name in ("board", "profile"):
+        shutil.copy(clone / "loop" / "train.py", clone / "loop" / f"{name}.py")
+    assert run(clone, "board", "my runs")[0] == 0 and events(clone, "none")[0] == "args my runs"
+    assert run(clone, "profile", "--gpus=2", "lr=1")[0] == 0
+    assert [events(clone, rank)[0] for rank in (0, 1)] == ["args lr=1"] * 2
 
 
 def test_without_a_command_it_trains_and_a_mistake_comes_out_as_one(clone):

@@ -9,8 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from loop.sources import read_split
 from loop.cli import load_config
+from loop.timers import PARTS
 
-SCALARS = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/save_seconds", "eval/loss", "eval/perplexity"}
+TRAIN = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "tokens_per_second", "clipped_steps", "save_seconds")}
+MEMORY = {f"memory/{name}_gib" for name in ("frozen_weights", "scales", "trained_weights", "masters", "moments", "gradients")}
+SCALARS = TRAIN | {"eval/loss", "eval/perplexity"} | {f"time/{part}" for part in PARTS} | MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def board(trained):
 
 
 def test_tensorboard_has_the_curves_and_metrics_the_same_numbers(trained, board):
-    assert set(board.Tags()["scalars"]) == SCALARS | {"plan/lr"}  # and train/gpu_memory_gib on a GPU
+    assert set(board.Tags()["scalars"]) == SCALARS | {"plan/lr", "plan/max_grad_norm"}  # and train/gpu_memory_gib on a GPU
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for name in SCALARS:
         logged = [(line["step"], line[name]) for line in lines if name in line]
@@ -40,7 +43,7 @@ def test_the_plan_is_on_the_board_and_the_account_in_the_folder(trained, board):
 
 
 def test_sample_notes_are_shown_for_the_named_examples_alone(trained, board):
-    assert {tag for tag in board.Tags()["tensors"] if "plan" not in tag} == {"notes/valid-1/text_summary"}
+    assert {tag for tag in board.Tags()["tensors"] if tag.endswith("text_summary")} == {"notes/valid-1/text_summary", "plan/text_summary"}
     assert sorted(p.name for p in (trained / "samples").iterdir()) == ["prompts.md", "step-000000.md", "step-000003.md", "step-000006.md"]
     assert "Doctor: " in (trained / "samples" / "prompts.md").read_text()
 
@@ -69,7 +72,7 @@ def test_no_patients_word_leaves_the_files_it_came_in(trained):
 def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):
     out = (trained.parent / "stdout").read_text()
     arithmetic = ("4 rows x 512 = 2,048 tokens", "the run     6 steps", "trainable parameters")
-    for words in (*arithmetic, "a held-out conversation", "before training", "--logdir", "launch.sh generate"):
+    for words in (*arithmetic, "a held-out conversation", "before training", "launch.sh board", "launch.sh generate"):
         assert words in out, words
     assert "GiB at the peak; measured" in out and "RSS rose" in out
     assert "warn" not in out.lower()

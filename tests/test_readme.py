@@ -20,6 +20,8 @@ ELSEWHERE = {
     "./launch.sh test": "this run",
     "./launch.sh check": "tests/test_kernels_check.py",
     "./launch.sh bench": "tests/test_bench.py",
+    "./launch.sh board": "tests/test_dashboard.py",
+    "./launch.sh profile": "tests/test_timers.py",
     "./launch.sh audit --config runs/mine/config.yaml": "tests/test_audit.py",
 }
 

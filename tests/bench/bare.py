@@ -1,11 +1,11 @@
 """Changes to the loop for measuring it: examples that come from nowhere, DeepSpeed taken out, one step under the profiler."""
 
-import re
 from collections import Counter
 
 import torch
 
 from loop.data import Account
+from loop.profile import by_kind
 
 
 def given_examples(examples: list):
@@ -58,19 +58,6 @@ def take_deepspeed_out(train) -> None:
     train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
 
 
-KINDS = [
-    ("attention", r"flash|fmha|attention"),
-    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
-    ("NF4", r"dequant|Dequant|kDequantize"),
-    ("LoRA with dropout", r"^_down|^_grad_down|^_add_up|dropout|masked_scale|bernoulli|distribution"),
-    ("SwiGLU, rotary, norms", r"^_swiglu|^_rotate|rms|layer_norm|silu"),
-    ("loss", r"softmax|nll"),
-    ("AdamW, clipping", r"multi_tensor|Adam|norm_kernel|lpnorm|foreach"),
-    ("copies", r"copy|Memcpy|Memset|fill|cat"),
-    ("element by element", r"elementwise|vectorized|unrolled|add|mul"),
-]
-
-
 def profile_a_step(train, at: int, spec: dict) -> None:
     """Where a step's time goes on the GPU, in ms by kind of kernel, and what lies between the kernels."""
     step_of, count = train.train_step, [0]
@@ -84,9 +71,7 @@ def profile_a_step(train, at: int, spec: dict) -> None:
             result = step_of(*args, **kwargs)
             torch.cuda.synchronize()
         kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        kinds: Counter = Counter()
-        for e in kernels:
-            kinds[next((kind for kind, pattern in KINDS if re.search(pattern, e.name)), "other")] += e.self_device_time_total / 1e3
+        kinds = by_kind(kernels)
         span = (max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)) / 1e3
         slowest = Counter()
         for e in kernels:
