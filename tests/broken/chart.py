@@ -19,6 +19,13 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two logarithms; over less than three of them 2 and 5 times those, too."""
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    powers = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in factors]
+    return [mark for mark in powers if low <= math.log10(mark) <= high]
+
+
 class Picture:
     """A white picture whose lengths are those of the finished one."""
 
@@ -35,7 +42,7 @@ class Picture:
     def panel(self, x: float, y: float, width: float, tag: str, right: list, wrong: list) -> None:
         """One tag's curves, lists of (step, value). The right one is broad and below, so that it is seen where the other covers it."""
         values = [v for _, v in right + wrong if math.isfinite(v)]
-        log = min(values) > 0 and max(values) > 50 * min(values) and tag.endswith("norm")
+        log = min(values) > 0 and max(values) > 10 * min(values) and tag != "train/lr"  # else the end of a loss's curve is a flat line
         height_of = math.log10 if log else float
         low, high = height_of(min(values)), height_of(max(values))
         margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
@@ -46,7 +53,7 @@ class Picture:
             value = height_of(value) if math.isfinite(value) else high
             return x + width * (step - first) / max(1, last - first), y + PANEL * (high - value) / (high - low)
 
-        marks = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)] if log else ticks(low, high)
+        marks = log_ticks(low, high) if log else ticks(low, high)
         for mark in marks:
             _, at = place(first, mark)
             self.line([(x, at), (x + width, at)], GRID, 1)

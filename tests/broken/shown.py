@@ -32,11 +32,17 @@ SHOWN = {
         short_notes=True,
     ),
     "unequal_examples": Shown(
-        "",
+        "One example of the four in a step is left out, but the loss is divided by the targets of all. So the wrong curve looks better nearly "
+        "all the way: 2.20 instead of 2.92 in step 1, 0.053 instead of 0.069 in step 40, and the gradient norm is lower, too (1.05, 1.29). The "
+        "held-out loss tells the truth, as it is divided by what it sums: 0.70 after 10 steps (right: 0.58), 0.20 after 20 (0.16), 0.112 after "
+        "40 (0.099). More than a quarter of the examples was never trained on.",
         HELD_OUT,
     ),
     "forget_world_size": Shown(
-        "",
+        "The gradient norm is half of the right one in every step (0.64 instead of 1.29 in step 1), as there are two ranks; on eight it would "
+        "be an eighth. The loss hardly tells: 0.072 in step 40 (right: 0.069), held-out 0.103 (0.099). Adam divides a gradient by its own size, "
+        "so a constant factor nearly vanishes; what is left is that clipping at 1 no longer clips the first steps. It is a mistake all the "
+        "same: with another number of GPUs max_grad_norm means something else, and SGD would learn at half the rate.",
         HELD_OUT,
     ),
     "bf16_accumulation": Shown(
@@ -99,16 +105,28 @@ SHOWN = {
         ("max_grad_norm=5",),
     ),
     "lr_stepped_twice": Shown(
-        "",
+        "The learning rate shows it at once: it is 0 from step 20 on, half-way. The losses run together for eight steps; then the wrong run is "
+        "behind (0.80 instead of 0.70 in step 10) and stands still when its rate is gone: between 0.25 and 0.44 from step 20 to 40, where the "
+        "right one goes from 0.12 to 0.07. The held-out loss is 0.4147 after 20, 30 and 40 steps, the same to the last digit, as no weight "
+        "moves any more (right: 0.164, 0.107, 0.099). The gradient norm stays at 0.6: there is still much to learn. In code that counts "
+        "micro-batches or ranks as steps the factor can be larger than two.",
         ("train/lr",),
     ),
     "stale_resume": Shown(
-        "",
+        "Both runs are broken off after step 20 and go on. Step 21 is the same in both, loss 0.095 and gradient to the bit: the weights that "
+        "compute are the loaded ones, so a look at the first loss after a resume finds nothing. Then the optimizer writes its own fp32 copy "
+        "over them, which is still that of the start: loss 2.84 in step 22 (right: 0.094), near that of step 1. The second half, with half the "
+        "learning rate left, does not make it good: 1.7 in step 40 (0.07), held-out 1.88 (0.099), and the gradient norm is back above 1. `train "
+        "--verify-resume` compares everything, to the bit.",
         HELD_OUT,
         resume=True,
     ),
     "resume_without_moments": Shown(
-        "",
+        "Both runs are broken off after step 20 and go on. Weights and gradient of step 21 are right to the bit; only Adam has forgotten. Its "
+        "first update moves every weight by the learning rate in the gradient's sign, which shows as a small bump: 0.108 in step 22 (right: "
+        "0.094). After that the wrong run is the better one here: 0.056 in step 40 (0.069), held-out 0.088 (0.099), presumably because the "
+        "moments it lost still held the large gradients of the first steps and kept updates small. A curve that looks fine, or finer, does not "
+        "prove a resume: it is another run than the unbroken one. `train --verify-resume` tells.",
         HELD_OUT,
         resume=True,
     ),
