@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 py=${LOOP_PYTHON:-$here/.venv/bin/python} base=${PYTHON:-python3} stamp=$here/.venv/launch.stamp
-commands="train evaluate generate merge audit preview plan board profile check bench test setup help"
+commands="train evaluate generate merge audit preview plan board profile check bench break test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the first use also sets up .venv, once)
   train      fine-tune (the default command)       preview    show the exact tokens that are trained on
   evaluate   score a trained adapter, its notes    plan       the run before its first step: steps, tokens, lr
@@ -12,6 +12,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the 
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers (--help)
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where a step's time goes: trace, table
+  break      what a classic mistake does to the curves, beside the right run's; without a name it lists them
   setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
 train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE
 (the machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
@@ -60,6 +61,7 @@ case $command in
   train | evaluate | profile) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.verify "$@"; fi ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
+  break) exec "$py" -u "$here/tests/broken" "$@" ;;
   test) cd "$here" && exec "$py" -m pytest -q "$@" ;;
   setup) [[ $* ]] || { echo "set up: $("$py" --version), $py"; exit; }
     [[ $* == --flash-attn ]] || die "setup takes only --flash-attn, not: $*"

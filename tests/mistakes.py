@@ -1,8 +1,11 @@
-"""The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch."""
+"""The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch, and what
+`./launch.sh break` shows."""
 
 import numpy as np
 import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
+import loop.checkpoint
 import loop.data
 import loop.model
 import loop.packing
@@ -38,6 +41,43 @@ def forget_world_size():
         engine.backward = lambda loss, **kw: backward(loss / torch.distributed.get_world_size(), **kw)
         try:
             return step(engine, *args)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def unequal_ranks():
+    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that has few of them."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+        backward = engine.backward
+        mine = sum((batch.targets != -100).sum().item() for batch in micro_batches)
+        engine.backward = lambda loss, **kw: backward(loss * num_targets / max(mine, 1) / torch.distributed.get_world_size(), **kw)
+        try:
+            return step(engine, parameters, micro_batches, num_targets, *rest)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def bf16_accumulation():
+    """The accumulated gradient is rounded to bf16 after every micro-batch, as with `grad_accum_dtype: bf16`, which the loop refuses."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, *args):
+        backward = engine.backward
+
+        def rounding(loss, **kw):
+            backward(loss, **kw)
+            for gradient in loop.optim.local_gradients(parameters):
+                gradient.copy_(gradient.bfloat16())
+
+        engine.backward = rounding
+        try:
+            return step(engine, parameters, *args)
         finally:
             engine.backward = backward
 
@@ -101,6 +141,12 @@ def prompt_supervised():
     loop.data.encode_examples = lambda tokenizer, conversations, supervise="note": encode(tokenizer, conversations, "all")
 
 
+def no_clipping():
+    """The norm is measured and nothing is clipped."""
+    clip = loop.train.clip_grad_norm
+    loop.train.clip_grad_norm = lambda parameters, max_norm: clip(parameters, float("inf"))
+
+
 def stale_grad_norm():
     """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one step late."""
     last = [1.0]
@@ -137,7 +183,30 @@ def unequal_examples():
     loop.train.cut = wrong
 
 
+def stale_resume():
+    """After a resume the optimizer's fp32 masters are those of the start: the first update writes them over the loaded weights."""
+    put = loop.checkpoint.set_whole_tensor
+
+    def wrong(p, kind, whole, ranks):
+        stale = safe_get_local_fp32_param(p).clone()
+        put(p, kind, whole, ranks)
+        if kind == "master":
+            safe_set_local_fp32_param(p, stale)
+
+    loop.checkpoint.set_whole_tensor = wrong
+
+
+def resume_without_moments():
+    """After a resume Adam's moments and its step count begin at zero: its first update moves every weight by the full learning rate."""
+    put, create = loop.checkpoint.set_whole_tensor, loop.checkpoint.create_adam_state
+    loop.checkpoint.set_whole_tensor = lambda p, kind, *rest: put(p, kind, *rest) if kind == "master" else None
+    loop.checkpoint.create_adam_state = lambda engine, step: create(engine, 0)
+
+
 MISTAKES = {f.__name__: f for f in (
-    divide_by_accumulation_steps, forget_world_size, one_document_mask, positions_run_on, targets_cross_documents, unsupervised_eos,
-    prompt_supervised, stale_grad_norm, deepspeed_clips_too, lr_stepped_twice, unequal_examples,
+    divide_by_accumulation_steps, forget_world_size, unequal_ranks, bf16_accumulation, one_document_mask, positions_run_on,
+    targets_cross_documents, unsupervised_eos, prompt_supervised, no_clipping, stale_grad_norm, deepspeed_clips_too, lr_stepped_twice,
+    unequal_examples,
 )}  # fmt: skip
+# test_train.py's runs are never broken off, so it can't see these; that a resumed run is the unbroken one is test_checkpoint.py's proof.
+SHOWN_ONLY = {f.__name__: f for f in (stale_resume, resume_without_moments)}
