@@ -1,4 +1,4 @@
-"""The run in advance, in words and on the board: what `./launch.sh plan` shows and each run says before its first step."""
+"""The run in words: in advance, as `./launch.sh plan` shows it and each run says it before its first step, and what it came to."""
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -35,3 +35,20 @@ def write_plan(board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[fl
     for step in range(0, len(lr), -(-len(lr) // 1000)):  # a thousand points show any curve
         if step >= first_step:
             board.add_scalar("plan/lr", lr[step], step + 1)
+
+
+def show_summary(config: Config, report: dict) -> None:
+    """What the run came to, the sample notes before and after it, and where to look further."""
+    samples = sorted((config.folder / "samples").glob("step-*.md"))
+    if len(samples) > 1:
+        titles = ["a held-out conversation", "before training", "after"]
+        for title, path in zip(titles, [config.folder / "samples" / "prompts.md", samples[0], samples[-1]]):
+            print(f"\n--- {title} ({path}) ---\n{path.read_text()}")
+    option = "--base" if config.method == "full" else "--adapter"
+    evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
+    print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "
+          f"{report.get('train/loss_last', 0):.4f}{evaluated}, {report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
+          f"  written to        {report['exported']}\n"
+          f"  look at curves    ./launch.sh board {config.run.dir}\n"
+          f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
+          f"  score it          ./launch.sh evaluate --config {config.folder}/config.yaml")  # fmt: skip

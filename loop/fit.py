@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from .config import Config, ConfigError
-from .distributed import on_gpu
+from .distributed import Ranks, on_gpu
 from .ledger import LOADED, STATES, WORKING, count_weights, ledger, most_rows
+from .model import trainable
 
 CONTEXT = 2**30  # what CUDA, its libraries and NCCL take beside the tensors: an allowance, not measured
 MOST_GPUS = 64
@@ -133,3 +135,14 @@ def read_gpus(gpus: str | None, memory: str | None) -> tuple[int, int | None]:
     if not (memory.replace(".", "", 1).isdecimal() and float(memory) > 0):
         raise ConfigError(f"--gpu-memory {memory}: must be a number of GiB above 0")
     return int(gpus or 1), int(float(memory) * 2**30)
+
+
+def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:
+    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 18 bytes for every
+    trainable weight (its fp32 master, gradient and two moments, and a gradient in bf16), shared by all ranks."""
+    if ranks.device.type == "cpu":
+        return None
+    states = 18 * sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable(model)) // ranks.world_size
+    free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
+    return int(free)

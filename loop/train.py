@@ -20,10 +20,11 @@ from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
 from .dropout import share_dropout
+from .describe import show_summary
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
-from .fit import choose_micro_batch
+from .fit import choose_micro_batch, free_gpu_bytes
 from .folder import prepare_folder, versions
 from .fused import choose_dequantized, choose_layers, fuse
 from .graphs import release_graphs, replay_layers
@@ -80,17 +81,6 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
         # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
         engine.step()
     return loss, grad_norm, [i for i, value in enumerate(losses) if not math.isfinite(value)]
-
-
-def free_gpu_bytes(config: Config, model: torch.nn.Module, ranks: Ranks) -> int | None:
-    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 18 bytes for every
-    trainable weight (its fp32 master, gradient and two moments, and a gradient in bf16), shared by all ranks."""
-    if ranks.device.type == "cpu":
-        return None
-    states = 18 * sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable(model)) // ranks.world_size
-    free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
-    return int(free)
 
 
 def train(config: Config, ds: dict, make_monitor: type[Monitor] = Monitor) -> dict:
@@ -263,23 +253,6 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         at = f"saved after step {report['steps']}" if report["steps"] else "before the first step"
         print(f"asked to stop ({stop.signal or 'another rank was'}): {at}; the same command goes on from there (with run.resume=true)")
     return report
-
-
-def show_summary(config: Config, report: dict) -> None:
-    """What the run came to, the sample notes before and after it, and where to look further."""
-    samples = sorted((config.folder / "samples").glob("step-*.md"))
-    if len(samples) > 1:
-        titles = ["a held-out conversation", "before training", "after"]
-        for title, path in zip(titles, [config.folder / "samples" / "prompts.md", samples[0], samples[-1]]):
-            print(f"\n--- {title} ({path}) ---\n{path.read_text()}")
-    option = "--base" if config.method == "full" else "--adapter"
-    evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
-    print(f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "
-          f"{report.get('train/loss_last', 0):.4f}{evaluated}, {report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
-          f"  written to        {report['exported']}\n"
-          f"  look at curves    ./launch.sh board {config.run.dir}\n"
-          f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
-          f"  score it          ./launch.sh evaluate --config {config.folder}/config.yaml")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
