@@ -128,6 +128,6 @@ def test_wrong_arguments_are_one_line(config_file, args, words, monkeypatch):
         def gather(self, value):
             return [value]
 
-    monkeypatch.setattr(measuring, "init_distributed", Alone)
+    monkeypatch.setattr(measuring, "init_distributed", lambda join_minutes: Alone())
     with pytest.raises(ConfigError, match=words):
         measuring.main(["--config", str(config_file), *args])

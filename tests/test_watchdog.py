@@ -103,6 +103,8 @@ def test_a_step_that_never_ends_is_ended_after_the_grace_time():
 
 def test_the_time_limit_is_a_request_to_stop(monkeypatch):
     monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
+    thread = SimpleNamespace(start=lambda: None)  # its own would end the tests' process after the grace time
+    monkeypatch.setattr(watchdog.threading, "Thread", lambda **_: thread)
     assert watchdog.StopRequest(max_hours=1000).signal is None and watchdog.StopRequest().signal is None
     assert watchdog.StopRequest(max_hours=1e-9).signal == "run.max_hours"
 
