@@ -153,3 +153,11 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
     (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "stdout").write_text(run_ok(2, "-m", "loop.train", "--config", str(folder / "config.yaml")))
     return folder / "run"
+
+
+# Two workers take a file each, in this order: the longest ones first, or one worker would wait for the other's at the end.
+LONGEST = ("test_train.py", "test_readme.py", "test_checkpoint.py", "test_kill.py", "test_watchdog.py", "test_evaluate.py", "test_launch.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
