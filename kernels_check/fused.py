@@ -19,9 +19,7 @@ REMEDY = "set fused=false"
 
 def inputs(device: str) -> dict[str, tuple]:
     """For each term its arguments: T = 12,001 tokens (a quarter on a CPU), layers 2,040 wide, LoRA of rank 8, a head of 64."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    tokens = 12001 if device == "cuda" else 3001
+    generator, tokens = torch.Generator(device).manual_seed(0), 12001 if device == "cuda" else 3001
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=generator).bfloat16()
