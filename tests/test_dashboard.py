@@ -137,7 +137,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         address, said = process.stdout.readline().partition("#")[0], process.stdout.readline()
-        assert address.startswith("http://127.0.0.1:") and f"1 run(s) of {trained.parent}" in said, said
+        assert address.startswith("http://127.0.0.1:") and f" run(s) of {trained.parent}" in said and "shows 0 " not in said, said
         mine = psutil.Process(process.pid)
         listening = [c.laddr.ip for p in (mine, *mine.children(recursive=True)) for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
         assert listening == ["127.0.0.1"]
