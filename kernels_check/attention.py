@@ -15,10 +15,10 @@ from kernels_check.table import emit
 
 LENGTHS = (1, 37, 300, 129, 45)  # unequal documents, the shortest possible among them; the last one is padding
 BOUND = 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding, a few of which meet in a gradient
-Tensor, Attend = torch.Tensor, Callable[..., torch.Tensor]  # query, key, value, cu_seqlens, max_seqlen -> output
+Attend = Callable[..., torch.Tensor]  # query, key, value, cu_seqlens, max_seqlen -> output
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
     """query [T, Hq, D], key and value [T, Hkv, D] -> [T, Hq, D]: softmax(q k' / sqrt(D)) v of each document alone, causal."""
     parts = []
     for start, end in pairwise(cu_seqlens.tolist()):
@@ -30,7 +30,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tenso
     return torch.cat(parts)
 
 
-def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[list[Tensor], Tensor, int]:
+def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[list[torch.Tensor], torch.Tensor, int]:
     """Random query, key, value (4 query heads, 2 key heads) and the boundaries, padded by repeating the last."""
     torch.manual_seed(0)
     row = [torch.randn(sum(lengths), heads, head_dim, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
@@ -38,7 +38,7 @@ def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[li
     return row, bounds, max(lengths)
 
 
-def passes(attend: Attend, row: list[Tensor], bounds: Tensor, longest: int) -> list[Tensor]:
+def passes(attend: Attend, row: list[torch.Tensor], bounds: torch.Tensor, longest: int) -> list[torch.Tensor]:
     """Output and the gradients of query, key and value, under one fixed random gradient of the output."""
     row = [x.detach().requires_grad_() for x in row]
     out = attend(*row, bounds, longest)

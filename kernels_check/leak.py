@@ -14,7 +14,7 @@ from kernels_check.rows import Row, judge
 def check_leak(name: str, version: str, attend: Attend, device: str) -> Iterator[Row]:
     """Change a token of one document: no other may move by a bit, nor send it a gradient. The error is absolute."""
     row, bounds, longest = packed_row(LENGTHS, 64, device)
-    start, end = bounds[2].item(), bounds[3].item()
+    start, end = bounds[2:4].tolist()
     others = torch.ones(len(row[0]), dtype=torch.bool, device=device)
     others[start:end] = False
     row = [x.requires_grad_() for x in row]

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 
 import torch
 
@@ -21,7 +21,7 @@ def _fork_works() -> None:
 
 
 @functools.cache
-def context() -> BaseContext:
+def context() -> ForkServerContext | SpawnContext:
     """The kind of process that works here, tried out in milliseconds once the server runs; starting it takes seconds."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # "is there a GPU" must not touch CUDA before a fork
     forking = multiprocessing.get_context("forkserver")

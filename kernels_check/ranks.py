@@ -28,7 +28,7 @@ def _rank(rank: int, body: Callable, world_size: int, port: int, group: int, ans
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
     try:
-        found = list(body("cuda" if cuda else "cpu", *args))
+        found: list[Row] | ImportError = list(body("cuda" if cuda else "cpu", *args))
     except ImportError as error:  # on all ranks alike; the environment's rows say it of the package itself
         found = error
     if rank == 0:
@@ -69,4 +69,4 @@ def zero3_engine(model: torch.nn.Module, config: dict[str, Any]):
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or the CPU would compile it now, and needs ninja for it
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW([model.trained], lr=1e-3), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW([model.get_parameter("trained")], lr=1e-3), config=config)[0]

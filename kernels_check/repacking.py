@@ -12,7 +12,7 @@ import torch
 from kernels_check.rows import Row, guarded, judge
 
 
-def check_repacking(what: str, version: str, layer: torch.nn.Module) -> Iterator[Row]:
+def check_repacking(what: str, version: str, layer: torch.nn.Linear) -> Iterator[Row]:
     """`layer`, a Linear4bit on the CPU: its bytes and its input gradient before and after an evaluation.
     The error is absolute, and 1 where the bytes have changed."""
 

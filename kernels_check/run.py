@@ -49,6 +49,7 @@ class Running:
 
     def end(self) -> None:
         """Ends the check and its ranks, which may be waiting for it or for one another."""
+        assert self.process.pid is not None  # it was started
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 

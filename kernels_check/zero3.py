@@ -24,15 +24,16 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
 
     torch.manual_seed(0)
     options = {"bias": False, "quant_type": "nf4", "compute_dtype": torch.bfloat16}
-    model = torch.nn.ModuleList([bnb.nn.Linear4bit(256, 128, quant_storage=s, **options) for s in storages]).to(device)
+    layers: list[Any] = [bnb.nn.Linear4bit(256, 128, quant_storage=s, **options) for s in storages]  # Any: their weights are more than Tensors
+    model = torch.nn.ModuleList(layers).to(device)
     model.trained = torch.nn.Parameter(torch.zeros(512, dtype=torch.bfloat16, device=device))
-    model.forward = lambda x: (model.trained * x).sum()  # so its gradient is x, exactly
-    stored = [layer.weight.data.view(torch.uint8).flatten().clone() for layer in model]
-    states = [{k: v.clone() for k, v in layer.weight.quant_state.as_dict(packed=True).items()} for layer in model]
+    model.forward = lambda x: (model.get_parameter("trained") * x).sum()  # so its gradient is x, exactly
+    stored = [layer.weight.data.view(torch.uint8).flatten().clone() for layer in layers]
+    states = [{k: v.clone() for k, v in layer.weight.quant_state.as_dict(packed=True).items()} for layer in layers]
 
     # no zero.Init here, nor in the loop: it would skip the cast by value that `initialize` makes, and with it the fault
     engine = zero3_engine(model, config)
-    for layer, storage, packed, state in zip(model, storages, stored, states):
+    for layer, storage, packed, state in zip(layers, storages, stored, states):
         what = f"zero3 NF4 stored as {str(storage)[6:]}"
         if layer.weight.numel():
             raise RuntimeError(f"{what}: the weight was not partitioned, so nothing was checked")
@@ -48,7 +49,7 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
         engine.set_gradient_accumulation_boundary(i == count - 1)
         x = torch.full((512,), share(dist.get_rank(), i), dtype=torch.bfloat16, device=device)
         engine.backward(engine(x), scale_wrt_gas=False)
-    got = deepspeed.utils.safe_get_full_grad(model.trained).double()
+    got = deepspeed.utils.safe_get_full_grad(model.get_parameter("trained")).double()
     wanted = sum(share(rank, i) for rank in range(ranks) for i in range(count)) / ranks
     remedy = 'ds_config.json: "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"'
     yield judge("zero3 gradients add up in fp32", deepspeed.__version__, (got / wanted - 1).abs().max().item(), 1e-6, remedy)

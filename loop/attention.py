@@ -9,6 +9,7 @@ which packed documents leak into one another (trl#3910), and boundaries that are
 import functools
 import importlib.metadata
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def _torch_varlen():
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = "enable_gqa" in known
 
     def attend(query, key, value, cu_seqlens, max_seqlen, scale):
@@ -134,7 +135,7 @@ def _keeps_documents_apart(backend: str, device, head_dim: int) -> bool:
     for x in (q, k, v):
         x[:40].neg_()
     after = packed_attention(q, k, v, bounds, 64, backend)
-    return torch.isfinite(before).all().item() and torch.equal(before[40:], after[40:]) and not torch.equal(before[:40], after[:40])
+    return bool(torch.isfinite(before).all()) and torch.equal(before[40:], after[40:]) and not torch.equal(before[:40], after[:40])
 
 
 def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
@@ -142,7 +143,7 @@ def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) 
     `./launch.sh check` (if it was run) and was just seen to keep documents apart. What was passed over stands in the remark
     after "; ". Raises AttentionError when `wanted` can't run, leaks, or was found wrong."""
     found = available_backends(device)
-    remarks = []
+    remarks: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
         reason = found.get(name, f"missing: one of auto, {', '.join(BACKENDS)} is possible")
         if not reason.startswith("missing") and name != "sdpa" and dtype not in (torch.bfloat16, torch.float16):

@@ -82,7 +82,7 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path) -> dict:
 
 def audit_config(folder: Path, config: Config, lora: PeftConfig) -> None:
     """Reads adapter_config.json and trained.json of a folder and holds them against the run. Raises AuditError naming the field."""
-    written = PeftConfig.from_pretrained(folder)
+    written = PeftConfig.from_pretrained(str(folder))
     if resolve_base(written.base_model_name_or_path) != resolve_base(config.base) or written.revision != config.revision:
         raise AuditError(f"adapter_config.json names the base {written.base_model_name_or_path}, revision {written.revision}; trained was on "
                          f"{config.base}, revision {config.revision}")  # fmt: skip

@@ -27,7 +27,7 @@ from .folder import write_atomically, write_report
 from .model import attach_adapter, dtype_of, load_base, load_tokenizer
 from .packing import make_plan
 from .soap import soap_messages
-from .sources import Conversation, read_split
+from .sources import Conversation, answer, read_split, said
 from .tokens import encode_examples
 
 DIGITS = 6  # of an identifier: a space of a million
@@ -51,7 +51,7 @@ def make_canaries(rows: list[Conversation], count: int, repeats: list[int], seed
     """`count` canaries for each number of repeats and as many controls, each in rows of its own, of the shorter half (with their sentence they
     shall fit, too). Names and numbers stand nowhere in the rows. Raises ConfigError when there are too few rows."""
     rng, text = random.Random(seed), "\n".join(f"{c.dialogue}\n{c.note}" for c in rows).lower()
-    shorter = sorted(rows, key=lambda c: len(c.dialogue + c.note))[: len(rows) // 2]
+    shorter = sorted(rows, key=lambda c: len(said(c) + answer(c)))[: len(rows) // 2]
     if count * sum(repeats) > len(shorter):
         raise ConfigError(f"--canaries {count} --repeats {','.join(map(str, repeats))}: needs {count * sum(repeats)} rows, and the shorter half of "
                           f"data.train has {len(shorter)}")  # fmt: skip
@@ -71,7 +71,7 @@ def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
     """The rows as a source with the columns id, dialogue and soap, the canaries at the end of their notes. The dialogues stay as they were:
     what only the note says can't be copied from the dialogue, it must be remembered."""
     planted = {row: canary.sentence() for canary in canaries for row in canary.rows}
-    return [{"id": c.id, "dialogue": c.dialogue, "soap": c.note.strip() + planted.get(c.id, "")} for c in rows]
+    return [{"id": c.id, "dialogue": c.dialogue, "soap": answer(c).strip() + planted.get(c.id, "")} for c in rows]
 
 
 def prepare(config: Config, count: int, repeats: list[int], ranks: Ranks) -> tuple[Config, list[Canary]]:
@@ -128,8 +128,8 @@ def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: rando
     """In bits, from 0 to 10: where the model ranks the canary's number among never-seen ones, behind the dialogue and note of `context`."""
     others = [n for n in rng.sample(range(10**DIGITS), REFERENCES + 1) if n != int(canary.number)][:REFERENCES]
     numbers = [canary.number, *(f"{n:0{DIGITS}}" for n in others)]
-    said = [soap_messages(context.dialogue, context.note.strip() + canary.sentence(number)) for number in numbers]
-    scores = log_probs(model, [e.input_ids.tolist() for e in encode_examples(tokenizer, [Conversation("", messages) for messages in said])])
+    told = [soap_messages(said(context), answer(context).strip() + canary.sentence(number)) for number in numbers]
+    scores = log_probs(model, [e.input_ids.tolist() for e in encode_examples(tokenizer, [Conversation("", messages) for messages in told])])
     return float(np.log2(len(numbers)) - np.log2(int((scores >= scores[0]).sum())))
 
 
@@ -141,7 +141,7 @@ def measure(config: Config, canaries: list[Canary], tokenizer, device) -> list[f
     model = model if whole else attach_adapter(model, str(config.folder / "adapter")).eval()
     planted = {row for c in canaries for row in c.rows}
     rows = read_split(config, "valid")[0] or [c for c in read_split(config, "train")[0] if c.id not in planted]
-    context, rng = min(rows, key=lambda c: len(c.dialogue + c.note)), random.Random(config.seed)
+    context, rng = min(rows, key=lambda c: len(said(c) + answer(c))), random.Random(config.seed)
     return [exposure(model, tokenizer, canary, context, rng) for canary in canaries]
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,7 +134,7 @@ class Checkpoints:
         """Puts a checkpoint into the engine, right after `deepspeed.initialize`; every rank must call it. Raises ConfigError naming the
         first tensor that is not this model's."""
         create_adam_state(engine, manifest["optimizer_step"])
-        parameters = dict(trainable(engine.module))
+        parameters: dict[str, Any] = dict(trainable(engine.module))  # Any: ZeRO-3 gives each a ds_shape
         expected = {f"{name}.{kind}" for name in parameters for kind in KINDS}
         for file_name in sorted(manifest["files"]):
             with safe_open(path / file_name, "pt") as file:

@@ -64,8 +64,8 @@ def three_ways(adapter: str, out: str, base: str | None, config_file: str, split
             loss = fresh_loss(folder, examples, device, timeout=3600)
             if isinstance(loss, str):
                 raise ConfigError(f"{way}: its loss could not be measured ({loss})")
-            of_adapter = (adapter, None) if way == ADAPTER else (None, str(folder))
-            written[way] = write_all(*of_adapter, prompts, config.monitor.sample_max_new_tokens, device) if prompts else []
+            lora, whole = (adapter, None) if way == ADAPTER else (None, str(folder))
+            written[way] = write_all(lora, whole, prompts, config.monitor.sample_max_new_tokens, device) if prompts else []
             same = sum(a == b for a, b in zip(written[ADAPTER], written[way]))
             rows[way] = {"loss": loss, "sections": sum(map(has_all_sections, written[way])), "same": same}
         (aside / "report.json").write_text(json.dumps({"split": split, "ways": rows, "verdict": verdict(rows)}, indent=2))

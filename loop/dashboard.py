@@ -96,13 +96,14 @@ class Dashboard:
     def __init__(self, folder: Path, config: Config, first_step: int, purge: int | None, tags: set[str]) -> None:
         """purge: TensorBoard drops what earlier files hold from this step on. tags: of the scalars that earlier files hold."""
         self.folder, self.config, self.first_step = folder, config, first_step
-        self.board, self.tags, self.shown = SummaryWriter(str(folder), purge_step=purge), set(tags), None
+        self.board, self.tags = SummaryWriter(str(folder), purge_step=purge), set(tags)
+        self.shown: dict | None = None  # the layout
         # Not the first of the three, a list of columns: without it TensorBoard makes one of all runs, in which what differs comes first.
         _, start, self.end = hparams(hparams_of(config), {})
         self._add(start, first_step)
 
     def _add(self, summary: Summary, step: int) -> None:
-        self.board.file_writer.add_summary(summary, step)
+        self.board.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]  # torch declares it as None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name in values.keys() - {"step"}:

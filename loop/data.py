@@ -121,7 +121,7 @@ def _cached(config: Config, tokenizer, split: str):
     try:
         yield Path(lock.name).with_suffix(".safetensors") if lock else None
     finally:
-        lock and lock.close()
+        lock.close() if lock else None
 
 
 def _read_cache(path: Path) -> tuple[list[Example], Account] | None:

@@ -6,6 +6,8 @@ two modules' masks at the same feature are independent draws, and one is a shift
 memory and a hundredth of the random numbers, where torch draws and keeps one for each of the 154 modules of TinyLlama.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -75,7 +77,7 @@ class Masks:
 def share_dropout(model: nn.Module, p: float, seed: int, device) -> Masks:
     """Puts ExampleDropout in the place of each nn.Dropout of the model's LoRA modules (of which there is none with p = 0)."""
     masks = Masks(p, seed, device)
-    lora = [m for m in model.modules() if hasattr(m, "lora_dropout") and any(isinstance(d, nn.Dropout) for d in m.lora_dropout.values())]
+    lora: list[Any] = [m for m in model.modules() if any(isinstance(d, nn.Dropout) for d in getattr(m, "lora_dropout", {}).values())]
     for number, module in enumerate(lora):
         module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, ExampleDropout(masks, APART * number)))
         masks.width = max(masks.width, -(-module.in_features // APART) * APART + APART * len(lora))

@@ -33,7 +33,7 @@ def example_losses(engine, examples: list[Example], capacity: int, max_seq_len: 
     """The cross-entropy of each example, summed over its supervised tokens, in nats, and their number: float64 [n, 2], the same on every
     rank. Every rank must call it; dropout is off meanwhile. capacity: tokens of a micro-batch. With `stop`, a StopRequest, it gives up and
     returns None when a rank is asked to end."""
-    lengths = [len(e) for e in examples]
+    lengths = np.array([len(e) for e in examples])
     was_training = engine.module.training
     engine.module.eval()
     total = np.zeros((len(examples), 2))
@@ -56,14 +56,13 @@ def example_losses(engine, examples: list[Example], capacity: int, max_seq_len: 
 
 
 def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: int, ranks: Ranks, stop=None) -> dict[str, float]:
-    """Mean cross-entropy over all supervised tokens of `examples`, in nats, and its perplexity; {} when it was asked to stop.
+    """Mean cross-entropy over all supervised tokens of `examples`, in nats, and its perplexity; {} when it was asked to stop, and without one.
 
     A mean of batch means would weigh a short note like a long one and change with the batch size; sums divided once don't. Arguments as in
     `example_losses`."""
     total = example_losses(engine, examples, capacity, max_seq_len, ranks, stop)
-    if total is None:
+    if total is None or (loss := ratio(total)) is None:
         return {}
-    loss = ratio(total)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
 
 
@@ -113,6 +112,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
         engine = deepspeed.initialize(model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds)[0]
         rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
         losses = example_losses(engine, examples, rows * config.max_seq_len, config.max_seq_len, ranks)
+        assert losses is not None  # there was nothing that could have asked it to stop
         report |= {"examples": len(examples), "left out": account.rows - account.kept}
         report["figures"]["loss"] = dict(zip(("value", "low", "high"), (ratio(losses), *interval(losses))))
         written = share_notes(engine, tokenizer, examples[:notes], config.monitor.sample_max_new_tokens, ranks)

@@ -58,8 +58,9 @@ def gathered_weights(model, ranks: Ranks) -> dict[str, torch.Tensor]:
     state = {}
     for name, p in trainable(model):
         with deepspeed.zero.GatheredParameters([p]):
-            if p.shape != p.ds_shape:
-                raise RuntimeError(f"{name} has the shape {tuple(p.shape)} after gathering, not {tuple(p.ds_shape)}; nothing was written")
+            whole = p.ds_shape  # type: ignore[attr-defined]  # which ZeRO-3 gives each
+            if p.shape != whole:
+                raise RuntimeError(f"{name} has the shape {tuple(p.shape)} after gathering, not {tuple(whole)}; nothing was written")
             if ranks.is_main:
                 state[name] = p.detach().cpu().clone().contiguous()
     return state
@@ -78,7 +79,7 @@ def write_model(model, state: dict[str, torch.Tensor], config: Config, folder: P
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     peft_config = model.peft_config["default"]
     peft_config.inference_mode, peft_config.revision = True, config.revision
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
     trained = provenance(config, next(iter(state.values())).dtype, folder / WEIGHTS)
     (folder / "trained.json").write_text(json.dumps(trained, indent=1))
     audit_weights(folder, tensors)

@@ -4,14 +4,15 @@ durations), how often, dates, drugs and sides. `Said` tells which facts of a not
 It sees what is stated, not whether it is right: a dose moved to another drug of the same visit, or "denies" in the place of "reports",
 passes."""
 
+import math
 import re
 from typing import NamedTuple
 
 from .drugs import drug_of
 from .numerals import Item, items_of
 
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth"
-ORDINALS = {w: i for i, w in enumerate(f"{ORDINALS} eighteenth nineteenth twentieth".split(), 1)} | {"thirtieth": 30}
+_WORDS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth"
+ORDINALS = {w: i for i, w in enumerate(f"{_WORDS} eighteenth nineteenth twentieth".split(), 1)} | {"thirtieth": 30}
 MONTHS = "january february march april may june july august september october november december".split()
 
 UNITS = {form: unit for entry in """mg=milligram,milligrams,mgs mcg=microgram,micrograms,ug g=gram,grams,gm kg=kilogram,kilograms,kilo,kilos
@@ -46,24 +47,23 @@ def _show(number: float) -> str:
 
 def _date(items: list[Item], at: int) -> tuple[str, int] | None:
     """A date such as m7 d29 y2008, of what is said of it, and the item behind it. A year alone is one, a month alone where "in" leads to it."""
-    words, numbers = [i.word for i in items[at : at + 5]] + [""] * 5, [i.number for i in items[at : at + 5]] + [None] * 5
+    words = [i.word for i in items[at : at + 5]] + [""] * 5
+    numbers = [math.nan if i.number is None else i.number for i in items[at : at + 5]] + [math.nan] * 5  # nan: in no range
 
     def day(k: int) -> int | None:  # a number, "29th", "third" or "twenty ninth"
-        if numbers[k] is not None and words[k + 1] not in UNITS:
-            return int(numbers[k]) if numbers[k] in range(1, 32) else None
-        return ORDINALS.get(words[k])
+        return int(numbers[k]) if numbers[k] in range(1, 32) and words[k + 1] not in UNITS else ORDINALS.get(words[k])
 
     def year(k: int) -> bool:
-        return numbers[k] is not None and numbers[k] in range(1900, 2100)
+        return numbers[k] in range(1900, 2100)
 
-    if all(numbers[k] is not None for k in (0, 2, 4)) and words[1] == words[3] == "/" and numbers[0] <= 12 and numbers[2] <= 31:
+    if numbers[0] <= 12 and words[1] == "/" and numbers[2] <= 31 and words[3] == "/" and numbers[4] >= 0:
         full = int(numbers[4]) + (2000 if numbers[4] < 50 else 1900 if numbers[4] < 100 else 0)
         return f"m{int(numbers[0])} d{int(numbers[2])} y{full}", 5
     if words[0] in MONTHS:
         found, k = f"m{MONTHS.index(words[0]) + 1}", 1
-        if day(1):
+        if first := day(1):
             tens, k = (numbers[1] in (20, 30) and ORDINALS.get(words[2], 0) < 10 and ORDINALS.get(words[2], 0)) or 0, 2
-            found, k = f"{found} d{day(1) + tens}", k + bool(tens)
+            found, k = f"{found} d{first + tens}", k + bool(tens)
             k += words[k] in ("st", "nd", "rd", "th")
         k += words[k] == "of"
         if year(k):
@@ -98,8 +98,8 @@ def facts(text: str) -> list[Fact]:
         elif number is not None:
             kind, value = "number", _show(number)
             gap = 2 if (words[i + 1], words[i + 2]) == ("out", "of") else 1 if words[i + 1] in ("/", "over") else 0
-            if gap and numbers[i + 1 + gap] is not None:
-                value, taken = f"{value}/{_show(numbers[i + 1 + gap])}", 2 + gap
+            if gap and (below := numbers[i + 1 + gap]) is not None:
+                value, taken = f"{value}/{_show(below)}", 2 + gap
             elif unit := UNITS.get(words[i + 1]):
                 value, taken = f"{value} {unit}", 2
             elif number < 10 and number == int(number):

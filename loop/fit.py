@@ -82,7 +82,8 @@ def knobs(config: Config, ds: dict, shape, gpus: int, memory: int, supervised: f
                 return [(" ".join(filter(None, [typed, settings])), answer)]
         return []
 
-    now, slower = ask({}), {}
+    slower: dict[str, int] = {}
+    now = ask({})
     if not now.checkpointing:
         slower["gradient_checkpointing"] = True
     if now.dequantized:
@@ -116,7 +117,7 @@ def describe_memory(config: Config, ds: dict, shape, gpus: int, memory: int | No
         *(f"            {name:<26}{readable(size):>12}" for name, size in rows.items()),
     ]
     lines[-1] += verdict
-    if not answer.fits:
+    if memory is not None and not answer.fits:
         ways = knobs(config, ds, shape, gpus, memory, supervised)
         for typed, way in ways:
             remark = " (longer examples: data.overlong)" if "max_seq_len" in typed else ""

@@ -6,6 +6,7 @@ token. Each row goes through the model alone, so packing and its attention play 
 import json
 import os
 import sys
+from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 @torch.no_grad()
 def loss_of(folder: str, device: str, rows: list[tuple[list[int], list[int]]]) -> float:
-    options = {"dtype": "auto", "device_map": {"": device}, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": "auto", "device_map": {"": device}, "use_safetensors": True}
     adapter = os.path.isfile(os.path.join(folder, "adapter_config.json"))
     if adapter:
         with open(os.path.join(folder, "trained.json")) as file:

@@ -8,6 +8,7 @@ for the backward pass. On GPUs the kernels are Triton's, elsewhere the same term
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes as bnb
 import deepspeed
@@ -31,7 +32,7 @@ class Linear:
     Its parameters are looked up in every call: between two calls ZeRO-3 may have taken them away and brought them back. keep_dense: the
     dequantised weight is kept, in bf16 for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""
 
-    def __init__(self, module: nn.Module, keep_dense: bool) -> None:
+    def __init__(self, module: Any, keep_dense: bool) -> None:  # Any: PEFT does not declare what is in its layers' parts
         (self.adapter,), self.module, self.dense = module.active_adapters, module, None
         self.scaling = module.scaling[self.adapter]
         weight = module.base_layer.weight
@@ -82,7 +83,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
         ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
-        outputs = [linear.forward(x, *lora[2 * i : 2 * i + 2], ctx.drops[i]) for i, linear in enumerate(linears)]
+        outputs = [linear.forward(x, lora[2 * i], lora[2 * i + 1], ctx.drops[i]) for i, linear in enumerate(linears)]
         ctx.save_for_backward(x, *(h for _, h in outputs), *lora)
         return tuple(y for y, _ in outputs)
 
@@ -109,7 +110,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
         gate, up, last = linears
         g, u, hg, hu = gate.base(x), up.base(x), down(x, lora[0], ctx.drops[0]), down(x, lora[2], ctx.drops[1])
-        y, hm = last.forward(swiglu(g, u, *_FeedForward.ups(linears, hg, hu, lora)), *lora[4:6], ctx.drops[2])
+        y, hm = last.forward(swiglu(g, u, *_FeedForward.ups(linears, hg, hu, lora)), lora[4], lora[5], ctx.drops[2])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
         return (y,)
 
@@ -216,7 +217,7 @@ def put(modules: list[nn.Module], linears: list[Linear], function: type[torch.au
         module.forward = forward
 
 
-def is_plain_lora(module: nn.Module) -> bool:
+def is_plain_lora(module: Any) -> bool:
     """Whether it is a linear layer with one LoRA and nothing else: no DoRA or the like, no bias of LoRA's own."""
     if type(module) not in (PeftLinear, PeftLinear4bit) or len(module.active_adapters) != 1 or module.merged:
         return False
@@ -224,7 +225,7 @@ def is_plain_lora(module: nn.Module) -> bool:
     return not (module.lora_variant or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False))
 
 
-def rank_of(module: nn.Module) -> int:
+def rank_of(module: PeftLinear | PeftLinear4bit) -> int:
     return module.r[module.active_adapters[0]]
 
 
@@ -252,13 +253,13 @@ def fuse_norm(module: nn.Module) -> bool:
     except (AttributeError, TypeError):
         return False
     if same:
-        module.forward = lambda x: F.rms_norm(x, x.shape[-1:], module.weight, eps)
+        module.forward = lambda x: F.rms_norm(x, x.shape[-1:], module.weight, eps)  # type: ignore[arg-type]  # a norm's weight is a tensor
     return same
 
 
 def fuse_rotary(layer: nn.Module) -> set[str]:
     """Rotary positions are a function of the attention's module in transformers, so that is where ours has to be put."""
-    home = next((sys.modules[type(m).__module__] for m in layer.modules() if hasattr(m, "q_proj")), None)
+    home: Any = next((sys.modules[type(m).__module__] for m in layer.modules() if hasattr(m, "q_proj")), None)
     plain = getattr(home, "apply_rotary_pos_emb", None)
     if plain is None or hasattr(plain, "plain"):
         return set()
@@ -275,5 +276,6 @@ def fuse_rotary(layer: nn.Module) -> set[str]:
             return plain(q, k, cos, sin, *args, **kwargs)
         return _Rotary.apply(q, k, cos, sin)
 
-    apply_rotary_pos_emb.plain, home.apply_rotary_pos_emb = plain, apply_rotary_pos_emb
+    apply_rotary_pos_emb.plain = plain  # type: ignore[attr-defined]  # a mark; mypy has no attributes of functions
+    home.apply_rotary_pos_emb = apply_rotary_pos_emb
     return set()

@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{len(fitted)} notes in {args.output}" + (f", {cut} of them cut off at --max-new-tokens" if cut else ""))
         else:
             ((key, (dialogue, _)),) = fitted.items()
-            note = write_batch(*load(), [key], [dialogue], args)[0].text
+            model, tokenizer = load()
+            note = write_batch(model, tokenizer, [key], [dialogue], args)[0].text
             with contextlib.suppress(BrokenPipeError):
                 print(note)
     except ConfigError as error:

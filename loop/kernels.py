@@ -121,7 +121,7 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
         x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
         mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
         up = dh, a.t().contiguous(), 1.5
-        cases = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y, up, up),
+        cases: list[tuple] = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y, up, up),
                  (swiglu_backward, x, y, z, up, up), (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
 
         def compute(term, args, *to):
@@ -137,9 +137,9 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
                 ours, exact = compute(term, args, device, dtype), compute(term, args, "cpu", torch.float32)
             except Exception as error:  # a compiler that is missing, a card that is too small or unknown: whatever it is, PEFT's layers run
                 return f"{term.__name__}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
-            error = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact))
-            if not error < 2e-2:
-                return f"{term.__name__}: error {error:.1e} against plain PyTorch"
+            worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact))
+            if not worst < 2e-2:
+                return f"{term.__name__}: error {worst:.1e} against plain PyTorch"
     return None
 
 

@@ -98,7 +98,7 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
         blocks = [-(-n // 64) for n in w.matrices]
         parts["quantisation state"] = sum(b + 4 * (-(-b // 256) + 256 + 1) + 64 if config.double_quant else 4 * b + 64 for b in blocks)
         parts["dequantised copies"] = dequantized * sum(w.matrices) * size
-    communicated = {"fp32": 4, "bf16": 2, "fp16": 2}.get(ds.get("communication_data_type"), size)
+    communicated = {"fp32": 4, "bf16": 2, "fp16": 2}.get(ds.get("communication_data_type", ""), size)
     bucket = zero.get("contiguous_gradients", True) * zero.get("reduce_bucket_size", 500_000_000) * communicated
     parts |= {"fp32 masters": trained * 4 * (size == 2 or offloaded), "Adam moments": trained * 8, "gradients, fp32": trained * 4}
     parts["gradient bucket"] = int(bucket)

@@ -94,7 +94,8 @@ def merged_tensor(weight: torch.Tensor, layer: LoraLayer | None, double_quant: b
     if double_quant is not None:
         weight = dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=double_quant))
     if layer is not None:
-        weight = (weight.float() + layer.get_delta_weight("default").to(device)).to(torch.bfloat16)
+        delta = layer.get_delta_weight("default")  # type: ignore[attr-defined]  # PEFT declares it on each kind of layer, not on their base
+        weight = (weight.float() + delta.to(device)).to(torch.bfloat16)
     return weight.cpu().contiguous()
 
 

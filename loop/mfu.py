@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from . import verdicts
 from .distributed import Ranks
 
 
-def utilisation(model: torch.nn.Module, shape, ranks: Ranks) -> Callable[[np.ndarray, int, float], dict[str, float]]:
+def utilisation(model: PreTrainedModel | PeftModel, shape, ranks: Ranks) -> Callable[[np.ndarray, int, float], dict[str, float]]:
     """A function of (lengths of the step's examples, its supervised tokens, seconds) -> {"train/mfu": 0..1}; {} on a CPU, whose cores
     the ranks share with everything else, and without a ceiling.
 

@@ -117,9 +117,9 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
         raise ConfigError(f"--adapter {adapter}: does not fit this base, or is broken ({reason})") from error
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The stack of decoder layers, below PEFT's wrapping if there is one."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
         return base.get_decoder().layers
     except AttributeError as error:
@@ -163,7 +163,7 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
     return model
 
 
-def use_checkpointing(model: nn.Module, on: bool) -> None:
+def use_checkpointing(model: PreTrainedModel | PeftModel, on: bool) -> None:
     """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers. The reentrant kind: it gathers a partitioned layer again
     in the backward pass, while the other keeps every gathered 4-bit weight alive (bitsandbytes#2034)."""
     if on:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from peft import PeftModel
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .distributed import Ranks
 from .soap import HEADINGS, before_next_heading, soap_messages
@@ -22,7 +22,7 @@ ROWS = 16  # notes written at a time
 
 class Note(NamedTuple):
     text: str
-    ended: bool  # by its end-of-sequence token; else it was cut off at the last token that was allowed
+    ended: bool | None  # by its end-of-sequence token; else it was cut off at the last token that was allowed; None where nobody knows
 
 
 class Draw(LogitsProcessor):
@@ -76,7 +76,7 @@ def write_notes(
             allowed[torch.tensor(met)] = allowed[torch.tensor(met)].clamp(max=count)
         return (allowed <= count).to(ids.device)
 
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
         model.eval()
         inner.set_attn_implementation("sdpa")  # packed attention has no cache; torch's own takes the padding mask
@@ -146,7 +146,7 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
     doing("writing sample notes")  # said by a rank without a share as well
     with unwrap_model_for_generation(engine) if gathered and not getattr(engine, "whole", False) else contextlib.nullcontext():
-        written = {}
+        written: dict[str, Note] = {}
         for keys in mine:
             notes = write_notes(engine.module, tokenizer, [prompts[key] for key in keys], max_new_tokens, synced, stop)
             written |= dict(zip(keys, notes))

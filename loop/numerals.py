@@ -66,10 +66,8 @@ def items_of(text: str) -> list[Item]:
         while run < len(tokens) and text[tokens[run - 1][2] : tokens[run][1]] in (" ", "-"):
             run += 1
         words = [t[0] for t in tokens[i:run]]
-        if re.fullmatch(r"[\d.,]+", words[0]):
-            value, taken = float(words[0].replace(",", "")), 1
-        else:
-            value, taken = _spoken(words, 0) or (None, 1)
+        written = re.fullmatch(r"[\d.,]+", words[0])
+        value, taken = (float(words[0].replace(",", "")), 1) if written else _spoken(words, 0) or (None, 1)
         if value is not None and words[taken : taken + 1] == ["point"]:
             digits = taken + 1
             while digits < len(words) and words[digits] in ONES:

@@ -9,6 +9,7 @@ rank knows the step's number of targets without asking, and ranks always agree o
 import bisect
 import dataclasses
 import heapq
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,8 +158,8 @@ class Batch:
     targets: torch.Tensor  # [N] int64: those next tokens
 
     def to(self, device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
 
     def model_inputs(self) -> dict:
         """What the model takes. Logits are computed where there is a target and nowhere else: a dialogue is three quarters of

@@ -75,14 +75,14 @@ def head_of(e: Example) -> str:
 def check_examples(examples: list[Example], conversations: dict[str, Conversation], tokenizer, truncated: set[str]) -> list[str]:
     """What holds for all examples, a line each. Raises ConfigError with the first id for which it doesn't."""
     prompts = encode(tokenizer, [(conversations[e.id].messages[:-1], True) for e in examples if conversations[e.id].note is not None])
-    checked, prompts = 0, iter(prompts)
+    checked, following = 0, iter(prompts)
     for e in examples:
         if e.labels[-1] != tokenizer.eos_token_id:
             raise ConfigError(f"id {e.id}: the answer does not end in a supervised {tokenizer.eos_token!r}")
         note = conversations[e.id].note
         if note is None:  # several turns: their spans are not the note of a prompt
             continue
-        prompt = next(prompts)
+        prompt = next(following)
         if e.id not in truncated and (e.input_ids[: len(prompt)].tolist() != prompt or (e.labels[: len(prompt)] != IGNORE).any()):
             raise ConfigError(f"id {e.id}: what generation would be fed is not what training has before the note")
         if tokenizer.decode(e.input_ids[e.labels != IGNORE], skip_special_tokens=True).strip() != note.strip():

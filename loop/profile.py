@@ -96,7 +96,7 @@ class ProfilingMonitor(Monitor):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.timer = TracedTimer(self.ranks.device)
+        self.timer: TracedTimer = TracedTimer(self.ranks.device)
         gpu = self.ranks.device.type == "cuda"
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu)
 
@@ -124,7 +124,7 @@ def table(profiler, steps: list[dict[str, float]]) -> str:
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))]  # ranges lie around kernels
     if kernels:
-        kinds, counts, names, calls = by_kind(kernels), Counter(kind_of(e.name) for e in kernels), Counter(), Counter(e.name for e in kernels)
+        kinds, counts, names, calls = by_kind(kernels), Counter(kind_of(e.name) for e in kernels), Counter[str](), Counter(e.name for e in kernels)
         for e in kernels:
             names[e.name] += e.self_device_time_total / 1e3
         idle = STEPS * whole - busy([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e3
@@ -135,7 +135,7 @@ def table(profiler, steps: list[dict[str, float]]) -> str:
         found = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
         named = [(f"outside of operators, in {e.key}: Python, waiting for other ranks" if e.key in ranges else e.key, e.count,
                   e.self_cpu_time_total / 1e3) for e in found]  # fmt: skip
-        rest = (f"{len(named[20:])} others", *(sum(row[column] for row in named[20:]) for column in (1, 2)))
+        rest = (f"{len(named[20:])} others", sum(count for _, count, _ in named[20:]), sum(ms for _, _, ms in named[20:]))
         lines += rows("operator, without those that it calls", [*named[:20], rest], whole)
     return "\n".join(lines)
 

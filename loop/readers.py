@@ -43,8 +43,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
     with path.open("rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
             file.seek(0)
-        lines: Iterator | list = iter(file)
-        first = next(lines, b"")
+        first = next(file, b"")
         if first.lstrip().startswith(b"["):
             try:
                 rows = json.loads((first + file.read()).decode("utf-8"))
@@ -53,7 +52,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
                 return
             yield from enumerate(rows, 1)
             return
-        for number, line in enumerate([first, *lines], 1):
+        for number, line in enumerate([first, *file], 1):
             if line.strip():
                 try:
                     yield number, _json(line)
@@ -131,12 +130,13 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
     try:
         return _load_dataset(str(path) if path.exists() else name, wanted)
     except Exception as error:  # each reader has its own exceptions; their root cause says what and where
-        while error.__cause__ is not None:
-            error = error.__cause__
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
         # a parser's message could quote the data; one of the file system or the hub does not
-        reason = f": {str(error).splitlines()[0][:160]}" if isinstance(error, (OSError, LookupError, ValueError)) and str(error) else ""
+        reason = f": {str(root).splitlines()[0][:160]}" if isinstance(root, (OSError, LookupError, ValueError)) and str(root) else ""
         remedy = "repair the folder" if path.exists() else "no such file or folder, and the hub has no answer; point it at a local file or folder"
-        raise ConfigError(f"data.{split}={source}: {remedy} ({type(error).__name__}{'' if path.exists() else reason})") from error
+        raise ConfigError(f"data.{split}={source}: {remedy} ({type(root).__name__}{'' if path.exists() else reason})") from root
 
 
 def read_rows(source: str, split: str, data: Data) -> tuple[Iterator[tuple[int, dict | BadRow]], str]:

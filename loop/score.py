@@ -67,7 +67,8 @@ def score_note(row: Row) -> dict[str, tuple[float, float]]:
             float(sum(said.supports(f) for f in stated if f.kind == kind)),
             float(sum(f.kind == kind for f in stated)),
         )
-    found["facts/supported"] = tuple(map(sum, zip(*(found[f"facts/supported/{kind}"] for kind in KINDS))))
+    above, below = zip(*(found[f"facts/supported/{kind}"] for kind in KINDS))
+    found["facts/supported"] = (sum(above), sum(below))
     told = distinct(said.facts)
     found["facts/kept"] = (float(sum(map(noted.supports, told))), float(len(told)))
     return found
@@ -90,7 +91,8 @@ def interval(pairs: np.ndarray, draws: int = 1000) -> tuple[float | None, float 
     drawn = np.random.default_rng(0).integers(0, len(pairs), (draws, len(pairs)))
     sums = pairs[drawn].sum(1)  # [draws, 2]
     sums = sums[sums[:, 1] > 0]
-    return tuple(float(p) for p in np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])) if len(sums) else (None, None)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist() if len(sums) else (None, None)
+    return low, high
 
 
 def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
@@ -139,7 +141,7 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
         likeness = np.zeros(len(corpus))
         for word, n in collections.Counter(re.findall(r"\w+", query.lower())).items():
             if word in arrays:
-                ids, weights = arrays[word]
-                likeness[ids] += (1 + math.log(n)) * weigh[word] * weights
+                ids, theirs = arrays[word]
+                likeness[ids] += (1 + math.log(n)) * weigh[word] * theirs
         best.append(int((likeness / norms).argmax()))
     return best

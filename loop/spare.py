@@ -20,17 +20,18 @@ def spare(engine, ds: dict, ranks: Ranks) -> bool:
 def remember_parameters() -> None:
     """Each hook of a layer asks for the layer's parameters, by a walk through its modules: a quarter of all Python of a step. They stay the
     same after `deepspeed.initialize`, so each module is walked once."""
-    plain, known = partitioned_param_coordinator.iter_params, weakref.WeakKeyDictionary()
+    plain = partitioned_param_coordinator.iter_params
+    known: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
     if hasattr(plain, "plain"):
         return
 
     def iter_params(module: torch.nn.Module, recurse: bool = False) -> list[torch.nn.Parameter]:
-        found = known.setdefault(module, {})
-        if recurse not in found or len(module.ds_external_parameters()) != found[recurse][0]:
-            found[recurse] = len(module.ds_external_parameters()), list(plain(module, recurse))
+        found, external = known.setdefault(module, {}), len(module.ds_external_parameters())  # type: ignore[operator]  # DeepSpeed's method
+        if recurse not in found or external != found[recurse][0]:
+            found[recurse] = external, list(plain(module, recurse))
         return found[recurse][1]
 
-    iter_params.plain = plain
+    iter_params.plain = plain  # type: ignore[attr-defined]  # a mark; mypy has no attributes of functions
     partitioned_param_coordinator.iter_params = parameter_offload.iter_params = iter_params
 
 

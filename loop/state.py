@@ -33,7 +33,7 @@ def whole_tensors(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
         everyone = [torch.empty_like(mine) for _ in range(ranks.world_size)] if ranks.is_main else None
         dist.gather(mine, everyone)
         tensors, start = {}, 0
-        if ranks.is_main:
+        if everyone is not None:
             flat = torch.stack(everyone).cpu()  # [world_size, sum of 3 * slice]
             for name, p in group:
                 size = p.ds_tensor.ds_numel
@@ -45,7 +45,8 @@ def whole_tensors(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
 
 def file_groups(parameters: list[tuple]) -> Iterator[list[tuple]]:
     """Cuts [(name, parameter)] into runs of at most FILE_BYTES of masters and moments, equally on all ranks."""
-    group, used = [], 0
+    group: list[tuple] = []
+    used = 0
     for name, p in parameters:
         if group and used + 12 * p.ds_numel > FILE_BYTES:
             yield group

@@ -9,6 +9,7 @@ forward, backward and optimizer, and only where they wait for it; `./launch.sh p
 """
 
 import time
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ class StepTimer:
     """`start`, then `mark(part)` wherever another part begins, then `stop`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self.marks = device.type == "cuda", []
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []  # a part and when it began: seconds, on a GPU an event
 
     def start(self) -> None:
         self.marks = []

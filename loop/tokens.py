@@ -103,8 +103,8 @@ def encode_prompts(tokenizer, conversations: list[list[dict[str, str]]], wholes:
             found.append(None)
             continue
         at = -1
-        for token in marks:
-            at = whole.index(token, at + 1)
+        for mark in marks:
+            at = whole.index(mark, at + 1)
         found.append(whole[: at + 1] + tail)
     rest = iter(encode(tokenizer, [(messages[:-1], True) for messages, ids in zip(conversations, found) if ids is None]))
     return [next(rest) if ids is None else ids for ids in found]

@@ -133,7 +133,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
     engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
-    parameters = [p for _, p in trainable(engine.module)]
+    parameters: list = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
 
     if path:

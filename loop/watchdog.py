@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from .distributed import Ranks
 
-_now = {"step": 0, "doing": "starting", "turns": 0, "since": time.time()}  # of this process; `doing` is its only writer
+_now: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0, "since": time.time()}  # of this process; `doing` is its only writer
 
 
 def doing(what: str, step: int | None = None) -> None:
