@@ -56,7 +56,7 @@ def ours(spec: dict, clock: Clock) -> None:
         "--config", str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"), f"base={spec['base']}", f"max_steps={spec['steps']}",
         "monitor.sample_notes=[]", f"run.dir={tempfile.mkdtemp()}", "run.save_steps=100000", "run.audit=0",
         "monitor.eval_steps=100000", *spec["args"]])  # fmt: skip
-    train.load_examples = bare.given_examples(make_examples(spec["examples"], spec["vocab_size"]))
+    train.load_examples = bare.given_examples(make_examples(spec["examples"] * config.batch_size // ROWS, spec["vocab_size"]))
     step_of = train.Monitor.step
 
     def step(self, number, loss, grad_norm, lr, lengths, num_targets):
