@@ -66,7 +66,7 @@ def dead_names(text: str, path: str) -> list[str]:
 def dead_arguments(nodes: list[ast.AST]) -> list[str]:
     """What a docstring describes as "name: ..." and its function or class has not."""
     functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    described = [(n, name) for n in functions for name in re.findall(r"(?:^|[.;] |\n)([a-z_]+): ", ast.get_docstring(n) or "")]
+    described = [(n, name) for n in functions for name in re.findall(r"(?:^|[.;]\s+|\n\n)([a-z_]+): ", ast.get_docstring(n) or "")]
     return [name for n, name in described if name not in {getattr(x, field, "") for x in ast.walk(n) for field in ("arg", "id", "attr")}]
 
 
