@@ -98,9 +98,10 @@ def fill(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torc
         empty = getattr(module, name)
         value = value if stats[name] or not value.is_floating_point() else value.to(device, dtype)
         if stats[name]:
-            parameter: nn.Parameter = bnb.nn.Params4bit.from_prequantized(value, stats[name], device=device, module=module)  # type: ignore[arg-type]  # it takes any module
+            parameter: nn.Parameter = bnb.nn.Params4bit.from_prequantized(
+                value, stats[name], device=device, module=module)  # type: ignore[arg-type]  # it takes any module  # fmt: skip
         elif isinstance(empty, bnb.nn.Params4bit):
-            parameter = bnb.nn.Params4bit(value, **(vars(empty) | {"requires_grad": False})).to(device)  # type: ignore[misc]  # its overloads leave this one out
+            parameter = bnb.nn.Params4bit(value, **(vars(empty) | {"requires_grad": False})).to(device)  # type: ignore[misc]  # its overloads lack it
         else:
             parameter = nn.Parameter(value.to(device), requires_grad=False)
         setattr(module, name, parameter)
