@@ -28,15 +28,15 @@ def rotary_as_shipped():
     modeling_llama.apply_rotary_pos_emb = getattr(modeling_llama.apply_rotary_pos_emb, "plain", modeling_llama.apply_rotary_pos_emb)
 
 
-def with_lora(base, dtype=torch.float32, dropout=0.1, **lora):
+def with_lora(base, dtype=torch.float32, dropout=0.1, device="cpu", **lora):
     """(the model with random LoRA weights, its dropout masks)"""
     base.requires_grad_(False)
     base.enable_input_require_grads()
     torch.manual_seed(1)
     lora = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False} | lora
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **lora), autocast_adapter_dtype=False).to(dtype)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **lora), autocast_adapter_dtype=False).to(device, dtype)
     model.config.use_cache = False
-    return model.train(), share_dropout(model, dropout, 0, "cpu")
+    return model.train(), share_dropout(model, dropout, 0, device)
 
 
 def loss_and_gradients(model, masks) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_kernels_that_fail_on_this_card_are_not_used(monkeypatch):
     assert kernels.fails_here("cpu", 8, torch.bfloat16) == "rotate: RuntimeError: no such card"
 
 
-@pytest.mark.parametrize(("rows", "width", "rank"), [(150, 200, 8), (1100, 96, 24)])
+@pytest.mark.parametrize(("rows", "width", "rank"), [(150, 200, 8), (1100, 96, 24), (300, 256, 128), (300, 256, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.gpu
 def test_each_kernel_computes_its_term(rows, width, rank, dtype):

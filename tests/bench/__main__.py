@@ -18,13 +18,13 @@ from conftest import free_port  # noqa: E402
 HERE = Path(__file__).resolve().parent
 
 
-def flops_a_token(shape: dict) -> float:
-    """What a QLoRA step must compute for a token of the seed's mean length: 4 for each frozen weight (2 forward, 2 for the gradient of the
+def flops_a_token(shape: dict, mean: float = MEAN) -> float:
+    """What a QLoRA step must compute for a token of examples of that mean length: 4 for each frozen weight (2 forward, 2 for the gradient of the
     input), causal attention forward and backward, the output layer where a token is supervised."""
     head = shape["hidden_size"] // shape["num_attention_heads"]
     attention = shape["hidden_size"] * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
     layer = attention + 3 * shape["hidden_size"] * shape["intermediate_size"]
-    pairs = 6 * shape["num_attention_heads"] * head * MEAN
+    pairs = 6 * shape["num_attention_heads"] * head * mean
     return shape["num_hidden_layers"] * (4 * layer + pairs) + 4 * 0.27 * shape["vocab_size"] * shape["hidden_size"]
 
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="plain, trl or unsloth, with rows a micro-batch as in unsloth:8 (default 2)")
     parser.add_argument("--variant", action="append", default=[], help="the loop with these key=value, separated by blanks, beside the one given")
     parser.add_argument("--without-deepspeed", action="store_true", help="the loop around a bare model beside it")
+    parser.add_argument("--length", type=int, help="each example of the loop has so many tokens, instead of the seed's lengths")
     parser.add_argument("--profile", action="store_true", help="where one step's time goes on the GPU")
     parser.add_argument("--json", help="write all figures there")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
@@ -79,7 +80,8 @@ def main() -> None:
     if args.without_deepspeed and args.gpus > 1:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
     base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
-    common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up, "examples": int(args.steps * 13)}
+    common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up}
+    common |= {"examples": args.steps * 13, "length": args.length}
     contenders = {"the loop": common | {"name": "ours", "args": args.overrides}}
     for variant in args.variant:
         contenders[f"the loop, {variant}"] = common | {"name": "ours", "args": [*args.overrides, *variant.split()]}
@@ -95,9 +97,9 @@ def main() -> None:
             results[name].append(run(spec | profile, args.gpus if spec["name"] == "ours" else 1, args.limit))
             print(f"{name}: {describe(results[name][-1])}", flush=True)
     rate = matrix_rate()
-    limit = rate * args.gpus / flops_a_token(SHAPES[args.shape])
-    print(f"\n{args.shape}, {args.gpus} rank(s), mean of {MEAN} tokens, none above {LONGEST}; products at {rate / 1e12:,.2f} TFLOP/s allow "
-          f"{limit:,.0f} tokens/s")  # fmt: skip
+    limit = rate * args.gpus / flops_a_token(SHAPES[args.shape], args.length or MEAN)
+    lengths = f"examples of {args.length:,} tokens" if args.length else f"mean of {MEAN} tokens, none above {LONGEST}"
+    print(f"\n{args.shape}, {args.gpus} rank(s), {lengths}; products at {rate / 1e12:,.2f} TFLOP/s allow {limit:,.0f} tokens/s")
     print(f"{'contender':44} {'tokens/s':>10} {'lowest':>9} {'highest':>9} {'of the limit':>12} {'peak GiB':>9} {'first step':>10}")
     for name, runs in results.items():
         good = [r for r in runs if "error" not in r]

@@ -28,21 +28,21 @@ class Clock:
     """When each step ended, on rank 0's clock with the GPU's work done, and the tokens it took."""
 
     def __init__(self) -> None:
-        self.ends, self.tokens = [], []
+        self.ends, self.tokens, self.peak = [], [], 0
 
     def step(self, tokens: int) -> None:
         if on_gpu():
+            from loop.peak import highest  # late: it imports transformers, and Unsloth wants to come first
+
             torch.cuda.synchronize()
+            self.peak = highest()  # now: at its end the loop lets its graphs go
         self.ends.append(time.time())
         self.tokens.append(tokens)
 
     def figures(self, warm_up: int) -> dict:
         """Windows of four steps after the warm-up. The last step counts in none: it may run under the profiler."""
         speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 5, 4)]
-        from loop.peak import highest  # late: it imports transformers, and Unsloth wants to come first
-
-        peak = highest() / 2**30 if on_gpu() else None
-        return {"tokens_per_second": speeds, "peak_gib": peak, "first_step_after": self.ends[0] - STARTED}
+        return {"tokens_per_second": speeds, "peak_gib": self.peak / 2**30 or None, "first_step_after": self.ends[0] - STARTED}
 
 
 def ours(spec: dict, clock: Clock) -> None:
@@ -56,7 +56,7 @@ def ours(spec: dict, clock: Clock) -> None:
         "--config", str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"), f"base={spec['base']}", f"max_steps={spec['steps']}",
         "monitor.sample_notes=[]", f"run.dir={tempfile.mkdtemp()}", "run.save_steps=100000", "run.audit=0",
         "monitor.eval_steps=100000", *spec["args"]])  # fmt: skip
-    train.load_examples = bare.given_examples(make_examples(spec["examples"] * config.batch_size // ROWS, spec["vocab_size"]))
+    train.load_examples = bare.given_examples(make_examples(spec["examples"] * config.batch_size // ROWS, spec["vocab_size"], length=spec["length"]))
     step_of = train.Monitor.step
 
     def step(self, number, loss, grad_norm, lr, lengths, num_targets):

@@ -35,10 +35,12 @@ def make_base(shape: str, folder: Path) -> Path:
     return path
 
 
-def make_examples(number: int, vocab_size: int, seed: int = 0) -> list[Example]:
+def make_examples(number: int, vocab_size: int, seed: int = 0, length: int | None = None) -> list[Example]:
+    """Of the seed's lengths, or all of one length."""
     rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.normal(MEAN, DEVIATION, number), 64, LONGEST).astype(int) if length is None else np.full(number, length)
     examples = []
-    for i, length in enumerate(np.clip(rng.normal(MEAN, DEVIATION, number), 64, LONGEST).astype(int)):
+    for i, length in enumerate(lengths):
         ids = rng.integers(3, vocab_size, length).astype(np.int32)
         labels = ids.copy()
         labels[: int(length * (1 - SUPERVISED))] = -100
