@@ -14,6 +14,18 @@ CONTEXT = 2**30  # what CUDA, its libraries and NCCL take beside the tensors: an
 MOST_GPUS = 64
 
 
+def choose_whole(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None) -> dict:
+    """DeepSpeed's configuration, its persistence threshold above every weight where each of several ranks shall keep all of them whole (ZeRO-3 then
+    partitions gradients, masters and moments). `auto`: where that takes at most a tenth of the free memory; None: a CPU, no."""
+    zero = ds["zero_optimization"]
+    if world_size == 1 or zero.get("offload_param", {}).get("device", "none") != "none":
+        return ds
+    whole = ds | {"zero_optimization": zero | {"stage3_param_persistence_threshold": 2**62}}
+    size = ledger(shape, config, whole, world_size, 1, True, False, False)["gathered weights"]
+    wanted = config.keep_whole if config.keep_whole != "auto" else free_bytes is not None and size <= 0.1 * free_bytes
+    return whole if wanted else ds
+
+
 def choose_micro_batch(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None, fused: bool, dequantized: bool,
                        supervised: float = 1 / 3) -> tuple[int, bool]:  # fmt: skip
     """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit the free memory, and recomputes activations only
@@ -37,6 +49,7 @@ class Answer:
     rows: int
     checkpointing: bool
     dequantized: bool
+    whole: bool  # on several GPUs, all weights on each
     parts: dict[str, int]
     memory: int | None
 
@@ -55,13 +68,16 @@ def resolve(config: Config, ds: dict, shape, gpus: int, memory: int | None, supe
     loaded = ledger(shape, config, ds, gpus, 1, True, fused, False, supervised)
     if memory is not None:
         free = memory - CONTEXT - sum(loaded[name] for name in (*LOADED, *STATES) if name != "gradient bucket")
+    partitioned = ds
+    ds = choose_whole(config, ds, shape, gpus, 2**62 if free is None else free)
     dense = ledger(shape, config, ds, gpus, 1, True, fused, True, supervised)["dequantised copies"]
     wanted = config.keep_dequantized if config.keep_dequantized != "auto" else free is None or dense <= 0.1 * free
     dequantized = bool(wanted and fused and dense)
     if free is not None:
         free -= dense * dequantized
     rows, checkpointing = choose_micro_batch(config, ds, shape, gpus, free, fused, dequantized, supervised)
-    return Answer(rows, checkpointing, dequantized, ledger(shape, config, ds, gpus, rows, checkpointing, fused, dequantized, supervised), memory)
+    parts = ledger(shape, config, ds, gpus, rows, checkpointing, fused, dequantized, supervised)
+    return Answer(rows, checkpointing, dequantized, ds is not partitioned, parts, memory)
 
 
 def knobs(config: Config, ds: dict, shape, gpus: int, memory: int, supervised: float = 1 / 3) -> list[tuple[str, Answer]]:
@@ -87,6 +103,8 @@ def knobs(config: Config, ds: dict, shape, gpus: int, memory: int, supervised: f
         slower["gradient_checkpointing"] = True
     if now.dequantized:
         slower["keep_dequantized"] = False
+    if now.whole:
+        slower["keep_whole"] = False
     found = [way for name, value in slower.items() for way in first([("", {name: value}, {})])]
     if now.rows > 1:
         found += first([("", {"micro_batch_size": n}, {}) for n in range(min(now.rows, most_rows(config, gpus)) - 1, 0, -1)])

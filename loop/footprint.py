@@ -3,6 +3,7 @@
 import torch
 
 from .distributed import Ranks
+from .peak import highest
 
 
 def _bytes(tensors) -> int:
@@ -28,5 +29,5 @@ def memory_parts(engine, ranks: Ranks) -> dict[str, float]:
     known = {"frozen_weights": weights[False], "scales": scales, "trained_weights": weights[True], "masters": masters, "moments": moments,
              "gradients": gradients}  # fmt: skip
     if ranks.device.type == "cuda":
-        known["activations_and_rest"] = max(0, torch.cuda.max_memory_allocated() - sum(known.values()))
+        known["activations_and_rest"] = max(0, highest() - sum(known.values()))
     return {f"memory/{name}_gib": size / 2**30 for name, size in known.items() if size}

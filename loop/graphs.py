@@ -1,18 +1,21 @@
 """Decoder layers as CUDA graphs: what Python launches kernel by kernel is recorded once and then replayed by one call a layer and direction.
 
-A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run on one
-rank, where ZeRO-3 partitions nothing and a weight stays where it is, and for rows of one size, for which `packing.pad` fills a
+A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run whose
+ranks keep their weights whole and in their places (`spare.keep_whole`), and for rows of one size, for which `packing.pad` fills a
 row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
 """
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .config import Config
+from .distributed import Ranks
 from .dropout import Masks
 from .model import decoder_layers
-from .packing import Plan, collate
+from .packing import Plan, collate, cut
+from .peak import count_graphs
 
 
 class _Replay(torch.autograd.Function):
@@ -108,21 +111,29 @@ class GraphedLayer:
         return self.plain(x, *args, **kwargs)
 
 
-def replay_layers(config: Config, model: nn.Module, plan: Plan, capacity: int, dropout: Masks, device, backend: str) -> tuple[tuple | None, str]:
+def replay_layers(config: Config, model: nn.Module, plan: Plan, lengths: np.ndarray, capacity: int, dropout: Masks, ranks: Ranks,
+                  backend: str) -> tuple[tuple | None, str]:  # fmt: skip
     """Lets the layers of an engine's model, which holds its weights whole, be replayed: on a GPU, with attention that does not ask it for the
     documents' bounds. Returns (the room that each row has to be filled up to, None where nothing is replayed; what a person should know)."""
-    if not config.cuda_graphs or device.type != "cuda" or backend == "sdpa":
+    if not config.cuda_graphs or ranks.device.type != "cuda" or backend == "sdpa":
         return None, ""
-    room = room_of(plan, capacity, config.max_seq_len)
-    dropout.reserve(capacity)
-    if in_the_way := graph_layers(model, decoder_layers(model), room, config.max_seq_len, device):
+    room = room_of(plan, lengths, ranks.world_size, capacity, config.max_seq_len)
+    dropout.reserve(room[0])
+    if in_the_way := graph_layers(model, decoder_layers(model), room, config.max_seq_len, ranks.device):
         return None, f"layers      launched kernel by kernel, not replayed: {in_the_way}"
+    count_graphs()
     return room, ""
 
 
-def room_of(plan: Plan, capacity: int, max_seq_len: int) -> tuple[int, int]:
-    """(tokens, documents) of a row that holds any micro-batch of the plan, and what fills it up."""
-    return capacity, int((plan.offsets[1:] - plan.offsets[:-1]).max()) + -(-capacity // max_seq_len)
+def room_of(plan: Plan, lengths: np.ndarray, world_size: int, capacity: int, max_seq_len: int) -> tuple[int, int]:
+    """(tokens, documents) of a row that holds any micro-batch of the plan, and what fills it up. On several ranks that is less than the capacity,
+    as steps are cut evenly; looking through more than 10,000 steps would take more than a second."""
+    tokens, documents = capacity, int(np.diff(plan.offsets).max())
+    if len(plan) <= 10_000:
+        parts = [part for step in range(len(plan)) for rank in cut(plan[step], lengths, world_size, capacity) for part in rank]
+        tokens, documents = max(int(lengths[part].sum()) for part in parts), max(map(len, parts))
+    tokens = min(capacity, -(-tokens // 64) * 64)
+    return tokens, documents + -(-tokens // max_seq_len)
 
 
 def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> str | None:
@@ -173,3 +184,4 @@ def release_graphs(layers: nn.ModuleList) -> None:
         if isinstance(layer.forward, GraphedLayer):
             layer.forward = layer.forward.plain
             torch.cuda.empty_cache()
+    count_graphs()

@@ -130,5 +130,5 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
 
 
 def peak(parts: dict[str, int]) -> int:
-    """What the components add up to, without the slack: what `torch.cuda.max_memory_allocated` sees."""
+    """What the components add up to, without the slack: what `peak.highest` sees."""
     return sum(parts.values()) - parts["allocator slack"]

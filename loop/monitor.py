@@ -11,7 +11,6 @@ import time
 import warnings
 
 import numpy as np
-import torch
 import transformers
 import yaml
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from .distributed import Ranks
 from .folder import as_markdown, kept_lines, versions, write_atomically, write_report
 from .footprint import memory_parts
 from .packing import Plan
+from .peak import highest
 from .timers import StepTimer
 from .tokens import Example
 
@@ -130,7 +130,7 @@ class Monitor:
             self.say(f"step {step}: {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s; {left:,} steps to go, about {left * seconds / 60:,.0f} min")
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens_per_second": tokens / seconds}
         if self.ranks.device.type == "cuda":
-            values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["train/gpu_memory_gib"] = highest() / 2**30
         values |= self.mfu(lengths, num_targets, seconds) | {f"time/{part}": spent for part, spent in parts.items()}
         if self.on:
             if step in (self.first_step + 1, self.num_steps) or step % self.config.monitor.eval_steps == 0:  # it hardly changes

@@ -140,12 +140,13 @@ def share_notes(engine, tokenizer, examples: list[Example], max_new_tokens: int,
     batches = [keys[start : start + rows] for start in range(0, len(keys), rows)]
     mine = batches[ranks.rank :: ranks.world_size]
     engine.empty_partition_cache()  # a GPU may be prefetching for a step to come; what is in flight can't be gathered
-    gathered = fits_gathered(engine.module, ranks)
+    whole = getattr(engine, "whole", False)
+    gathered = whole or fits_gathered(engine.module, ranks)
     synced = not gathered and ranks.world_size > 1
     if synced:  # a rank that has one batch less writes another's, to take part in its gathers
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - len(mine))
     doing("writing sample notes")  # said by a rank without a share as well
-    with unwrap_model_for_generation(engine) if gathered and not getattr(engine, "whole", False) else contextlib.nullcontext():
+    with unwrap_model_for_generation(engine) if gathered and not whole else contextlib.nullcontext():
         written = {}
         for keys in mine:
             notes = write_notes(engine.module, tokenizer, [prompts[key] for key in keys], max_new_tokens, synced, stop)

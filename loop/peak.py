@@ -9,6 +9,21 @@ import torch
 
 from .ledger import peak
 
+_in_graphs = 0
+
+
+def count_graphs() -> None:
+    """To be called when CUDA graphs were recorded or let go. What their kernels write is freed in torch's eyes after the recording, and yet stays
+    theirs: memory that `torch.cuda.max_memory_allocated` no longer sees."""
+    global _in_graphs
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)] if torch.cuda.is_available() else []
+    _in_graphs = sum(s["total_size"] - s["allocated_size"] for s in pools)
+
+
+def highest() -> int:
+    """Bytes of this GPU that tensors took at most since the last reset, those of CUDA graphs included."""
+    return torch.cuda.max_memory_allocated() + _in_graphs
+
 
 class Measured:
     """The highest memory of the steps. On a CPU it is the rise of this process's RSS since this object was made: tensors, and with them all
@@ -28,7 +43,7 @@ class Measured:
     def beside(self, parts: dict[str, int]) -> str:
         """One line: predicted and measured. parts: a ledger."""
         if self.gpu:
-            seen, what = torch.cuda.max_memory_allocated(), "allocated on this GPU"
+            seen, what = highest(), "allocated on this GPU"
         else:
             high = psutil.Process().memory_info().rss
             with contextlib.suppress(OSError):

@@ -1,10 +1,11 @@
 """What DeepSpeed's ZeRO-3 can be spared. Its hooks cost a step more Python than the layers themselves, and a fast GPU waits for it.
 
-Everything else of ZeRO-3 stays: its partitions of weights, gradients and optimizer state, its reductions, its step."""
+Everything else of ZeRO-3 stays: its partitions of gradients and optimizer state, its reductions, its step."""
 
 import weakref
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -35,17 +36,20 @@ def remember_parameters() -> None:
 
 
 def keep_whole(engine, ds: dict, ranks: Ranks) -> bool:
-    """On one rank there is nothing to take away, to fetch or to send. Every weight is taken up once, as the shard itself, and stays; the
-    hooks that would fetch it and let it go are removed, and a step does not look at each gradient by itself. Returns whether that is so: on
-    several ranks, and with weights on the CPU or a disk (offload_param), all stays as it is."""
+    """Where every weight may stay on every rank, there is nothing to fetch and to let go. Each is gathered once (on one rank it is the shard
+    itself); the hooks are removed, and a step does not look at each gradient by itself. Returns whether that is so: on one rank, and on several
+    where DeepSpeed's stage3_param_persistence_threshold is above the largest weight (`fit.choose_whole`). With weights on the CPU or a
+    disk (offload_param) all stays as it is."""
     optimizer, offload = engine.optimizer, ds["zero_optimization"].get("offload_param", {}).get("device", "none")
-    if ranks.world_size > 1 or offload != "none":
-        return False
     if not hasattr(optimizer, "parameter_offload"):  # a bare model, for comparison (tests/bench)
         return True
-    engine.whole, parameters = True, list(engine.module.parameters())
-    if away := [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
-        away[0].all_gather_coalesced(away).wait()  # GatheredParameters would make copies
+    parameters = list(engine.module.parameters())
+    if offload != "none" or not (ranks.world_size == 1 or all(p.ds_persist for p in parameters)):
+        return False
+    engine.whole = True
+    for module in engine.module.modules():  # not all at once: what is sent takes as much memory again
+        if away := [p for p in module.parameters(recurse=False) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
+            away[0].all_gather_coalesced(away).wait()  # GatheredParameters would make copies
     for p in parameters:
         p.partition = lambda *args, **kwargs: None
     optimizer.parameter_offload._remove_module_hooks()
@@ -55,8 +59,10 @@ def keep_whole(engine, ds: dict, ranks: Ranks) -> bool:
 
     def norms() -> list[torch.Tensor]:
         """Of each parameter group's gradients. The step is skipped where one is not finite; clipping is ours."""
-        groups = optimizer.averaged_gradients  # {group: gradients, fp32}
-        return [torch.stack(torch._foreach_norm(groups[i])).norm() for i in sorted(groups)]
+        groups = optimizer.averaged_gradients  # {group: this rank's slices of its gradients, fp32}
+        squares = torch.stack([torch.stack(torch._foreach_norm(groups[i])).square().sum() for i in sorted(groups)])
+        dist.all_reduce(squares)
+        return list(squares.sqrt())
 
     def hand_over(group: int) -> None:
         """The gradients to the optimizer, which has them in one piece."""
@@ -64,4 +70,32 @@ def keep_whole(engine, ds: dict, ranks: Ranks) -> bool:
         optimizer.averaged_gradients[group] = None
 
     optimizer._get_norm_groups, optimizer._prepare_fp32_grad_for_sub_group = norms, hand_over
+    share_updates(optimizer, ranks.world_size)
     return True
+
+
+def share_updates(optimizer, world_size: int) -> None:
+    """After each update every rank gets the others' slices of the trained weights: one collective for each parameter group, and the weights stay
+    where they are. On one rank the slice is the weight."""
+    optimizer.persistent_parameters.clear()  # DeepSpeed would gather them one by one
+    if world_size == 1:
+        return
+    places, pieces, sends = [], [], []
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat):  # of the engine's dtype, whatever their name
+        everyone = flat.new_empty(world_size * flat.numel())
+        sends.append((everyone, flat))
+        for p in group:
+            size, start = p.ds_tensor.ds_numel, (p.ds_tensor.data_ptr() - flat.data_ptr()) // flat.element_size()
+            for rank in range(world_size):
+                count = min(size, p.ds_numel - rank * size)  # the last slices may be padded, or nothing but padding
+                if count > 0:
+                    places.append(p.data.view(-1)[rank * size : rank * size + count])
+                    pieces.append(everyone[rank * flat.numel() + start :][:count])
+
+    def share() -> None:
+        for everyone, flat in sends:
+            dist.all_gather_into_tensor(everyone, flat.data)
+        torch._foreach_copy_(places, pieces)
+
+    after_step = optimizer._post_step
+    optimizer._post_step = lambda timer_names: (after_step(timer_names), share())

@@ -24,7 +24,7 @@ from .describe import show_summary
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
-from .fit import choose_micro_batch, free_gpu_bytes
+from .fit import choose_micro_batch, choose_whole, free_gpu_bytes
 from .folder import prepare_folder, versions
 from .fused import choose_dequantized, choose_layers, fuse
 from .graphs import release_graphs, replay_layers
@@ -127,6 +127,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         if stayed := fuse(decoder_layers(model), keep_dense):
             fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
     known = fused, keep_dense, supervised
+    ds = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
     micro_batch_size, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known)
     predicted = ledger(shape, config, ds, ranks.world_size, micro_batch_size, checkpointing, *known)
     capacity = micro_batch_size * config.max_seq_len
@@ -140,15 +141,15 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         checkpoints.load(engine, path, manifest)
     whole = spare(engine, ds, ranks)  # ZeRO-3's hooks, where they have nothing to do
     room, launched = (
-        replay_layers(config, engine.module, plan, capacity, dropout, ranks.device, backend) if whole and not checkpointing else (None, "")
+        replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks, backend) if whole and not checkpointing else (None, "")
     )
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
     monitor = make_monitor(config, ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
-        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3; {attention_remark.split(';')[0]}; "
-        f"gradient checkpointing {'on' if checkpointing else 'off'}\n"
+        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3{', weights whole on each' if whole else ''}; "
+        f"{attention_remark.split(';')[0]}; gradient checkpointing {'on' if checkpointing else 'off'}\n"
         f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
         f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
     )

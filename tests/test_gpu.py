@@ -76,7 +76,7 @@ def broken(tinyllama, rows, tmp_path_factory):
     (folder / "fp32.json").write_text(json.dumps(fp32))
     args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", f"data.valid={rows['valid']}",
             "data.test=null", "monitor.sample_notes=[]", f"run.dir={folder}", "epochs=4", "max_steps=8", "batch_size=2", "lr=1e-3",
-            "run.save_steps=3", "monitor.eval_steps=4"]  # fmt: skip
+            "run.save_steps=3", "run.audit=0", "monitor.eval_steps=4"]  # fmt: skip
 
     def run(name: str, *parts: tuple[int, int | None, list[str]]) -> Path:
         for number, (gpus, steps, more) in enumerate(parts):
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
         pytest.skip(f"needs {gpus} GPUs")
     exact = ["run.deterministic=true"]
     whole = broken(f"whole{gpus}", (gpus, None, exact))
-    parts = broken(f"parts{gpus}", (gpus, 2, exact), (gpus, 3, exact), (gpus, None, exact))
+    parts = broken(f"parts{gpus}", (gpus, 2, exact), (gpus, None, exact))
     for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
         assert curve(whole, key) == curve(parts, key) and len(curve(whole, key)) > 2, key
     manifests = [json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text()) for f in (whole, parts)]
@@ -113,10 +113,10 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
 def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound):
     """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the unbroken run's losses to rounding."""
     most = torch.cuda.device_count()
-    more = broken.fp32 if name == "fp32" else []
+    more = [*broken.fp32, "keep_whole=false"] if name == "fp32" else []  # in bf16 several ranks keep all weights and replay
     whole = broken(f"{name}-whole", (1, None, more))
-    first, second = min(4, most), min(2, most)
-    parts = broken(f"{name}-parts", (first, 2, more), (second, 2, more), (1, 2, [*more, "micro_batch_size=1"]), (first, None, more))
+    worlds = [gpus for gpus in (4, 2) if gpus <= most] or [1]
+    parts = broken(f"{name}-parts", *((gpus, 2, more) for gpus in worlds), (1, 2, [*more, "micro_batch_size=1"]), (worlds[0], None, more))
     apart = max(abs(a / b - 1) for a, b in zip(curve(parts, "train/loss"), curve(whole, "train/loss"), strict=True))
-    print(f"\n{name}, {first} -> {second} -> 1 -> {first} GPUs: losses differ by up to {apart:.1e}")
+    print(f"\n{name}, {' -> '.join(map(str, [*worlds, 1, worlds[0]]))} GPUs: losses differ by up to {apart:.1e}")
     assert apart < bound

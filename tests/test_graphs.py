@@ -169,7 +169,7 @@ def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatc
 def test_a_row_has_room_for_every_micro_batch_of_the_plan():
     lengths = torch.randint(2, 25, (200,), generator=torch.Generator().manual_seed(0)).numpy()
     plan = make_plan(lengths, 64, 0)
-    tokens, documents = room_of(plan, 64, 24)
+    tokens, documents = room_of(plan, lengths, 1, 64, 24)
     for ids in (plan[s] for s in range(len(plan))):
         row = pad(collate(examples(*lengths[ids]), 24), tokens, documents, 24)
         bounds = row.cu_seqlens

@@ -83,20 +83,23 @@ def bench(tiny_base, rows, tmp_path_factory):
     mistakes = [{"name": m, "mistake": m, "args": ["max_grad_norm=5"] if m == "deepspeed_clips_too" else []} for m in MISTAKES]
     it.run(2, [{"name": "2 ranks"}, {"name": "2 ranks, micro-batches of 1 row", "args": ["micro_batch_size=1"]},
                {"name": "2 ranks, lora", "args": ["method=lora"]}, {"name": "2 ranks, full", "args": ["method=full"]},
+               {"name": "2 ranks, weights whole, full", "args": ["method=full", "keep_whole=true"]},
                {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]},
-               {"name": "NaN", "patch": {"nan_step": 2}},
+               {"name": "NaN", "patch": {"nan_step": 2}, "args": ["keep_whole=true"]},
                {"name": "NaN for ever", "patch": {"nan_step": 1, "nan_times": 9}, "args": ["run.bad_steps=2"]},
                {"name": "spike", "patch": {"spike_at": 2}},
                {"name": "DeepSpeed clips", "patch": {"deepspeed_clips": 0.5}, "args": ["max_grad_norm=1e9"]},
                {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
                *({"name": name, "patch": {"gathered": name == "watched, gathered"}, "args": [
                    "lora.lora_dropout=0.3", "monitor.eval_steps=1", "monitor.sample_notes=[valid-1, valid-2, valid-3]",
-                   "monitor.sample_max_new_tokens=8"]} for name in ("watched, gathered", "watched, in lockstep")),
+                   "monitor.sample_max_new_tokens=8", f"keep_whole={name == 'watched, whole'}"]}
+                 for name in ("watched, gathered", "watched, in lockstep", "watched, whole")),
                *mistakes])  # fmt: skip
     it.run(
         4,
         [
             {"name": "4 ranks"},
+            {"name": "4 ranks, weights whole, micro-batches of 1 row", "args": ["micro_batch_size=1", "keep_whole=true"]},
             {"name": "4 ranks, micro-batches of 1 row, checkpointing", "args": ["micro_batch_size=1", "gradient_checkpointing=true"]},
         ],
     )
@@ -136,7 +139,7 @@ def compare(record: dict, reference: list[dict]) -> dict[str, float]:
 FP32 = ["1 rank", "micro-batches of 1 row", "micro-batches of 2 rows", "micro-batches of 3 rows", "shuffled within the step",
         "reentrant checkpointing",
         "non-reentrant checkpointing", "no leaf modules", "as PEFT computes it", "NF4 in each pass",
-        "2 ranks", "2 ranks, micro-batches of 1 row", "4 ranks",
+        "2 ranks", "2 ranks, micro-batches of 1 row", "4 ranks", "4 ranks, weights whole, micro-batches of 1 row",
         "4 ranks, micro-batches of 1 row, checkpointing"]  # fmt: skip
 
 
@@ -152,7 +155,7 @@ def test_qlora_steps_are_the_plain_loops(bench, plain, name):
     assert max(seen.values()) < 1e-5, seen
 
 
-@pytest.mark.parametrize("name", ["lora", "2 ranks, lora", "full", "2 ranks, full"])
+@pytest.mark.parametrize("name", ["lora", "2 ranks, lora", "full", "2 ranks, full", "2 ranks, weights whole, full"])
 def test_other_methods_are_the_plain_loops(bench, plain, name):
     seen = compare(bench.records[name], plain[name.split(", ")[-1]])
     print(name, seen)
@@ -268,9 +271,9 @@ def test_watching_changes_nothing(bench, way):
     assert quiet["loss"] == watched["loss"] and quiet["norms"] == watched["norms"]
     assert all(torch.equal(a, b) for a, b in zip(numbered(quiet, "final.weight"), numbered(watched, "final.weight")))
     assert len(watched["eval/loss"]) == STEPS + 1 and quiet["loss"] != bench.records["2 ranks"]["loss"]  # dropout was on
-    samples = [load_config(bench.args).folder.parent / f"watched, {w}" / "samples" for w in ("gathered", "in lockstep")]
+    samples = [load_config(bench.args).folder.parent / f"watched, {w}" / "samples" for w in ("gathered", "in lockstep", "whole")]
     written = [[path.read_text() for path in sorted(folder.glob("step-*.md"))] for folder in samples]
-    assert written[0] == written[1] and len(written[0]) == STEPS + 1 and all(note.count("## valid-") == 3 for note in written[0])
+    assert written[0] == written[1] == written[2] and len(written[0]) == STEPS + 1 and all(note.count("## valid-") == 3 for note in written[0])
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(bench):

@@ -39,7 +39,9 @@ class Clock:
     def figures(self, warm_up: int) -> dict:
         """Windows of four steps after the warm-up. The last step counts in none: it may run under the profiler."""
         speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 5, 4)]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None
+        from loop.peak import highest  # late: it imports transformers, and Unsloth wants to come first
+
+        peak = highest() / 2**30 if on_gpu() else None
         return {"tokens_per_second": speeds, "peak_gib": peak, "first_step_after": self.ends[0] - STARTED}
 
 
@@ -54,7 +56,7 @@ def ours(spec: dict, clock: Clock) -> None:
         "--config", str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"), f"base={spec['base']}", f"max_steps={spec['steps']}",
         "monitor.sample_notes=[]", f"run.dir={tempfile.mkdtemp()}", "run.save_steps=100000", "run.audit=0",
         "monitor.eval_steps=100000", *spec["args"]])  # fmt: skip
-    train.load_examples = bare.given_examples(make_examples(spec["examples"], spec["vocab_size"]))
+    train.load_examples = bare.given_examples(make_examples(spec["examples"] * config.batch_size // ROWS, spec["vocab_size"]))
     step_of = train.Monitor.step
 
     def step(self, number, loss, grad_norm, lr, lengths, num_targets):
