@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -136,7 +137,7 @@ def test_every_command_line_has_known_options_and_keys():
     assert len(lines) > 50 and set(ELSEWHERE) <= set(COMMANDS)
     for line in lines:
         check_options(line)
-    for wrong in ("./launch.sh trian", "./launch.sh plan --gpu 2", "./launch.sh train lora.rank=8", "./launch.sh run.resum=true", "./launch.sh test x.py"):
+    for wrong in ("./launch.sh trian", "./launch.sh plan --gpu 2", "./launch.sh lora.rank=8", "./launch.sh run.resum=true", "./launch.sh test x.py"):
         with pytest.raises((AssertionError, ConfigError)):
             check_options(wrong)
     for module in re.findall(r"-m ((?:loop|kernels_check)\.\w+)", README):
@@ -153,7 +154,8 @@ def test_torchruns_options_are_its_own():
 
 
 def test_every_key_and_name_in_the_text_is_one():
-    files = [*ROOT.glob("loop/**/*.py"), *ROOT.glob("kernels_check/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.*"), *ROOT.glob("loop/configs/*")]
+    patterns = ("loop/**/*.py", "kernels_check/*.py", "tests/**/*.py", "*.*", "loop/configs/*")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     source = " ".join(path.read_text() for path in files if path.is_file() and path.name not in ("README.md", "test_readme.py"))
     words, keys = set(re.findall(r"\w+", source)), 0
     for span in SPANS:
@@ -194,8 +196,9 @@ def test_the_batch_arithmetic():
     plan = make_plan(lengths, 8 * 2048, 42)
     said = README.split("The arithmetic of the seed configuration")[1].split("## ")[0]
     rows = re.findall(r"^\| (\d) \| (\d).*? \| (.*) \|$", said, re.M)
-    assert len(rows) == 4 and f"{lengths.sum() / 1e6:.2f} M" in said and f"{len(plan)} steps" in said and f"{plan.fill:.1%}".replace("%", " %") in said
-    assert f"{len(plan[0])} examples" in said and f"{lengths[plan[0]].sum():,} tokens" in said.replace("\n", " ")
+    said = said.replace("\n", " ")
+    assert len(rows) == 4 and f"{lengths.sum() / 1e6:.2f} M tokens" in said and f"{len(plan)} steps" in said and f"{100 * plan.fill:.1f} %" in said
+    assert f"{len(plan[0])} examples" in said and f"{lengths[plan[0]].sum():,} tokens" in said
     for world_size, size, cuts in rows:
         found = cut(plan[0], lengths, int(world_size), int(size) * 2048)
         assert cuts == " / ".join(", ".join(f"{lengths[part].sum():,}" for part in rank) for rank in found)
@@ -216,6 +219,8 @@ def test_what_the_readme_points_at_is_there():
         assert f"`loop/{path.name}`" in order or path.name == "__init__.py", path
     said = int(re.search(r"About (\d),000 lines", README)[1])
     assert round(sum(len(path.read_text().splitlines()) for path in ROOT.glob("loop/*.py")) / 1000) == said
+    shown = runpy.run_path(str(ROOT / "tests" / "broken" / "shown.py"))["SHOWN"]
+    assert len(shown) == 15 and README.count("fifteen classic mistakes") == 2
     assert "@" not in re.sub(r"\S+@\S+\.\S+", "", README), "a figure was not filled in"
 
 
