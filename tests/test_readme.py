@@ -102,7 +102,7 @@ def is_key(dotted: str) -> bool:
 
 def load(overrides: list[str]) -> None:
     """Placeholders of one letter stand for numbers."""
-    load_config(["--config", str(ROOT / "loop/configs/embedded.yaml"), *(re.sub(r"=\d*[A-Z]$", "=1", o) for o in overrides)])
+    load_config(["--config", str(ROOT / "loop/configs/soap_qlora.yaml"), *(re.sub(r"=\d*[A-Z]$", "=1", o) for o in overrides)])
 
 
 def typed() -> list[str]:
