@@ -169,7 +169,9 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
                 dy = g.capture_backward(dy, pool)
             errors = [g.error() for g in graphed]
     except RuntimeError as problem:  # a kernel that waits for the GPU, or too little memory
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own in place, and the generators as if it went on
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())  # the same numbers from here on
         return str(problem).strip().splitlines()[0][:120]
     if wrong := [error for error in errors if not error < 1e-2]:  # bf16, and attention's backward pass adds in any order: some 1e-3
         return f"a replay is {wrong[0]:.1e} from the layer itself"
