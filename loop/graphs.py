@@ -112,27 +112,28 @@ class GraphedLayer:
 
 
 def replay_layers(config: Config, model: nn.Module, plan: Plan, lengths: np.ndarray, capacity: int, dropout: Masks, ranks: Ranks,
-                  backend: str) -> tuple[tuple | None, str]:  # fmt: skip
+                  backend: str) -> tuple[int, tuple[int, int] | None, str]:  # fmt: skip
     """Lets the layers of an engine's model, which holds its weights whole, be replayed: on a GPU, with attention that does not ask it for the
-    documents' bounds. Returns (the room that each row has to be filled up to, None where nothing is replayed; what a person should know)."""
+    documents' bounds. Returns (the capacity to cut steps for, equal on all ranks; the room that each row has to be filled up to, None where
+    nothing is replayed; what a person should know)."""
     if not config.cuda_graphs or ranks.device.type != "cuda" or backend == "sdpa":
-        return None, ""
+        return capacity, None, ""
     room = room_of(plan, lengths, ranks.world_size, capacity, config.max_seq_len)
     dropout.reserve(room[0])
     if in_the_way := graph_layers(model, decoder_layers(model), room, config.max_seq_len, ranks.device):
-        return None, f"layers      launched kernel by kernel, not replayed: {in_the_way}"
+        return room[0], None, f"layers      launched kernel by kernel, not replayed: {in_the_way}"
     count_graphs()
-    return room, ""
+    return room[0], room, ""
 
 
 def room_of(plan: Plan, lengths: np.ndarray, world_size: int, capacity: int, max_seq_len: int) -> tuple[int, int]:
-    """(tokens, documents) of a row that holds any micro-batch of the plan, and what fills it up. On several ranks that is less than the capacity,
-    as steps are cut evenly; looking through more than 10,000 steps would take more than a second."""
-    tokens, documents = capacity, int(np.diff(plan.offsets).max())
-    if len(plan) <= 10_000:
-        parts = [part for step in range(len(plan)) for rank in cut(plan[step], lengths, world_size, capacity) for part in rank]
-        tokens, documents = max(int(lengths[part].sum()) for part in parts), max(map(len, parts))
-    tokens = min(capacity, -(-tokens // 64) * 64)
+    """(tokens, documents) of a row that holds the micro-batches of the plan, and what fills it up. On several ranks that is less than the
+    capacity, as steps are cut evenly. Looks at the first 100,000 examples, for a second; a later step may take a micro-batch more for it."""
+    looked_at = max(1, int(np.searchsorted(plan.offsets, 100_000)))
+    steps = range(min(len(plan), looked_at))
+    parts = [part for step in steps for rank in cut(plan[step], lengths, world_size, capacity) for part in rank]
+    tokens = min(capacity, -(-max(int(lengths[part].sum()) for part in parts) // 64) * 64)
+    documents = max(map(len, parts)) * (1 if len(steps) == len(plan) else 2)
     return tokens, documents + -(-tokens // max_seq_len)
 
 

@@ -138,18 +138,16 @@ def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int) -
         heap = [(0, place) for place in range(len(places))]
         for example in examples:
             load, place = heapq.heappop(heap)
-            if load + lengths[example] > capacity:
-                break  # the emptiest place is too full: one more round
             places[place].append(example)
             heapq.heappush(heap, (load + int(lengths[example]), place))
-        else:
-            even_out(places, lengths)
+        if even_out(places, lengths) <= capacity:
             return [places[rank::world_size] for rank in range(world_size)]
         rounds += 1
 
 
-def even_out(places: list[list[int]], lengths: np.ndarray) -> None:
-    """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other."""
+def even_out(places: list[list[int]], lengths: np.ndarray) -> int:
+    """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other. Returns the tokens
+    of the fullest then."""
     loads = [sum(int(lengths[i]) for i in place) for place in places]
     for _ in range(8 * len(places)):  # two or three turns a place are enough
         full, empty = loads.index(max(loads)), loads.index(min(loads))
@@ -157,12 +155,13 @@ def even_out(places: list[list[int]], lengths: np.ndarray) -> None:
         gain = np.array([[int(lengths[a]) - (0 if b is None else int(lengths[b])) for b in back] for a in out])
         left = np.abs(loads[full] - loads[empty] - 2 * gain)  # [out, back], the difference after the swap
         if not left.size or left.min() >= loads[full] - loads[empty]:
-            return
+            break
         a, b = np.unravel_index(left.argmin(), left.shape)
         example, other, moved = out[a], back[b], int(gain[a, b])
         places[full] = [i for i in out if i != example] + ([] if other is None else [other])
         places[empty] = [i for i in places[empty] if i != other] + [example]
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved
+    return max(loads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +211,12 @@ def collate(examples: list, max_seq_len: int, room: tuple[int, int] | None = Non
 
 def pad(batch: Batch, tokens: int, documents: int, max_seq_len: int) -> Batch:
     """The batch as a row of exactly so many tokens and documents, for kernels that were recorded for that size. The fill has documents of its
-    own, without targets; what is still lacking in documents is empty ones at the end. ValueError where the batch is larger."""
+    own, without targets; what is still lacking in documents is empty ones at the end. A batch that is larger stays as it is."""
     start, count = batch.input_ids.shape[1], len(batch.cu_seqlens) - 1
     ends = [*range(start + max_seq_len, tokens, max_seq_len), tokens] if start < tokens else []
     empty = documents - count - len(ends)
     if tokens < start or empty < 0:
-        raise ValueError(f"a row of {start} tokens and {count} documents does not fit {tokens} tokens and {documents} documents")
+        return batch
     fill = (torch.arange(tokens - start) % max_seq_len)[None]
     bounds = torch.tensor(ends + [tokens] * empty, dtype=torch.int32)
     return dataclasses.replace(

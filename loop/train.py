@@ -140,9 +140,9 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     if path:
         checkpoints.load(engine, path, manifest)
     whole = spare(engine, ds, ranks)  # ZeRO-3's hooks, where they have nothing to do
-    room, launched = (
-        replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks, backend) if whole and not checkpointing else (None, "")
-    )
+    row, room, launched = capacity, None, ""
+    if whole and not checkpointing:
+        row, room, launched = replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks, backend)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
@@ -198,7 +198,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
             measured.begin()
         monitor.start_step()
         ids = plan[step]  # the examples of this step
-        mine = cut(ids, lengths, ranks.world_size, capacity)[ranks.rank]  # ids for each of this rank's micro-batches
+        mine = cut(ids, lengths, ranks.world_size, row)[ranks.rank]  # ids for each of this rank's micro-batches
         micro_batches = [collate([examples[i] for i in part], config.max_seq_len, room) for part in mine]
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,

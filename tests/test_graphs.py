@@ -4,6 +4,7 @@ with the same fixed places for what goes in and out."""
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from test_fused import with_lora
@@ -13,7 +14,7 @@ from loop.attention import IMPLEMENTATIONS, available_backends
 from loop.fused import fuse
 from loop.graphs import GraphedLayer, graph_layers, release_graphs, room_of
 from loop.model import decoder_layers, summed_cross_entropy
-from loop.packing import collate, make_plan, pad
+from loop.packing import collate, cut, make_plan, pad
 from loop.tokens import Example
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -178,8 +179,17 @@ def test_a_row_has_room_for_every_micro_batch_of_the_plan():
         assert (bounds.diff() >= 0).all() and bounds.diff().max() <= 24
         starts = bounds[:-1][bounds.diff() > 0]
         assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(starts)
-    with pytest.raises(ValueError, match="does not fit"):
-        pad(collate(examples(24, 24, 20), 24), 64, 8, 24)
+    for larger in (collate(examples(24, 24, 20), 24), collate(examples(*[2] * 9), 24)):
+        assert pad(larger, 64, 8, 24) is larger
+
+
+def test_the_room_on_several_ranks_is_that_of_the_real_cuts():
+    lengths = np.clip(np.random.default_rng(0).normal(1463, 350, 400), 64, 2048).astype(int)
+    plan = make_plan(lengths, 16 * 2048, 0)
+    tokens, documents = room_of(plan, lengths, 2, 9 * 2048, 2048)
+    parts = [part for step in range(len(plan)) for rank in cut(plan[step], lengths, 2, tokens) for part in rank]
+    assert len(parts) == 2 * len(plan) and tokens < 8.5 * 2048  # one micro-batch a rank and step, as with the larger capacity
+    assert max(lengths[part].sum() for part in parts) <= tokens and max(map(len, parts)) < documents
 
 
 @pytest.fixture(scope="module")
