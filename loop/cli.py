@@ -1,9 +1,12 @@
 """From the command line to a configuration: YAML + `key=value`, every mistake one line that names the key."""
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,18 @@ def exit_with_config_error(error: Exception) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     leave(2, f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
+
+
+@contextlib.contextmanager
+def even_if_nobody_reads() -> Iterator[None]:
+    """Prints, and ends quietly where nobody listens any more (`| head`, a terminal that was closed): no failure, since all is saved."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
 
 
 def leave(code: int, message: str = "") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from .cli import exit_with_config_error, load_config, take_options
+from .cli import even_if_nobody_reads, exit_with_config_error, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .describe import describe_plan, learning_rates, write_plan
@@ -38,6 +38,7 @@ def describe_time(tokens: int, given: str | None, config: Config) -> str:
     return f"time        {tokens / rate / 60:,.0f} min at {rate:,.0f} tokens/s ({source}), without evaluation and saving"
 
 
+@even_if_nobody_reads()
 def main(argv: list[str] | None = None) -> None:
     """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR] [--config FILE] [key=value ...]`"""
     quiet_libraries()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import exit_with_config_error, load_config, take_options
+from .cli import even_if_nobody_reads, exit_with_config_error, load_config, take_options
 from .config import ConfigError
 from .data import load_examples, weights_of
 from .model import load_tokenizer
@@ -92,6 +92,7 @@ def check_examples(examples: list[Example], conversations: dict[str, Conversatio
             f"the prompt of generation is an exact prefix of the tokens; the supervised ones decode to the note ({checked:,} examples)"]  # fmt: skip
 
 
+@even_if_nobody_reads()
 def main(argv: list[str] | None = None) -> None:
     """`preview [--rows N | --id ID | --step S] [--html FILE] [--config FILE] [key=value ...]`"""
     quiet_libraries()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from .attention import AttentionError, choose_backend
 from .audit import AuditError, describe
 from .checkpoint import Checkpoints
-from .cli import exit_with_config_error, leave, load_config
+from .cli import even_if_nobody_reads, exit_with_config_error, leave, load_config
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
@@ -252,7 +252,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     report = monitor.close({"fill": plan.fill} | exported | (figures or {}))
     if report and report["steps"] < len(plan):
         at = f"saved after step {report['steps']}" if report["steps"] else "before the first step"
-        print(f"asked to stop ({stop.signal or 'another rank was'}): {at}; the same command goes on from there (with run.resume=true)")
+        monitor.say(f"asked to stop ({stop.signal or 'another rank was'}): {at}; the same command goes on from there (with run.resume=true)")
     return report
 
 
@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     except (FloatingPointError, AuditError, JoinError, OSError) as error:  # not a mistake in what was typed: exit code 1
         leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, JoinError) else "")
     if "exported" in report:
-        show_summary(config, report)
+        with even_if_nobody_reads():
+            show_summary(config, report)
     dist.barrier()
     dist.destroy_process_group()
 

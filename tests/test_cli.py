@@ -35,3 +35,13 @@ def test_a_broken_file_is_named(text, tmp_path):
 def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):
     done = subprocess.run([sys.executable, "-m", "loop.train", "--config", str(SEED), "lr=abc"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: lr='abc'")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_reader_who_has_gone_is_no_failure(closed):
+    """As under `| head -1`; another OSError is still one."""
+    code = "from loop.cli import even_if_nobody_reads as quiet\nwith quiet():\n    " + ("print('x' * 10**6)" if closed else "open('/no/such/file')")
+    p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.close()
+    error = p.stderr.read()
+    assert (p.wait(60), error) == (0, "") if closed else (p.wait(60) == 1 and "FileNotFoundError" in error)
