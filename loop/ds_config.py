@@ -44,8 +44,9 @@ def build_ds_config(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place")
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise ConfigError(f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our clipping gets copies of them only")
-    if zero.get("zero_quantized_weights") and config.method == "qlora":
-        raise ConfigError(f"{path.name}: zero_quantized_weights (qwZ) would round NF4 codes as if they were numbers")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key) and config.method == "qlora":
+            raise ConfigError(f"{path.name}: {key} (qwZ) would round NF4 codes as if they were numbers")
     return ds | {
         "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
         "gradient_accumulation_steps": 1,

@@ -7,36 +7,41 @@ import torch.distributed as dist
 
 from .config import Config, ConfigError
 from .distributed import Ranks, on_gpu
-from .ledger import LOADED, STATES, WORKING, count_weights, ledger, most_rows
+from .ledger import EVERY_WEIGHT, LOADED, STATES, WORKING, count_weights, ledger, most_rows
 from .model import trainable
 
 CONTEXT = 2**30  # what CUDA, its libraries and NCCL take beside the tensors: an allowance, not measured
 MOST_GPUS = 64
 
 
-def choose_whole(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None) -> dict:
-    """DeepSpeed's configuration, its persistence threshold above every weight where each of several ranks shall keep all of them whole (ZeRO-3 then
-    partitions gradients, masters and moments). `auto`: where that takes at most a tenth of the free memory; None: a CPU, no."""
+def choose_whole(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None) -> tuple[dict, bool]:
+    """(DeepSpeed's configuration, whether each rank keeps all weights). One rank does, unless they lie on the CPU or a disk. On several, ZeRO-3
+    then partitions gradients, masters and moments, and its persistence thresholds are above all weights. `auto`: where that takes at most
+    a tenth of the free memory; None: a CPU, no."""
     zero = ds["zero_optimization"]
-    if world_size == 1 or zero.get("offload_param", {}).get("device", "none") != "none":
-        return ds
-    whole = ds | {"zero_optimization": zero | {"stage3_param_persistence_threshold": 2**62}}
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        return ds, False
+    if world_size == 1:
+        return ds, True
+    whole = ds | {
+        "zero_optimization": zero | dict.fromkeys(["stage3_param_persistence_threshold", "stage3_model_persistence_threshold"], EVERY_WEIGHT)
+    }
     size = ledger(shape, config, whole, world_size, 1, True, False, False)["gathered weights"]
     wanted = config.keep_whole if config.keep_whole != "auto" else free_bytes is not None and size <= 0.1 * free_bytes
-    return whole if wanted else ds
+    return (whole, True) if wanted else (ds, False)
 
 
 def choose_micro_batch(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None, fused: bool, dequantized: bool,
-                       supervised: float = 1 / 3) -> tuple[int, bool]:  # fmt: skip
+                       supervised: float = 1 / 3, replayed: bool = False) -> tuple[int, bool]:  # fmt: skip
     """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit the free memory, and recomputes activations only
     where even one row does not fit without. free_bytes: beside the weights and the optimizer's state; None: a CPU, no checkpointing, all
-    rows at once. The others are as in `ledger`."""
+    rows at once. replayed: whether layers that don't recompute are recorded. The others are as in `ledger`."""
     sizes = range(most_rows(config, world_size), 0, -1) if config.micro_batch_size == "auto" else [config.micro_batch_size]
     for checkpointing in [False, True] if config.gradient_checkpointing == "auto" else [config.gradient_checkpointing]:
         for size in sizes:
             if free_bytes is None:
                 return size, checkpointing
-            parts = ledger(shape, config, ds, world_size, size, checkpointing, fused, dequantized, supervised)
+            parts = ledger(shape, config, ds, world_size, size, checkpointing, fused, dequantized, supervised, replayed and not checkpointing)
             if sum(parts[name] for name in (*WORKING, "gradient bucket", "allocator slack")) <= free_bytes:
                 return size, checkpointing
     return sizes[-1], config.gradient_checkpointing is not False
@@ -68,16 +73,16 @@ def resolve(config: Config, ds: dict, shape, gpus: int, memory: int | None, supe
     loaded = ledger(shape, config, ds, gpus, 1, True, fused, False, supervised)
     if memory is not None:
         free = memory - CONTEXT - sum(loaded[name] for name in (*LOADED, *STATES) if name != "gradient bucket")
-    partitioned = ds
-    ds = choose_whole(config, ds, shape, gpus, 2**62 if free is None else free)
+    ds, whole = choose_whole(config, ds, shape, gpus, EVERY_WEIGHT if free is None else free)
     dense = ledger(shape, config, ds, gpus, 1, True, fused, True, supervised)["dequantised copies"]
-    wanted = config.keep_dequantized if config.keep_dequantized != "auto" else free is None or dense <= 0.1 * free
+    replayed = config.cuda_graphs and whole
+    wanted = config.keep_dequantized if config.keep_dequantized != "auto" else not replayed and (free is None or dense <= 0.1 * free)
     dequantized = bool(wanted and fused and dense)
     if free is not None:
         free -= dense * dequantized
-    rows, checkpointing = choose_micro_batch(config, ds, shape, gpus, free, fused, dequantized, supervised)
-    parts = ledger(shape, config, ds, gpus, rows, checkpointing, fused, dequantized, supervised)
-    return Answer(rows, checkpointing, dequantized, ds is not partitioned, parts, memory)
+    rows, checkpointing = choose_micro_batch(config, ds, shape, gpus, free, fused, dequantized, supervised, replayed)
+    parts = ledger(shape, config, ds, gpus, rows, checkpointing, fused, dequantized, supervised, replayed and not checkpointing)
+    return Answer(rows, checkpointing, dequantized, whole and gpus > 1, parts, memory)
 
 
 def knobs(config: Config, ds: dict, shape, gpus: int, memory: int, supervised: float = 1 / 3) -> list[tuple[str, Answer]]:

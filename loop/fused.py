@@ -161,12 +161,13 @@ def choose_layers(config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[boo
     return bool(config.fused) and not wrong, f"layers: as PEFT computes them, which takes longer; fused ones: {wrong}" if wrong else ""
 
 
-def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None) -> bool:
-    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's)."""
+def choose_dequantized(config: Config, model: nn.Module, free_bytes: int | None, replayed: bool) -> bool:
+    """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's), and layers
+    are launched kernel by kernel. Where they are replayed it gains 0.3 %."""
     layers = [m for m in decoder_layers(model).modules() if isinstance(m, bnb.nn.Linear4bit)]
     size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
     room = size <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
-    return room if config.keep_dequantized == "auto" else config.keep_dequantized
+    return room and not replayed if config.keep_dequantized == "auto" else config.keep_dequantized
 
 
 def fuse(layers: nn.ModuleList, keep_dense: bool) -> set[str]:

@@ -111,17 +111,20 @@ class GraphedLayer:
         return self.plain(x, *args, **kwargs)
 
 
-def replay_layers(config: Config, model: nn.Module, plan: Plan, lengths: np.ndarray, capacity: int, dropout: Masks, ranks: Ranks,
-                  backend: str) -> tuple[int, tuple[int, int] | None, str]:  # fmt: skip
-    """Lets the layers of an engine's model, which holds its weights whole, be replayed: on a GPU, with attention that does not ask it for the
-    documents' bounds. Returns (the capacity to cut steps for, equal on all ranks; the room that each row has to be filled up to, None where
-    nothing is replayed; what a person should know)."""
-    if not config.cuda_graphs or ranks.device.type != "cuda" or backend == "sdpa":
-        return capacity, None, ""
+def replays(config: Config, whole: bool, ranks: Ranks, backend: str) -> bool:
+    """Whether layers that don't recompute their activations will be replayed: on GPUs whose ranks keep their weights whole, with attention that does
+    not ask the GPU for the documents' bounds. All ranks must call it, and get the same answer: steps are cut by it."""
+    return not ranks.any(not (config.cuda_graphs and whole and ranks.device.type == "cuda" and backend != "sdpa"))
+
+
+def replay_layers(config: Config, model: nn.Module, plan: Plan, lengths: np.ndarray, capacity: int, dropout: Masks,
+                  ranks: Ranks) -> tuple[int, tuple[int, int] | None, str]:  # fmt: skip
+    """Lets the layers of an engine's model be replayed. Returns (the capacity to cut steps for, equal on all ranks; the room that each row has to be
+    filled up to, None where nothing is replayed; what a person should know)."""
     room = room_of(plan, lengths, ranks.world_size, capacity, config.max_seq_len)
     dropout.reserve(room[0])
     if in_the_way := graph_layers(model, decoder_layers(model), room, config.max_seq_len, ranks.device):
-        return room[0], None, f"layers      launched kernel by kernel, not replayed: {in_the_way}"
+        return room[0], None, f"layers      launched kernel by kernel, not replayed: {in_the_way} (rank {ranks.rank})"
     count_graphs()
     return room[0], room, ""
 
@@ -132,44 +135,21 @@ def room_of(plan: Plan, lengths: np.ndarray, world_size: int, capacity: int, max
     looked_at = max(1, int(np.searchsorted(plan.offsets, 100_000)))
     steps = range(min(len(plan), looked_at))
     parts = [part for step in steps for rank in cut(plan[step], lengths, world_size, capacity) for part in rank]
-    tokens = min(capacity, -(-max(int(lengths[part].sum()) for part in parts) // 64) * 64)
+    tokens = max(int(lengths[plan.order].max()), *(int(lengths[part].sum()) for part in parts))
+    tokens = min(capacity, -(-tokens // 64) * 64)
     documents = max(map(len, parts)) * (1 if len(steps) == len(plan) else 2)
     return tokens, documents + -(-tokens // max_seq_len)
 
 
 def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> str | None:
-    """Captures each layer of the engine's model for rows of `room`, and replays it beside the layer itself. Where layers get different
-    arguments, something can't be captured or comes out otherwise, all stays as it was, and what is in the way is returned. The dropout's
-    masks must have got their place for such a row already."""
-    calls: list[tuple] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True) for layer in layers]
-    with torch.no_grad():
-        model(**collate([], max_seq_len, room).to(device).model_inputs())
-    for hook in hooks:
-        hook.remove()
-    (x, *args), kwargs = calls[0]
-    leaves = [tree_flatten((args, kwargs))[0] for (_, *args), kwargs in calls]
-    if any(a is not b for others in leaves for a, b in zip(others, leaves[0], strict=True)):
-        return "layers get different arguments"
-    arguments = Arguments(tuple(args), kwargs)
-    graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
+    """Captures each layer of the engine's model for rows of `room`, and replays it beside the layer itself. Where something can't be captured or
+    comes out otherwise, all stays as it was, and what is in the way is returned. The dropout's masks must have got their place for such a
+    row already."""
     before = torch.cuda.current_stream()
     try:
-        torch.cuda.synchronize()  # what the forward pass above wrote is read on other streams
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
-                y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
-                torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
-                del y
-            torch.cuda.synchronize()
-            for g in graphed:
-                x = g.capture_forward(x, pool)
-            dy = torch.zeros_like(x)
-            for g in reversed(graphed):
-                dy = g.capture_backward(dy, pool)
-            errors = [g.error() for g in graphed]
-    except RuntimeError as problem:  # a kernel that waits for the GPU, or too little memory
+        graphed = capture(model, layers, room, max_seq_len, device)
+        errors = [g.error() for g in graphed]
+    except (RuntimeError, TypeError, ValueError, AttributeError) as problem:  # a kernel that waits for the GPU, too little memory, another signature
         torch.cuda.set_stream(before)  # a capture that fails leaves its own in place, and the generators as if it went on
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())  # the same numbers from here on
@@ -179,6 +159,38 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
     for layer, g in zip(layers, graphed):
         layer.forward = g
     return None
+
+
+def capture(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> list[GraphedLayer]:
+    """Each layer's two graphs, recorded on a row of fill. Raises whatever is in the way, ValueError where layers get different arguments."""
+    calls: list[tuple] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(**collate([], max_seq_len, room).to(device).model_inputs())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (x, *args), kwargs = calls[0]
+    leaves = [tree_flatten((args, kwargs))[0] for (_, *args), kwargs in calls]
+    if any(a is not b for others in leaves for a, b in zip(others, leaves[0], strict=True)):
+        raise ValueError("layers get different arguments")
+    arguments = Arguments(tuple(args), kwargs)
+    graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()  # what the forward pass above wrote is read on other streams
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
+            y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
+            torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
+            del y
+        torch.cuda.synchronize()
+        for g in graphed:
+            x = g.capture_forward(x, pool)
+        dy = torch.zeros_like(x)
+        for g in reversed(graphed):
+            dy = g.capture_backward(dy, pool)
+    return graphed
 
 
 def release_graphs(layers: nn.ModuleList) -> None:

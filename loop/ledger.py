@@ -17,6 +17,7 @@ from .dropout import APART
 LOADED = ("NF4 codes", "quantisation state", "16-bit weights", "adapter", "dequantised copies")  # before the engine is made
 STATES = ("fp32 masters", "Adam moments", "gradients, fp32", "gradient bucket")  # with the engine
 WORKING = ("gathered weights", "activations", "logits", "layer in work", "dropout mask", "update")  # in a step
+EVERY_WEIGHT = 2**62  # a persistence threshold of DeepSpeed's above all weights: each rank keeps them whole
 SLACK = 0.15  # of WORKING: rows differ in length, and a block that was freed often fits the next tensor badly
 
 
@@ -78,13 +79,15 @@ def most_rows(config: Config, world_size: int) -> int:
 
 
 def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpointing: bool, fused: bool, dequantized: bool,
-           supervised: float = 1 / 3) -> dict[str, int]:  # fmt: skip
+           supervised: float = 1 / 3, recorded: bool = False) -> dict[str, int]:  # fmt: skip
     """{component: bytes on one GPU} at the fullest moment of a step, LOADED, STATES, WORKING and "allocator slack". ds: DeepSpeed's configuration;
-    rows: of a micro-batch; supervised: the share of its tokens that have logits; dequantized: whether NF4 weights are kept in bf16 too."""
+    rows: of a micro-batch; supervised: the share of its tokens that have logits; dequantized: whether NF4 weights are kept in bf16 too;
+    recorded: whether layers are CUDA graphs, whose gradients have places of their own and whose activations' memory no other tensor may use."""
     w, zero, qlora = count_weights(shape, config), ds["zero_optimization"], config.method == "qlora"
     size = 2 if ds.get("bf16", {}).get("enabled") else 4  # bytes of a number that is computed with
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
-    tokens = min(rows, most_rows(config, world_size)) * config.max_seq_len
+    even = config.batch_size / world_size + (world_size > 1) / 2  # steps are cut evenly: half a row more than the even share is rarely seen
+    tokens = int(min(rows, max(even, 1)) * config.max_seq_len)
 
     def share(sizes) -> int:
         return sum(-(-n // world_size) for n in sizes)
@@ -113,9 +116,11 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
         window = zero.get("stage3_max_reuse_distance", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
         window += most / shape.num_hidden_layers
         parts["gathered weights"] = int(stays + sum(b for _, b in large) * min(1, window / max(1, most)))
+        parts["gathered weights"] += (small == EVERY_WEIGHT) * sum(w.trained) * size  # where the others' updates arrive
 
     layer, n_logits = tokens * kept_of_a_token(shape, config, fused, size), tokens * supervised * shape.vocab_size
     of_a_layer = tokens * shape.hidden_size * size if checkpointing else layer
+    of_a_layer += recorded * tokens * shape.hidden_size * size  # the gradient of its input
     parts["activations"] = shape.num_hidden_layers * of_a_layer + tokens * shape.hidden_size * 4  # and the last norm's, in fp32
     # bf16, and for the loss fp32, its logarithm of probabilities and gradients; then the layers' turn comes, and bf16 alone is left.
     parts["logits"] = int(n_logits * (size + 12))
@@ -126,6 +131,8 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
         parts["dropout mask"] = tokens * (-(-max(w.widths) // APART) * APART + APART * len(w.widths))
     # When the optimizer has its turn, activations are gone and the gradients are copied into one piece.
     parts["update"] = max(0, trained * 4 - sum(parts[name] for name in WORKING))
+    if recorded:
+        parts["update"] = sum(w.trained) * size + trained * 4
     return parts | {"allocator slack": int(SLACK * sum(parts[name] for name in WORKING))}
 
 

@@ -149,17 +149,19 @@ def even_out(places: list[list[int]], lengths: np.ndarray) -> int:
     """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other. Returns the tokens
     of the fullest then."""
     loads = [sum(int(lengths[i]) for i in place) for place in places]
-    for _ in range(8 * len(places)):  # two or three turns a place are enough
+    for _ in range(8 * len(places) if len(places) > 1 else 0):  # two or three turns a place are enough
         full, empty = loads.index(max(loads)), loads.index(min(loads))
-        out, back = places[full], [*places[empty], None]  # None: nothing comes back
-        gain = np.array([[int(lengths[a]) - (0 if b is None else int(lengths[b])) for b in back] for a in out])
-        left = np.abs(loads[full] - loads[empty] - 2 * gain)  # [out, back], the difference after the swap
-        if not left.size or left.min() >= loads[full] - loads[empty]:
+        gap, out, back = loads[full] - loads[empty], places[full], places[empty]
+        sizes = np.array([lengths[i] for i in out])
+        others = np.array([*(lengths[i] for i in back), 0])  # the last: nothing comes back
+        order = np.argsort(others, kind="stable")
+        above = np.searchsorted(others[order], sizes - gap / 2).clip(0, len(back))  # the best exchange for each example, or its neighbour
+        pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
+        left, a, b = min((abs(gap - 2 * int(sizes[a] - others[b])), a, int(b)) for a, b in pairs) if pairs else (gap, 0, 0)
+        if left >= gap:
             break
-        a, b = np.unravel_index(left.argmin(), left.shape)
-        example, other, moved = out[a], back[b], int(gain[a, b])
-        places[full] = [i for i in out if i != example] + ([] if other is None else [other])
-        places[empty] = [i for i in places[empty] if i != other] + [example]
+        places[full], places[empty] = out[:a] + out[a + 1 :] + back[b : b + 1], back[:b] + back[b + 1 :] + [out[a]]
+        moved = int(sizes[a] - others[b])
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved
     return max(loads)
 

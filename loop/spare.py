@@ -12,10 +12,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from .distributed import Ranks
 
 
-def spare(engine, ds: dict, ranks: Ranks) -> bool:
-    """Both of what follows; whether the engine's weights stay whole."""
+def spare(engine, whole: bool, ranks: Ranks) -> None:
+    """Both of what follows; whole: whether each rank keeps all weights (`fit.choose_whole`)."""
     remember_parameters()
-    return keep_whole(engine, ds, ranks)
+    if whole and hasattr(engine.optimizer, "parameter_offload"):  # not a bare model, as tests/bench compares with
+        keep_whole(engine, ranks)
 
 
 def remember_parameters() -> None:
@@ -36,17 +37,10 @@ def remember_parameters() -> None:
     partitioned_param_coordinator.iter_params = parameter_offload.iter_params = iter_params
 
 
-def keep_whole(engine, ds: dict, ranks: Ranks) -> bool:
-    """Where every weight may stay on every rank, there is nothing to fetch and to let go. Each is gathered once (on one rank it is the shard
-    itself); the hooks are removed, and a step does not look at each gradient by itself. Returns whether that is so: on one rank, and on several
-    where DeepSpeed's stage3_param_persistence_threshold is above the largest weight (`fit.choose_whole`). With weights on the CPU or a
-    disk (offload_param) all stays as it is."""
-    optimizer, offload = engine.optimizer, ds["zero_optimization"].get("offload_param", {}).get("device", "none")
-    if not hasattr(optimizer, "parameter_offload"):  # a bare model, for comparison (tests/bench)
-        return True
-    parameters = list(engine.module.parameters())
-    if offload != "none" or not (ranks.world_size == 1 or all(p.ds_persist for p in parameters)):
-        return False
+def keep_whole(engine, ranks: Ranks) -> None:
+    """Where every weight stays on every rank, there is nothing to fetch and to let go. Each is gathered once (on one rank it is the shard
+    itself); the hooks are removed, and a step does not look at each gradient by itself."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
     engine.whole = True
     for module in engine.module.modules():  # not all at once: what is sent takes as much memory again
         if away := [p for p in module.parameters(recurse=False) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
@@ -72,7 +66,6 @@ def keep_whole(engine, ds: dict, ranks: Ranks) -> bool:
 
     optimizer._get_norm_groups, optimizer._prepare_fp32_grad_for_sub_group = norms, hand_over
     share_updates(optimizer, ranks.world_size)
-    return True
 
 
 def share_updates(optimizer, world_size: int) -> None:

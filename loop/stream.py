@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from accelerate import init_empty_weights
+from deepspeed.utils import groups
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -72,7 +73,8 @@ def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantiz
         own = [name for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}".lstrip(".") in wanted]
         if own:
             fill(module, {name: f"{prefix}.{name}".lstrip(".") for name in own}, weights, dtype, device)
-            deepspeed.zero.Init(module=module, config_dict_or_path=ds)
+            hpz = groups._get_zero_param_intra_parallel_group()  # none at first, and without zero_hpz_partition_size
+            deepspeed.zero.Init(module=module, config_dict_or_path=ds, zero_param_parallel_group=hpz)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")

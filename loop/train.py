@@ -27,7 +27,7 @@ from .export import export_model
 from .fit import choose_micro_batch, choose_whole, free_gpu_bytes
 from .folder import prepare_folder, versions
 from .fused import choose_dequantized, choose_layers, fuse
-from .graphs import release_graphs, replay_layers
+from .graphs import release_graphs, replay_layers, replays
 from .identity import at_step, refuse_another, refuse_unlike, run_identity
 from .join import JoinError
 from .ledger import ledger
@@ -121,15 +121,15 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
-    keep_dense, supervised = False, float(targets.sum() / lengths.sum())
+    ds, whole = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
+    keep_dense, supervised, replayed = False, float(targets.sum() / lengths.sum()), replays(config, whole, ranks, backend)
     if fused:
-        keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks)))
+        keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks), replayed))
         if stayed := fuse(decoder_layers(model), keep_dense):
             fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
     known = fused, keep_dense, supervised
-    ds = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
-    micro_batch_size, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known)
-    predicted = ledger(shape, config, ds, ranks.world_size, micro_batch_size, checkpointing, *known)
+    micro_batch_size, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known, replayed)
+    predicted = ledger(shape, config, ds, ranks.world_size, micro_batch_size, checkpointing, *known, replayed and not checkpointing)
     capacity = micro_batch_size * config.max_seq_len
     use_checkpointing(model, checkpointing)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
@@ -139,10 +139,10 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
 
     if path:
         checkpoints.load(engine, path, manifest)
-    whole = spare(engine, ds, ranks)  # ZeRO-3's hooks, where they have nothing to do
+    spare(engine, whole, ranks)  # of ZeRO-3's hooks, where they have nothing to do
     row, room, launched = capacity, None, ""
-    if whole and not checkpointing:
-        row, room, launched = replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks, backend)
+    if replayed and not checkpointing:
+        row, room, launched = replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
@@ -156,7 +156,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     monitor.accounts({"train": account, "valid": held_out_account})
     monitor.plan(plan, examples, micro_batch_size)
     attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
-    fallbacks = filter(None, [attention_fallback, fused_remark, launched, choose_fused(config.optimizer)[1]])
+    fallbacks = filter(None, [attention_fallback, fused_remark, *ranks.gather(launched), choose_fused(config.optimizer)[1]])
     for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
         monitor.say(remark)
 

@@ -18,6 +18,7 @@ def load(*overrides: str) -> Config:
     ({"zero_optimization": {"stage": 2}}, "stage"), ({"fp16": {"enabled": True}}, "fp16"), ({"data_types": {}}, "grad_accum_dtype"),
     ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "qwZ"),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
 ])  # fmt: skip
 def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):

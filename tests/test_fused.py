@@ -90,9 +90,10 @@ def test_fewer_roundings_than_peft_in_bf16():
 def test_dequantised_weights_are_kept_where_there_is_room(tiny_base):
     model, small = load_base(tiny_base, torch.bfloat16, "cpu"), 20 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     for free, kept in ((None, True), (small, True), (small - 1, False)):  # none: a CPU, which has more than that
-        assert choose_dequantized(Config(base="x", data={"train": "x"}), model, free) is kept
-        assert choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=True), model, free)
-        assert not choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=False), model, free)
+        assert choose_dequantized(Config(base="x", data={"train": "x"}), model, free, False) is kept
+        assert not choose_dequantized(Config(base="x", data={"train": "x"}), model, free, True)
+        assert choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=True), model, free, True)
+        assert not choose_dequantized(Config(base="x", data={"train": "x"}, keep_dequantized=False), model, free, False)
 
 
 class Scaled(LlamaRMSNorm):

@@ -3,6 +3,7 @@ with the same fixed places for what goes in and out."""
 
 import contextlib
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -190,6 +191,15 @@ def test_the_room_on_several_ranks_is_that_of_the_real_cuts():
     parts = [part for step in range(len(plan)) for rank in cut(plan[step], lengths, 2, tokens) for part in rank]
     assert len(parts) == 2 * len(plan) and tokens < 8.5 * 2048  # one micro-batch a rank and step, as with the larger capacity
     assert max(lengths[part].sum() for part in parts) <= tokens and max(map(len, parts)) < documents
+
+
+def test_the_room_holds_the_longest_example_of_all():
+    """Behind what is looked at, too: on many ranks a micro-batch may be shorter than it."""
+    lengths = np.array([100] * 120_000 + [1000])
+    plan = make_plan(lengths, 4000, 0)
+    last = np.flatnonzero(plan.order == 120_000)[0]
+    plan = dataclasses.replace(plan, order=np.roll(plan.order, -last - 1))  # as the plan's last example
+    assert room_of(plan, lengths, 32, 2048, 2048)[0] >= 1000
 
 
 @pytest.fixture(scope="module")

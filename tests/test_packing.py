@@ -156,3 +156,22 @@ def test_ten_million_examples_are_planned_in_seconds():
     start = time.perf_counter()
     plan = make_plan(lengths, 16384, 0)
     assert plan.fill > 0.99 and time.perf_counter() - start < 60  # 4 s were measured; the bound is generous on purpose
+
+
+def test_a_step_that_holds_an_example_twice_keeps_both():
+    """As data.weights above 1 make them; the swaps go by places, not by ids."""
+    lengths = np.clip(np.random.default_rng(0).normal(700, 250, 100), 64, 2048).astype(int)
+    plan = make_plan(lengths, 8 * 2048, 0, weights=np.full(100, 8.0))
+    twice = 0
+    for ids in (plan[s] for s in range(len(plan))):
+        places = [part for rank in cut(ids, lengths, 2, 5 * 2048) for part in rank]
+        assert sorted(sum(places, [])) == sorted(ids)
+        twice += len(set(ids)) < len(ids)
+    assert twice > 5
+
+
+def test_ranks_are_filled_evenly():
+    lengths = seed_profile(3000)
+    plan = make_plan(lengths, 16 * 2048, 0)
+    loads = np.array([[lengths[sum(rank, [])].sum() for rank in cut(plan[s], lengths, 2, 9 * 2048)] for s in range(len(plan))])
+    assert (loads.max(1) / loads.mean(1)).mean() < 1.001

@@ -28,7 +28,9 @@ def bench(tiny_base, rows, tmp_path_factory):
     """Runs cases on 1, 2 and 4 ranks (each world once, all its cases in one process group) and gives their records by name."""
     folder = tmp_path_factory.mktemp("bench")
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
+    fp32["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the base is so small that all of it would stay
     (folder / "fp32.json").write_text(json.dumps(fp32))
+    (folder / "hpz.json").write_text(json.dumps(fp32 | {"zero_optimization": fp32["zero_optimization"] | {"zero_hpz_partition_size": 2}}))
     (folder / "config.yaml").write_text(json.dumps({
         "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3,
         "deepspeed": str(folder / "fp32.json"),
@@ -99,6 +101,7 @@ def bench(tiny_base, rows, tmp_path_factory):
         4,
         [
             {"name": "4 ranks"},
+            {"name": "4 ranks, secondary shards in pairs (hpZ)", "args": [f"deepspeed={folder / 'hpz.json'}"]},
             {"name": "4 ranks, weights whole, micro-batches of 1 row", "args": ["micro_batch_size=1", "keep_whole=true"]},
             {"name": "4 ranks, micro-batches of 1 row, checkpointing", "args": ["micro_batch_size=1", "gradient_checkpointing=true"]},
         ],
@@ -140,6 +143,7 @@ FP32 = ["1 rank", "micro-batches of 1 row", "micro-batches of 2 rows", "micro-ba
         "reentrant checkpointing",
         "non-reentrant checkpointing", "no leaf modules", "as PEFT computes it", "NF4 in each pass",
         "2 ranks", "2 ranks, micro-batches of 1 row", "4 ranks", "4 ranks, weights whole, micro-batches of 1 row",
+        "4 ranks, secondary shards in pairs (hpZ)",
         "4 ranks, micro-batches of 1 row, checkpointing"]  # fmt: skip
 
 
