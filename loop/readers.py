@@ -7,12 +7,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
 from .config import ROOT, Config, ConfigError, Data
+
+if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
+    import datasets
 
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # our name -> the hub's usual name
 MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
@@ -115,8 +118,10 @@ def locate(source: str, split: str) -> tuple[Path, str, str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_dataset(name: str, wanted: str) -> datasets.Dataset:
+def _load_dataset(name: str, wanted: str) -> "datasets.Dataset":
     """A split from the hub, or from a folder in its layout."""
+    import datasets
+
     if not Path(name).exists():
         return datasets.load_dataset(name, split=wanted)
     # The library's cache would keep a copy of patients' dialogues in the home folder; a temporary one goes with this block.
@@ -124,7 +129,7 @@ def _load_dataset(name: str, wanted: str) -> datasets.Dataset:
         return datasets.load_dataset(name, split=wanted, cache_dir=cache, keep_in_memory=True)
 
 
-def open_dataset(source: str, split: str) -> datasets.Dataset:
+def open_dataset(source: str, split: str) -> "datasets.Dataset":
     """The rows of a source that the datasets library reads. Raises ConfigError naming the source."""
     path, name, wanted = locate(source, split)
     try:

@@ -12,20 +12,20 @@ from loop.cli import load_config
 
 
 def test_any_number_of_ranks_and_any_batch_gives_the_same_figures(trained):
-    """1, 2 and 4 ranks, micro-batches of one row and of two: three batches of notes, their scores and intervals are equal to the bit, the
+    """1 and 4 ranks, micro-batches of two rows and of one: three batches of notes, their scores and intervals are equal to the bit, the
     loss to rounding."""
     command = ["-m", "loop.evaluate", "--config", str(trained / "config.yaml"), "--split", "train", "monitor.sample_max_new_tokens=6"]
     seen = []
-    for world_size, rows in ((1, "2"), (2, "1"), (4, "auto")):
+    for world_size, rows in ((1, "2"), (4, "1")):
         out = run_ok(world_size, *command, "--html", str(trained.parent / f"{world_size}.html"), f"micro_batch_size={rows}")
         seen.append(json.loads((trained / "report.json").read_text())["evaluate/train"])
         assert "ROUGE-Lsum" in out and "adapter" in out and "pain" not in out
     losses = [report["figures"].pop("loss") for report in seen]
-    assert seen[0] == seen[1] == seen[2] and 32 < seen[0]["notes"] == seen[0]["examples"] == 40 - seen[0]["left out"]
-    assert [loss["value"] for loss in losses] == pytest.approx([losses[0]["value"]] * 3, rel=2e-3)
+    assert seen[0] == seen[1] and 32 < seen[0]["notes"] == seen[0]["examples"] == 40 - seen[0]["left out"]
+    assert [loss["value"] for loss in losses] == pytest.approx([losses[0]["value"]] * 2, rel=2e-3)
     assert losses[0]["low"] < losses[0]["value"] < losses[0]["high"]
-    pages = [(trained.parent / f"{world_size}.html").read_text().split("<section>")[1:] for world_size in (1, 2, 4)]
-    assert pages[0] == pages[1] == pages[2] and len(pages[0]) == seen[0]["notes"]
+    pages = [(trained.parent / f"{world_size}.html").read_text().split("<section>")[1:] for world_size in (1, 4)]
+    assert pages[0] == pages[1] and len(pages[0]) == seen[0]["notes"]
     board = EventAccumulator(str(trained / "tensorboard" / "evaluate"))
     board.Reload()
     assert {"train/rouge1", "train/facts/supported", "train/loss"} <= set(board.Tags()["scalars"])

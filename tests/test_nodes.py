@@ -60,6 +60,7 @@ def test_a_host_that_starts_late_is_waited_for(hosts):
         assert code == 0, said[-2000:]
 
 
+@pytest.mark.slow
 def test_a_host_that_never_starts_is_named(hosts):
     started = time.monotonic()
     code, said = ends(hosts.start(0, "max_steps=2", "run.join_minutes=0.1"), 120)

@@ -35,6 +35,8 @@ ELSEWHERE = {
     "./launch.sh bench": "tests/test_bench.py",
     "./launch.sh board": "tests/test_dashboard.py",
     "./launch.sh profile": "tests/test_timers.py",
+    "./launch.sh generate --adapter runs/mine/adapter --dialogue tests/dialogue.txt": "tests/test_generate.py",
+    "./launch.sh preview --step 0 --html preview.html": "tests/test_preview.py",
     "./launch.sh audit --config runs/mine/config.yaml": "tests/test_audit.py",
 }
 

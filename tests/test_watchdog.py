@@ -49,7 +49,7 @@ def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
 
 def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does_the_note_again(config_file):
     shown = "monitor.sample_notes=[valid-1, valid-2, valid-3, valid-4]"  # two for each rank
-    args, folder = ["epochs=40", shown, "monitor.sample_max_new_tokens=900"], config_file.parent / "runs" / "t"
+    args, folder = ["epochs=40", shown, "monitor.sample_max_new_tokens=300"], config_file.parent / "runs" / "t"
     ranks = start(config_file, *args)
     wait_until_doing(folder, 1, "sample notes, token", step=3)
     ranks[1].send_signal(signal.SIGTERM)  # it breaks off at once; rank 0 writes its note to the end and learns of it then
