@@ -157,11 +157,10 @@ def even_out(places: list[list[int]], lengths: np.ndarray) -> int:
         order = np.argsort(others, kind="stable")
         above = np.searchsorted(others[order], sizes - gap / 2).clip(0, len(back))  # the best exchange for each example, or its neighbour
         pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
-        left, a, b = min((abs(gap - 2 * int(sizes[a] - others[b])), a, int(b)) for a, b in pairs) if pairs else (gap, 0, 0)
+        left, a, b, moved = min((abs(gap - 2 * (d := int(sizes[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
         if left >= gap:
             break
         places[full], places[empty] = out[:a] + out[a + 1 :] + back[b : b + 1], back[:b] + back[b + 1 :] + [out[a]]
-        moved = int(sizes[a] - others[b])
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved
     return max(loads)
 

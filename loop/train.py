@@ -140,7 +140,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     if path:
         checkpoints.load(engine, path, manifest)
     spare(engine, whole, ranks)  # of ZeRO-3's hooks, where they have nothing to do
-    row, room, launched = capacity, None, ""
+    row, room, launched = capacity, None, ""  # the tokens that a step is cut for; what a recorded row is filled up to; what is in the way
     if replayed and not checkpointing:
         row, room, launched = replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks)
 
