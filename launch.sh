@@ -13,7 +13,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the 
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where a step's time goes: trace, table
   break      what a classic mistake does to the curves, beside the right run's; without a name it lists them
-  setup      only set up; --flash-attn also builds flash-attn, which needs nvcc
+  setup      only set up; --flash-attn-4 also gets the attention for Hopper and newer, --flash-attn builds the one before (needs nvcc)
 train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE
 (the machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
 plan --gpus N --gpu-memory G: whether it fits N GPUs of G GiB, component by component, and what would make it fit.
@@ -63,11 +63,14 @@ case $command in
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
   break) exec "$py" -u "$here/tests/broken" "$@" ;;
   test) cd "$here" && exec "$py" -m pytest -q "$@" ;;
-  setup) [[ $* ]] || { echo "set up: $("$py" --version), $py"; exit; }
-    [[ $* == --flash-attn ]] || die "setup takes only --flash-attn, not: $*"
-    command -v nvcc >/dev/null || die "flash-attn is CUDA code: to build it, nvcc (the CUDA toolkit) must be on PATH"
-    echo "building flash-attn ... (up to an hour)" # 4 compilers at a time, as each can take more than 8 GiB
-    MAX_JOBS=${MAX_JOBS:-4} install --no-build-isolation flash-attn; exit ;;
+  setup) case "$*" in
+    "") echo "set up: $("$py" --version), $py" ;;
+    --flash-attn-4) install 'flash-attn-4[cu13]==4.0.0b36' ;; # wheels; its kernels are compiled when they are first used
+    --flash-attn) command -v nvcc >/dev/null || die "flash-attn is CUDA code: to build it, nvcc (the CUDA toolkit) must be on PATH"
+      echo "building flash-attn ... (up to an hour)" # 4 compilers at a time, as each can take more than 8 GiB
+      MAX_JOBS=${MAX_JOBS:-4} install --no-build-isolation flash-attn ;;
+    *) die "setup takes --flash-attn-4 or --flash-attn, not: $*" ;;
+    esac; exit ;;
   *) exec "$py" -u -m "loop.$command" "$@" ;;
 esac
 

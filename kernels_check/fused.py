@@ -24,16 +24,18 @@ def inputs(device: str) -> dict[str, tuple]:
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=generator).bfloat16()
 
-    x, y, z, a, dh = numbers(tokens, 2040), numbers(tokens, 2040), numbers(tokens, 2040), numbers(8, 2040), numbers(tokens, 8)
-    drop, up = ((torch.rand(tokens, 2064, device=device, generator=generator) < 0.9)[:, 16:2056], 1 / 0.9), (dh, a.t().contiguous(), 1.5)
+    x, y, z = numbers(tokens, 2040), numbers(tokens, 2040), numbers(tokens, 2040)
+    a_s, dhs = tuple(numbers(3, 8, 2040)), tuple(numbers(3, tokens, 8))  # of queries, keys and values
+    mask, lora = torch.rand(tokens, 2072, device=device, generator=generator) < 0.9, (dhs[0], a_s[0].t().contiguous())
+    drop = tuple(mask[:, at : at + 2040] for at in (0, 16, 32)), 2 / 0.9
     angle = torch.rand(1, tokens, 32, device=device, generator=generator).repeat(1, 1, 2)
     rotary = numbers(1, tokens, 6, 64).transpose(1, 2), angle.cos().bfloat16(), angle.sin().bfloat16()
     return {
-        "down": (x, a, drop),
-        "grad_down": (dh, x, drop),
-        "add_up": (x, dh, a, drop),
-        "swiglu": (x, y, up, up),
-        "swiglu_backward": (x, y, z, up, up),
+        "down": (x, a_s, *drop),
+        "grad_down": (dhs, x, *drop),
+        "up": (dhs, a_s, *drop),
+        "swiglu": (x, y, lora, lora),
+        "swiglu_backward": (x, y, z, lora, lora),
         "rotate": rotary,
     }
 

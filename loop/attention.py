@@ -1,14 +1,18 @@
 """Attention over a packed row: several documents lie in one flattened row and none may see another.
 
-Three backends compute the same thing. `flash_attn` (Dao, arXiv 2307.08691) and `varlen` (the same kernel as shipped by
-torch >= 2.10) take the document boundaries `cu_seqlens` themselves; `sdpa` calls torch's attention once a document,
-which is slower and runs everywhere. There is no backend that takes a padding mask: a mask of the wrong shape is the usual way in
-which packed documents leak into one another (trl#3910), and boundaries that are an argument of the kernel can't be forgotten.
+Four backends compute the same thing. `flash_attn_4` (arXiv 2603.05451; for Hopper and newer, compiled at its first use), `flash_attn` (Dao,
+arXiv 2307.08691) and `varlen` (the same kernel as shipped by torch >= 2.10) take the document boundaries `cu_seqlens` themselves; `sdpa` calls
+torch's attention once a document, which is slower and runs everywhere. There is no backend that takes a padding mask: a mask of the wrong shape
+is the usual way in which packed documents leak into one another (trl#3910), and boundaries that are an argument of the kernel can't be forgotten.
 """
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
+import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +21,29 @@ from transformers import AttentionInterface
 
 from . import verdicts
 
-BACKENDS = ("flash_attn", "varlen", "sdpa")  # fastest first on rows of thousands of tokens; the check's small rows show launch overhead
+BACKENDS = (
+    "flash_attn_4",
+    "flash_attn",
+    "varlen",
+    "sdpa",
+)  # fastest first on rows of thousands of tokens; the check's small rows show launch overhead
 COSTS = {"varlen": "the same algorithm, from torch", "sdpa": "costs a kernel call for each document"}  # said of a fallback
 
 
 class AttentionError(RuntimeError):
     """The attention that was asked for can't run here, or was called without document boundaries."""
+
+
+@functools.cache
+def _flash_attn_4():
+    if not importlib.util.find_spec("cutlass"):  # flash-attn 2 has a folder of that name, too
+        raise ImportError("./launch.sh setup --flash-attn-4 installs it")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or each process would compile anew, for some 8 s
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path.home() / ".cache" / "flash_attn_4"))  # not in /tmp, where all may write
+    warnings.filterwarnings("ignore", module=r"cutlass\.")  # of its compiler, about arguments that are not used
+    from flash_attn.cute.interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
 
 
 @functools.cache
@@ -74,11 +95,13 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: st
     query [T, Hq, D], key and value [T, Hkv, D] with Hq a multiple of Hkv (grouped queries); cu_seqlens int32 [n + 1], the
     documents' boundaries from 0 to T on the tensors' device; max_seqlen, an upper bound of their lengths; scale, by default
     1/sqrt(D). Returns [T, Hq, D] in the dtype of query (flash_attn and varlen: bf16 or fp16 only)."""
+    ordered = torch.are_deterministic_algorithms_enabled()  # flash attention's backward pass adds in any order otherwise
+    if backend == "flash_attn_4":
+        return _flash_attn_4()(query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+                               softmax_scale=scale, causal=True, deterministic=ordered)[0]  # fmt: skip
     if backend == "flash_attn":
-        return _flash_attn_varlen()(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds with atomics otherwise
-        )  # fmt: skip
+        return _flash_attn_varlen()(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
+                                    deterministic=ordered)  # fmt: skip
     if backend == "varlen":
         return _torch_varlen()(query, key, value, cu_seqlens, max_seqlen, scale)
     if backend == "sdpa":
@@ -100,29 +123,26 @@ def _for_transformers(backend: str, module, query, key, value, attention_mask, s
 
 # Names of our own. transformers builds no mask for a name that it has no mask function for, which is what we want; it takes any
 # name with "flash" in it for one of its own, so ours has none.
-IMPLEMENTATIONS = {"flash_attn": "packed_fa2", "varlen": "packed_varlen", "sdpa": "packed_sdpa"}
+IMPLEMENTATIONS = {"flash_attn_4": "packed_fa4", "flash_attn": "packed_fa2", "varlen": "packed_varlen", "sdpa": "packed_sdpa"}
 for _backend, _name in IMPLEMENTATIONS.items():
     AttentionInterface.register(_name, functools.partial(_for_transformers, _backend))
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """For each backend its version where it can run on this device, otherwise "missing: " and the reason."""
-    cuda = torch.device(device).type == "cuda"
-    found = {"sdpa": f"torch {torch.__version__}"}
-    for name, probe in (("flash_attn", _flash_attn_varlen), ("varlen", _torch_varlen)):
-        if not cuda:
-            found[name] = "missing: needs an NVIDIA GPU"
-            continue
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            found[name] = "missing: needs compute capability 8.0 or newer"
+    capability = torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
+    found = {}
+    for name, probe, least in (("flash_attn_4", _flash_attn_4, 9), ("flash_attn", _flash_attn_varlen, 8), ("varlen", _torch_varlen, 8)):
+        if capability is None or capability[0] < least:
+            found[name] = f"missing: needs {'an NVIDIA GPU' if capability is None else f'compute capability {least}.0 or newer'}"
             continue
         try:
             probe()
         except (ImportError, OSError, AttributeError) as error:  # not installed, or built for another torch (undefined symbol)
             found[name] = f"missing: {str(error).splitlines()[0][-120:]}"
         else:
-            found[name] = importlib.metadata.version("flash-attn") if name == "flash_attn" else f"torch {torch.__version__}"
-    return {name: found[name] for name in BACKENDS}
+            found[name] = f"torch {torch.__version__}" if name == "varlen" else importlib.metadata.version(name.replace("_", "-"))
+    return found | {"sdpa": f"torch {torch.__version__}"}
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ class Config(Section):
     double_quant: bool = True  # NF4 quantises its own scales as well (QLoRA, arXiv 2305.14314, section 3)
     lora: dict[str, Any] = Field(LORA, validate_default=True)  # any field of peft.LoraConfig
     loraplus_lr_ratio: float = Field(1.0, gt=0)  # lr of the B matrices over lr of the A matrices (LoRA+, arXiv 2402.12354)
-    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    attention: Literal["auto", "flash_attn_4", "flash_attn", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     fused: bool | Literal["auto"] = "auto"  # decoder layers in few kernels; false: as PEFT computes them; auto: where they were found right
     keep_whole: bool | Literal["auto"] = "auto"  # several ranks: all weights on each, not a shard alone; auto: on GPUs that have the room

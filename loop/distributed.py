@@ -37,9 +37,12 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """Sums figures over all ranks, in float64. Every rank must call it."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.add_up(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all ranks, in place, without waiting for the GPU. Every rank must call it."""
+        dist.all_reduce(values)
+        return values
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one of them."""

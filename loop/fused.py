@@ -22,7 +22,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from . import verdicts
 from .config import Config, ConfigError
 from .distributed import Ranks
-from .kernels import add_up, down, fails_here, grad_down, rotate, swiglu, swiglu_backward
+from .kernels import down, fails_here, grad_down, rotate, swiglu, swiglu_backward, up
 from .model import decoder_layers
 
 
@@ -44,11 +44,6 @@ class Linear:
     def lora(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
 
-    def draw(self) -> tuple[torch.Tensor, float] | None:
-        """(keep bool [T, K], scale) of this micro-batch's dropout, None where nothing is dropped."""
-        dropout = self.module.lora_dropout[self.adapter]
-        return dropout.mask(self.module.in_features) if self.module.training and not isinstance(dropout, nn.Identity) else None
-
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """W [N, K]"""
         weight = self.module.base_layer.weight
@@ -60,71 +55,76 @@ class Linear:
         w, bias = self.weight(x.dtype), self.module.base_layer.bias
         return x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
 
-    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, drop) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y [T, N], h [T, r] = drop(x) A^T, which the backward pass wants again)"""
-        h = down(x, a, drop)
-        return self.base(x).addmm_(h, b.t(), alpha=self.scaling), h
+    def forward(self, x: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """y [T, N] from h = s drop(x) A^T. LoRA's part is written first: a product that adds takes hardly longer than one that writes."""
+        w, bias = self.weight(x.dtype), self.module.base_layer.bias
+        return (h @ b.t() if bias is None else torch.addmm(bias, h, b.t())).addmm_(x, w.t())
 
-    def grad_input(self, dy: torch.Tensor, a, b, drop, dx=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dx [T, K], added to what is there already, dh [T, r])"""
-        w = self.weight(dy.dtype)
-        dx = dy @ w if dx is None else dx.addmm_(dy, w)
-        dh = (dy @ b).mul_(self.scaling)
-        return add_up(dx, dh, a, drop), dh
 
-    def grad_lora(self, dy: torch.Tensor, dh, x, h, drop) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dA [r, K], dB [N, r])"""
-        return grad_down(dh, x, drop), (dy.t() @ h).mul_(self.scaling)
+def draw(linears: list[Linear]) -> tuple[tuple[torch.Tensor, ...] | None, float]:
+    """This micro-batch's dropout for LoRAs of one input as kernels.py wants it: (a mask for each, bool [T, K], or None, what is multiplied by)."""
+    dropouts = [linear.module.lora_dropout[linear.adapter] for linear in linears]
+    if not linears[0].module.training or isinstance(dropouts[0], nn.Identity):
+        return None, linears[0].scaling
+    masks = [dropout.mask(linear.module.in_features) for dropout, linear in zip(dropouts, linears)]
+    return tuple(keep for keep, _ in masks), masks[0][1] * linears[0].scaling
+
+
+def grad_input(linears: list[Linear], dys, lora, drop) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(dx [T, K], dh [T, r] of each)"""
+    dhs = [dy @ b for dy, b in zip(dys, lora[1::2])]
+    dx = up(dhs, lora[::2], *drop)
+    for linear, dy in zip(linears, dys):
+        dx.addmm_(dy, linear.weight(dy.dtype))
+    return dx, dhs
+
+
+def grad_lora(dys, dhs, x: torch.Tensor, hs, drop) -> list[torch.Tensor]:
+    """dA [r, K], dB [N, r] of each in turn."""
+    return [grad for da, dy, h in zip(grad_down(dhs, x, *drop), dys, hs) for grad in (da, dy.t() @ h)]
 
 
 class _Linears(torch.autograd.Function):
-    """Linear layers of one input, as queries, keys and values are. The gradient of the input is summed where it is computed."""
+    """Linear layers of one input, as queries, keys and values are."""
 
     @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
-        ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
-        outputs = [linear.forward(x, lora[2 * i], lora[2 * i + 1], ctx.drops[i]) for i, linear in enumerate(linears)]
-        ctx.save_for_backward(x, *(h for _, h in outputs), *lora)
-        return tuple(y for y, _ in outputs)
+        ctx.linears, ctx.drop = linears, draw(linears)
+        hs = down(x, lora[::2], *ctx.drop)
+        ctx.save_for_backward(x, *hs, *lora)
+        return tuple(linear.forward(x, h, b) for linear, h, b in zip(linears, hs, lora[1::2]))
 
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
         hs, lora = saved[: len(dys)], saved[len(dys) :]
-        dx, of_lora = None, []
-        for i, (linear, dy, h, drop) in enumerate(zip(ctx.linears, dys, hs, ctx.drops)):
-            dx, dh = linear.grad_input(dy, *lora[2 * i : 2 * i + 2], drop, dx)
-            of_lora += linear.grad_lora(dy, dh, x, h, drop)
-        return None, dx, *of_lora
+        dx, dhs = grad_input(ctx.linears, dys, lora, ctx.drop)
+        return None, dx, *grad_lora(dys, dhs, x, hs, ctx.drop)
 
 
 class _FeedForward(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). Kept are g and u, before their LoRA is added; silu(gate) * up is made again."""
 
     @staticmethod
-    def ups(linears, hg, hu, lora) -> tuple[tuple, tuple]:
-        return (hg, lora[1], linears[0].scaling), (hu, lora[3], linears[1].scaling)
-
-    @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
-        ctx.linears, ctx.drops = linears, [linear.draw() for linear in linears]
-        gate, up, last = linears
-        g, u, hg, hu = gate.base(x), up.base(x), down(x, lora[0], ctx.drops[0]), down(x, lora[2], ctx.drops[1])
-        y, hm = last.forward(swiglu(g, u, *_FeedForward.ups(linears, hg, hu, lora)), lora[4], lora[5], ctx.drops[2])
+        (gate, up, last), (_, bg, _, bu, a, b) = linears, lora
+        ctx.linears, ctx.drops = linears, (draw(linears[:2]), draw(linears[2:]))
+        hg, hu = down(x, lora[:4:2], *ctx.drops[0])
+        g, u = gate.base(x), up.base(x)
+        m = swiglu(g, u, (hg, bg), (hu, bu))
+        (hm,) = down(m, (a,), *ctx.drops[1])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
-        return (y,)
+        return (last.forward(m, hm, b),)
 
     @staticmethod
     def backward(ctx, dy):
         x, g, u, hg, hu, hm, *lora = ctx.saved_tensors
-        gate, up, last = ctx.linears
-        dm, dh = last.grad_input(dy, *lora[4:6], ctx.drops[2])
-        dg, du, m = swiglu_backward(dm, g, u, *_FeedForward.ups(ctx.linears, hg, hu, lora))
-        of_last = last.grad_lora(dy, dh, m, hm, ctx.drops[2])
-        dx, dhg = gate.grad_input(dg, *lora[0:2], ctx.drops[0])
-        dx, dhu = up.grad_input(du, *lora[2:4], ctx.drops[1], dx)
-        of_gate, of_up = gate.grad_lora(dg, dhg, x, hg, ctx.drops[0]), up.grad_lora(du, dhu, x, hu, ctx.drops[1])
-        return None, dx, *of_gate, *of_up, *of_last
+        drop, drop_m = ctx.drops
+        dm, dhm = grad_input(ctx.linears[2:], (dy,), lora[4:], drop_m)
+        dg, du, m = swiglu_backward(dm, g, u, (hg, lora[1]), (hu, lora[3]))
+        of_last = grad_lora((dy,), dhm, m, (hm,), drop_m)
+        dx, dhs = grad_input(ctx.linears[:2], (dg, du), lora[:4], drop)
+        return None, dx, *grad_lora((dg, du), dhs, x, (hg, hu), drop), *of_last
 
 
 class _Rotary(torch.autograd.Function):
@@ -149,7 +149,7 @@ def choose_layers(config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[boo
     """(whether layers are fused, what a person should know of it): `config.fused`, except that "auto" does not take kernels that were found
     wrong by `./launch.sh check`, or fail here. All ranks get the same answer, and every rank must call it. Raises ConfigError, on all of
     them, when the kernels are asked for and fail."""
-    terms, wrong = ("down", "grad_down", "add_up", "swiglu", "swiglu_backward", "rotate"), None
+    terms, wrong = ("down", "grad_down", "up", "swiglu", "swiglu_backward", "rotate"), None
     if config.fused:
         wrong = next(filter(None, (verdicts.why_not("fused", f"fused {term}") for term in terms)), None)
         if not wrong and ranks.device.type == "cuda":
@@ -181,12 +181,12 @@ def fuse(layers: nn.ModuleList, keep_dense: bool) -> set[str]:
             inner = [getattr(module, part) for part in ("q_proj", "k_proj", "v_proj") if hasattr(module, part)]
             if type(module).__name__.endswith("Norm"):
                 stayed |= set() if fuse_norm(module) else {type(module).__name__}
-            elif len(inner) == 3 and all(map(is_plain_lora, inner)):
+            elif len(inner) == 3 and are_alike(inner):
                 put(inner, [Linear(m, keep_dense) for m in inner], _Linears)
                 done |= set(inner)
             elif hasattr(module, "gate_proj"):
                 inner = [module.gate_proj, module.up_proj, module.down_proj]
-                if is_swiglu(module) and all(map(is_plain_lora, inner)) and rank_of(inner[0]) == rank_of(inner[1]):
+                if is_swiglu(module) and are_alike(inner[:2]) and is_plain_lora(inner[2]):
                     put([module], [Linear(m, keep_dense) for m in inner], _FeedForward)
                     done |= set(inner)
                 else:
@@ -226,8 +226,9 @@ def is_plain_lora(module: Any) -> bool:
     return not (module.lora_variant or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False))
 
 
-def rank_of(module: PeftLinear | PeftLinear4bit) -> int:
-    return module.r[module.active_adapters[0]]
+def are_alike(modules: list[Any]) -> bool:
+    """Whether their LoRAs can be computed together: of one rank and scaling."""
+    return all(map(is_plain_lora, modules)) and len({(m.r[m.active_adapters[0]], m.scaling[m.active_adapters[0]]) for m in modules}) == 1
 
 
 def numbers(*shape: int) -> torch.Tensor:

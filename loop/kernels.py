@@ -1,14 +1,17 @@
 """The terms of fused.py, each one kernel: Triton's where there is a GPU, elsewhere the same in plain PyTorch, which is what they are tested against.
 
-`drop` is (keep bool [T, width], scale) or None: what is kept is multiplied by scale; keep may be columns of a wider mask. Matrices are row-major.
+LoRA's dropout is given as (keeps, scale): for each LoRA a mask, bool [T, width], columns of one wider mask, or None for all where nothing is
+dropped; and what is multiplied by all the same: LoRA's scaling over the share that is kept. Matrices are row-major.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 try:
     import triton
@@ -38,47 +41,57 @@ def on_triton(x: torch.Tensor) -> bool:
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def down(x: torch.Tensor, a: torch.Tensor, drop) -> torch.Tensor:
-    """drop(x) A^T [T, r], without writing drop(x) down on a GPU."""
-    if drop is None or not on_triton(x):
-        return (x if drop is None else masked(x, *drop)) @ a.t()
-    (keep, scale), (rows, width), rank = drop, x.shape, len(a)
-    h = x.new_empty(rows, rank)
-    _down[(triton.cdiv(rows, TOKENS),)](x, keep, a, h, rows, width, keep.stride(0), scale, *blocks(rank, x.dtype))
-    return h
+def down(x: torch.Tensor, a_s, keeps, scale: float) -> tuple[torch.Tensor, ...]:
+    """h = scale drop(x) A^T [T, r] for each of up to three LoRAs of one input. On a GPU it is read once, and no drop(x) is written."""
+    if keeps is None:
+        return tuple((x @ a.t()).mul_(scale) for a in a_s)
+    if not on_triton(x):
+        return tuple(masked(x, keep, scale) @ a.t() for a, keep in zip(a_s, keeps))
+    (rows, width), rank = x.shape, len(a_s[0])
+    hs = x.new_empty(len(a_s), rows, rank).unbind()
+    _down[(triton.cdiv(rows, TOKENS),)](x, *three(keeps), *three(a_s), *three(hs), rows, width, keeps[0].stride(0), scale, len(a_s),
+                                        *blocks(rank, x.dtype))  # fmt: skip
+    return hs
 
 
-def grad_down(dh: torch.Tensor, x: torch.Tensor, drop) -> torch.Tensor:
-    """dA = dh^T drop(x) [r, K]. The sum over T is cut into shares that are added in a fixed order: the same bits in every run."""
-    if drop is None or not on_triton(x):
-        return dh.t() @ (x if drop is None else masked(x, *drop))
-    (keep, scale), (rows, width), rank = drop, x.shape, dh.shape[1]
-    shares = torch.empty(max(1, min(32, rows // 512)), rank, width, device=x.device)
-    sizes = blocks(rank, x.dtype)
+def grad_down(dhs, x: torch.Tensor, keeps, scale: float) -> tuple[torch.Tensor, ...]:
+    """dA = scale dh^T drop(x) [r, K] for each. The sum over T is cut into shares that are added in a fixed order: the same bits in every run."""
+    if keeps is None:
+        return tuple((dh.t() @ x).mul_(scale) for dh in dhs)
+    if not on_triton(x):
+        return tuple(dh.t() @ masked(x, keep, scale) for dh, keep in zip(dhs, keeps))
+    (rows, width), rank, sizes = x.shape, dhs[0].shape[1], blocks(dhs[0].shape[1], x.dtype)
+    shares = torch.empty(max(1, min(32, rows // 512)), len(dhs), rank, width, device=x.device)
     grid, share = (triton.cdiv(width, sizes[3]), len(shares)), triton.cdiv(triton.cdiv(rows, len(shares)), TOKENS) * TOKENS
-    _grad_down[grid](dh, x, keep, shares, rows, width, keep.stride(0), share, *sizes)
-    return shares.sum(0).mul_(scale).to(dh.dtype)
+    _grad_down[grid](*three(dhs), x, *three(keeps), shares, rows, width, keeps[0].stride(0), share, scale, len(dhs), *sizes)
+    return shares.sum(0).to(x.dtype).unbind()
 
 
-def add_up(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, drop) -> torch.Tensor:
-    """dx += drop(dh A), in place."""
-    if drop is None:
-        return dx.addmm_(dh, a)
-    if not on_triton(dx):
-        return dx.add_(masked(dh @ a, *drop))
-    (keep, scale), (rows, width), rank = drop, dx.shape, len(a)
-    sizes = blocks(rank, dx.dtype)
-    _add_up[(triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes[3]))](dx, dh, a, keep, rows, width, keep.stride(0), scale, *sizes)
+def up(dhs, a_s, keeps, scale: float) -> torch.Tensor:
+    """dx [T, K], the sum of scale drop(dh A)."""
+    if keeps is None:
+        return functools.reduce(torch.add, [dh @ (a * scale) for dh, a in zip(dhs, a_s)])
+    if not on_triton(dhs[0]):
+        return functools.reduce(torch.add, [masked(dh @ a, keep, scale) for dh, a, keep in zip(dhs, a_s, keeps)])
+    (rows, rank), width = dhs[0].shape, a_s[0].shape[1]
+    dx, sizes = dhs[0].new_empty(rows, width), blocks(rank, dhs[0].dtype)
+    grid = triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes[3])
+    _up[grid](dx, *three(dhs), *three(a_s), *three(keeps), rows, width, keeps[0].stride(0), scale, len(dhs), *sizes)
     return dx
 
 
-def lift(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """y + scale h B^T. y [T, N], h [T, r], b [N, r]"""
-    return torch.addmm(y, h, b.t(), alpha=scale)
+def three(tensors) -> tuple:
+    """What a kernel that takes up to three is called with; what it has no use for is not read."""
+    return *tensors, *(tensors[-1],) * (3 - len(tensors))
+
+
+def lift(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """y + h B^T. y [T, N], h [T, r], b [N, r]"""
+    return torch.addmm(y, h, b.t())
 
 
 def swiglu(g: torch.Tensor, u: torch.Tensor, up_g: tuple, up_u: tuple) -> torch.Tensor:
-    """silu(g') u', where g' and u' are g and u with their LoRA's (h, b, scale) lifted onto them, without writing them down on a GPU."""
+    """silu(g') u', where g' and u' are g and u with their LoRA's (h, b) lifted onto them, without writing them down on a GPU."""
     if not on_triton(g):
         return F.silu(lift(g, *up_g)) * lift(u, *up_u)
     m, (rows, width), sizes = torch.empty_like(g), g.shape, blocks(up_g[0].shape[1], g.dtype)
@@ -120,13 +133,16 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
         shapes = [(rows, width)] * 3 + [(rank, width), (rows, rank), (1, rows, 6, 16)]
         x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
         mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
-        up = dh, a.t().contiguous(), 1.5
-        cases: list[tuple] = [(down, x, a, mask), (grad_down, dh, x, mask), (add_up, x, dh, a, mask), (swiglu, x, y, up, up),
-                 (swiglu_backward, x, y, z, up, up), (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+        lifted = dh, a.t().contiguous()
+        three_of = [(a, a.flip(0), -a), (dh, dh.flip(0), -dh), (mask[:, :width], mask[:, 3 : width + 3], mask[:, 9:])]
+        cases: list[tuple] = [(swiglu, x, y, lifted, lifted), (swiglu_backward, x, y, z, lifted, lifted),
+                              (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+        for n in (1, 2, 3):
+            a_s, dhs, keeps = (tuple(several[:n]) for several in three_of)
+            cases += [(down, x, a_s, keeps, 1.7), (grad_down, dhs, x, keeps, 1.7), (up, dhs, a_s, keeps, 1.7)]
 
         def compute(term, args, *to):
-            args = [(mask.to(to[0])[:, :width], 1 / 0.9) if arg is mask else (dh.to(*to), up[1].to(*to), 1.5) if arg is up else
-                    arg.to(*to, copy=True) for arg in args]  # fmt: skip
+            args = tree_map(lambda arg: arg if isinstance(arg, float) else arg.to(to[0]) if arg.dtype == torch.bool else arg.to(*to, copy=True), args)
             if term is rotate:
                 args[0] = args[0].transpose(1, 2)
             out = term(*args)
@@ -144,69 +160,114 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
 
 
 @jit
-def _down(x, keep, a, h, rows, width, stride, scale, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+def _kept(values, keep, at, inside):
+    return tl.where(tl.load(keep + at, mask=inside, other=0) != 0, values, 0.0)
+
+
+@jit
+def _lower(values, keep, at, inside, a, k, r, width, rank):
+    """drop(x) A^T of this block"""
+    weights = tl.load(a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0)
+    return tl.dot(_kept(values, keep, at, inside), tl.trans(weights), input_precision="ieee")
+
+
+@jit
+def _down(x, k0, k1, k2, a0, a1, a2, h0, h1, h2, rows, width, stride, scale, N: tl.constexpr, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+          K: tl.constexpr):  # fmt: skip
     t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
-    sum = tl.zeros([T, R], tl.float32)
+    s0, s1, s2 = tl.zeros([T, R], tl.float32), tl.zeros([T, R], tl.float32), tl.zeros([T, R], tl.float32)
     for start in range(0, width, K):
         k = start + tl.arange(0, K)
-        inside = (t < rows)[:, None] & (k < width)[None]
+        inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
         values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
-        kept = tl.where(tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0, values, 0.0)
-        weights = tl.load(a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0)
-        sum += tl.dot(kept, tl.trans(weights), input_precision="ieee")
-    tl.store(h + t[:, None] * rank + r[None], sum * scale, mask=(t < rows)[:, None] & (r < rank)[None])
+        s0 += _lower(values, k0, at, inside, a0, k, r, width, rank)
+        if N > 1:
+            s1 += _lower(values, k1, at, inside, a1, k, r, width, rank)
+        if N > 2:
+            s2 += _lower(values, k2, at, inside, a2, k, r, width, rank)
+    at, inside = t[:, None] * rank + r[None], (t < rows)[:, None] & (r < rank)[None]
+    tl.store(h0 + at, s0 * scale, mask=inside)
+    if N > 1:
+        tl.store(h1 + at, s1 * scale, mask=inside)
+    if N > 2:
+        tl.store(h2 + at, s2 * scale, mask=inside)
 
 
 @jit
-def _grad_down(dh, x, keep, out, rows, width, stride, share, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+def _outer(dh, values, keep, at, inside, t, r, rows, rank):
+    """dh^T drop(x) of this block"""
+    factors = tl.load(dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
+    return tl.dot(tl.trans(factors), _kept(values, keep, at, inside), input_precision="ieee")
+
+
+@jit
+def _grad_down(d0, d1, d2, x, k0, k1, k2, out, rows, width, stride, share, scale, N: tl.constexpr, rank: tl.constexpr, R: tl.constexpr,
+               T: tl.constexpr, K: tl.constexpr):  # fmt: skip
     k, r = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, R)
     first = tl.program_id(1).to(tl.int64) * share
-    sum = tl.zeros([R, K], tl.float32)
+    s0, s1, s2 = tl.zeros([R, K], tl.float32), tl.zeros([R, K], tl.float32), tl.zeros([R, K], tl.float32)
     for start in range(0, share, T):
         t = first + start + tl.arange(0, T)
-        inside = (t < rows)[:, None] & (k < width)[None]
+        inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
         values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
-        kept = tl.where(tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0, values, 0.0)
-        factors = tl.load(dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
-        sum += tl.dot(tl.trans(factors), kept, input_precision="ieee")
-    out += tl.program_id(1) * rank * width
-    tl.store(out + r[:, None] * width + k[None], sum, mask=(r < rank)[:, None] & (k < width)[None])
+        s0 += _outer(d0, values, k0, at, inside, t, r, rows, rank)
+        if N > 1:
+            s1 += _outer(d1, values, k1, at, inside, t, r, rows, rank)
+        if N > 2:
+            s2 += _outer(d2, values, k2, at, inside, t, r, rows, rank)
+    out += tl.program_id(1) * N * rank * width + r[:, None] * width + k[None]
+    inside = (r < rank)[:, None] & (k < width)[None]
+    tl.store(out, s0 * scale, mask=inside)
+    if N > 1:
+        tl.store(out + rank * width, s1 * scale, mask=inside)
+    if N > 2:
+        tl.store(out + 2 * rank * width, s2 * scale, mask=inside)
 
 
 @jit
-def _add_up(dx, dh, a, keep, rows, width, stride, scale, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
-    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
-    k = tl.program_id(1) * K + tl.arange(0, K)
-    inside = (t < rows)[:, None] & (k < width)[None]
+def _raise(dh, a, keep, at, inside, t, k, r, rows, width, rank):
+    """drop(dh A) of this block"""
     factors = tl.load(dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
     weights = tl.load(a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0)
-    kept = tl.load(keep + t[:, None] * stride + k[None], mask=inside, other=0) != 0
-    old = tl.load(dx + t[:, None] * width + k[None], mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + t[:, None] * width + k[None], old + tl.where(kept, tl.dot(factors, weights, input_precision="ieee") * scale, 0.0), mask=inside)
+    return _kept(tl.dot(factors, weights, input_precision="ieee"), keep, at, inside)
 
 
 @jit
-def _lifted(y, h, b, scale, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
-    """This block of y + scale h B^T in fp32, with the places of its numbers and which of them exist."""
+def _up(dx, d0, d1, d2, a0, a1, a2, k0, k1, k2, rows, width, stride, scale, N: tl.constexpr, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+        K: tl.constexpr):  # fmt: skip
+    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
+    k = tl.program_id(1) * K + tl.arange(0, K)
+    inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
+    sum = _raise(d0, a0, k0, at, inside, t, k, r, rows, width, rank)
+    if N > 1:
+        sum += _raise(d1, a1, k1, at, inside, t, k, r, rows, width, rank)
+    if N > 2:
+        sum += _raise(d2, a2, k2, at, inside, t, k, r, rows, width, rank)
+    tl.store(dx + t[:, None] * width + k[None], sum * scale, mask=inside)
+
+
+@jit
+def _lifted(y, h, b, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    """This block of y + h B^T in fp32, with the places of its numbers and which of them exist."""
     t, k, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.program_id(1) * K + tl.arange(0, K), tl.arange(0, R)
     at, inside = t[:, None] * width + k[None], (t < rows)[:, None] & (k < width)[None]
     factors = tl.load(h + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0)
     weights = tl.load(b + k[:, None] * rank + r[None], mask=(k < width)[:, None] & (r < rank)[None], other=0.0)
     values = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-    return values + tl.dot(factors, tl.trans(weights), input_precision="ieee") * scale, at, inside
+    return values + tl.dot(factors, tl.trans(weights), input_precision="ieee"), at, inside
 
 
 @jit
-def _swiglu(g, u, hg, bg, sg, hu, bu, su, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
-    gate, at, inside = _lifted(g, hg, bg, sg, rows, width, rank, R, T, K)
-    up, at, inside = _lifted(u, hu, bu, su, rows, width, rank, R, T, K)
+def _swiglu(g, u, hg, bg, hu, bu, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    gate, at, inside = _lifted(g, hg, bg, rows, width, rank, R, T, K)
+    up, at, inside = _lifted(u, hu, bu, rows, width, rank, R, T, K)
     tl.store(m + at, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @jit
-def _swiglu_backward(dm, g, u, hg, bg, sg, hu, bu, su, dg, du, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
-    gate, at, inside = _lifted(g, hg, bg, sg, rows, width, rank, R, T, K)
-    up, at, inside = _lifted(u, hu, bu, su, rows, width, rank, R, T, K)
+def _swiglu_backward(dm, g, u, hg, bg, hu, bu, dg, du, m, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    gate, at, inside = _lifted(g, hg, bg, rows, width, rank, R, T, K)
+    up, at, inside = _lifted(u, hu, bu, rows, width, rank, R, T, K)
     grad = tl.load(dm + at, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     tl.store(dg + at, grad * up * share * (1 + gate * (1 - share)), mask=inside)

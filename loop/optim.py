@@ -69,8 +69,9 @@ def local_gradients(parameters: list) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters, max_norm: float) -> float:
-    """Clips the gradients to a global L2 norm of at most `max_norm` and returns the norm before clipping.
+def clip_grad_norm(parameters, max_norm: float) -> torch.Tensor:
+    """Clips the gradients to a global L2 norm of at most `max_norm` and returns the norm before clipping, a float64 on the device: nobody waits
+    for it, so that the update is launched while the GPU is busy with the backward pass.
 
     parameters: the trainable ones of a ZeRO-3 engine, after the step's last backward and before `engine.step()`. Under ZeRO-3
     each rank holds a slice of every gradient, so the global norm is the root of the sum of all ranks' squares; the slices' padding
@@ -79,19 +80,22 @@ def clip_grad_norm(parameters, max_norm: float) -> float:
     slices = local_gradients(parameters)
     squares = torch.stack(torch._foreach_norm(slices)).double().square().sum()
     dist.all_reduce(squares)
-    norm = squares.sqrt().item()
-    if math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(slices, max_norm / (norm + 1e-6))
+    norm = squares.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(slices, torch.where(norm.isfinite(), factor, 1.0).float())
     return norm
 
 
-def spoil(parameters: list) -> None:
-    """Makes the accumulated gradient NaN, upon which DeepSpeed skips the update: one way of skipping, whatever the reason. One number of rank
-    0's is enough, as the norm is that of all ranks; it must not be in a slice's padding, which nothing ever overwrites."""
+def spoil(parameters: list, bad: torch.Tensor) -> None:
+    """Makes the accumulated gradient NaN where `bad` (one bool on the device) is true, upon which the update is skipped: one way of skipping,
+    whatever the reason. One number of rank 0's is enough, as the norm is that of all ranks; it must not be in a slice's padding, which nothing
+    ever overwrites."""
     if dist.get_rank() == 0:
-        local_gradients(parameters)[0].view(-1)[0] = math.nan
+        local_gradients(parameters)[0].view(-1)[:1].masked_fill_(bad, math.nan)
 
 
-def is_spike(loss: float, recent: Sequence[float], sigmas: float | None) -> bool:
-    """Whether a step's loss lies more than `sigmas` standard deviations above the mean of the `recent` ones, of which it takes 20."""
-    return sigmas is not None and len(recent) >= 20 and loss > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)
+def spike_limit(recent: Sequence[float], sigmas: float | None) -> float:
+    """The loss above which a step is a spike: `sigmas` standard deviations above the mean of the `recent` ones, of which it takes 20."""
+    if sigmas is None or len(recent) < 20:
+        return math.inf
+    return statistics.fmean(recent) + sigmas * statistics.pstdev(recent)

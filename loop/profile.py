@@ -29,7 +29,7 @@ KINDS = [  # of GPU kernels: the first pattern that is in the name
     ("attention", r"flash|fmha|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("NF4", r"dequant|Dequant|kDequantize"),
-    ("LoRA with dropout", r"^_down|^_grad_down|^_add_up|dropout|masked_scale|bernoulli|distribution"),
+    ("LoRA with dropout", r"^_down|^_grad_down|^_up|dropout|masked_scale|bernoulli|distribution"),
     ("SwiGLU, rotary, norms", r"^_swiglu|^_rotate|rms|layer_norm|silu"),
     ("loss", r"softmax|nll"),
     ("AdamW, clipping", r"multi_tensor|Adam|norm_kernel|lpnorm|foreach"),

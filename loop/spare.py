@@ -3,6 +3,7 @@
 Everything else of ZeRO-3 stays: its partitions of gradients and optimizer state, its reductions, its step."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -51,29 +52,42 @@ def keep_whole(engine, ranks: Ranks) -> None:
     engine.module_forward_pre_hook.remove()  # these walk through all modules, to find weights that others use
     engine.module_forward_post_hook.remove()
     optimizer.parameter_offload.partition_all_parameters = lambda: None
+    optimizer.step = Update(optimizer, ranks.world_size)
 
-    def norms() -> list[torch.Tensor]:
-        """Of each parameter group's gradients. The step is skipped where one is not finite; clipping is ours."""
-        groups = optimizer.averaged_gradients  # {group: this rank's slices of its gradients, fp32}
-        squares = torch.stack([torch.stack(torch._foreach_norm(groups[i])).square().sum() for i in sorted(groups)])
+
+class Update:
+    """ZeRO-3's step for whole weights, which are in one piece for the optimizer. DeepSpeed waits for the gradient's norm before it launches
+    anything; torch's fused AdamW reads on the GPU whether it shall do nothing, so that everything is launched during the backward pass."""
+
+    def __init__(self, optimizer, world_size: int) -> None:
+        self.optimizer, self.share = optimizer, share_updates(optimizer, world_size)
+
+    def __call__(self, closure=None) -> None:
+        optimizer, inner = self.optimizer, self.optimizer.optimizer
+        optimizer._pre_step()
+        for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):  # the gradients: this rank's slices, fp32; clipping was ours
+            flat.grad = torch.cat([g.flatten() for g in optimizer.averaged_gradients[group]])
+            optimizer.averaged_gradients[group] = None
+        squares = torch.stack([flat.grad.norm().square() for flat in optimizer.fp32_partitioned_groups_flat]).sum()
         dist.all_reduce(squares)
-        return list(squares.sqrt())
+        bad = (~squares.isfinite()).float()
+        if inner.defaults["fused"]:
+            inner.found_inf = bad
+        if inner.defaults["fused"] or not bad:
+            for group, (flat, weights) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)):
+                optimizer._optimizer_step(group)
+                weights.data.copy_(flat.data)
+            self.share()
+        for flat in optimizer.fp32_partitioned_groups_flat:
+            flat.grad = None
+        optimizer.overflow = bool(bad)  # waits, now that there is nothing left to launch
 
-    def hand_over(group: int) -> None:
-        """The gradients to the optimizer, which has them in one piece."""
-        optimizer.fp32_partitioned_groups_flat[group].grad = torch.cat([g.flatten() for g in optimizer.averaged_gradients[group]])
-        optimizer.averaged_gradients[group] = None
 
-    optimizer._get_norm_groups, optimizer._prepare_fp32_grad_for_sub_group = norms, hand_over
-    share_updates(optimizer, ranks.world_size)
-
-
-def share_updates(optimizer, world_size: int) -> None:
-    """After each update every rank gets the others' slices of the trained weights: one collective for each parameter group, and the weights stay
-    where they are. On one rank the slice is the weight."""
-    optimizer.persistent_parameters.clear()  # DeepSpeed would gather them one by one
+def share_updates(optimizer, world_size: int) -> Callable[[], None]:
+    """What gives each rank the others' slices of the trained weights after an update: one collective for each parameter group, and the weights
+    stay where they are. On one rank the slice is the weight."""
     if world_size == 1:
-        return
+        return lambda: None
     places, pieces, sends = [], [], []
     for group, flat in zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat):  # of the engine's dtype, whatever their name
         everyone = flat.new_empty(world_size * flat.numel())
@@ -86,12 +100,9 @@ def share_updates(optimizer, world_size: int) -> None:
                     places.append(p.data.view(-1)[rank * size : rank * size + count])
                     pieces.append(everyone[rank * flat.numel() + start :][:count])
 
-    after_step = optimizer._post_step
-
-    def share(timer_names) -> None:
-        after_step(timer_names)
+    def share() -> None:
         for everyone, flat in sends:
             dist.all_gather_into_tensor(everyone, flat.data)
         torch._foreach_copy_(places, pieces)
 
-    optimizer._post_step = share
+    return share

@@ -35,7 +35,7 @@ from .mfu import utilisation
 from .model import decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing
 from .monitor import Monitor, quiet_libraries
 from .notes import prompt_of, share_notes
-from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, is_spike, set_lr, spoil
+from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
 from .packing import Batch, collate, cut, make_plan
 from .peak import Measured
 from .spare import spare
@@ -44,9 +44,9 @@ from .watchdog import StopRequest, Watchdog, doing
 
 
 def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
-               draw_mask=None, is_bad=None, mark=lambda part: None):  # fmt: skip
+               draw_mask=None, loss_limit: float = math.inf, mark=lambda part: None):  # fmt: skip
     """One optimizer step on this rank's micro-batches. num_targets: supervised tokens of the whole step, over all ranks. draw_mask:
-    draws the dropout of the micro-batch with this index; is_bad: tells of the step's loss whether the update shall be skipped; mark: is told
+    draws the dropout of the micro-batch with this index; loss_limit: of the step's loss, above it the update is skipped; mark: is told
     which part of the step begins (timers.py).
 
     Returns (the step's loss over all ranks in nats a supervised token, global gradient norm before clipping, which of this rank's
@@ -74,12 +74,14 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
             mark("optimizer")
             # The accumulated gradients are complete now and engine.step() will consume them: the only moment to clip.
             grad_norm = clip_grad_norm(parameters, max_grad_norm)
-            loss = ranks.sum(torch.stack(losses).sum().item())[0] / num_targets
-            if is_bad and is_bad(loss):
-                spoil(parameters)
+            loss = ranks.add_up(torch.stack(losses).sum()) / num_targets
+            if loss_limit < math.inf:
+                spoil(parameters, loss > loss_limit)
         # Does nothing before the boundary. DeepSpeed skips the update, on all ranks alike and without a word, when the gradient
         # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
         engine.step()
+    # Only here is the GPU waited for: clipping and update were launched while it was busy with the backward pass.
+    loss, grad_norm, *losses = torch.stack([loss, grad_norm, *losses]).tolist()
     return loss, grad_norm, [i for i, value in enumerate(losses) if not math.isfinite(value)]
 
 
@@ -207,7 +209,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
 
         loss, grad_norm, bad_batches = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
                                                   lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
-                                                  lambda loss: is_spike(loss, recent, config.run.spike_sigmas), monitor.timer.mark)  # fmt: skip
+                                                  spike_limit(recent, config.run.spike_sigmas), monitor.timer.mark)  # fmt: skip
 
         doing("agreeing whether to stop")
         monitor.timer.mark("agreement")

@@ -17,7 +17,7 @@ import torch
 
 from .config import ROOT
 
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "bitsandbytes", "flash_attn")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "bitsandbytes", "flash_attn", "flash_attn_4")
 
 
 def path() -> Path:

@@ -153,10 +153,10 @@ def stale_grad_norm():
     clip = loop.train.clip_grad_norm
 
     def wrong(parameters, max_norm):
-        factor = min(1.0, max_norm / last[0])
-        last[0] = clip(parameters, float("inf"))
+        factor, norm = min(1.0, max_norm / last[0]), clip(parameters, float("inf"))
         torch._foreach_mul_(loop.optim.local_gradients(parameters), factor)
-        return last[0]
+        last[0] = norm.item()
+        return norm
 
     loop.train.clip_grad_norm = wrong
 

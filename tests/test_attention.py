@@ -8,7 +8,7 @@ import torch
 from loop.attention import AttentionError, available_backends, choose_backend, packed_attention
 
 BOUNDS = [0, 1, 18, 18, 60, 96]  # a document of one token, an empty one as cu_seqlens may be padded, unequal ones
-BACKENDS = ["sdpa", pytest.param("varlen", marks=pytest.mark.gpu), pytest.param("flash_attn", marks=pytest.mark.gpu)]
+BACKENDS = ["sdpa", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("varlen", "flash_attn", "flash_attn_4"))]
 
 
 def plain_attention(q, k, v, bounds):

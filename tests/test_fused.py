@@ -138,11 +138,15 @@ def test_each_kernel_computes_its_term(rows, width, rank, dtype):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, g, u, dm = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(4))
-    a, dh = torch.randn(rank, width, device=device, dtype=dtype), torch.randn(rows, rank, device=device, dtype=dtype)
-    drop, up = ((torch.rand(rows, width + 9, device=device) < 0.9)[:, 5:-4], 1 / 0.9), (dh, torch.randn(width, rank, device=device, dtype=dtype), 1.5)
+    a_s, dhs = torch.randn(3, rank, width, device=device, dtype=dtype), torch.randn(3, rows, rank, device=device, dtype=dtype)
+    mask, lora = torch.rand(rows, width + 9, device=device) < 0.9, (dhs[0], torch.randn(width, rank, device=device, dtype=dtype))
     q, angle = torch.randn(2, rows, 6, 16, device=device, dtype=dtype).transpose(1, 2), torch.randn(2, rows, 8, device=device).repeat(1, 1, 2)
-    cases = [(kernels.down, x, a, drop), (kernels.grad_down, dh, x, drop), (kernels.add_up, x, dh, a, drop), (kernels.swiglu, g, u, up, up),
-             (kernels.swiglu_backward, dm, g, u, up, up), (kernels.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+    cases: list[tuple] = [(kernels.swiglu, g, u, lora, lora), (kernels.swiglu_backward, dm, g, u, lora, lora),
+                          (kernels.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+    for n in (1, 2, 3):  # LoRAs of one input
+        drop = tuple(mask[:, at : at + width] for at in (5, 0, 9)[:n]), 1.7
+        cases += [(kernels.down, x, tuple(a_s[:n]), *drop), (kernels.grad_down, tuple(dhs[:n]), x, *drop),
+                  (kernels.up, tuple(dhs[:n]), tuple(a_s[:n]), *drop)]  # fmt: skip
 
     def compute(term, *args, to):
         out = term(*tree_map(lambda arg: arg.to(*to, copy=True) if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool else arg, args))

@@ -18,7 +18,7 @@ from loop.packing import make_plan
 
 pytestmark = pytest.mark.gpu
 STEPS = 2
-CASES = {"flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"],
+CASES = {"flash_attn_4": ["attention=flash_attn_4"], "flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"],
          "varlen, launched kernel by kernel": ["attention=varlen", "cuda_graphs=false"],
          "varlen, as PEFT computes it": ["attention=varlen", "cuda_graphs=false", "fused=false"],
          "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],

@@ -29,7 +29,7 @@ def documents(seed: int, lengths=(30, 50, 20)) -> list[Example]:
     return [Example(str(i), ids := rng.integers(5, 300, n).astype(np.int32), ids.copy()) for i, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", pytest.param("varlen", marks=pytest.mark.gpu), pytest.param("flash_attn", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["sdpa", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("varlen", "flash_attn", "flash_attn_4"))])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(backend, checkpointing, training, request, monkeypatch):

@@ -87,9 +87,9 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "2 ranks, lora", "args": ["method=lora"]}, {"name": "2 ranks, full", "args": ["method=full"]},
                {"name": "2 ranks, weights whole, full", "args": ["method=full", "keep_whole=true"]},
                {"name": "2 ranks, bf16, checkpointing", "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"]},
-               {"name": "NaN", "patch": {"nan_step": 2}, "args": ["keep_whole=true"]},
+               {"name": "NaN", "patch": {"nan_step": 2}, "args": ["keep_whole=true", "optimizer=fused"]},
                {"name": "NaN for ever", "patch": {"nan_step": 1, "nan_times": 9}, "args": ["run.bad_steps=2"]},
-               {"name": "spike", "patch": {"spike_at": 2}},
+               {"name": "spike", "patch": {"spike_at": 2}, "args": ["keep_whole=true", "optimizer=plain"]},
                {"name": "DeepSpeed clips", "patch": {"deepspeed_clips": 0.5}, "args": ["max_grad_norm=1e9"]},
                {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
                *({"name": name, "patch": {"gathered": name == "watched, gathered"}, "args": [

@@ -85,7 +85,7 @@ def run(case: dict) -> None:
         train.summed_cross_entropy = lambda *args: loss_of(*args) * (float("nan") if bad.pop(0) else 1.0)
     if "spike_at" in patch:  # as if the loss of that step were a spike
         steps = itertools.count(1)
-        train.is_spike = lambda *_: next(steps) == patch["spike_at"]
+        train.spike_limit = lambda *_: -1.0 if next(steps) == patch["spike_at"] else float("inf")
     if "stop_after" in patch:  # as if SIGTERM came during that step, on rank 0 alone
 
         class Stop:
@@ -137,10 +137,11 @@ def run(case: dict) -> None:
         for i, p in enumerate(parameters):
             tensors[f"{step}.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
             tensors[f"{step}.grad.{i}"] = safe_get_full_grad(p).detach().float().clone()
-        norms.append(clip(parameters, max_norm))
+        norm = clip(parameters, max_norm)
+        norms.append(norm.item())
         for i, p in enumerate(parameters):
             tensors[f"{step}.clipped.{i}"] = safe_get_full_grad(p).detach().float().clone()
-        return norms[-1]
+        return norm
 
     engines, frozen, report, error, said = [], [], {}, None, []
     say = train.Monitor.say

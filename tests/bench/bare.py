@@ -55,7 +55,7 @@ def take_deepspeed_out(train) -> None:
         return BareEngine(model, optimizer, config), optimizer, None, None
 
     train.deepspeed.initialize = initialize
-    train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).double()
 
 
 def profile_a_step(train, at: int, spec: dict) -> None:
