@@ -1,6 +1,6 @@
 """Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B): what the model's products need, by what the machine was seen to do.
 
-The ceiling is the bf16 matrix rate that `./launch.sh check` measured here, not a data sheet's; without one nothing is said.
+The ceiling is the bf16 matrix rate that `./launch.sh check` measured here, or one product before the run, not a data sheet's.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,14 @@ from .distributed import Ranks
 
 def utilisation(model: PreTrainedModel | PeftModel, shape, ranks: Ranks) -> Callable[[np.ndarray, int, float], dict[str, float]]:
     """A function of (lengths of the step's examples, its supervised tokens, seconds) -> {"train/mfu": 0..1}; {} on a CPU, whose cores
-    the ranks share with everything else, and without a ceiling.
+    the ranks share with everything else.
 
     Two operations for each weight and token forward, two for the gradient of the input, and two for that of a weight that is trained.
     Causal attention: half of the two products of a document with itself, three times. The output layer sees supervised tokens only.
     What gradient checkpointing computes twice counts once. `shape`: the base's configuration."""
-    rate = verdicts.speed("bf16 matrix product")  # TFLOP/s of one GPU
-    if rate is None or ranks.device.type == "cpu":
+    if ranks.device.type == "cpu":
         return lambda lengths, num_targets, seconds: {}
-    ceiling = rate * 1e12 * ranks.world_size
+    ceiling = (verdicts.speed("bf16 matrix product") or matrix_rate(ranks.device)) * 1e12 * ranks.world_size
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     costs = {m: (6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears}
     a_target = sum(costs.pop(m) for m in model.get_output_embeddings().modules() if m in costs)  # PEFT may have wrapped it
@@ -36,3 +35,17 @@ def utilisation(model: PreTrainedModel | PeftModel, shape, ranks: Ranks) -> Call
         return {"train/mfu": flops / seconds / ceiling}
 
     return mfu
+
+
+def matrix_rate(device: torch.device, size: int = 8192) -> float:
+    """TFLOP/s of a square bf16 product on this GPU, the fastest of five: 10 ms of work on an H200."""
+    generator, times = torch.Generator(device).manual_seed(0), []  # the run's own stays as it is
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16, generator=generator)
+    for _ in range(6):  # the first one makes cuBLAS's handle
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.mm(a, a)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * size**3 / min(times[1:]) / 1e9

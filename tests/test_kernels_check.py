@@ -535,7 +535,7 @@ def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
         chosen(True)
 
 
-def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdict):
+def test_mfu_counts_what_the_model_needs_under_a_measured_ceiling(verdict, monkeypatch):
     model = torch.nn.Module()
     model.frozen, model.trained, model.head = (torch.nn.Linear(4, n, bias=False) for n in (8, 2, 100))
     model.frozen.requires_grad_(False), model.head.requires_grad_(False)
@@ -543,8 +543,9 @@ def test_mfu_counts_what_the_model_needs_and_only_under_a_measured_ceiling(verdi
     shape = types.SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, head_dim=4)
     here, cpu = (types.SimpleNamespace(world_size=2, device=torch.device(kind)) for kind in ("cuda", "cpu"))
     lengths = np.array([10, 30])
-    assert utilisation(model, shape, here)(lengths, 7, 1.0) == {}
-    verdict(Row("bf16 matrix product", speed=2e-6, unit="TFLOP/s"))
+    monkeypatch.setattr("loop.mfu.matrix_rate", lambda device: 1e-6)
     flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
+    assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 2e6)}
+    verdict(Row("bf16 matrix product", speed=2e-6, unit="TFLOP/s"))
     assert utilisation(model, shape, here)(lengths, 7, 0.5) == {"train/mfu": pytest.approx(flops / 0.5 / 4e6)}
     assert utilisation(model, shape, cpu)(lengths, 7, 0.5) == {}
