@@ -12,30 +12,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .attention import AttentionError, choose_backend
+from .attention import AttentionError
 from .audit import AuditError, describe
+from .build import build_model
 from .checkpoint import Checkpoints
 from .cli import even_if_nobody_reads, exit_with_config_error, leave, load_config
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
 from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
-from .dropout import share_dropout
 from .describe import show_summary
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
-from .fit import choose_micro_batch, choose_whole, free_gpu_bytes
 from .folder import prepare_folder, versions
-from .fused import choose_dequantized, choose_layers, fuse
-from .graphs import release_graphs, replay_layers, replays
+from .graphs import release_graphs, replay_layers
 from .identity import at_step, refuse_another, refuse_unlike, run_identity
 from .join import JoinError
-from .ledger import ledger
 from .mfu import utilisation
-from .model import decoder_layers, dtype_of, load_model, load_shape, load_tokenizer, summed_cross_entropy, trainable, use_checkpointing
+from .model import decoder_layers, load_shape, load_tokenizer, summed_cross_entropy, trainable
 from .monitor import Monitor, quiet_libraries
 from .notes import prompt_of, share_notes
-from .optim import adamw, choose_fused, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
+from .optim import adamw, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
 from .packing import Batch, collate, cut, make_plan
 from .peak import Measured
 from .spare import spare
@@ -118,48 +115,30 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     if path:
         remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
 
-    backend, attention_remark = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
-    fused, fused_remark = choose_layers(config, dtype_of(ds), ranks)
-    seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
-    model = load_model(config, ds, ranks.device, backend)
-    dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
-    ds, whole = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
-    keep_dense, supervised, replayed = False, float(targets.sum() / lengths.sum()), replays(config, whole, ranks, backend)
-    if fused:
-        keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks), replayed))
-        if stayed := fuse(decoder_layers(model), keep_dense):
-            fused_remark = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
-    known = fused, keep_dense, supervised
-    micro_batch_size, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known, replayed)
-    predicted = ledger(shape, config, ds, ranks.world_size, micro_batch_size, checkpointing, *known, replayed and not checkpointing)
-    capacity = micro_batch_size * config.max_seq_len
-    use_checkpointing(model, checkpointing)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
+    model, chosen = build_model(config, ds, shape, float(targets.sum() / lengths.sum()), ranks)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=chosen.ds)
     engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
     parameters: list = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
-
     if path:
         checkpoints.load(engine, path, manifest)
-    spare(engine, whole, ranks)  # of ZeRO-3's hooks, where they have nothing to do
-    row, room, launched = capacity, None, ""  # the tokens that a step is cut for; what a recorded row is filled up to; what is in the way
-    if replayed and not checkpointing:
-        row, room, launched = replay_layers(config, engine.module, plan, lengths, capacity, dropout, ranks)
+    spare(engine, chosen.whole, ranks)  # of ZeRO-3's hooks, where they have nothing to do
+    row, room, launched = chosen.capacity, None, ""  # the tokens that a step is cut for; what a recorded row is filled up to; what is in the way
+    if chosen.replayed:
+        row, room, launched = replay_layers(config, engine.module, plan, lengths, chosen.capacity, chosen.dropout, ranks)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
     monitor = make_monitor(config, ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
-        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, ZeRO-3{', weights whole on each' if whole else ''}; "
-        f"{attention_remark.split(';')[0]}; gradient checkpointing {'on' if checkpointing else 'off'}\n"
+        f"machine     {ranks.world_size} rank(s) on {made_by['device']}, {chosen.described}\n"
         f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
         f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
     )
     monitor.accounts({"train": account, "valid": held_out_account})
-    monitor.plan(plan, examples, micro_batch_size)
-    attention_fallback = attention_remark.partition("; ")[2] if ranks.device.type == "cuda" else ""  # a CPU has only one
-    fallbacks = filter(None, [attention_fallback, fused_remark, *ranks.gather(launched), choose_fused(config.optimizer)[1]])
-    for remark in [*remarks, *fallbacks, f"resumed from {path}" if path else f"run folder  {config.folder}"]:
+    monitor.plan(plan, examples, chosen.capacity // config.max_seq_len)
+    remarks += [*chosen.remarks, *ranks.gather(launched), f"resumed from {path}" if path else f"run folder  {config.folder}"]
+    for remark in filter(None, remarks):
         monitor.say(remark)
 
     monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})
@@ -169,7 +148,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         goes on does it again."""
         if not held_out:
             return {}
-        figures = evaluate_loss(engine, held_out, capacity, config.max_seq_len, ranks, stop)
+        figures = evaluate_loss(engine, held_out, chosen.capacity, config.max_seq_len, ranks, stop)
         share = -(-len(shown) // ranks.world_size)  # a few notes: each rank writes some
         notes = share_notes(engine, tokenizer, shown, config.monitor.sample_max_new_tokens, ranks, stop, share)
         if ranks.any(stop.signal is not None):
@@ -208,7 +187,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         set_lr(optimizer, lr)
 
         loss, grad_norm, bad_batches = train_step(engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
-                                                  lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
+                                                  lambda i: chosen.dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
                                                   spike_limit(recent, config.run.spike_sigmas), monitor.timer.mark)  # fmt: skip
 
         doing("agreeing whether to stop")
@@ -216,7 +195,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
         monitor.step(step + 1, loss, grad_norm, lr, lengths[ids], num_targets)
         if step == min(first_step + 2, len(plan) - 1):
-            monitor.say(measured.beside(predicted))
+            monitor.say(measured.beside(chosen.predicted))
         if engine.was_step_applied():
             bad_steps = 0
             recent.append(loss)
@@ -245,7 +224,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     release_graphs(decoder_layers(engine.module))  # the export's fresh process needs room
     if adam_step(engine):  # else the adapter is the random one of the start, and nobody shall take it for a trained one
         sample = [] if stopping else (held_out or examples)[: config.run.audit]  # who is asked to stop has no time for the loss
-        loss = evaluate_loss(engine, sample, capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
+        loss = evaluate_loss(engine, sample, chosen.capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
         folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
         exported = {"exported": str(folder), "audit": audit and audit | {"split": "valid" if held_out else "train"}}
         monitor.say(describe(audit))

@@ -52,9 +52,9 @@ def run(case: dict) -> None:
     if "no_leaf" in patch:
         loop.model.set_z3_leaf_modules = lambda model, classes: None
     if "non_reentrant" in patch:
-        train.use_checkpointing = lambda model, on: model.gradient_checkpointing_enable({"use_reentrant": False})
+        loop.build.use_checkpointing = lambda model, on: model.gradient_checkpointing_enable({"use_reentrant": False})
     if "compile" in patch:
-        load = train.load_model
+        load = loop.build.load_model
 
         def compiled(*args, **kwargs):
             model = load(*args, **kwargs)
@@ -62,7 +62,7 @@ def run(case: dict) -> None:
                 layer.forward = torch.compile(layer.forward)
             return model
 
-        train.load_model = compiled
+        loop.build.load_model = compiled
     if "nan_step" in patch:  # one rank sees NaN in one step
         step_of, count = train.train_step, [0]
 
