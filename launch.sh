@@ -26,7 +26,8 @@ die() { echo "launch.sh: $*" >&2; exit 2; }
 # The stamp is a copy of what was installed, so a change of the pins or of Python repeats the set-up, and nothing else.
 wanted() { "$py" --version && cat "$here/constraints.txt"; }
 is_set_up() { [[ ${LOOP_PYTHON:-} ]] || [[ -f $stamp && $(<"$stamp") == "$(wanted 2>&1)" ]]; }
-install() { "$py" -m pip install -qq --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
+pip_install() { "$py" -m pip install -qq --disable-pip-version-check "$@"; }
+install() { pip_install -c "$here/constraints.txt" "$@"; }
 setup() {
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     die "needs Python 3.10 or newer, but $base is: $("$base" --version 2>&1 || true); name another with PYTHON=..."
@@ -65,10 +66,10 @@ case $command in
   test) cd "$here" && exec "$py" -m pytest -q "$@" ;;
   setup) case "$*" in
     "") echo "set up: $("$py" --version), $py" ;;
-    --flash-attn-4) install 'flash-attn-4[cu13]==4.0.0b36' ;; # wheels; its kernels are compiled when they are first used
+    --flash-attn-4) pip_install 'flash-attn-4[cu13]==4.0.0b36' ;; # wheels; its kernels are compiled when they are first used
     --flash-attn) command -v nvcc >/dev/null || die "flash-attn is CUDA code: to build it, nvcc (the CUDA toolkit) must be on PATH"
       echo "building flash-attn ... (up to an hour)" # 4 compilers at a time, as each can take more than 8 GiB
-      MAX_JOBS=${MAX_JOBS:-4} install --no-build-isolation flash-attn ;;
+      MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
     *) die "setup takes --flash-attn-4 or --flash-attn, not: $*" ;;
     esac; exit ;;
   *) exec "$py" -u -m "loop.$command" "$@" ;;

@@ -39,7 +39,8 @@ def _flash_attn_4():
     if not importlib.util.find_spec("cutlass"):  # flash-attn 2 has a folder of that name, too
         raise ImportError("./launch.sh setup --flash-attn-4 installs it")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or each process would compile anew, for some 8 s
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path.home() / ".cache" / "flash_attn_4"))  # not in /tmp, where all may write
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # not /tmp, where all may write
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attn_4"))
     warnings.filterwarnings("ignore", module=r"cutlass\.")  # of its compiler, about arguments that are not used
     from flash_attn.cute.interface import flash_attn_varlen_func
 
@@ -94,7 +95,7 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: st
 
     query [T, Hq, D], key and value [T, Hkv, D] with Hq a multiple of Hkv (grouped queries); cu_seqlens int32 [n + 1], the
     documents' boundaries from 0 to T on the tensors' device; max_seqlen, an upper bound of their lengths; scale, by default
-    1/sqrt(D). Returns [T, Hq, D] in the dtype of query (flash_attn and varlen: bf16 or fp16 only)."""
+    1/sqrt(D). Returns [T, Hq, D] in the dtype of query (all but sdpa: bf16 or fp16 only)."""
     ordered = torch.are_deterministic_algorithms_enabled()  # flash attention's backward pass adds in any order otherwise
     if backend == "flash_attn_4":
         return _flash_attn_4()(query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
@@ -138,30 +139,32 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
             continue
         try:
             probe()
-        except (ImportError, OSError, AttributeError) as error:  # not installed, or built for another torch (undefined symbol)
-            found[name] = f"missing: {str(error).splitlines()[0][-120:]}"
-        else:
             found[name] = f"torch {torch.__version__}" if name == "varlen" else importlib.metadata.version(name.replace("_", "-"))
+        except Exception as error:  # not installed, built for another torch (undefined symbol), or a compiler of another version
+            found[name] = f"missing: {(str(error).splitlines() or [type(error).__name__])[0][-120:]}"
     return found | {"sdpa": f"torch {torch.__version__}"}
 
 
-@torch.no_grad()
-def _keeps_documents_apart(backend: str, device, head_dim: int) -> bool:
-    """Runs the kernel: the second document's output must not move by a bit when the first one's tokens change."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    q, k, v = (torch.randn(96, 4, head_dim, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3))
+@torch.enable_grad()
+def _keeps_documents_apart(backend: str, device, heads: tuple[int, int, int]) -> bool:
+    """Runs the kernel: the second document's output must not move by a bit when the first one's tokens change, and has no gradient in them."""
+    (queries, keys, size), generator = heads, torch.Generator(device=device).manual_seed(0)
+    q, k, v = row = [torch.randn(96, n, size, device=device, dtype=torch.bfloat16, generator=generator) for n in (queries, keys, keys)]
     bounds = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
-    before = packed_attention(q, k, v, bounds, 64, backend)
-    for x in (q, k, v):
-        x[:40].neg_()
-    after = packed_attention(q, k, v, bounds, 64, backend)
-    return bool(torch.isfinite(before).all()) and torch.equal(before[40:], after[40:]) and not torch.equal(before[:40], after[:40])
+    before = packed_attention(*(x.requires_grad_() for x in row), bounds, 64, backend)
+    gradients = torch.autograd.grad(before[40:].float().square().sum(), row)
+    with torch.no_grad():
+        for x in row:
+            x[:40].neg_()
+        after = packed_attention(q, k, v, bounds, 64, backend)
+        own = torch.equal(before[40:], after[40:]) and not any(g[:40].any() for g in gradients)
+        return own and not torch.equal(before[:40], after[:40]) and all(bool(x.isfinite().all()) for x in (before, *gradients))
 
 
-def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, str]:
-    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs heads of this size here, was not found wrong by
-    `./launch.sh check` (if it was run) and was just seen to keep documents apart. What was passed over stands in the remark
-    after "; ". Raises AttentionError when `wanted` can't run, leaks, or was found wrong."""
+def choose_backend(wanted: str, device, dtype: torch.dtype, heads: tuple[int, int, int] = (4, 4, 64)) -> tuple[str, str]:
+    """Returns (backend, remark): `wanted`, or with "auto" the fastest one that runs such `heads` (of queries, of keys and values, their size)
+    here, was not found wrong by `./launch.sh check` (if it was run) and was just seen to keep documents apart. What was passed over stands in
+    the remark after "; ". Raises AttentionError when `wanted` can't run, leaks, or was found wrong."""
     found = available_backends(device)
     remarks: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
@@ -172,13 +175,14 @@ def choose_backend(wanted: str, device, dtype: torch.dtype, head_dim: int = 64) 
             reason = row
         if not reason.startswith(("missing", "wrong")):
             try:
-                if _keeps_documents_apart(name, device, head_dim):
+                if _keeps_documents_apart(name, device, heads):
                     cost = [f"instead {name}: {COSTS[name]}"] if remarks and name in COSTS else []
                     return name, "; ".join([f"attention: {name} ({reason})", *remarks, *cost])
                 reason = "wrong: it leaks between documents on this machine"
-            except RuntimeError as error:
-                reason = f"wrong: {str(error).splitlines()[0][:120]}"
+            except Exception as error:  # what a kernel can't do it says in its own way
+                reason = f"wrong: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
         if wanted != "auto":
             raise AttentionError(f"attention={wanted}: {reason}; use attention=auto, or see ./launch.sh check")
-        remarks.append(f"{name} {reason}")
+        if name != "flash_attn_4" or "capability" not in reason:  # nobody can mend an older card, which has the next one
+            remarks.append(f"{name} {reason}")
     raise AttentionError("attention=auto: no backend works here: " + "; ".join(remarks))

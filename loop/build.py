@@ -12,7 +12,7 @@ from .fit import choose_micro_batch, choose_whole, free_gpu_bytes
 from .fused import choose_dequantized, choose_layers, fuse
 from .graphs import replays
 from .ledger import ledger
-from .model import decoder_layers, dtype_of, load_model, use_checkpointing
+from .model import decoder_layers, dtype_of, heads_of, load_model, use_checkpointing
 from .optim import choose_fused
 
 
@@ -33,7 +33,7 @@ class Choices:
 def build_model(config: Config, ds: dict, shape, supervised: float, ranks: Ranks) -> tuple[nn.Module, Choices]:
     """The base with its LoRA. ds: DeepSpeed's configuration; shape: the base's; supervised: the share of the tokens that have logits. Every rank
     must call it. Raises AttentionError or ConfigError where what was asked for can't run here."""
-    backend, attention = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
+    backend, attention = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
     fused, layers = choose_layers(config, dtype_of(ds), ranks)
     seed_everything(config.seed)  # equal on all ranks: they share LoRA's random initial weights by halves
     model = load_model(config, ds, ranks.device, backend)

@@ -51,5 +51,5 @@ def build_ds_config(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # left out, DeepSpeed would clip at 1.0 after our own clipping
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU before each micro-batch
+        "timers": ds.get("timers", {"throughput": {"enabled": False}}),  # which waits for the GPU before each micro-batch
     }

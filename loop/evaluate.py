@@ -18,7 +18,7 @@ from .ds_config import build_ds_config
 from .files import read_predictions
 from .folder import write_report
 from .join import JoinError
-from .model import dtype_of, load_model, load_shape, load_tokenizer, read_adapter
+from .model import dtype_of, heads_of, load_model, load_shape, load_tokenizer, read_adapter
 from .notes import Note, share_notes
 from .packing import collate, cut, make_plan
 from .page import write_page
@@ -108,7 +108,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
         ids = [e.id for e in examples][:notes]
         ranks = init_distributed(config.run.join_minutes)
         seed_everything(config.seed)
-        backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), shape.head_dim)
+        backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
         engine = deepspeed.initialize(model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds)[0]
         rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
         losses = example_losses(engine, examples, rows * config.max_seq_len, config.max_seq_len, ranks)

@@ -27,7 +27,7 @@ from .model import decoder_layers
 
 
 class Linear:
-    """A frozen linear layer with its LoRA, y = x W^T + b + s (drop(x) A^T) B^T, and its gradients. x [T, K], A [r, K], B [N, r].
+    """A frozen linear layer with its LoRA, y = x W^T + b + s (drop(x) A^T) B^T. x [T, K], A [r, K], B [N, r].
 
     Its parameters are looked up in every call: between two calls ZeRO-3 may have taken them away and brought them back. keep_dense: the
     dequantised weight is kept, in bf16 for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""

@@ -149,7 +149,13 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
     try:
         graphed = capture(model, layers, room, max_seq_len, device)
         errors = [g.error() for g in graphed]
-    except (RuntimeError, TypeError, ValueError, AttributeError) as problem:  # a kernel that waits for the GPU, too little memory, another signature
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+    ) as problem:  # a kernel that waits for the GPU, too little memory, another signature
         torch.cuda.set_stream(before)  # a capture that fails leaves its own in place, and the generators as if it went on
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())  # the same numbers from here on

@@ -31,9 +31,15 @@ TOKENS = 32  # of a block: the fastest of 16, 32, 64 and 128 for each kernel, on
 
 
 def blocks(rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(rank, the rank's block, tokens of a block, columns of a block): as much as shared memory holds in three stages."""
+    """(rank, the rank's block, tokens of a block, columns of a block)"""
     padded = max(16, triton.next_power_of_2(rank))
     return rank, padded, TOKENS, 128 if padded <= 64 and dtype != torch.float32 else 64
+
+
+def apart(tensors, dtype: torch.dtype, rank: int, most: int = 32) -> bool:
+    """Whether LoRAs of one input take a kernel each: above rank 32 (16 in fp32) three of them spill registers, and need more shared memory
+    than smaller cards have."""
+    return len(tensors) > 1 and rank > (most if dtype != torch.float32 else most // 2)
 
 
 def on_triton(x: torch.Tensor) -> bool:
@@ -48,6 +54,8 @@ def down(x: torch.Tensor, a_s, keeps, scale: float) -> tuple[torch.Tensor, ...]:
     if not on_triton(x):
         return tuple(masked(x, keep, scale) @ a.t() for a, keep in zip(a_s, keeps))
     (rows, width), rank = x.shape, len(a_s[0])
+    if apart(a_s, x.dtype, rank):
+        return tuple(h for a, keep in zip(a_s, keeps) for h in down(x, (a,), (keep,), scale))
     hs = x.new_empty(len(a_s), rows, rank).unbind()
     _down[(triton.cdiv(rows, TOKENS),)](x, *three(keeps), *three(a_s), *three(hs), rows, width, keeps[0].stride(0), scale, len(a_s),
                                         *blocks(rank, x.dtype))  # fmt: skip
@@ -60,7 +68,10 @@ def grad_down(dhs, x: torch.Tensor, keeps, scale: float) -> tuple[torch.Tensor, 
         return tuple((dh.t() @ x).mul_(scale) for dh in dhs)
     if not on_triton(x):
         return tuple(dh.t() @ masked(x, keep, scale) for dh, keep in zip(dhs, keeps))
-    (rows, width), rank, sizes = x.shape, dhs[0].shape[1], blocks(dhs[0].shape[1], x.dtype)
+    (rows, width), rank = x.shape, dhs[0].shape[1]
+    if apart(dhs, x.dtype, rank):
+        return tuple(da for dh, keep in zip(dhs, keeps) for da in grad_down((dh,), x, (keep,), scale))
+    sizes = blocks(rank, x.dtype)
     shares = torch.empty(max(1, min(32, rows // 512)), len(dhs), rank, width, device=x.device)
     grid, share = (triton.cdiv(width, sizes[3]), len(shares)), triton.cdiv(triton.cdiv(rows, len(shares)), TOKENS) * TOKENS
     _grad_down[grid](*three(dhs), x, *three(keeps), shares, rows, width, keeps[0].stride(0), share, scale, len(dhs), *sizes)
@@ -70,10 +81,14 @@ def grad_down(dhs, x: torch.Tensor, keeps, scale: float) -> tuple[torch.Tensor, 
 def up(dhs, a_s, keeps, scale: float) -> torch.Tensor:
     """dx [T, K], the sum of scale drop(dh A)."""
     if keeps is None:
-        return functools.reduce(torch.add, [dh @ (a * scale) for dh, a in zip(dhs, a_s)])
-    if not on_triton(dhs[0]):
-        return functools.reduce(torch.add, [masked(dh @ a, keep, scale) for dh, a, keep in zip(dhs, a_s, keeps)])
+        dx = dhs[0] @ (a_s[0] * scale)
+        for dh, a in zip(dhs[1:], a_s[1:]):
+            dx.addmm_(dh, a, alpha=scale)
+        return dx
     (rows, rank), width = dhs[0].shape, a_s[0].shape[1]
+    if not on_triton(dhs[0]) or apart(dhs, dhs[0].dtype, rank, most=128):
+        parts = zip(dhs, a_s, keeps)
+        return functools.reduce(torch.Tensor.add_, (masked(dh @ a, keep, scale) for dh, a, keep in parts))
     dx, sizes = dhs[0].new_empty(rows, width), blocks(rank, dhs[0].dtype)
     grid = triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes[3])
     _up[grid](dx, *three(dhs), *three(a_s), *three(keeps), rows, width, keeps[0].stride(0), scale, len(dhs), *sizes)
@@ -134,15 +149,17 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
         x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
         mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
         lifted = dh, a.t().contiguous()
-        three_of = [(a, a.flip(0), -a), (dh, dh.flip(0), -dh), (mask[:, :width], mask[:, 3 : width + 3], mask[:, 9:])]
+        three_of = [(a, a.flip(0), -a), (dh, dh.flip(0), -dh), (0, 3, 9)]  # at which column of the mask each one's begins
         cases: list[tuple] = [(swiglu, x, y, lifted, lifted), (swiglu_backward, x, y, z, lifted, lifted),
                               (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
         for n in (1, 2, 3):
-            a_s, dhs, keeps = (tuple(several[:n]) for several in three_of)
-            cases += [(down, x, a_s, keeps, 1.7), (grad_down, dhs, x, keeps, 1.7), (up, dhs, a_s, keeps, 1.7)]
+            a_s, dhs, columns = (several[:n] for several in three_of)
+            cases += [(down, x, a_s, columns), (grad_down, dhs, x, columns), (up, dhs, a_s, columns)]
 
         def compute(term, args, *to):
-            args = tree_map(lambda arg: arg if isinstance(arg, float) else arg.to(to[0]) if arg.dtype == torch.bool else arg.to(*to, copy=True), args)
+            place, args = mask.to(to[0]), tree_map(lambda arg: arg if isinstance(arg, int) else arg.to(*to, copy=True), args)
+            if term in (down, grad_down, up):
+                args[-1:] = tuple(place[:, at : at + width] for at in args[-1]), 1.7
             if term is rotate:
                 args[0] = args[0].transpose(1, 2)
             out = term(*args)

@@ -72,6 +72,11 @@ def load_shape(base: str, revision: str | None = None):
     return shape
 
 
+def heads_of(shape) -> tuple[int, int, int]:
+    """(of queries, of keys and values, their size)"""
+    return shape.num_attention_heads, getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads, shape.head_dim
+
+
 def dtype_of(ds: dict) -> torch.dtype:
     """The compute dtype, which ds_config.json owns."""
     return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32

@@ -70,8 +70,8 @@ def local_gradients(parameters: list) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def clip_grad_norm(parameters, max_norm: float) -> torch.Tensor:
-    """Clips the gradients to a global L2 norm of at most `max_norm` and returns the norm before clipping, a float64 on the device: nobody waits
-    for it, so that the update is launched while the GPU is busy with the backward pass.
+    """Clips the gradients to a global L2 norm of at most `max_norm` and returns the norm before clipping, a float64 on the device, for which
+    nobody waits before the update is launched.
 
     parameters: the trainable ones of a ZeRO-3 engine, after the step's last backward and before `engine.step()`. Under ZeRO-3
     each rank holds a slice of every gradient, so the global norm is the root of the sum of all ranks' squares; the slices' padding

@@ -1,6 +1,6 @@
 """What DeepSpeed's ZeRO-3 can be spared. Its hooks cost a step more Python than the layers themselves, and a fast GPU waits for it.
 
-Everything else of ZeRO-3 stays: its partitions of gradients and optimizer state, its reductions, its step."""
+Its partitions of gradients and optimizer state stay, and its reductions; its step, where weights are partitioned."""
 
 import weakref
 from collections.abc import Callable
@@ -56,8 +56,8 @@ def keep_whole(engine, ranks: Ranks) -> None:
 
 
 class Update:
-    """ZeRO-3's step for whole weights, which are in one piece for the optimizer. DeepSpeed waits for the gradient's norm before it launches
-    anything; torch's fused AdamW reads on the GPU whether it shall do nothing, so that everything is launched during the backward pass."""
+    """ZeRO-3's step for whole weights. DeepSpeed waits for the gradient's norm before it launches anything; torch's fused AdamW reads on the GPU
+    whether it shall do nothing, so that all is launched first. After a skipped step weights, moments and counters are what they were."""
 
     def __init__(self, optimizer, world_size: int) -> None:
         self.optimizer, self.share = optimizer, share_updates(optimizer, world_size)
@@ -65,21 +65,20 @@ class Update:
     def __call__(self, closure=None) -> None:
         optimizer, inner = self.optimizer, self.optimizer.optimizer
         optimizer._pre_step()
-        for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):  # the gradients: this rank's slices, fp32; clipping was ours
-            flat.grad = torch.cat([g.flatten() for g in optimizer.averaged_gradients[group]])
-            optimizer.averaged_gradients[group] = None
-        squares = torch.stack([flat.grad.norm().square() for flat in optimizer.fp32_partitioned_groups_flat]).sum()
+        gradients = optimizer.averaged_gradients  # {group: this rank's slices, fp32}; clipping was ours
+        squares = torch.stack([torch.stack(torch._foreach_norm(gradients[i])).square().sum() for i in sorted(gradients)]).sum()
         dist.all_reduce(squares)
         bad = (~squares.isfinite()).float()
         if inner.defaults["fused"]:
             inner.found_inf = bad
-        if inner.defaults["fused"] or not bad:
-            for group, (flat, weights) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)):
+        update = inner.defaults["fused"] or not bad
+        for group, (flat, weights) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)):
+            if update:
+                flat.grad = torch.cat([g.flatten() for g in gradients[group]])
                 optimizer._optimizer_step(group)
                 weights.data.copy_(flat.data)
-            self.share()
-        for flat in optimizer.fp32_partitioned_groups_flat:
-            flat.grad = None
+            flat.grad = gradients[group] = None
+        self.share()  # after a skipped step, too: another rank's AdamW may be the other one
         optimizer.overflow = bool(bad)  # waits, now that there is nothing left to launch
 
 

@@ -74,10 +74,10 @@ def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets
             loss = ranks.add_up(torch.stack(losses).sum()) / num_targets
             if loss_limit < math.inf:
                 spoil(parameters, loss > loss_limit)
-        # Does nothing before the boundary. DeepSpeed skips the update, on all ranks alike and without a word, when the gradient
-        # is not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
+        # Does nothing before the boundary. The update is skipped, on all ranks alike and without a word, when the gradient is
+        # not finite; `engine.was_step_applied()` tells, and the caller says it aloud.
         engine.step()
-    # Only here is the GPU waited for: clipping and update were launched while it was busy with the backward pass.
+    # All figures in one transfer, after the update: reading one earlier would keep the GPU waiting for what comes next.
     loss, grad_norm, *losses = torch.stack([loss, grad_norm, *losses]).tolist()
     return loss, grad_norm, [i for i, value in enumerate(losses) if not math.isfinite(value)]
 
