@@ -64,7 +64,8 @@ def check_numbers(name: str, version: str, attend: Attend, device: str) -> Itera
 def main() -> Iterator[Row]:
     from kernels_check.leak import check_leak
     from kernels_check.repeatable import check_repeatable
-    from loop.attention import available_backends, packed_attention
+    from loop.attention import packed_attention
+    from loop.backends import available_backends
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, version in reversed(available_backends(device).items()):  # sdpa first: it is the one that can't crash

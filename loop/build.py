@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from .attention import choose_backend
+from .backends import choose_backend
 from .config import Config
 from .distributed import Ranks, seed_everything
 from .dropout import Masks, share_dropout

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .attention import AttentionError, choose_backend
+from .attention import AttentionError
+from .backends import choose_backend
 from .cli import exit_with_config_error, leave, load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from loop.attention import AttentionError, available_backends, choose_backend, packed_attention
+from loop.attention import AttentionError, packed_attention
+from loop.backends import available_backends, choose_backend
 
 BOUNDS = [0, 1, 18, 18, 60, 96]  # a document of one token, an empty one as cu_seqlens may be padded, unequal ones
 BACKENDS = ["sdpa", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("varlen", "flash_attn", "flash_attn_4"))]

@@ -10,7 +10,7 @@ from conftest import ROOT, run_ok
 from safetensors.torch import load_file
 from test_train import replayed, rounding
 
-from loop.attention import available_backends
+from loop.backends import available_backends
 from loop.cli import load_config
 from loop.data import load_examples
 from loop.model import load_tokenizer

@@ -11,7 +11,8 @@ import torch
 from test_fused import with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loop.attention import IMPLEMENTATIONS, available_backends
+from loop.attention import IMPLEMENTATIONS
+from loop.backends import available_backends
 from loop.fused import fuse
 from loop.graphs import GraphedLayer, graph_layers, release_graphs, room_of
 from loop.model import decoder_layers, summed_cross_entropy

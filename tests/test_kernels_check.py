@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import loop.attention
+import loop.backends
 import loop.kernels
 from kernels_check import (
     attention,
@@ -260,7 +261,7 @@ def test_attention_nan_in_padding():
 
 def test_flash_attn_of_another_abi(monkeypatch):
     broken = {"flash_attn": "missing: flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E", "varlen": "missing: needs an NVIDIA GPU"}
-    monkeypatch.setattr(loop.attention, "available_backends", lambda device: broken)
+    monkeypatch.setattr(loop.backends, "available_backends", lambda device: broken)
     found = {row.what: row for row in attention.main()}
     assert found["attention flash_attn"].verdict == "wrong" and "another torch" in found["attention flash_attn"].note
     assert found["attention varlen"].verdict == "missing" and not any(row.blocks() for row in found.values())
@@ -465,12 +466,12 @@ def test_verdict_is_the_owners_alone_and_of_this_machine_and_these_versions(verd
 @pytest.fixture
 def three_backends(monkeypatch):
     found = {"flash_attn_4": "missing: not installed", "flash_attn": "1", "varlen": "1", "sdpa": "1"}
-    monkeypatch.setattr(loop.attention, "available_backends", lambda device: found)
-    monkeypatch.setattr(loop.attention, "_keeps_documents_apart", lambda *args: True)
+    monkeypatch.setattr(loop.backends, "available_backends", lambda device: found)
+    monkeypatch.setattr(loop.backends, "keeps_documents_apart", lambda *args: True)
 
 
 def chosen(wanted="auto"):
-    return loop.attention.choose_backend(wanted, "cpu", torch.bfloat16)
+    return loop.backends.choose_backend(wanted, "cpu", torch.bfloat16)
 
 
 def test_attention_auto_takes_the_first_that_was_found_right(verdict, three_backends):

@@ -7,7 +7,8 @@ from conftest import tinyllama_shape
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from loop.attention import IMPLEMENTATIONS, available_backends
+from loop.attention import IMPLEMENTATIONS
+from loop.backends import available_backends
 from loop.config import Config, ConfigError
 from loop.tokens import Example
 from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
