@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 # What ./launch.sh check found on this machine must not decide what the tests test.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what the tests start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
