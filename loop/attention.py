@@ -96,7 +96,7 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: st
                                softmax_scale=scale, causal=True, deterministic=ordered)[0]  # fmt: skip
     if backend == "flash_attn":
         return _flash_attn_2()(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
-                                    deterministic=ordered)  # fmt: skip
+                               deterministic=ordered)  # fmt: skip
     if backend == "varlen":
         return _torch_varlen()(query, key, value, cu_seqlens, max_seqlen, scale)
     if backend == "sdpa":

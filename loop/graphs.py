@@ -149,17 +149,12 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
     try:
         graphed = capture(model, layers, room, max_seq_len, device)
         errors = [g.error() for g in graphed]
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        AssertionError,
-    ) as problem:  # a kernel that waits for the GPU, too little memory, another signature
+    # A kernel that waits for the GPU or refuses, too little memory, another signature.
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as problem:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own in place, and the generators as if it went on
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())  # the same numbers from here on
-        return str(problem).strip().splitlines()[0][:120]
+        return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:120]
     if wrong := [error for error in errors if not error < 1e-2]:  # bf16, and attention's backward pass adds in any order: some 1e-3
         return f"a replay is {wrong[0]:.1e} from the layer itself"
     for layer, g in zip(layers, graphed):

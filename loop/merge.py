@@ -65,7 +65,6 @@ def adapted_layers(adapter: str, base: Path, double_quant: bool) -> tuple[dict[s
             raise ConfigError(f"--adapter {adapter}: {key}={getattr(lora, key)} changes more than B A can; only plain LoRA is merged")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16)
-    kind = type(model).__name__
     AutoHfQuantizer.from_config(nf4_config(torch.bfloat16, double_quant), pre_quantized=False).preprocess_model(model=model, device_map={"": "cpu"})
     quantised = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     weights, layers = load_peft_weights(adapter, device="cpu"), {}
@@ -84,7 +83,7 @@ def adapted_layers(adapter: str, base: Path, double_quant: bool) -> tuple[dict[s
                 matrix["default"].weight = torch.nn.Parameter(weights.pop(key).float(), requires_grad=False)
     if weights:
         raise ConfigError(f"--adapter {adapter}: {sorted(weights)[0]} has no place in this base")
-    return layers, quantised, kind
+    return layers, quantised, type(model.get_base_model()).__name__
 
 
 @torch.no_grad()
