@@ -14,8 +14,9 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]         (the 
   board      TensorBoard on runs/, or on a folder  profile    where a step's time goes: trace, table
   break      what a classic mistake does to the curves, beside the right run's; without a name it lists them
   setup      only set up; --flash-attn-4 also gets the attention for Hopper and newer, --flash-attn builds the one before (needs nvcc)
-train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE
-(the machines of a cluster, as DeepSpeed wants them). Ctrl-C or SIGTERM: the ranks save and end; once more: they end at once.
+train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, and take --gpus N (per machine) and --hostfile FILE (a line
+a machine: NAME slots=N; each is reached over ssh, or starts itself with --node-rank K, its line from 0 upwards).
+Ctrl-C or SIGTERM: the ranks save and end, on all machines; once more: they end at once.
 plan --gpus N --gpu-memory G: whether it fits N GPUs of G GiB, component by component, and what would make it fit.
 evaluate --canaries N: what a run remembers of single (made-up) patients; trains on a copy of the data for it.
 train --verify-resume: shows on a few steps that a run which is broken off and goes on is the unbroken one, bit for bit.
@@ -75,56 +76,8 @@ case $command in
   *) exec "$py" -u -m "loop.$command" "$@" ;;
 esac
 
-ranks="" hostfile=/dev/null args=() # not DeepSpeed's default, /job/hostfile, if there should be one
-while (($#)); do case $1 in
-  --gpus=*) ranks=${1#*=} ;;
-  --hostfile=*) hostfile=${1#*=}; [[ -f $hostfile ]] || die "--hostfile: there is no file '$hostfile'" ;;
-  --gpus | --hostfile) (($# > 1)) || die "$1 needs a value"; set -- "" "$1=$2" "${@:3}" ;;
-  *) args+=("$1") ;;
-esac; shift; done
-[[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || die "--gpus takes a number from 1 upwards, not '$ranks'"
-if [[ $hostfile != /dev/null ]]; then
-  where=(${ranks:+--num_gpus "$ranks"})
-elif [[ $gpus ]]; then # by number: told only how many, DeepSpeed takes GPU 0 and up, whatever CUDA_VISIBLE_DEVICES says
-  [[ $gpus != *[!0-9,]* ]] || die "CUDA_VISIBLE_DEVICES must hold numbers such as 0,1, not '$gpus'"
-  IFS=, read -ra ids <<<"$gpus"
-  ((${ranks:=${#ids[@]}} <= ${#ids[@]})) || die "--gpus $ranks is more than the ${#ids[@]} that are here: $gpus"
-  where=(--include "localhost:$(IFS=,; echo "${ids[*]:0:ranks}")")
-else
-  where=(--num_accelerators "${ranks:=2}")
-fi
-free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])' # two runs can coexist
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ${ranks:-1} : 1))}"
-unset CUDA_VISIBLE_DEVICES # DeepSpeed sets it for the ranks
-
-# This shell starts DeepSpeed's runner, that a launcher, that the ranks. A SIGTERM would end the runner alone, and the
-# launcher signals ranks one by one. So they get a group that the terminal does not signal, and each rank a request to
-# stop once, as SIGTERM (it shows no traceback). With no ranks here (too early, or behind pdsh) the runner gets it.
-signal_ranks='import psutil, sys
-runner = psutil.Process(int(sys.argv[1]))
-ranks = [rank for child in runner.children() if child.name() != "pdsh" for rank in child.children()]
-for process in ranks or [runner]: process.terminate()'
-stop() {
-  trap 'deadline=0' INT TERM HUP USR1 # a second request does not wait
-  deadline=$((SECONDS + ${LOOP_GRACE_SECONDS:-120}))
-  echo "launch.sh: stopping, the ranks save first (once more: stop at once)" >&2 || true
-  "$py" -c "$signal_ranks" "$job" 2>/dev/null || true
-}
-export LOOP_LAUNCHER_PID=$$ # for the ranks to watch: if this shell is killed, nobody is left to tell them
-port=${MASTER_PORT:-$("$py" -c "$free_port")}
-setsid "$py" -m deepspeed.launcher.runner --log_level critical --hostfile "$hostfile" --master_port "$port" \
-  "${where[@]}" --no_local_rank --module "loop.$command" ${args[@]+"${args[@]}"} & job=$! deadline=""
-trap stop INT TERM HUP USR1
-while kill -0 "$job" 2>/dev/null; do
-  if [[ $deadline ]] && ((SECONDS >= deadline)); then kill -KILL -- "-$job"; fi
-  sleep 1 & wait -n "$job" $! 2>/dev/null || true
-done
-wait "$job" 2>/dev/null && code=0 || code=$?
-kill -KILL -- "-$job" 2>/dev/null || true # whatever the ranks left behind
-if ((code > 192)); then # a rank that died by signal N: the launcher says 256 - N, a shell says 128 + N
-  code=$((384 - code)) && echo "launch.sh: signal $((code - 128)) ended a rank (9 often means: out of memory)" >&2
-fi
-exit "$code"
+# From here on it is Python: it starts the ranks, passes signals on to them, and ends as they end.
+CUDA_VISIBLE_DEVICES=$gpus exec "$py" -u -m loop.launcher "$command" "$@"
 : '''
 import runpy, sys
 sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] # DeepSpeed adds it

@@ -15,7 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WHOM = ["everybody", "launch.sh", "the runner", "the launcher", "rank 0", "rank 1"]
+WHOM = ["everybody", "launch.sh", "the launcher", "rank 0", "rank 1"]
 
 
 def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
@@ -39,10 +39,8 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
             command = " ".join(p.cmdline())
             if f"run.name={name} " not in f"{command} " or str(config_file) not in command or p.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if "launch.sh" in command:
+            if "launch.sh" in command or "loop.launcher" in command:  # the one becomes the other
                 found["launch.sh"] = p
-            elif "deepspeed.launcher.runner" in command:
-                found["the runner"] = p
             elif "deepspeed.launcher.launch" in command:
                 found["the launcher"] = p
             elif (rank := p.environ().get("RANK")) is not None:

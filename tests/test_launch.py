@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loop.config import ConfigError
+from loop.launcher import read_hostfile, this_machine
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
 
@@ -47,6 +50,8 @@ def make_clone(folder):
     shutil.copy(ROOT / "constraints.txt", folder)
     (folder / "loop" / "__init__.py").write_text("")
     (folder / "loop" / "train.py").write_text(TOY)
+    for name in ("launcher.py", "cli.py", "config.py"):
+        shutil.copy(ROOT / "loop" / name, folder / "loop")
     return folder
 
 
@@ -114,9 +119,10 @@ def test_help_names_every_command(clone):
     [
         (["trian"], "'trian'"),
         (["setup", "now"], "now"),
-        (["--gpus"], "--gpus needs a value"),
+        (["--gpus"], "--gpus"),
         (["train", "a=1", "--gpus", "none"], "'none'"),
         (["--hostfile=nowhere"], "nowhere"),
+        (["--node-rank=0"], "--hostfile"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(clone, args, says):
@@ -195,7 +201,7 @@ def test_when_a_rank_dies_the_others_end_too(clone):
 
 def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
     process = start(clone, "wait=1")
-    wait_until(lambda: any("deepspeed.launcher.runner" in p.cmdline() for p in living(clone)))
+    wait_until(lambda: any("loop.launcher" in p.cmdline() and p.children() for p in living(clone)))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM
@@ -203,32 +209,97 @@ def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
 
 
 @pytest.mark.parametrize(
-    "visible, args, flags",
-    [
-        (None, [], "--include localhost:0,1,2,3 "),
-        (None, ["--gpus", "2"], "--include localhost:0,1 "),
-        ("3,1,2", ["--gpus=2"], "--include localhost:3,1 "),
-        ("", [], "--num_accelerators 2 "),
-        ("-1", ["--gpus=3"], "--num_accelerators 3 "),
-        (None, ["--hostfile", "hosts", "--gpus=2"], "--hostfile hosts "),
-        (None, ["--gpus=5"], None),
-        ("GPU-1b2c", [], None),
-    ],
-)
-def test_what_the_launcher_is_told_of_gpus(clone, visible, args, flags):
-    for name, body in {
-        "python": '[[ $1 == -c ]] && exec python3 "$@"; echo "$@" visible=$CUDA_VISIBLE_DEVICES',
-        "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3',
-    }.items():
+    "visible, gpus, found",
+    [("0,1,2,3", None, [0, 1, 2, 3]), ("0,1,2,3", 2, [0, 1]), ("3,1,2", 2, [3, 1]), ("", None, [0, 1]), ("", 3, [0, 1, 2]),
+     ("0,1", 5, "more than the 2"), ("GPU-1b2c", None, "CUDA_VISIBLE_DEVICES")],
+)  # fmt: skip
+def test_ranks_go_to_the_gpus_that_may_be_used(visible, gpus, found):
+    if isinstance(found, list):
+        assert this_machine(visible, gpus) == {"localhost": found}
+    else:
+        with pytest.raises(ConfigError, match=found):
+            this_machine(visible, gpus)
+
+
+@pytest.mark.parametrize("set_to, numbers", [(None, "0,1,2,3"), ("3,1", "3,1"), ("", ""), ("-1", "")])
+def test_gpus_are_the_visible_ones_or_all(clone, set_to, numbers):
+    for name, body in {"python": 'echo "visible=$CUDA_VISIBLE_DEVICES $@"', "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3'}.items():
         (clone / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (clone / name).chmod(0o755)
-    (clone / "hosts").write_text("one slots=4\ntwo slots=4\n")
     env = {"LOOP_PYTHON": str(clone / "python"), "PATH": f"{clone}:/usr/bin:/bin", "DS_ACCELERATOR": None}
-    code, out, err = run(clone, *args, CUDA_VISIBLE_DEVICES=visible, **env)
-    if flags is None:
-        assert (code, out) == (2, "") and err.count("\n") == 1
-    else:
-        assert code == 0 and flags in out and out.endswith("--module loop.train visible=\n")
+    code, out, _ = run(clone, "lr=1", CUDA_VISIBLE_DEVICES=set_to, **env)
+    assert (code, out) == (0, f"visible={numbers} -u -m loop.launcher train lr=1\n")
+
+
+def test_a_hostfile_names_machines_and_their_slots(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two machines\none slots=4\n\nme@two slots=2 # the small one\n")
+    assert read_hostfile(hosts) == {"one": [0, 1, 2, 3], "me@two": [0, 1]}
+    assert read_hostfile(hosts, 2) == {"one": [0, 1], "me@two": [0, 1]}
+    for text, named in (("one slots=4\ntwo slot=4", "line 2"), ("one", "line 1"), ("one slots=0", "line 1"), ("one slots=4\none slots=4", "line 2"),
+                        ("# none\n", "names no machine"), ("one slots=8\ntwo slots=2", "more than the slots of two")):  # fmt: skip
+        hosts.write_text(text)
+        with pytest.raises(ConfigError, match=named):
+            read_hostfile(hosts, 4)
+
+
+# In the place of ssh: `ssh -o ... HOST COMMAND` runs the command here.
+FAKE_SSH = """#!/usr/bin/env bash
+while [[ $1 == -o ]]; do shift 2; done
+[[ $1 != gone ]] || { echo "ssh: no route to $1" >&2; exit 255; }
+exec bash -c "$2"
+"""
+
+
+@pytest.fixture
+def cluster(clone):
+    """Starts a command on two machines with a rank each: `cluster(*args)`."""
+    (clone / "ssh").write_text(FAKE_SSH)
+    (clone / "ssh").chmod(0o755)
+    (clone / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (clone / "lost").write_text("one slots=1\ngone slots=1\n")
+    return lambda *args, **env: start(clone, *args, PATH=f"{clone}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1", **env)
+
+
+def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
+    """A run that is stopped, then one whose ranks find a mistake."""
+    process = cluster("--hostfile", "hosts", "wait=1", "a='b c' $HOME; \"d", "--gpus=1")
+    wait_for_ranks(clone)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err.count("stopping") == 1 and "Traceback" not in err
+    for rank in (0, 1):
+        assert events(clone, rank)[0] == "args wait=1 a='b c' $HOME; \"d" and events(clone, rank)[1].startswith("env 2 ")
+        assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        (clone / f"events.{rank}").unlink()
+    process = cluster("--hostfile=hosts", "fail=1")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2 and "toy: fail=1 is a mistake" in err
+    assert not living(clone)
+
+
+def test_when_the_starter_is_killed_or_a_second_signal_comes_all_machines_end(clone, cluster):
+    process = cluster("--hostfile", "hosts", "wait=1")
+    wait_for_ranks(clone)
+    process.kill()
+    wait_until(lambda: not living(clone))
+    for rank in (0, 1):
+        assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        (clone / f"events.{rank}").unlink()
+    process = cluster("--hostfile", "hosts", "wait=1", "deaf=1")
+    wait_for_ranks(clone)
+    process.send_signal(signal.SIGTERM)
+    wait_for_ranks(clone, lines=3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGKILL and not living(clone)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_not_reached_ends_the_others(clone, cluster):
+    process = cluster("--hostfile", "lost", "wait=1", "deaf=1")
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 255 and "gone ended with 255" in err and not living(clone)
 
 
 def test_python_reads_the_same_file_as_loop_train(clone):

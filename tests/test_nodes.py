@@ -1,8 +1,6 @@
-"""Two "hosts" on one machine: two of DeepSpeed's launchers with node ranks, each in a PID namespace of its own where that is allowed, so that
-neither can look at the other's processes."""
+"""Two "hosts" on one machine: two launchers with node ranks, each in a PID namespace of its own where that is allowed, so that neither can look at
+the other's processes. How one ./launch.sh reaches both: test_launch.py."""
 
-import base64
-import json
 import os
 import shutil
 import subprocess
@@ -24,15 +22,31 @@ class Hosts:
     """The launchers of one run; `start(node, *args)` starts one with these arguments for loop.train."""
 
     def __init__(self, config_file):
-        self.config_file, self.port, self.started = config_file, free_port(), []
+        self.config_file, self.port, self.started = config_file, str(free_port()), []
+        self.hostfile = config_file.parent / "hosts"
+        self.hostfile.write_text("one slots=1\ntwo slots=1\n")
 
     def start(self, node: int, *args: str, root=ROOT) -> subprocess.Popen:
-        world = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0]}).encode()).decode()
-        env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env = os.environ | {
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.port,
+        }
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
             env.pop(name, None)
-        command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={node}", "--master_addr=127.0.0.1",
-                   f"--master_port={self.port}", "--no_local_rank", "--module", "loop.train", "--config", str(self.config_file), *args]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "loop.launcher",
+            "train",
+            f"--hostfile={self.hostfile}",
+            f"--node-rank={node}",
+            "--config",
+            str(self.config_file),
+            *args,
+        ]
         process = subprocess.Popen([*APART, *command], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.started.append(process)
         return process

@@ -1,0 +1,209 @@
+"""Starts a command's ranks for ./launch.sh, here or on the machines of a hostfile, and sees them to a good end.
+
+On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. It would pass a SIGTERM on to one rank after the other and kill
+what is left after 30 seconds, so a stop goes past it: every rank gets one SIGTERM, at once, and its own time to save.
+
+Other machines are reached over ssh, and ./launch.sh runs there with `--node-rank`. Its standard input is the line to it: first the hosts, then "stop"
+or "kill"; when it closes, because the one who started all is gone, that is a stop as well. DeepSpeed's own way there, pdsh, cuts the connections at
+a signal: what the ranks say of their end is lost, it ends before they have saved, and killed it leaves them training.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from .cli import exit_with_config_error, leave, take_options
+from .config import ROOT, ConfigError
+
+PASSED_ON = ("GLOO_", "LOOP_", "MASTER_", "NCCL_", "OMP_")  # how the names begin of what other machines get of the environment
+LAST_WORDS = 40  # seconds; what the others have, after a machine ended badly, to end by themselves and say what they miss
+
+Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CPU ranks
+
+
+def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
+    """Lines of `NAME slots=N`, as DeepSpeed has them. gpus: of each machine, if not all its slots. Raises ConfigError with file and line."""
+    hosts: Hosts = {}
+    if not path.is_file():
+        raise ConfigError(f"--hostfile: there is no file '{path}'")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
+        if not slots.isdecimal() or not int(slots) or words[0] in hosts or words[1] == slots:
+            raise ConfigError(f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()}")
+        if gpus and gpus > int(slots):
+            raise ConfigError(f"--gpus {gpus} is more than the slots of {words[0]} ({path}, line {number})")
+        hosts[words[0]] = list(range(gpus or int(slots)))
+    if not hosts:
+        raise ConfigError(f"--hostfile {path}: names no machine; a line is `NAME slots=N`")
+    return hosts
+
+
+def this_machine(visible: str, gpus: int | None = None) -> Hosts:
+    """visible: the numbers of the GPUs that may be used, "0,1"; empty: ranks on the CPU, two if `gpus` does not say how many."""
+    if not visible:
+        return {"localhost": list(range(gpus or 2))}
+    if set(visible) - set("0123456789,"):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES must hold numbers such as 0,1, not '{visible}'")
+    numbers = [int(number) for number in visible.split(",") if number]
+    if (gpus or 1) > len(numbers):
+        raise ConfigError(f"--gpus {gpus} is more than the {len(numbers)} that are here: {visible}")
+    return {"localhost": numbers[:gpus]}
+
+
+class Ranks:
+    """This machine's ranks, children of DeepSpeed's launcher."""
+
+    def __init__(self, hosts: Hosts, node: int, address: str, port: str, command: list[str]) -> None:
+        world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
+        threads = max(1, len(os.sched_getaffinity(0)) // len(list(hosts.values())[node]))
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOOP_LAUNCHER_PID": str(os.getpid())}  # the ranks end when it is gone
+        env.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed sets it for the ranks
+        self.name = "this machine"
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={node}", f"--master_addr={address}",
+             f"--master_port={port}", "--log_level=critical", "--no_local_rank", "--module", *command],
+            env=env, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip # the terminal's Ctrl-C is for this process alone
+
+    def stop(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process(self.process.pid)
+            for process in launcher.children() or [launcher]:  # with no ranks yet, it is the launcher that shall end
+                process.terminate()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Machine:
+    """Another machine's ./launch.sh, at the other end of an ssh connection."""
+
+    def __init__(self, host: str, hosts: Hosts, node: int, port: str, command: list[str]) -> None:
+        env = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)]
+        started = ["env", *env, f"MASTER_PORT={port}", str(ROOT / "launch.sh"), *command, "--hostfile=-", f"--node-rank={node}"]
+        self.process = subprocess.Popen(
+            ["ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(started)}"],
+            stdin=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        self.name, self.given_up = host, 0.0
+        self.tell(json.dumps(hosts))
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(OSError):  # it has ended
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.tell("stop")
+
+    def kill(self) -> None:
+        self.tell("kill")
+        self.given_up = self.given_up or time.monotonic() + 5
+        if time.monotonic() > self.given_up:  # nobody answers there
+            self.process.kill()
+
+
+class Requests:
+    """What a signal, or the one who started this, wants: at first a stop, then an end at once."""
+
+    def __init__(self, line: io.FileIO | None) -> None:
+        self.stop = self.kill = False
+        self.line = line
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        if line:
+            threading.Thread(target=self._listen, args=(line,), daemon=True).start()
+
+    def _on_signal(self, number, frame) -> None:
+        self.stop, self.kill = True, self.stop
+
+    def _listen(self, line: io.FileIO) -> None:
+        for word in line:
+            self.stop, self.kill = True, word == b"kill\n"
+        self.stop = True
+
+
+def see_to_the_end(parts: Sequence[Ranks | Machine], requests: Requests, grace: float) -> int:
+    """Waits for the ranks of all `parts` and stops them when that is asked for. Returns the exit code of the first that ended badly, or 0."""
+    deadline, stopping, code = math.inf, False, 0
+    while running := [part for part in parts if part.process.poll() is None]:
+        if requests.stop and not stopping:
+            stopping, deadline = True, time.monotonic() + grace
+            if not requests.line:
+                say("stopping, the ranks save first (once more: stop at once)")
+            for part in running:
+                part.stop()
+        bad = [part for part in parts if part.process.returncode]
+        if bad and not code:
+            code = bad[0].process.returncode
+            deadline = min(deadline, time.monotonic() + LAST_WORDS)
+            say(f"{bad[0].name} ended with {code}{' (ssh: the connection)' * (code == 255)}; the others have {LAST_WORDS} s to end as well")
+        if requests.kill or time.monotonic() >= deadline:
+            for part in running:
+                part.kill()
+        time.sleep(0.1)
+    for part in parts:
+        part.kill()  # whatever is left behind
+    return code or next((part.process.returncode for part in parts if part.process.returncode), 0)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody need read it
+        print(f"launch.sh: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m loop.launcher COMMAND [--gpus N] [--hostfile FILE [--node-rank K]] [what COMMAND takes]`."""
+    name, *args = sys.argv[1:] if argv is None else argv
+    grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
+    line = None
+    try:
+        options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
+        gpus, hostfile, node = options["--gpus"], options["--hostfile"], options["--node-rank"]
+        if gpus and not (gpus.isdecimal() and int(gpus)):
+            raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
+        gpus = int(gpus) if gpus else None
+        if hostfile == "-":
+            line = open(0, "rb", buffering=0, closefd=False)  # without a buffer: a thread that waits at its lock could not be left behind
+            hosts = json.loads(line.readline())
+        else:
+            hosts = read_hostfile(Path(hostfile), gpus) if hostfile else this_machine(os.environ.get("CUDA_VISIBLE_DEVICES", ""), gpus)
+        if node and (not hostfile or not node.isdecimal() or int(node) >= len(hosts)):
+            raise ConfigError(f"--node-rank {node}: takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)")
+    except ConfigError as error:
+        exit_with_config_error(error)
+    with socket.socket() as s:  # a port that is free, so two runs can coexist
+        s.bind(("", 0))
+        port = os.environ.get("MASTER_PORT") or ("29500" if node else str(s.getsockname()[1]))
+    requests = Requests(line)
+    if hostfile and not node:  # the port was free here; where it is not on the first machine, MASTER_PORT names another
+        code = see_to_the_end([Machine(host, hosts, k, port, [name, *args]) for k, host in enumerate(hosts)], requests, grace + 5)
+    else:
+        address = (os.environ.get("MASTER_ADDR") or next(iter(hosts)).split("@")[-1]) if hostfile else "127.0.0.1"
+        code = see_to_the_end([Ranks(hosts, int(node or 0), address, port, [f"loop.{name}", *args])], requests, grace)
+        if code < 0 or code > 192:  # a rank that died by signal N: DeepSpeed's launcher says 256 - N, a shell says 128 + N
+            code = 128 - code if code < 0 else 384 - code
+            if not requests.stop:
+                say(f"signal {code - 128} ended a rank (9 often means: out of memory)")
+    leave(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()
