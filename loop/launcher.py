@@ -3,7 +3,7 @@
 On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. It would pass a SIGTERM on to one rank after the other and kill
 what is left after 30 seconds, so a stop goes past it: every rank gets one SIGTERM, at once, and its own time to save.
 
-Other machines are reached over ssh, and ./launch.sh runs there with `--node-rank`. Its standard input is the line to it: first the hosts, then "stop"
+On other machines ssh starts ./launch.sh, with `--node-rank`. Its standard input is the line to it: first the hosts, then "stop"
 or "kill"; when it closes, because the one who started all is gone, that is a stop as well. DeepSpeed's own way there, pdsh, cuts the connections at
 a signal: what the ranks say of their end is lost, it ends before they have saved, and killed it leaves them training.
 """
@@ -38,7 +38,7 @@ Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CP
 def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
     """Lines of `NAME slots=N`, as DeepSpeed has them. gpus: of each machine, if not all its slots. Raises ConfigError with file and line."""
     hosts: Hosts = {}
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # `<(command)` is neither file nor folder
         raise ConfigError(f"--hostfile: there is no file '{path}'")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.split("#")[0].split()
@@ -56,7 +56,7 @@ def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
 
 
 def this_machine(visible: str, gpus: int | None = None) -> Hosts:
-    """visible: the numbers of the GPUs that may be used, "0,1"; empty: ranks on the CPU, two if `gpus` does not say how many."""
+    """visible: the numbers of the GPUs that may be used, "0,1". Without any there are ranks on the CPU, two if `gpus` does not say how many."""
     if not visible:
         return {"localhost": list(range(gpus or 2))}
     if set(visible) - set("0123456789,"):
@@ -76,10 +76,13 @@ class Ranks:
         env = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOOP_LAUNCHER_PID": str(os.getpid())}  # the ranks end when it is gone
         env.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed sets it for the ranks
         self.name = "this machine"
+        # SLURM sends a job's signal to each of its processes, and this one would end DeepSpeed's launcher. What is ignored stays so in a child.
+        handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={node}", f"--master_addr={address}",
              f"--master_port={port}", "--log_level=critical", "--no_local_rank", "--module", *command],
             env=env, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip # the terminal's Ctrl-C is for this process alone
+        signal.signal(signal.SIGUSR1, handler)
 
     def stop(self) -> None:
         with contextlib.suppress(psutil.Error):

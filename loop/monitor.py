@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 
@@ -45,7 +46,7 @@ class Monitor:
         """mfu: what mfu.utilisation gave. evaluated: nothing that belongs to `first_step` will be logged once more."""
         self.on, self.config, self.folder, self.engine, self.ranks = ranks.is_main, config, config.folder, engine, ranks
         self.first_step, self.num_steps, self.mfu, self.timer = first_step, num_steps, mfu, StepTimer(ranks.device)
-        self.started = self.last = time.perf_counter()
+        self.started = self.last = self.said = time.perf_counter()
         self.tokens, self.seconds = 0, 0.0  # of the steps alone, without evaluation and saving
         if not self.on:
             return
@@ -66,7 +67,7 @@ class Monitor:
         if not evaluated:
             for line in (line for line in lines if line["step"] == first_step):
                 self.board.scalars(first_step, line)
-        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
+        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1, disable=not sys.stderr.isatty())
 
     def accounts(self, accounts: dict[str, Account]) -> None:
         """Which rows were left out or changed and why: said, and whole in data.json."""
@@ -139,6 +140,9 @@ class Monitor:
             with contextlib.suppress(OSError):
                 self.bar.set_postfix_str(figures, refresh=False)
                 self.bar.update()
+            if self.bar.disable and time.perf_counter() - self.said > 60:  # a file keeps no bar: a line a minute
+                self.said = time.perf_counter()
+                self.say(f"step {step} of {self.num_steps}: {figures}")
 
     def start_step(self) -> None:
         """A step's time begins here; evaluation, sampling and saving are not part of it."""
@@ -146,12 +150,10 @@ class Monitor:
         self.timer.start()
 
     def notes(self, step: int, notes: dict[str, str]) -> None:
-        """Sample notes of held-out examples, as text in TensorBoard and as a file."""
+        """Sample notes of held-out examples, as text in TensorBoard and as a file. `prompts` came before."""
         if self.on and notes:
             with self.carry_on():
-                folder = self.folder / "samples"
-                folder.mkdir(exist_ok=True)
-                (folder / f"step-{step:06d}.md").write_text(as_markdown(notes))
+                (self.folder / "samples" / f"step-{step:06d}.md").write_text(as_markdown(notes))
                 for key, note in notes.items():
                     self.board.note(step, key, note)
 

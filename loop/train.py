@@ -37,7 +37,7 @@ from .packing import Batch, collate, cut, make_plan
 from .peak import Measured
 from .spare import spare
 from .state import adam_step
-from .watchdog import StopRequest, Watchdog, doing
+from .watchdog import RankLost, StopRequest, Watchdog, doing
 
 
 def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
@@ -244,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (FloatingPointError, AuditError, JoinError, OSError) as error:  # not a mistake in what was typed: exit code 1
-        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, JoinError) else "")
+    except (FloatingPointError, AuditError, JoinError, RankLost, OSError) as error:  # not a mistake in what was typed: exit code 1
+        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
     if "exported" in report:
         with even_if_nobody_reads():
             show_summary(config, report)

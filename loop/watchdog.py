@@ -1,7 +1,8 @@
 """What ends a run before its time: a signal, the time limit, a rank that died or stands still.
 
 A collective waits for every rank, so one that is gone or hangs would hold all others for as long as the process group allows. Each
-rank writes once a second into the run's folder what it is doing, and reads what the others wrote: `heartbeat/rank-0.json`.
+rank writes once a second into the run's folder what it is doing, `heartbeat/rank-0.json`, and reads what the next rank wrote. Who finds a loss
+writes it down for all, so a second costs each rank three small files, however many ranks there are.
 """
 
 import contextlib
@@ -26,6 +27,10 @@ _now: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0, "since": tim
 def doing(what: str, step: int | None = None) -> None:
     """Notes what this rank is about to do, for the line that a watchdog says when it is the last thing that it did."""
     _now.update(doing=what, step=_now["step"] if step is None else step, turns=_now["turns"] + 1, since=time.time())
+
+
+class RankLost(RuntimeError):
+    """Another rank died, and what this one computed with it has failed. Exit code 1: nothing that was typed need be wrong."""
 
 
 class StopRequest:
@@ -92,37 +97,47 @@ class Watchdog:
         self.over.set()
         if kind is None:
             with contextlib.suppress(OSError):
-                (self.folder / f"rank-{self.ranks.rank}.json").unlink()
+                self._file(self.ranks.rank).unlink()
             return
         self._write(ended=kind.__name__)
         if issubclass(kind, RuntimeError):  # perhaps a collective that failed because another rank is gone: say which
-            self._lost()
+            self._lost(self._others())
             time.sleep(1 if all(beat["host"] == self.me["host"] for beat in self._others()) else 5)
-            if lost := self._lost(silence=4):  # a connection broke, and beats come once a second
-                sys.stderr.write(f"{lost}\n")
+            if lost := self._lost(self._others(), silence=4):  # a connection broke, and beats come once a second
+                if " ended with " in lost:  # of its own error, and perhaps this rank of the same: let both be seen
+                    sys.stderr.write(f"{lost}\n")
+                else:
+                    raise RankLost(self._ending(lost)) from error
 
-    def _write(self, **more) -> None:
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+    def _write(self, path: Path | None = None, **more) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"rank-{self.ranks.rank}.json"
-            aside = path.with_suffix(".writing")
+            aside = self._file(self.ranks.rank).with_suffix(".writing")
             aside.write_text(json.dumps(self.me | _now | {"alive": time.time()} | more))
-            aside.replace(path)
+            aside.replace(path or self._file(self.ranks.rank))
 
-    def _others(self) -> list[dict]:
-        """What the other ranks of this run wrote last."""
+    def _read(self, *paths: Path) -> list[dict]:
+        """What other ranks of this run wrote last into these files."""
         found = []
-        for path in sorted(self.folder.glob("rank-*.json")):
+        for path in paths:
             with contextlib.suppress(OSError, ValueError):
                 found.append(json.loads(path.read_text()))
         return [beat for beat in found if beat["token"] == self.me["token"] and beat["rank"] != self.ranks.rank]
 
-    def _lost(self, silence: float | None = None) -> str | None:
+    def _others(self) -> list[dict]:
+        return self._read(*sorted(self.folder.glob("rank-*.json")))
+
+    def _lost(self, beats: list[dict], silence: float | None = None) -> str | None:
         """The rank that died, in words. Only the pids of one's own machine can be looked at; of another one's, whether they still write."""
         now = time.monotonic()
-        for beat in self._others():
+        for beat in beats:
             if beat["alive"] != self.heard.get(beat["rank"], (0, 0))[0]:
                 self.heard[beat["rank"]] = beat["alive"], now
+            if "lost" in beat:
+                return beat["lost"]
             if "ended" in beat:
                 return f"rank {beat['rank']} ended with {beat['ended']} {_where(beat)}"
             if beat["host"] == self.me["host"] and not _lives(beat["pid"]):
@@ -140,14 +155,19 @@ class Watchdog:
         beat = min(frozen or beats, key=lambda b: b["turns"])
         return f"rank {beat['rank']} stands still {_where(beat)}, and run.timeout_minutes is over"
 
+    def _ending(self, reason: str) -> str:
+        return f"{reason}; rank {self.ranks.rank} ends {_where(_now)}. The next start goes on from the newest checkpoint"
+
     def _watch(self) -> None:
+        following, lost = self._file((self.ranks.rank + 1) % self.ranks.world_size), self.folder / "lost.json"
         while not self.over.wait(1.0):
             self._write()
             stalled = self._stalled()
-            reason = stalled or self._lost()
+            reason = stalled or self._lost(self._read(following, lost))
             if not reason or (not stalled and self.over.wait(3)):  # a rank that ends like the lost one may do so by itself
                 continue
-            sys.stderr.write(f"error: {reason}; rank {self.ranks.rank} ends {_where(_now)}. The next start goes on from the newest checkpoint\n")
+            self._write(lost, lost=reason)
+            sys.stderr.write(f"error: {self._ending(reason)}\n")
             if stalled:
                 faulthandler.dump_traceback()
             os._exit(1)

@@ -2,13 +2,18 @@
 
 import json
 import stat
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from loop.sources import read_split
 from loop.cli import load_config
+from loop.monitor import Monitor
 from loop.timers import PARTS
 
 TRAIN = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "tokens_per_second", "clipped_steps", "save_seconds")}
@@ -67,6 +72,21 @@ def test_no_patients_word_leaves_the_files_it_came_in(trained):
     texts = [p.read_bytes().decode("utf-8", "replace") for p in trained.rglob("*") if p.is_file() and p.parent.name != "samples"]
     texts.append((trained.parent / "stdout").read_text())
     assert len(secrets) > 20 and not any(s in t for s in secrets for t in texts)
+
+
+def test_where_no_terminal_shows_a_bar_there_is_a_line_a_minute(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("loop.monitor.time.perf_counter", lambda: now[0])
+    config = SimpleNamespace(folder=tmp_path, max_grad_norm=1.0, monitor=SimpleNamespace(eval_steps=100))
+    monitor = Monitor.__new__(Monitor)
+    vars(monitor).update(on=True, config=config, ranks=SimpleNamespace(device=torch.device("cpu")), first_step=0, num_steps=900, tokens=0,
+                         seconds=0.0, last=0.0, said=0.0, clipped=0, mfu=lambda *_: {}, timer=SimpleNamespace(stop=dict), scalars=lambda *_: None,
+                         bar=tqdm(total=900, disable=True))  # fmt: skip
+    for step in range(11, 100):  # of 31 seconds each: the second is the first after a minute
+        now[0] += 31
+        monitor.step(step, 1.5, 0.5, 1e-4, np.array([5, 7]), 3)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 44 and said[0] == "step 12 of 900: loss 1.5000, norm 0.50, lr 1.00e-04, 0 tokens/s"
 
 
 def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):

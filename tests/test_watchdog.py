@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, free_port
 
 from loop import watchdog
-from loop.watchdog import Watchdog, doing
+from loop.watchdog import RankLost, Watchdog, doing
 
 
 def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
@@ -114,7 +114,7 @@ def dog(tmp_path, monkeypatch):
     """The watchdog of rank 0 of 2, with a limit of a minute, not yet entered; what would end the process is noted instead."""
     ended = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
-    it = Watchdog(tmp_path, SimpleNamespace(rank=0, gather=lambda value: [value]), 1.0)
+    it = Watchdog(tmp_path, SimpleNamespace(rank=0, world_size=2, gather=lambda value: [value]), 1.0)
     it.ended, it.folder = ended, tmp_path / "heartbeat"
     it.folder.mkdir()
     return it
@@ -133,15 +133,15 @@ def dead_pid() -> int:
 
 def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
     other_rank(dog)
-    assert dog._lost() is None
+    assert dog._lost(dog._others()) is None
     other_rank(dog, pid=dead_pid())
-    assert "rank 1 (pid" in dog._lost() and "died in step 7 (micro-batch 2 of 3, for 0 s)" in dog._lost()
+    assert "rank 1 (pid" in dog._lost(dog._others()) and "died in step 7 (micro-batch 2 of 3, for 0 s)" in dog._lost(dog._others())
     other_rank(dog, pid=dead_pid(), token=1)  # what an earlier run left
-    assert dog._lost() is None
+    assert dog._lost(dog._others()) is None
     other_rank(dog, pid=dead_pid(), host="another")  # its processes can't be looked at
-    assert dog._lost() is None
+    assert dog._lost(dog._others()) is None
     other_rank(dog, ended="OutOfMemoryError", host="another")
-    assert dog._lost().startswith("rank 1 ended with OutOfMemoryError in step 7")
+    assert dog._lost(dog._others()).startswith("rank 1 ended with OutOfMemoryError in step 7")
 
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
@@ -169,6 +169,31 @@ def test_a_lost_rank_ends_this_one_and_a_good_end_leaves_no_file(dog, capfd):
             if dog.ended:
                 break
     assert dog.ended[0] == 1 and "error: rank 1 (pid" in capfd.readouterr().err
+
+
+def test_what_one_rank_finds_all_are_told(dog, capfd):
+    """Each rank reads the next one's file and one for all, not everybody's."""
+    dog.ranks.world_size = 9
+    other_rank(dog)
+    beat = json.loads((dog.folder / "rank-1.json").read_text())
+    (dog.folder / "rank-5.json").write_text(json.dumps(beat | {"rank": 5, "pid": dead_pid()}))  # rank 4's to find
+    with dog:
+        time.sleep(1.5)
+        assert not dog.ended
+        (dog.folder / "lost.json").write_text(json.dumps(beat | {"rank": 4, "lost": "rank 5 died"}))
+        time.sleep(5)
+    assert dog.ended[0] == 1 and "error: rank 5 died; rank 0 ends in step" in capfd.readouterr().err
+    assert json.loads((dog.folder / "lost.json").read_text())["rank"] == 0  # it tells in turn
+
+
+def test_a_collective_that_fails_with_another_rank_is_that_ranks_loss(dog):
+    other_rank(dog, pid=dead_pid())
+    with pytest.raises(RankLost, match="rank 1 .* died in step 7"), dog:
+        raise RuntimeError("Connection closed by peer")
+    dog.over.clear()
+    other_rank(dog, ended="OutOfMemoryError")  # as this rank, perhaps
+    with pytest.raises(RuntimeError, match="out of memory"), dog:
+        raise RuntimeError("out of memory")
 
 
 def test_a_failed_rank_says_so_in_its_file(dog):
