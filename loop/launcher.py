@@ -3,9 +3,9 @@
 On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. It would pass a SIGTERM on to one rank after the other and kill
 what is left after 30 seconds, so a stop goes past it: every rank gets one SIGTERM, at once, and its own time to save.
 
-On other machines ssh starts ./launch.sh, with `--node-rank`. Its standard input is the line to it: first the hosts, then "stop"
-or "kill"; when it closes, because the one who started all is gone, that is a stop as well. DeepSpeed's own way there, pdsh, cuts the connections at
-a signal: what the ranks say of their end is lost, it ends before they have saved, and killed it leaves them training.
+On other machines ssh starts ./launch.sh, with `--node-rank`. Its standard input is the line to it: first the hosts, then a sign of life now and
+then, "stop" or "kill"; when it closes or falls silent, because the one who started all is gone, that is a stop as well. DeepSpeed's own way there,
+pdsh, cuts the connections at a signal: what the ranks say of their end is lost, it ends before they have saved, and killed it leaves them training.
 """
 
 import base64
@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import select
 import shlex
 import signal
 import socket
@@ -30,6 +31,7 @@ from .cli import exit_with_config_error, leave, take_options
 from .config import ROOT, ConfigError
 
 PASSED_ON = ("GLOO_", "LOOP_", "MASTER_", "NCCL_", "OMP_")  # how the names begin of what other machines get of the environment
+SILENCE = 60  # seconds; a sign of life comes every five
 LAST_WORDS = 40  # seconds; what the others have, after a machine ended badly, to end by themselves and say what they miss
 
 Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CPU ranks
@@ -94,6 +96,9 @@ class Ranks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def still_here(self) -> None:
+        """They watch this process by its number."""
+
 
 class Machine:
     """Another machine's ./launch.sh, at the other end of an ssh connection."""
@@ -109,12 +114,17 @@ class Machine:
 
     def tell(self, line: str) -> None:
         assert self.process.stdin
+        self.told = time.monotonic()
         with contextlib.suppress(OSError):  # it has ended
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     def stop(self) -> None:
         self.tell("stop")
+
+    def still_here(self) -> None:
+        if time.monotonic() > self.told + 5:
+            self.tell("alive")
 
     def kill(self) -> None:
         self.tell("kill")
@@ -138,8 +148,8 @@ class Requests:
         self.stop, self.kill = True, self.stop
 
     def _listen(self, line: io.FileIO) -> None:
-        for word in line:
-            self.stop, self.kill = True, word == b"kill\n"
+        while select.select([line], [], [], SILENCE)[0] and (word := line.readline()):
+            self.stop, self.kill = self.stop or word != b"alive\n", self.kill or word == b"kill\n"
         self.stop = True
 
 
@@ -161,6 +171,8 @@ def see_to_the_end(parts: Sequence[Ranks | Machine], requests: Requests, grace: 
         if requests.kill or time.monotonic() >= deadline:
             for part in running:
                 part.kill()
+        for part in running:
+            part.still_here()
         time.sleep(0.1)
     for part in parts:
         part.kill()  # whatever is left behind

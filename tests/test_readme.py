@@ -149,7 +149,7 @@ def test_every_command_line_has_known_options_and_keys():
 def test_torchruns_options_are_its_own():
     from torch.distributed.run import get_args_parser
 
-    (line,) = re.findall(r"bin/torchrun (.*?)'", README.replace("\\\n", " "), re.S)
+    (line,) = re.findall(r"bin/torchrun (.*)", README)
     found = get_args_parser().parse_args(shlex.split(line))
     assert (found.module, found.training_script, found.nnodes, found.nproc_per_node) == (True, "loop.train", "2", "8")
     assert (ROOT / found.training_script_args[1]).is_file()
@@ -219,8 +219,8 @@ def test_what_the_readme_points_at_is_there():
     order = README.split("## Reading order")[1].split("\n## ")[0]
     for path in ROOT.glob("loop/*.py"):
         assert f"`loop/{path.name}`" in order or path.name == "__init__.py", path
-    said = int(re.search(r"About (\d),000 lines", README)[1])
-    assert round(sum(len(path.read_text().splitlines()) for path in ROOT.glob("loop/*.py")) / 1000) == said
+    said = int(re.search(r"About (\d,\d00) lines", README)[1].replace(",", ""))
+    assert abs(sum(len(path.read_text().splitlines()) for path in ROOT.glob("loop/*.py")) - said) < 150
     shown = runpy.run_path(str(ROOT / "tests" / "broken" / "shown.py"))["SHOWN"]
     assert len(shown) == 15 and README.count("fifteen classic mistakes") == 2
     assert "@" not in re.sub(r"\S+@\S+\.\S+", "", README), "a figure was not filled in"
