@@ -109,7 +109,7 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
         raise AuditError(f"--adapter {adapter}: {error}") from error
     base = base or trained["base"]
     if "base_fingerprint" in trained and trained["base_fingerprint"] != base_fingerprint(base, trained["revision"]):
-        raise AuditError(f"--adapter {adapter}: trained on {trained['base']}, and {base} has another content now; name that base with --base")
+        raise AuditError(f"--adapter {adapter}: trained on {trained['base']}, and {base} has another content now; name that base")
     return trained
 
 

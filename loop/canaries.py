@@ -17,8 +17,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from .audit import AuditError
-from .cli import leave, load_config, take_options
+from .cli import load_config, take_options
 from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed
@@ -160,7 +159,7 @@ def main(args: list[str]) -> None:
     options = take_options(args, {"--canaries": None, "--repeats": "1,4,16"})
     if not re.fullmatch(r"[1-9]\d{0,3}", options["--canaries"]) or not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", options["--repeats"]):
         raise ConfigError(f"--canaries {options['--canaries']} --repeats {options['--repeats']}: a whole number, and whole numbers with commas")
-    from .train import train  # late: it imports evaluate, which comes here
+    from .train import FAILED, leave_failed, train  # late: it imports evaluate, which comes here
 
     config = load_config(args)
     ranks = init_distributed(config.run.join_minutes)
@@ -169,8 +168,8 @@ def main(args: list[str]) -> None:
     seen = times_seen(config, tokenizer, canaries)
     try:
         report = train(config, build_ds_config(config))
-    except (FloatingPointError, AuditError, OSError) as error:  # as in train.main
-        leave(1, f"error: {error}" if ranks.is_main else "")
+    except FAILED as error:
+        leave_failed(error)
     if report and report["steps"] == report["planned_steps"]:
         exposures = measure(config, canaries, tokenizer, ranks.device)
         write_report(config.folder, {"canaries": [vars(c) | {"seen": n, "exposure": bits} for c, n, bits in zip(canaries, seen, exposures)]})

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -80,7 +80,7 @@ def load_config(argv: list[str]) -> Config:
         raise ConfigError(f"{key}{shown}{': ' if key else ''}{what} ({path.name} or the command line)") from error
 
 
-def exit_with_config_error(error: Exception) -> None:
+def exit_with_config_error(error: Exception) -> NoReturn:
     """One line on stderr and exit code 2. Where all ranks make the same mistake, rank 0 says it and the launcher ends the others
     while they wait; a rank that is alone with its mistake gets to say it after that."""
     rank = os.environ.get("RANK", "0")
@@ -102,7 +102,7 @@ def even_if_nobody_reads() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
 
 
-def leave(code: int, message: str = "") -> None:
+def leave(code: int, message: str = "") -> NoReturn:
     """Ends this process. Not by sys.exit once it belongs to a process group: gloo's threads may then abort it, with a code of their own."""
     if message:
         sys.stderr.write(message + "\n")  # one write: lines must not mix

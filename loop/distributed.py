@@ -60,8 +60,9 @@ class Ranks:
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes)]
 
 
-def init_distributed(join_minutes: float = 10, timeout_minutes: float = 30) -> Ranks:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it. Raises JoinError where not all ranks come."""
+def init_distributed(join_minutes: float = 10, timeout_minutes: float = 30, stop=None) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it. timeout_minutes: of a collective; stop: ends
+    the waiting for ranks. Raises JoinError where not all of them come."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         os.environ.setdefault(name, value)  # `python -m loop.train` without a launcher is a world of one
     if on_gpu():
@@ -71,7 +72,7 @@ def init_distributed(join_minutes: float = 10, timeout_minutes: float = 30) -> R
     _die_with_parent()
     backend, timeout = "nccl" if on_gpu() else "gloo", datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        join(backend, join_minutes, timeout)
+        join(backend, join_minutes, timeout, stop)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import AttentionError
+from .audit import AuditError, check_adapter
 from .backends import choose_backend
 from .cli import exit_with_config_error, leave, load_config, take_options
 from .config import Config, ConfigError
@@ -68,15 +69,14 @@ def evaluate_loss(engine, examples: list[Example], capacity: int, max_seq_len: i
 
 
 def score_all(conversations: list[Conversation], notes: dict[str, Note], train: list[Conversation], ranks: Ranks) -> tuple[list[Row], dict]:
-    """(rows by id, the figures of `summarise`), each rank scoring its share; the same on every rank, whatever their number."""
-
+    """(rows by id, the figures of `summarise`), each rank scoring its share; the same on every rank, whatever their number. train: may be empty."""
     doing("scoring notes")
     rows = [Row(c.id, said(c), answer(c), *notes[c.id]) for c in sorted(conversations, key=lambda c: c.id)]
     mine = rows[ranks.rank :: ranks.world_size]
-    nearest = most_similar([row.dialogue for row in mine], [said(c) for c in train])
+    nearest = most_similar([row.dialogue for row in mine], [said(c) for c in train]) if train else []
     systems = {
         "notes": [score_note(row) for row in mine],
-        "nearest note": [score_note(row._replace(note=answer(train[i]), ended=None)) for row, i in zip(mine, nearest)],
+        **({"nearest note": [score_note(row._replace(note=answer(train[i]), ended=None)) for row, i in zip(mine, nearest)]} if train else {}),
         "dialogue": [score_note(row._replace(note=row.dialogue, ended=None)) for row in mine],
         "reference": [score_note(row._replace(note=row.reference, ended=None)) for row in mine],
     }
@@ -92,8 +92,8 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
     columns = config.data.columns | ({"note": reference} if reference else {})
     texts = config.model_copy(update={"data": config.data.model_copy(update={"columns": columns, "headings": "optional"})})
     report: dict = {"figures": {}}
-    if not getattr(config.data, split):
-        raise ConfigError(f"data.{split} is not set")
+    if not getattr(config.data, split) and not (split == "valid" and config.data.valid_share):
+        raise ConfigError(f"data.{split} is not set" + "; --split valid takes the share that was held out" * bool(config.data.valid_share))
     if html and not Path(html).resolve().parent.is_dir():
         raise ConfigError(f"--html {html}: there is no such folder")
     conversations = {c.id: c for c in read_split(texts, split)[0]}
@@ -106,7 +106,8 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
         ds = build_ds_config(config)
         tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
         examples, account = load_examples(config, tokenizer, split)
-        ids = [e.id for e in examples][:notes]
+        chosen = [e for e in examples if e.id in conversations][:notes]  # the --reference column may lack some
+        ids = [e.id for e in chosen]
         ranks = init_distributed(config.run.join_minutes)
         seed_everything(config.seed)
         backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
@@ -116,7 +117,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
         assert losses is not None  # there was nothing that could have asked it to stop
         report |= {"examples": len(examples), "left out": account.rows - account.kept}
         report["figures"]["loss"] = dict(zip(("value", "low", "high"), (ratio(losses), *interval(losses))))
-        written = share_notes(engine, tokenizer, examples[:notes], config.monitor.sample_max_new_tokens, ranks)
+        written = share_notes(engine, tokenizer, chosen, config.monitor.sample_max_new_tokens, ranks)
     if ids:
         scored, figures = score_all([conversations[key] for key in ids], written, train, ranks)
         report |= {"notes": len(ids), "figures": report["figures"] | figures}
@@ -152,13 +153,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--adapter {adapter}: the configuration says method=full, which has none; leave one of them out")
         if adapter and not predictions:  # the rounding of the base that it was trained on, whatever the configuration says
             config = config.model_copy(update={key: read_adapter(adapter)[key] for key in ("method", "double_quant", "revision")})
+            check_adapter(adapter, config.base)
         elif trained.is_dir():
             config = config.model_copy(update={"base": str(trained)})
         count = 0 if config.data.supervise == "all" else None if notes is None else int(notes)
         report = evaluate(config, adapter, split, count, predictions, options["--reference"], options["--html"])
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except JoinError as error:
+    except (AuditError, JoinError) as error:
         leave(1, f"error: {error}")
     if report:
         name = f"{split}/{Path(predictions).stem}" if predictions else split

@@ -66,6 +66,7 @@ class NotesFile:
         self.path, self.dialogues, self.by = Path(path), dialogues, by
         try:
             self.path.touch(mode=0o600)  # notes are a patient's: its owner's alone
+            self.path.chmod(0o600)
             self.file = self.path.open("r+b")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -107,7 +108,6 @@ class NotesFile:
         """Puts the notes into the order of the dialogues: they were written in the order of their lengths."""
         if all(key in self.done for key in self.dialogues):
             write_atomically(self.path, "".join(json.dumps(self.done[key]) + "\n" for key in self.dialogues))
-            self.path.chmod(0o600)
         self.file.close()
 
 

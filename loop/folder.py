@@ -46,7 +46,7 @@ def prepare_folder(config: Config, ranks: Ranks) -> contextlib.AbstractContextMa
 def lock_folder(folder: Path):
     """Locks a run's folder and returns the open file that holds the lock; it ends with the process, however that ends. The ranks of a run
     whose launcher was killed save before they go, so an earlier run gets that time. Raises TimeoutError when it is still there then."""
-    file, end, said = (folder / LOCK).open("w"), time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS", 120)), False
+    file, end, said = (folder / LOCK).open("w"), time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS") or 120), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +106,8 @@ def write_report(folder: Path, figures: dict) -> dict:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is whole whenever the process is killed: the old text or the new one."""
+    """Writes a file that is whole whenever the process is killed, the old text or the new one, and readable by its owner alone."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
     aside.replace(path)

@@ -107,10 +107,10 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, linears: list[Linear], x, *lora):
-        (gate, up, last), (_, bg, _, bu, a, b) = linears, lora
+        (gate, lift, last), (_, bg, _, bu, a, b) = linears, lora  # gate_proj, up_proj, down_proj; A and B of each
         ctx.linears, ctx.drops = linears, (draw(linears[:2]), draw(linears[2:]))
         hg, hu = down(x, lora[:4:2], *ctx.drops[0])
-        g, u = gate.base(x), up.base(x)
+        g, u = gate.base(x), lift.base(x)
         m = swiglu(g, u, (hg, bg), (hu, bu))
         (hm,) = down(m, (a,), *ctx.drops[1])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
@@ -200,8 +200,9 @@ def fuse(layers: nn.ModuleList, keep_dense: bool) -> set[str]:
 
 
 def put(modules: list[nn.Module], linears: list[Linear], function: type[torch.autograd.Function]) -> None:
-    """Lets the modules, which get the same input one after the other, compute their outputs by `function` at the first one's turn."""
-    waiting: list = [None]  # the input, and the outputs that have not been asked for
+    """Lets the modules, which are called one after the other with the same tensor object, compute their outputs by `function` at the first one's
+    turn. The others fetch theirs; once all have, nothing is held, so no activation is kept alive."""
+    waiting: list = [None]  # that input, then the output of each module that has not fetched it
     for number, module in enumerate(modules):
 
         def forward(x: torch.Tensor, *args, number=number, module=module, plain=module.forward, **kwargs) -> torch.Tensor:
@@ -219,11 +220,12 @@ def put(modules: list[nn.Module], linears: list[Linear], function: type[torch.au
 
 
 def is_plain_lora(module: Any) -> bool:
-    """Whether it is a linear layer with one LoRA and nothing else: no DoRA or the like, no bias of LoRA's own."""
+    """Whether it is a linear layer with one LoRA and nothing else: no DoRA or the like, no bias of LoRA's own, none that is trained."""
     if type(module) not in (PeftLinear, PeftLinear4bit) or len(module.active_adapters) != 1 or module.merged:
         return False
     (name,) = module.active_adapters
-    return not (module.lora_variant or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False))
+    trains_bias = module.base_layer.bias is not None and module.base_layer.bias.requires_grad
+    return not (module.lora_variant or module.lora_bias.get(name) or trains_bias or getattr(module, "fan_in_fan_out", False))
 
 
 def are_alike(modules: list[Any]) -> bool:

@@ -8,12 +8,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from .config import Config, ConfigError
 from .distributed import Ranks
 from .model import loading, resolve_base
 from .packing import Plan
+from .stream import fetch_base
 from .tokens import Example
 
 # Where and how a run computes, and what the other two kinds hold already: not settings in the sense above.
@@ -77,8 +76,8 @@ def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, fo
 def base_fingerprint(base: str, revision: str | None = None) -> str:
     """A hash of the base's content: config.json, and of each weight file its size and 64 samples, the header first. The name does not count (a
     base may move), and gigabytes are not read."""
-    with loading(base):
-        folder = Path(cached_file(resolve_base(base)["pretrained_model_name_or_path"], "config.json", revision=revision)).parent
+    with loading(base):  # with its weights, or the hash would be another one before they are downloaded
+        folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -13,8 +13,9 @@ class JoinError(RuntimeError):
     """Not all ranks came. Exit code 1: nothing that was typed need be wrong."""
 
 
-def join(backend: str, minutes: float, timeout: datetime.timedelta) -> None:
-    """Makes the process group of all ranks, who have `minutes` to come (machines start at different times). timeout: of a later collective.
+def join(backend: str, minutes: float, timeout: datetime.timedelta, stop=None) -> None:
+    """Makes the process group of all ranks, who have `minutes` to come (machines start at different times). timeout: of a later collective;
+    stop: a StopRequest, at which the waiting ends.
 
     torch's own rendezvous waits in silence and ends with "timed out"; here every rank leaves its name where all can read it."""
     rank, world_size, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), time.monotonic()
@@ -23,9 +24,11 @@ def join(backend: str, minutes: float, timeout: datetime.timedelta) -> None:
     try:
         store = dist.TCPStore(host, port, None, leads, datetime.timedelta(minutes=minutes), wait_for_workers=False)
         missing, said = list(range(world_size)), False
-        store.set(f"joined/{rank}", socket.gethostname())
+        store.set(f"joined/{rank}", backend)
         while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
             waited, names = time.monotonic() - started, f"rank {', '.join(map(str, missing))} of {world_size}"
+            if stop and stop.signal:
+                raise JoinError(f"rank {rank}: asked to stop ({stop.signal}) while it waited for {names}")
             if waited > 60 * minutes:
                 raise JoinError(f"{names} did not come within run.join_minutes={minutes:g}; are all machines started, with the same number "
                                 "of ranks?")  # fmt: skip
@@ -33,6 +36,8 @@ def join(backend: str, minutes: float, timeout: datetime.timedelta) -> None:
                 said = True
                 print(f"waiting for {names}, up to run.join_minutes={minutes:g}", file=sys.stderr, flush=True)
             time.sleep(0.2)
+        if backend != (theirs := store.get("joined/0").decode()):  # else each side would wait for the other's first collective
+            raise JoinError(f"rank {rank} on {socket.gethostname()} would use {backend}, and rank 0 {theirs}: does nvidia-smi find the GPUs of both?")
     except dist.DistError as error:  # rank 0's machine does not answer
         raise JoinError(f"rank {rank}: {host}:{port} (MASTER_ADDR, MASTER_PORT) gave no answer within run.join_minutes={minutes:g}; is rank 0 "
                         f"started, and the port open? ({str(error).strip().splitlines()[0][:100]})") from error  # fmt: skip

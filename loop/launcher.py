@@ -16,6 +16,7 @@ import math
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,9 +31,9 @@ import psutil
 from .cli import exit_with_config_error, leave, take_options
 from .config import ROOT, ConfigError
 
-PASSED_ON = ("GLOO_", "LOOP_", "MASTER_", "NCCL_", "OMP_")  # how the names begin of what other machines get of the environment
+PASSED_ON = ("GLOO_", "HF_H", "LOOP_", "MASTER_", "NCCL_", "OMP_")  # how the names begin of what other machines get of the environment
 SILENCE = 60  # seconds; a sign of life comes every five
-LAST_WORDS = 40  # seconds; what the others have, after a machine ended badly, to end by themselves and say what they miss
+LAST_WORDS = 75  # seconds that the others have, after ranks ended badly, to say what they miss: run.silence_minutes is one minute
 
 Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CPU ranks
 
@@ -40,15 +41,17 @@ Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CP
 def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
     """Lines of `NAME slots=N`, as DeepSpeed has them. gpus: of each machine, if not all its slots. Raises ConfigError with file and line."""
     hosts: Hosts = {}
-    if not path.exists() or path.is_dir():  # `<(command)` is neither file nor folder
-        raise ConfigError(f"--hostfile: there is no file '{path}'")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile '{path}': {getattr(error, 'strerror', None) or 'not a text'}") from error
+    for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if not words:
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
         if not slots.isdecimal() or not int(slots) or words[0] in hosts or words[1] == slots:
-            raise ConfigError(f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()}")
+            raise ConfigError(f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()[:60]}")
         if gpus and gpus > int(slots):
             raise ConfigError(f"--gpus {gpus} is more than the slots of {words[0]} ({path}, line {number})")
         hosts[words[0]] = list(range(gpus or int(slots)))
@@ -69,10 +72,32 @@ def this_machine(visible: str, gpus: int | None = None) -> Hosts:
     return {"localhost": numbers[:gpus]}
 
 
-class Ranks:
+def machines(gpus: str | None, hostfile: str | None, node: str | None, visible: str, line=None) -> Hosts:
+    """The run's machines by the options as they were typed. visible: as in `this_machine`; line: from which hosts "-" are read."""
+    if gpus is not None and not (gpus.isdecimal() and int(gpus)):
+        raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
+    count = int(gpus) if gpus else None
+    if hostfile is not None and node is None and not shutil.which("ssh"):
+        raise ConfigError("--hostfile: there is no ssh here; start each machine by hand with --node-rank")
+    if line:
+        try:
+            hosts = json.loads(line.readline())
+        except ValueError as error:
+            raise ConfigError("--hostfile -: is how ./launch.sh starts other machines; name a file") from error
+    else:
+        hosts = this_machine(visible, count) if hostfile is None else read_hostfile(Path(hostfile), count)
+    if node is not None:
+        if hostfile is None or not node.isdecimal() or int(node) >= len(hosts):
+            raise ConfigError(f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)")
+        here = list(hosts)[int(node)]
+        hosts[here] = this_machine(visible, len(hosts[here]))["localhost"]  # which ones those of other machines are, they know
+    return hosts
+
+
+class ThisMachine:
     """This machine's ranks, children of DeepSpeed's launcher."""
 
-    def __init__(self, hosts: Hosts, node: int, address: str, port: str, command: list[str]) -> None:
+    def __init__(self, hosts: Hosts, node: int, address: str, port: int, command: list[str]) -> None:
         world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
         threads = max(1, len(os.sched_getaffinity(0)) // len(list(hosts.values())[node]))
         env = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOOP_LAUNCHER_PID": str(os.getpid())}  # the ranks end when it is gone
@@ -103,7 +128,7 @@ class Ranks:
 class Machine:
     """Another machine's ./launch.sh, at the other end of an ssh connection."""
 
-    def __init__(self, host: str, hosts: Hosts, node: int, port: str, command: list[str]) -> None:
+    def __init__(self, host: str, hosts: Hosts, node: int, port: int, command: list[str]) -> None:
         env = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)]
         started = ["env", *env, f"MASTER_PORT={port}", str(ROOT / "launch.sh"), *command, "--hostfile=-", f"--node-rank={node}"]
         self.process = subprocess.Popen(
@@ -139,35 +164,41 @@ class Requests:
     def __init__(self, line: io.FileIO | None) -> None:
         self.stop = self.kill = False
         self.line = line
+        self.since = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a script's `&`
+                signal.signal(number, self._on_signal)
         if line:
             threading.Thread(target=self._listen, args=(line,), daemon=True).start()
 
     def _on_signal(self, number, frame) -> None:
-        self.stop, self.kill = True, self.stop
+        self.kill = self.kill or (self.stop and time.monotonic() > self.since + 1)  # one request may come twice at once
+        if not self.stop:
+            self.stop, self.since = True, time.monotonic()
 
     def _listen(self, line: io.FileIO) -> None:
         while select.select([line], [], [], SILENCE)[0] and (word := line.readline()):
-            self.stop, self.kill = self.stop or word != b"alive\n", self.kill or word == b"kill\n"
+            if word != b"alive\n":
+                self.stop, self.kill = True, word == b"kill\n"
         self.stop = True
 
 
-def see_to_the_end(parts: Sequence[Ranks | Machine], requests: Requests, grace: float) -> int:
+def see_to_the_end(parts: Sequence[ThisMachine | Machine], requests: Requests, grace: float) -> int:
     """Waits for the ranks of all `parts` and stops them when that is asked for. Returns the exit code of the first that ended badly, or 0."""
     deadline, stopping, code = math.inf, False, 0
     while running := [part for part in parts if part.process.poll() is None]:
-        if requests.stop and not stopping:
-            stopping, deadline = True, time.monotonic() + grace
-            if not requests.line:
-                say("stopping, the ranks save first (once more: stop at once)")
+        bad = [part for part in parts if part.process.returncode]
+        lost = bool(bad) and bad[0].process.returncode == 255  # ssh's own: its ranks may live, and have been told so by their end of the line
+        if (requests.stop or lost) and not stopping:
+            stopping, deadline = True, min(deadline, time.monotonic() + grace)
             for part in running:
                 part.stop()
-        bad = [part for part in parts if part.process.returncode]
+            if not requests.line and not lost:
+                say("stopping, the ranks save first (once more: stop at once)")
         if bad and not code:
             code = bad[0].process.returncode
-            deadline = min(deadline, time.monotonic() + LAST_WORDS)
-            say(f"{bad[0].name} ended with {code}{' (ssh: the connection)' * (code == 255)}; the others have {LAST_WORDS} s to end as well")
+            deadline = min(deadline, time.monotonic() + (grace if lost else LAST_WORDS))
+            say(f"{bad[0].name} ended with {code}{' (ssh: the connection); the others stop' * lost}")
         if requests.kill or time.monotonic() >= deadline:
             for part in running:
                 part.kill()
@@ -179,6 +210,14 @@ def see_to_the_end(parts: Sequence[Ranks | Machine], requests: Requests, grace: 
     return code or next((part.process.returncode for part in parts if part.process.returncode), 0)
 
 
+def number_of(name: str, default: int) -> int:
+    """The environment's number of this name."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text}: must be a whole number")
+    return int(text)
+
+
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody need read it
         print(f"launch.sh: {text}", file=sys.stderr, flush=True)
@@ -187,32 +226,25 @@ def say(text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """`python -m loop.launcher COMMAND [--gpus N] [--hostfile FILE [--node-rank K]] [what COMMAND takes]`."""
     name, *args = sys.argv[1:] if argv is None else argv
-    grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
     line = None
     try:
+        grace, port = number_of("LOOP_GRACE_SECONDS", 120), number_of("MASTER_PORT", 0)
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
-        gpus, hostfile, node = options["--gpus"], options["--hostfile"], options["--node-rank"]
-        if gpus and not (gpus.isdecimal() and int(gpus)):
-            raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
-        gpus = int(gpus) if gpus else None
+        hostfile, node = options["--hostfile"], options["--node-rank"]
         if hostfile == "-":
             line = open(0, "rb", buffering=0, closefd=False)  # without a buffer: a thread that waits at its lock could not be left behind
-            hosts = json.loads(line.readline())
-        else:
-            hosts = read_hostfile(Path(hostfile), gpus) if hostfile else this_machine(os.environ.get("CUDA_VISIBLE_DEVICES", ""), gpus)
-        if node and (not hostfile or not node.isdecimal() or int(node) >= len(hosts)):
-            raise ConfigError(f"--node-rank {node}: takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)")
+        hosts = machines(options["--gpus"], hostfile, node, os.environ.get("CUDA_VISIBLE_DEVICES", ""), line)
     except ConfigError as error:
         exit_with_config_error(error)
     with socket.socket() as s:  # a port that is free, so two runs can coexist
         s.bind(("", 0))
-        port = os.environ.get("MASTER_PORT") or ("29500" if node else str(s.getsockname()[1]))
+        port = port or (29500 if node else s.getsockname()[1])
     requests = Requests(line)
     if hostfile and not node:  # the port was free here; where it is not on the first machine, MASTER_PORT names another
         code = see_to_the_end([Machine(host, hosts, k, port, [name, *args]) for k, host in enumerate(hosts)], requests, grace + 5)
     else:
         address = (os.environ.get("MASTER_ADDR") or next(iter(hosts)).split("@")[-1]) if hostfile else "127.0.0.1"
-        code = see_to_the_end([Ranks(hosts, int(node or 0), address, port, [f"loop.{name}", *args])], requests, grace)
+        code = see_to_the_end([ThisMachine(hosts, int(node or 0), address, port, [f"loop.{name}", *args])], requests, grace)
         if code < 0 or code > 192:  # a rank that died by signal N: DeepSpeed's launcher says 256 - N, a shell says 128 + N
             code = 128 - code if code < 0 else 384 - code
             if not requests.stop:

@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from .attention import IMPLEMENTATIONS
 from .config import ROOT, Config, ConfigError
 from .stream import stream_base
+from .tokens import PLAIN_TEMPLATE
 
 
 def resolve_base(base: str) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def loading(base: str):
     """Turns a failed load into one line that says how to go on without the hub."""
     try:
         yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise  # it says what is wrong
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
         raise ConfigError(f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder here (config.json, "
@@ -44,8 +47,11 @@ def loading(base: str):
 
 
 def load_tokenizer(base: str, revision: str | None = None):
+    """The base's tokenizer. One without a chat template gets a plain one at once: what is hashed, cached and handed out has it, too."""
     with loading(base):
-        return AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
 
 
 def read_adapter(adapter: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
@@ -114,8 +115,9 @@ def write_strict(model, tokenizer, dialogues: list[str], max_new_tokens: int, sa
 
 
 def prompt_of(example: Example):
-    """The tokens before the first supervised one."""
-    return example.input_ids[: int((example.labels != -100).argmax())]
+    """The tokens before the answer: the last supervised ones, where a conversation has several turns."""
+    begins = np.diff((example.labels != -100).astype(np.int8), prepend=0) == 1
+    return example.input_ids[: int(np.flatnonzero(begins)[-1])]
 
 
 def fits_gathered(model, ranks: Ranks) -> bool:

@@ -87,14 +87,13 @@ def _pack_epoch(shuffled: np.ndarray, lengths: np.ndarray, budget: int, rng: np.
     a random step), at the same fill."""
     sizes = lengths[shuffled]
     ends = np.cumsum(sizes)
-    tied = np.searchsorted(ends, 0.9 * ends[-1])
-    bundle = ((ends - sizes / 2) // (0.3 * budget)).astype(np.int64)
-    loose = np.arange(len(shuffled)) >= tied
-    loose |= np.bincount(bundle, weights=sizes)[bundle] > budget  # possible when an example is nearly as long as a step
-    bundle[loose] = bundle[-1] + 1 + np.arange(loose.sum())
-    bundle = np.unique(bundle, return_inverse=True)[1]
-    step = best_fit_decreasing(np.bincount(bundle, weights=sizes).astype(np.int64), budget)
-    step = rng.permutation(step.max() + 1)[step][bundle]  # steps in random order, else the run would go from long to short
+    bundle = ((ends - sizes / 2) // (0.3 * budget)).astype(np.int64)  # of each example, by where its middle lies
+    single = np.arange(len(shuffled)) >= np.searchsorted(ends, 0.9 * ends[-1])
+    single |= np.bincount(bundle, weights=sizes)[bundle] > budget  # possible when an example is nearly as long as a step
+    bundle[single] = bundle[-1] + 1 + np.arange(single.sum())  # each a bundle of its own
+    bundle = np.unique(bundle, return_inverse=True)[1]  # numbered without gaps
+    step_of = best_fit_decreasing(np.bincount(bundle, weights=sizes).astype(np.int64), budget)
+    step = rng.permutation(step_of.max() + 1)[step_of][bundle]  # steps in random order, else the run would go from long to short
     return shuffled[np.argsort(step, kind="stable")].astype(np.int32), np.bincount(step)
 
 
@@ -155,10 +154,11 @@ def even_out(places: list[list[int]], lengths: np.ndarray) -> int:
         sizes = np.array([lengths[i] for i in out])
         others = np.array([*(lengths[i] for i in back), 0])  # the last: nothing comes back
         order = np.argsort(others, kind="stable")
-        above = np.searchsorted(others[order], sizes - gap / 2).clip(0, len(back))  # the best exchange for each example, or its neighbour
+        # Moving d tokens leaves a gap of |gap - 2 d|. So for an example the best partner is one of the two next to its size - gap / 2.
+        above = np.searchsorted(others[order], sizes - gap / 2).clip(0, len(back))
         pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
-        left, a, b, moved = min((abs(gap - 2 * (d := int(sizes[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
-        if left >= gap:
+        new_gap, a, b, moved = min((abs(gap - 2 * (d := int(sizes[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
+        if new_gap >= gap:
             break
         places[full], places[empty] = out[:a] + out[a + 1 :] + back[b : b + 1], back[:b] + back[b + 1 :] + [out[a]]
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved

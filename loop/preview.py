@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             page = Path(options["--html"])
             try:
                 page.touch(0o600)  # its text may be a patient's
+                page.chmod(0o600)
                 page.write_text(as_html(chosen, rows, tokenizer))
             except OSError as error:
                 raise ConfigError(f"--html {page}: {error.strerror}") from error

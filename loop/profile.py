@@ -21,7 +21,7 @@ from .config import ConfigError
 from .ds_config import build_ds_config
 from .monitor import Monitor, quiet_libraries
 from .timers import PARTS, StepTimer
-from .train import train
+from .train import FAILED, leave_failed, train
 
 WARM_UP, STEPS = 3, 3
 KINDS = [  # of GPU kernels: the first pattern that is in the name
@@ -166,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         said = "asked to stop before the steps were recorded: there is no trace"
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
+    except FAILED as error:
+        leave_failed(error)
     except Finished as finished:
         said = write(folder, *finished.args) if main_rank else ""
     dist.barrier()  # nobody writes a heartbeat any more

@@ -23,6 +23,7 @@ class Conversation:
     dialogue: str | None = None
     note: str | None = None
     weight: float = 1.0  # how often an epoch visits it
+    numbered: bool = False  # its id is its row's number
 
 
 def _pick(row: dict, names: list[str]):
@@ -30,8 +31,9 @@ def _pick(row: dict, names: list[str]):
     for name in names:
         if name in row:
             return row[name]
-    shown = [key if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", str(key)) else "..." for key in row]  # a file without a header has text there
-    raise BadRow(f"no column {' or '.join(map(repr, names))}, only {', '.join(shown[:12])}: map it with data.columns")
+    named = all(re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", str(key)) for key in row)  # else a file without a header: a patient's words stand there
+    shown = ", ".join(list(row)[:12]) if named else f"{len(row)} that don't look like names (has the file a header?)"
+    raise BadRow(f"no column {' or '.join(map(repr, names))}, only {shown}: map it with data.columns")
 
 
 def _text(value, name: str) -> str:
@@ -92,22 +94,25 @@ def _read_sources(data: Data, split: str) -> tuple[list[tuple[Conversation, str]
                     raise BadRow("is not an object with columns")
                 # without a column "id", rows are numbered
                 key = _pick(row, columns_of(data)["id"]) if "id" in data.columns and data.columns["id"] != "id" else row.get("id")
-                key = f"{name}-{count}" if key is None else key
+                numbered = key is None
+                key = f"{name}-{count}" if numbered else key
                 if not isinstance(key, (str, int)) or not re.fullmatch(r"[^\s]{1,100}", str(key)):
                     raise BadRow("its id must be a number, or 1 to 100 characters without a space: check data.columns.id")
                 key = str(key)
                 where += f" (id {key})"
                 if key in found:
                     raise BadRow(f"this id occurs twice, first in {found[key][1]}: make ids unique")
-                found[key] = (check_row(row, key, data, weight), where)
+                found[key] = (dataclasses.replace(check_row(row, key, data, weight), numbered=numbered), where)
             except BadRow as problem:
                 problems.append(f"{where}: {problem}")
             count += 1
     return list(found.values()), problems
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Whether an id belongs to the held-out share: by a hash, so that it stays there whatever rows come or go around it."""
+def is_held_out(c: Conversation, share: float) -> bool:
+    """Whether it belongs to the held-out share: by a hash of its id, or of what was said where its id is only a number of its row, so that it
+    stays there whatever rows come or go around it."""
+    key = said(c) if c.numbered else c.id
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -120,10 +125,10 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
     shared = data.valid is None and data.valid_share > 0
     rows, problems = _read_sources(data, "train" if split == "valid" and shared else split)
     if split == "valid" and shared:
-        return [c for c, _ in rows if is_held_out(c.id, data.valid_share)], []  # its bad rows are listed with train's
+        return [c for c, _ in rows if is_held_out(c, data.valid_share)], []  # its bad rows are listed with train's
     if split == "train":
-        held_out = [c for c, _ in rows if shared and is_held_out(c.id, data.valid_share)]
-        rows = [(c, where) for c, where in rows if not (shared and is_held_out(c.id, data.valid_share))]
+        held_out = [c for c, _ in rows if shared and is_held_out(c, data.valid_share)]
+        rows = [(c, where) for c, where in rows if not (shared and is_held_out(c, data.valid_share))]
         for other in ("valid", "test"):
             if getattr(data, other):
                 held_out += read_split(config, other)[0]
@@ -137,10 +142,11 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
 
 
 def said(c: Conversation) -> str:
-    """What an example is recognised by: all that is not the answer."""
-    return c.dialogue if c.dialogue is not None else "\n".join(m["content"] for m in c.messages if m["role"] == "user")
+    """What an example is recognised by: the dialogue, or what the user said (the system, where a row has no user)."""
+    turns = {role: "\n".join(m["content"] for m in c.messages if m["role"] == role) for role in ("user", "system")}
+    return c.dialogue if c.dialogue is not None else turns["user"] or turns["system"]
 
 
 def answer(c: Conversation) -> str:
-    """The note, or the last message where the row was a list of messages."""
-    return c.note if c.note is not None else c.messages[-1]["content"]
+    """The note, or the assistant's last message where the row was a list of messages."""
+    return c.note if c.note is not None else [m["content"] for m in c.messages if m["role"] == "assistant"][-1]

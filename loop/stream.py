@@ -44,15 +44,18 @@ class Weights:
         return [key for key in self.files if key.startswith(f"{name}.")]
 
 
+def fetch_base(place: str, revision: str | None) -> Path:
+    """The folder with the base's configuration and weights: a local one as it is, the hub's after a download, if need be."""
+    return Path(place) if Path(place).is_dir() else Path(snapshot_download(place, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantization, attention: str, ds: dict) -> PreTrainedModel | None:
     """The frozen 4-bit base, each of its parameters partitioned over the ranks. location: keyword arguments of `from_pretrained`;
     quantization: a BitsAndBytesConfig, unless the base brings its own; ds: DeepSpeed's configuration. Every rank must call it.
 
     Returns None, on all ranks, where the files' names are not the model's own (experts that are fused while loading, other kinds of
     quantisation): such a base has to be loaded the ordinary way. Raises ConfigError on all ranks when one of them can't read."""
-    folder = Path(location["pretrained_model_name_or_path"])
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(folder), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    folder = fetch_base(location["pretrained_model_name_or_path"], revision)
     config = AutoConfig.from_pretrained(**location, revision=revision)
     prequantized = getattr(config, "quantization_config", None)
     try:

@@ -38,8 +38,6 @@ class Example:
 
 def render(tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     """The conversation as the base's chat template writes it."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:  # e.g. a template that knows no system role

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `main`, then `train_step`."""
+"""The training loop: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `train_step`, then `_train` from top to bottom."""
 
 import contextlib
 import math
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from typing import NoReturn
 
 import deepspeed
 import numpy as np
@@ -103,14 +104,15 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         raise ConfigError(f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; lr would never be reached")
 
     identity, made_by = run_identity(config, tokenizer, examples, plan), versions()
-    ranks = init_distributed(config.run.join_minutes)
+    ranks = init_distributed(config.run.join_minutes, 3 * config.run.timeout_minutes, stop)  # the watchdog is to speak first
     refuse_unlike(ranks, identity, made_by)
     measured = Measured(ranks.device)
     use_deterministic_kernels(config.run.deterministic)
     held.enter_context(prepare_folder(config, ranks))
     checkpoints = Checkpoints(config.folder, ranks, config.run.keep_checkpoints)
     path, manifest, remarks = checkpoints.agree_on_newest()
-    first_step, figures = manifest.get("step", 0), manifest.get("figures")  # none: it was asked to stop in its evaluation
+    # figures: of the validation after a step; {}: none was due; None: it was broken off, so who resumes does it again.
+    first_step, figures = manifest.get("step", 0), manifest.get("figures")
     skipped, recent = manifest.get("skipped", 0), deque(manifest.get("recent_losses", []), maxlen=50)
     if path:
         remarks += refuse_another(path, manifest["identity"], identity, plan, first_step, config.run.resume == "force")
@@ -123,13 +125,13 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     if path:
         checkpoints.load(engine, path, manifest)
     spare(engine, chosen.whole, ranks)  # of ZeRO-3's hooks, where they have nothing to do
-    row, room, launched = chosen.capacity, None, ""  # the tokens that a step is cut for; what a recorded row is filled up to; what is in the way
+    row, room, launched = chosen.capacity, None, ""  # tokens of a micro-batch; (tokens, documents) that recorded layers need; why there are none
     if chosen.replayed:
         row, room, launched = replay_layers(config, engine.module, plan, lengths, chosen.capacity, chosen.dropout, ranks)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
     mfu = utilisation(engine.module, shape, ranks)
-    monitor = make_monitor(config, ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
+    monitor = make_monitor(config, chosen.ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
         f"machine     {ranks.world_size} rank(s) on {made_by['device']}, {chosen.described}\n"
         f"base        {config.base}: {config.method}, {sum(p.ds_numel for p in parameters):,} trainable parameters\n"
@@ -144,8 +146,8 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     monitor.prompts({e.id: tokenizer.decode(prompt_of(e), skip_special_tokens=True).strip() for e in shown})
 
     def validate_and_show(step: int) -> dict[str, float] | None:
-        """Validation loss and sample notes after `step` steps. None, and nothing is logged, when the run is asked to stop meanwhile: who
-        goes on does it again."""
+        """Validation loss and sample notes after `step` steps. None, and nothing is logged, when the run is asked to stop meanwhile: the
+        resumed run repeats it."""
         if not held_out:
             return {}
         figures = evaluate_loss(engine, held_out, chosen.capacity, config.max_seq_len, ranks, stop)
@@ -167,7 +169,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
             "figures": figures, "skipped": skipped, "recent_losses": list(recent)})  # fmt: skip
         monitor.say(problem) if problem else monitor.scalars(step, {"train/save_seconds": time.perf_counter() - started})
 
-    # Before training: what all later figures are compared with. After a resume: what the earlier run was asked to stop in.
+    # A first start: what all later figures are compared with. A resume: the validation that the earlier run broke off.
     if figures is None:
         figures = validate_and_show(first_step)
     stopping, bad_steps = figures is None, 0
@@ -222,7 +224,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
                                  f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
     exported = {}
     release_graphs(decoder_layers(engine.module))  # the export's fresh process needs room
-    if adam_step(engine):  # else the adapter is the random one of the start, and nobody shall take it for a trained one
+    if adam_step(engine):  # otherwise the adapter is still the random one from the start
         sample = [] if stopping else (held_out or examples)[: config.run.audit]  # who is asked to stop has no time for the loss
         loss = evaluate_loss(engine, sample, chosen.capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
         folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
@@ -237,6 +239,13 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     return report
 
 
+FAILED = (FloatingPointError, AuditError, JoinError, RankLost, OSError)  # not a mistake in what was typed: exit code 1
+
+
+def leave_failed(error: Exception) -> NoReturn:
+    leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
+
+
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
@@ -244,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (FloatingPointError, AuditError, JoinError, RankLost, OSError) as error:  # not a mistake in what was typed: exit code 1
-        leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
+    except FAILED as error:
+        leave_failed(error)
     if "exported" in report:
         with even_if_nobody_reads():
             show_summary(config, report)

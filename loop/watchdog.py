@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed as dist
 
 from .distributed import Ranks
 
@@ -25,7 +26,7 @@ _now: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0, "since": tim
 
 
 def doing(what: str, step: int | None = None) -> None:
-    """Notes what this rank is about to do, for the line that a watchdog says when it is the last thing that it did."""
+    """Records what this rank is about to do. If it hangs or dies, a watchdog quotes this."""
     _now.update(doing=what, step=_now["step"] if step is None else step, turns=_now["turns"] + 1, since=time.time())
 
 
@@ -45,7 +46,7 @@ class StopRequest:
         self._since = 0.0
         # a limit is one of wall time, so what Python and the libraries took to start counts as well
         self._end = psutil.Process().create_time() + max_hours * 3600 if max_hours else float("inf")
-        self._grace = float(os.environ.get("LOOP_GRACE_SECONDS", 120))
+        self._grace = float(os.environ.get("LOOP_GRACE_SECONDS") or 120)
         self._launcher = int(os.environ.get("LOOP_LAUNCHER_PID", 0))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -104,10 +105,9 @@ class Watchdog:
             self._lost(self._others())
             time.sleep(1 if all(beat["host"] == self.me["host"] for beat in self._others()) else 5)
             if lost := self._lost(self._others(), silence=4):  # a connection broke, and beats come once a second
-                if " ended with " in lost:  # of its own error, and perhaps this rank of the same: let both be seen
-                    sys.stderr.write(f"{lost}\n")
-                else:
+                if isinstance(error, dist.DistError) or "gloo" in str(error):  # what a collective says; NCCL's is a DistError
                     raise RankLost(self._ending(lost)) from error
+                sys.stderr.write(f"{lost}\n")
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
@@ -133,7 +133,7 @@ class Watchdog:
     def _lost(self, beats: list[dict], silence: float | None = None) -> str | None:
         """The rank that died, in words. Only the pids of one's own machine can be looked at; of another one's, whether they still write."""
         now = time.monotonic()
-        for beat in beats:
+        for beat in sorted(beats, key=lambda beat: "ended" in beat):  # who ended with an error may have done so for one that just died
             if beat["alive"] != self.heard.get(beat["rank"], (0, 0))[0]:
                 self.heard[beat["rank"]] = beat["alive"], now
             if "lost" in beat:

@@ -1,14 +1,19 @@
 """The figures of a split."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, run_ok
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loop import evaluate
 from loop.cli import load_config
+from loop.notes import Note
+from loop.sources import Conversation
 
 
 def test_any_number_of_ranks_and_any_batch_gives_the_same_figures(trained):
@@ -52,6 +57,25 @@ def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys
     assert end.value.code == 2 and f"1 of 6 examples have no note, first id {rows[-1]['id']}" in capsys.readouterr().err
 
 
+def test_without_a_training_note_there_is_no_floor_of_the_nearest():
+    """As where --reference names a column that the test data alone have."""
+    alone = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
+    rows = [Conversation("1", [], "Doctor: take 5 mg", "P: 5 mg"), Conversation("2", [], "Doctor: rest", "P: rest")]
+    scored, figures = evaluate.score_all(rows, {"1": Note("P: 5 mg", True), "2": Note("P: 6 mg", True)}, [], alone)
+    assert len(scored) == 2 and figures["rouge1"]["value"] > 0 and not any("nearest" in key for key in figures)
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
+    """Its shapes fit, and the figures would be of nothing."""
+    config = load_config(["--config", str(trained / "config.yaml")])
+    other = shutil.copytree(config.base, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--config", str(trained / "config.yaml"), "--split", "valid", f"base={other}"])
+    assert end.value.code == 1 and "has another content now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("args", "words"), [
     (["--split", "dev"], "--split dev"), (["--notes", "x"], "--notes x"), (["--split"], "--split: its value is missing"),
     (["--adapter", "nowhere"], "--adapter nowhere"), (["--predictions", "nowhere"], "--predictions nowhere: No such file"),
@@ -65,8 +89,6 @@ def test_wrong_arguments_end_with_2(trained, capsys, args, words):
 
 
 def test_no_tensor_of_the_adapter_is_missing_or_empty(trained):
-    from safetensors.torch import load_file
-
     tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 3 and all(t.numel() > 0 and np.isfinite(t.float().numpy()).all() for t in tensors.values())
     assert all(t.abs().max() > 0 for t in tensors.values())  # B starts at zero: each was trained

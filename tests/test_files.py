@@ -2,6 +2,7 @@
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,19 @@ def test_any_torn_tail_is_cut_and_written_again(tmp_path):
         file.close()
         assert path.read_bytes() == whole
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_notes_are_never_for_others_to_read(tmp_path, monkeypatch):
+    """Not in a file that was there before, nor while one is put in the place of another."""
+    path, seen, replace = tmp_path / "out.jsonl", [], Path.replace
+    path.touch(0o644)
+    monkeypatch.setattr(Path, "replace", lambda self, to: seen.append(stat.S_IMODE(self.stat().st_mode)) or replace(self, to))
+    file = NotesFile(str(path), DIALOGUES, BY)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for key in DIALOGUES:
+        file.add(key, Note("S: a", True), 0)
+    file.close()
+    assert seen == [0o600] and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_second_writer_is_refused(tmp_path):

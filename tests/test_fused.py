@@ -110,6 +110,13 @@ def test_what_computes_something_else_is_left_alone():
     model, _ = with_lora(LlamaForCausalLM(gelu), use_rslora=True)
     assert all(is_plain_lora(m) for m in model.modules() if hasattr(m, "lora_A"))
     assert fuse(decoder_layers(model), False) == {"LlamaMLP"}
+    biased, _ = with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)), bias="lora_only")
+    assert {n.split(".")[-1] for n, m in biased.named_modules() if hasattr(m, "lora_A") and not is_plain_lora(m)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
     model, _ = with_lora(LlamaForCausalLM(config), use_dora=True)
     assert not any(map(is_plain_lora, model.modules()))
     assert fuse(decoder_layers(model), False) == {"LlamaMLP", "Linear"}

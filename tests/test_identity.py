@@ -134,3 +134,10 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):
     now, plan = this()
     with pytest.raises(ConfigError, match="another version of this loop"):
         refuse_another(Path("step-000003"), {"base": "x", "seed": 1}, now, plan, 3, False)
+
+
+def test_a_base_of_the_hub_is_hashed_with_its_weights_from_the_first_run_on(tiny_base, monkeypatch):
+    """Before them, the hash would be of config.json alone, and the same run another one as soon as they are there."""
+    fetched = []
+    monkeypatch.setattr("loop.stream.snapshot_download", lambda place, revision, allow_patterns: fetched.append((place, revision)) or tiny_base)
+    assert base_fingerprint("owner/name", "v1") == base_fingerprint(tiny_base) and fetched == [("owner/name", "v1")]

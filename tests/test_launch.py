@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from loop.config import ConfigError
-from loop.launcher import read_hostfile, this_machine
+from loop.launcher import Requests, machines, read_hostfile, this_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
@@ -123,6 +123,9 @@ def test_help_names_every_command(clone):
         (["train", "a=1", "--gpus", "none"], "'none'"),
         (["--hostfile=nowhere"], "nowhere"),
         (["--node-rank=0"], "--hostfile"),
+        (["--hostfile="], "--hostfile"),
+        (["--gpus="], "''"),
+        (["--hostfile=launch.sh", "--node-rank="], "line 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(clone, args, says):
@@ -183,6 +186,7 @@ def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_peri
     for process in runs:
         process.send_signal(signal.SIGTERM)
     wait_for_ranks(*two_clones, lines=3)
+    time.sleep(1)
     runs[0].send_signal(signal.SIGINT)
     for process, clone in zip(runs, two_clones):
         process.communicate(timeout=15)
@@ -243,6 +247,47 @@ def test_a_hostfile_names_machines_and_their_slots(tmp_path):
             read_hostfile(hosts, 4)
 
 
+def test_a_machine_takes_its_visible_gpus_and_wrong_options_are_named(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("one slots=2\ntwo slots=2\n")
+    hosts = str(tmp_path / "hosts")
+    assert machines(None, hosts, "1", "4,5,6") == {"one": [0, 1], "two": [4, 5]}
+    assert machines("1", hosts, "0", "3") == {"one": [3], "two": [0]}
+    assert machines(None, hosts, "0", "") == {"one": [0, 1], "two": [0, 1]}
+    for options, words in (((None, hosts, "0", "5"), "--gpus 2 is more than the 1"), ((None, hosts, "2", ""), "--node-rank '2'"),
+                           ((None, hosts, "", ""), "--node-rank ''"), ((None, str(tmp_path), "0", ""), "--hostfile")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            machines(*options)
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text"):
+        machines(None, hosts, "0", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no ssh"):
+        machines(None, hosts, None, "")
+
+
+@pytest.mark.parametrize("setting", [{"LOOP_GRACE_SECONDS": "2m"}, {"MASTER_PORT": "abc"}])
+def test_a_number_in_the_environment_is_one(clone, setting):
+    (name,) = setting
+    code, out, err = run(clone, "lr=1", **setting)
+    assert (code, out) == (2, "") and f"{name}=" in err and err.count("\n") == 1
+
+
+def test_under_nohup_the_end_of_the_terminal_is_no_request():
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        requests = Requests(None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not requests.stop
+        for after, killed in ((0, False), (0, False), (1.1, True)):  # one request may come twice at once
+            requests.since -= after
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.stop and requests.kill is killed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # In the place of ssh: `ssh -o ... HOST COMMAND` runs the command here.
 FAKE_SSH = """#!/usr/bin/env bash
 while [[ $1 == -o ]]; do shift 2; done
@@ -290,6 +335,7 @@ def test_when_the_starter_is_killed_or_a_second_signal_comes_all_machines_end(cl
     wait_for_ranks(clone)
     process.send_signal(signal.SIGTERM)
     wait_for_ranks(clone, lines=3)
+    time.sleep(1)  # sooner it would be the same request, come twice
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=15)
     assert process.returncode == 128 + signal.SIGKILL and not living(clone)

@@ -12,7 +12,7 @@ from loop.cli import load_config
 from loop.config import ConfigError
 from loop.soap import soap_messages
 from loop.readers import READERS
-from loop.sources import is_held_out, read_split
+from loop.sources import Conversation, answer, is_held_out, read_split, said
 
 ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
 SECRET = "hemochromatosis"
@@ -97,7 +97,7 @@ def test_a_bad_row_is_named_with_a_remedy_and_without_its_words(words, tmp_path)
     ("csv", lambda b: b.replace(b"Pain 2", b"Pain \xff"), "row 3 (id r2): note is not UTF-8"),
     ("csv", lambda b: b + b"a,b\n", "row 7: has another number of fields"), ("csv", lambda b: b[:-20], "row 6: cannot be read as CSV"),
     ("parquet", lambda b: b[:-20], "cannot be read as Parquet"), ("jsonl", lambda b: b + b'"a text"\n', "row 7: is not an object"),
-    ("csv", lambda b: b.split(b"\n", 1)[1], "no column 'dialogue'"),
+    ("csv", lambda b: b.split(b"\n", 1)[1], "no column 'dialogue', only 3 that don't look like names (has the file a header?)"),
 ])  # fmt: skip
 def test_a_damaged_file(kind, damage, words, tmp_path):
     path = write(tmp_path, kind)
@@ -143,14 +143,26 @@ def test_headings_can_be_required(tmp_path):
         read_split(config(path, "data.headings=required"), "train")
 
 
-def test_the_held_out_share_follows_the_id_alone(tmp_path):
+def test_the_held_out_share_follows_the_id_or_the_dialogue_alone(tmp_path):
     rows = [{"id": f"x{i}", "dialogue": f"Doctor: {i} {hash(str(i))} {i * 7919} {i**5}", "soap": "S: a"} for i in range(400)]
     args = ["data.valid_share=0.1", "data.on_error=skip"]
     train, valid = (read_split(config(write(tmp_path, "jsonl", rows), *args), split)[0] for split in ("train", "valid"))
     assert {c.id for c in train} | {c.id for c in valid} == {r["id"] for r in rows} and 20 < len(valid) < 60
-    assert all(is_held_out(c.id, 0.1) for c in valid) and not any(is_held_out(c.id, 0.1) for c in train)
+    assert all(is_held_out(c, 0.1) for c in valid) and not any(is_held_out(c, 0.1) for c in train)
     again = read_split(config(write(tmp_path, "jsonl", rows[::-2]), *args), "valid")[0]
     assert {c.id for c in again} == {c.id for c in valid} & {r["id"] for r in rows[::-2]}
+    bare = [{k: v for k, v in r.items() if k != "id"} for r in rows]  # their ids are numbers of rows: another one with each row that comes
+    held = [{c.dialogue for c in read_split(config(write(tmp_path, "jsonl", some), *args), "valid")[0]} for some in (bare, bare[1:])]
+    assert 20 < len(held[0]) < 60 and held[0] - {bare[0]["dialogue"]} == held[1]
+
+
+def test_what_was_said_and_the_answer_of_a_row_of_messages():
+    def row(*turns: str) -> Conversation:
+        return Conversation("a", [{"role": dict(s="system", u="user", a="assistant")[turn[0]], "content": turn} for turn in turns])
+
+    talk = row("s1", "u1", "a1", "u2", "a2", "u3")
+    assert said(talk) == "u1\nu2\nu3" and answer(talk) == "a2"
+    assert said(row("s1", "a1")) == "s1"  # else all such rows would count as one dialogue
 
 
 def test_a_training_dialogue_that_is_held_out_as_well_is_a_bad_row(tmp_path):

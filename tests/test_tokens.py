@@ -1,10 +1,13 @@
 """Which tokens an example has, and which are supervised, under every chat template."""
 
+import shutil
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken
 
 from loop.model import load_tokenizer
+from loop.notes import prompt_of
 from loop.soap import soap_messages
 from loop.sources import Conversation
 from loop.tokens import PLAIN_TEMPLATE, encode, encode_examples, encode_prompts
@@ -94,9 +97,11 @@ def test_prompts_are_found_without_tokenising_them(tokenizer):
     assert encode_prompts(tokenizer, upto, wholes) == encode(tokenizer, [(m[:-1], True) for m in upto])
 
 
-def test_a_base_without_a_template_gets_the_plain_one(tiny_base):
-    tokenizer = load_tokenizer(tiny_base)
-    tokenizer.chat_template = None
+def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):
+    bare = shutil.copytree(tiny_base, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(str(bare))  # at once: its template is part of a run's identity, whether a cache is read or not
+    assert tokenizer.chat_template == PLAIN_TEMPLATE
     (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
     text = tokenizer.decode(e.input_ids)
     assert text.endswith("Doctor: hi\n### assistant\nS: ok</s>") and "### system" in text
@@ -108,6 +113,8 @@ def test_messages_supervise_every_assistant_turn(tiny_base):
              {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]  # fmt: skip
     tokenizer = load_tokenizer(tiny_base)
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)])
+    asked = tokenizer.decode(prompt_of(e))  # a note is written for the last answer, which it is compared with
+    assert "one" in asked and asked.count("b") and "two" not in asked
     assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one</s>two</s>"
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)], "all")
     assert np.array_equal(e.labels[1:], e.input_ids[1:]) and e.labels[0] == -100

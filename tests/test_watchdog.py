@@ -189,11 +189,18 @@ def test_what_one_rank_finds_all_are_told(dog, capfd):
 def test_a_collective_that_fails_with_another_rank_is_that_ranks_loss(dog):
     other_rank(dog, pid=dead_pid())
     with pytest.raises(RankLost, match="rank 1 .* died in step 7"), dog:
-        raise RuntimeError("Connection closed by peer")
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     dog.over.clear()
-    other_rank(dog, ended="OutOfMemoryError")  # as this rank, perhaps
-    with pytest.raises(RuntimeError, match="out of memory"), dog:
+    with pytest.raises(RuntimeError, match="out of memory"), dog:  # its own error, upon which the other ended
         raise RuntimeError("out of memory")
+
+
+def test_who_died_is_named_before_who_ended_for_it(dog):
+    other_rank(dog, ended="RuntimeError")
+    beat = json.loads((dog.folder / "rank-1.json").read_text())
+    del beat["ended"]
+    (dog.folder / "rank-2.json").write_text(json.dumps(beat | {"rank": 2, "pid": dead_pid()}))
+    assert dog._lost(dog._others()).startswith("rank 2 (pid")
 
 
 def test_a_failed_rank_says_so_in_its_file(dog):
