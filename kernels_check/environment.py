@@ -4,6 +4,7 @@ In the field: a CPU build of torch on a GPU machine trains at a thousandth of th
 operator at first use, in the middle of a run, and dies where no compiler or ninja is on PATH.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,12 @@ def check_operators(installed: dict[str, bool], compatible: dict[str, bool], bui
 def main() -> Iterator[Row]:
     yield from packages.main()
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split() if shutil.which("nvidia-smi") else []
+    asked = (
+        subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        if shutil.which("nvidia-smi") and os.environ.get("DS_ACCELERATOR") != "cpu"
+        else None
+    )
+    said = asked.stdout.split() if asked and asked.returncode == 0 else []  # a machine without a GPU may have the command all the same
     yield from guarded("CUDA", check_cuda, said[0] if said else "", torch.version.cuda)
     yield from check_tool("C++ compiler", "torch.compile and DeepSpeed's operators", shutil.which("g++") or shutil.which("clang++"))
     yield from check_tool("ninja on PATH", "DeepSpeed's operators (pip install ninja)", shutil.which("ninja"))

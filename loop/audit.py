@@ -7,6 +7,7 @@ Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and no
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,9 +125,9 @@ def fresh_loss(folder: Path, examples: list[Example], device, timeout: float) ->
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
     if done.returncode == 0:
-        return float(done.stdout)
+        return float(done.stdout.split()[-1])
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:160]
-    if done.returncode < 0 or "OutOfMemory" in said:
+    if done.returncode < 0 or re.search(r"out ?of ?memory|busy or unavailable|ALLOC_FAILED", done.stderr, re.IGNORECASE):
         return f"signal {-done.returncode}" if done.returncode < 0 else "not enough memory beside the run"
     raise AuditError(f"transformers and PEFT cannot load it ({said})")
 

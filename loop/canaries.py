@@ -92,7 +92,7 @@ def prepare(config: Config, count: int, repeats: list[int], ranks: Ranks) -> tup
     if problem := ranks.gather(problem)[0]:
         raise ConfigError(problem)
     data = {"train": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl") if valid else None, "valid_share": 0, "limit": None,
-            "columns": {"id": "id", "dialogue": "dialogue", "note": "soap"}}  # fmt: skip
+            "test": None, "columns": {"id": "id", "dialogue": "dialogue", "note": "soap"}}  # fmt: skip
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), canaries
 
 
@@ -107,7 +107,7 @@ def times_seen(config: Config, tokenizer, canaries: list[Canary]) -> list[int]:
 
 
 @torch.no_grad()
-def log_probs(model, rows: list[list[int]], batch_size: int = 256) -> torch.Tensor:
+def log_probs(model, rows: list[list[int]], batch_size: int = 32) -> torch.Tensor:
     """The log-probability of each row of token ids behind what all rows begin with, in nats, float [n]. What they share is computed once."""
     shared = len(os.path.commonprefix(rows))
     cache = model(input_ids=torch.tensor([rows[0][: shared - 1]], device=model.device), use_cache=True).past_key_values

@@ -92,11 +92,12 @@ class Checkpoints:
         whole = [p for p in self.finished() if p == newest or (p.name not in self.torn and _step_of(p) < _step_of(newest))]
         losses = {p: loss for p in whole if (loss := _validation_loss(p)) is not None}
         best = min(losses, key=lambda p: losses[p], default=newest)
-        for name, target in (("newest", newest), ("best", best)):
-            link = self.folder / f".{name}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
-            link.replace(self.folder / name)
+        with contextlib.suppress(OSError):  # not every file system has links; what is old goes all the same
+            for name, target in (("newest", newest), ("best", best)):
+                link = self.folder / f".{name}"
+                link.unlink(missing_ok=True)
+                link.symlink_to(target.name)
+                link.replace(self.folder / name)
         for old in set(self.finished()) - {best, *whole[-self.keep :]}:
             self._put_away(old)
         for leftover in [*self.folder.glob(".old-*"), *self.folder.glob(".writing-*")]:

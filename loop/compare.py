@@ -7,6 +7,8 @@ import gc
 import json
 from pathlib import Path
 
+import torch
+
 from .audit import fresh_loss
 from .cli import load_config
 from .config import ConfigError
@@ -32,8 +34,10 @@ def verdict(rows: dict[str, dict]) -> str:
         return "ship the adapter on its NF4 base: merging either way costs more than 1 % of the loss"
     lowest = min(rows[way]["loss"] for way in good)
     best = max((way for way in good if rows[way]["loss"] <= (1 + NOISE) * lowest), key=lambda way: rows[way]["same"])
+    nearer = [rows[way]["same"] for way in WAYS].count(rows[best]["same"]) == 1
     return f"ship {best}: " + ("no other merged model has a lower loss" if len(good) == 1 or rows[best]["loss"] == lowest else
-                               "the losses are as good as equal, and its notes are nearer to the adapter's")  # fmt: skip
+                               "the losses are as good as equal, and " + ("its notes are nearer to the adapter's" if nearer else
+                                                                          "it is the model that was trained"))  # fmt: skip
 
 
 def write_all(adapter: str | None, base: str | None, prompts: list[list[int]], max_new_tokens: int, device) -> list[str]:
@@ -42,6 +46,8 @@ def write_all(adapter: str | None, base: str | None, prompts: list[list[int]], m
     notes = [note.text for at in range(0, len(prompts), ROWS) for note in write_notes(model, tokenizer, prompts[at : at + ROWS], max_new_tokens)]
     del model
     gc.collect()
+    if torch.cuda.is_available():  # what this process keeps for itself, the fresh one for the loss lacks
+        torch.cuda.empty_cache()
     return notes
 
 

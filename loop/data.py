@@ -61,7 +61,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     """The examples of a split from its sources. Raises ConfigError for bad rows and long examples where data.on_error and data.overlong say so."""
     conversations, skipped = read_split(config, split)
     kept: list[Example] = []
-    account = Account(len(conversations) + len(skipped), 0, skipped, [], [], 0, tokenizer.chat_template in (None, PLAIN_TEMPLATE))
+    account = Account(len(conversations) + len(skipped), 0, skipped, [], [], 0, tokenizer.chat_template == PLAIN_TEMPLATE)
     for start in range(0, len(conversations), 1024):
         chunk = conversations[start : start + 1024]
         for conversation, example in zip(chunk, encode_examples(tokenizer, chunk, config.data.supervise)):

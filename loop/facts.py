@@ -100,7 +100,7 @@ def facts(text: str) -> list[Fact]:
             gap = 2 if (words[i + 1], words[i + 2]) == ("out", "of") else 1 if words[i + 1] in ("/", "over") else 0
             if gap and (below := numbers[i + 1 + gap]) is not None:
                 value, taken = f"{value}/{_show(below)}", 2 + gap
-            elif unit := UNITS.get(words[i + 1]):
+            elif (unit := UNITS.get(words[i + 1])) and not re.search(r"[,.;:\n]", text[items[i].end : items[i + 1].start]):
                 value, taken = f"{value} {unit}", 2
             elif number < 10 and number == int(number):
                 kind = ""

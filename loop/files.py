@@ -14,11 +14,13 @@ from .readers import BadRow, read_json
 
 def read_by_id(path: str, option: str, torn: bool = False) -> dict[str, tuple[str, dict]]:
     """{id: (file and row, object)} of the JSONL file that an option of a command names; a row without `id` has its number for one. torn: a
-    last line that lacks its line break is passed over. Raises ConfigError naming file and row."""
+    last line of ours that lacks its line break is passed over. Raises ConfigError naming file and row."""
     found: dict[str, tuple[str, dict]] = {}
     try:
         rows = list(read_json(Path(path)))
-        for number, row in rows[:-1] if torn and not Path(path).read_bytes().endswith(b"\n") else rows:
+        if torn and rows and not Path(path).read_bytes().endswith(b"\n") and (isinstance(rows[-1][1], BadRow) or "by" in rows[-1][1]):
+            rows.pop()
+        for number, row in rows:
             where = f"{option} {path}, row {number}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}")

@@ -27,7 +27,7 @@ def join(backend: str, minutes: float, timeout: datetime.timedelta, stop=None) -
         store.set(f"joined/{rank}", backend)
         while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
             waited, names = time.monotonic() - started, f"rank {', '.join(map(str, missing))} of {world_size}"
-            if stop and stop.signal:
+            if stop and stop.signal not in (None, "run.max_hours"):  # the time limit counts at a step's end
                 raise JoinError(f"rank {rank}: asked to stop ({stop.signal}) while it waited for {names}")
             if waited > 60 * minutes:
                 raise JoinError(f"{names} did not come within run.join_minutes={minutes:g}; are all machines started, with the same number "

@@ -11,7 +11,7 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from .config import Config
+from .config import Config, ConfigError
 from .dropout import APART
 
 LOADED = ("NF4 codes", "quantisation state", "16-bit weights", "adapter", "dequantised copies")  # before the engine is made
@@ -44,8 +44,11 @@ def count_weights(shape, config: Config) -> Weights:
         other = [p.numel() for p in model.parameters() if not any(p is w for w in inner)]
         matrices, trained, widths = [w.numel() for w in inner], [p.numel() for p in model.parameters()], []
         if config.method != "full":
-            with torch.device("meta"):
-                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
+            try:
+                with torch.device("meta"):
+                    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
             trained = [p.numel() for n, p in model.named_parameters() if "lora_" in n]
             widths = [m.in_features for m in model.modules() if hasattr(m, "lora_A")]
         _counted[key] = Weights(*map(tuple, (matrices, other, trained, widths)))

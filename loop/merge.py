@@ -8,6 +8,7 @@ import argparse
 import json
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .cli import exit_with_config_error
 from .config import ConfigError
 from .distributed import on_gpu
 from .folder import written_aside
-from .model import load_tokenizer, loading, nf4_config, resolve_base
+from .model import loading, nf4_config, resolve_base
 from .state import FILE_BYTES
 
 WAYS, INDEX = ("16bit", "nf4"), "model.safetensors.index.json"
@@ -141,7 +142,7 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", 
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         if (Path(adapter) / "tokenizer_config.json").is_file():
             template = AutoTokenizer.from_pretrained(adapter).chat_template
-            if template and template != load_tokenizer(base, revision).chat_template:  # the base has none of its own: the project's was trained with
+            if template and template != AutoTokenizer.from_pretrained(folder).chat_template:  # the base has none: the project's was trained with
                 (aside / "chat_template.jinja").write_text(template)
     return Path(out)
 
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     quiet_libraries()
     device = "cuda:0" if on_gpu() else "cpu"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.report:
             from .compare import three_ways

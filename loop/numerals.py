@@ -3,12 +3,15 @@
 Speech spells numbers out: "one twenty over eighty" is 120 over 80. The libraries that turn words into digits lose the place in the text, which
 the marks on the page need, and read "one twenty" as 1 and 20 (text2num 3.1)."""
 
+import itertools
 import re
 from typing import NamedTuple
 
 ONES = {w: i for i, w in enumerate("zero one two three four five six seven eight nine".split())}
 TEENS = {w: i for i, w in enumerate("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split(), 10)}
 TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+DIGITS = ONES | {"oh": 0, "o": 0}  # behind "point"
+NO_DECIMAL = ("this", "that", "the", "some", "what", "which", "one")  # before a "point" that is no number's
 
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # A code (b12, a1c, covid-19), a time of day and a decade (80s) are words, not numbers.
@@ -34,8 +37,8 @@ def _spoken(words: list[str], at: int) -> tuple[float, int] | None:
             current += ONES[word]
         elif room and (word in TEENS or word in TENS):
             current += TEENS.get(word) or TENS[word]
-        elif word == "hundred" and 0 < current < 100:
-            current *= 100
+        elif word == "hundred" and (i == at or 0 < current < 100):
+            current = (current or 1) * 100
         elif word == "thousand" and 0 < current < 1000:
             total, current = total + 1000 * current, 0
         elif word in ("a", "one") and words[i + 1 : i + 2] in (["hundred"], ["thousand"]) and i == at:
@@ -66,15 +69,12 @@ def items_of(text: str) -> list[Item]:
         while run < len(tokens) and text[tokens[run - 1][2] : tokens[run][1]] in (" ", "-"):
             run += 1
         words = [t[0] for t in tokens[i:run]]
-        written = re.fullmatch(r"[\d.,]+", words[0])
-        value, taken = (float(words[0].replace(",", "")), 1) if written else _spoken(words, 0) or (None, 1)
+        number = (float(words[0].replace(",", "")), 1) if re.fullmatch(r"[\d.,]+", words[0]) else _spoken(words, 0)
+        value, taken = number or ((0.0, 0) if words[0] == "point" and tokens[i - 1][0] not in NO_DECIMAL else (None, 1))
         if value is not None and words[taken : taken + 1] == ["point"]:
-            digits = taken + 1
-            while digits < len(words) and words[digits] in ONES:
-                digits += 1
-            if fraction := "".join(str(ONES[w]) for w in words[taken + 1 : digits]) or (words[digits] if words[digits : digits + 1] and
-                                                                                       words[digits].isdigit() else ""):  # fmt: skip
-                value, taken = float(f"{value:.0f}.{fraction}"), max(digits, taken + 2)
+            digits = [str(DIGITS.get(w, w)) for w in itertools.takewhile(lambda w: w in DIGITS or w.isdigit(), words[taken + 1 :])]
+            if digits or not number:  # "point" alone is a word
+                value, taken = (float(f"{value:.0f}.{''.join(digits)}"), taken + 1 + len(digits)) if digits else (None, 1)
         elif value is not None and words[taken : taken + 3] == ["and", "a", "half"]:
             value, taken = value + 0.5, taken + 3
         items.append(Item(words[0] if value is None else "", value, tokens[i][1], tokens[i + taken - 1][2]))

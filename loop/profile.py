@@ -111,6 +111,7 @@ class ProfilingMonitor(Monitor):
             if self.on:
                 self.profiler.stop()
                 self.close({})
+            dist.barrier()  # rank 0 takes its time
             raise Finished(self.profiler, self.timer.steps)
 
 

@@ -17,6 +17,7 @@ from deepspeed.utils import (
 
 from .distributed import Ranks
 from .model import trainable
+from .watchdog import doing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
@@ -28,6 +29,7 @@ def whole_tensors(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
 
     Each turn is one collective (tensor by tensor, 300 small ones would take most of the time), and every rank must take all of them."""
     for group in file_groups(trainable(engine.module)):
+        doing("gathering the state, or writing it on rank 0")  # file by file: a large one on a slow disk is not a standstill
         slices = [[safe_get_local_fp32_param(p), *(safe_get_local_optimizer_state(p, m) for m in MOMENTS)] for _, p in group]
         mine = torch.cat([t.flatten() for kinds in slices for t in kinds])  # [sum of 3 * slice]
         everyone = [torch.empty_like(mine) for _ in range(ranks.world_size)] if ranks.is_main else None

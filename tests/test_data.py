@@ -10,6 +10,7 @@ from loop.cli import load_config
 from loop.config import ConfigError
 from loop.data import load_examples, prepare_examples
 from loop.model import load_tokenizer
+from loop.tokens import PLAIN_TEMPLATE
 from loop.soap import REQUEST
 
 ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
@@ -65,7 +66,7 @@ def test_a_base_without_a_template_is_told_of(load, monkeypatch):
 
     def without(base):
         tokenizer = plain(base)
-        tokenizer.chat_template = None
+        tokenizer.chat_template = PLAIN_TEMPLATE  # as load_tokenizer does
         return tokenizer
 
     assert not any("template" in line for line in load(ROWS)[1].lines("train", 1024))

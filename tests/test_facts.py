@@ -24,6 +24,7 @@ def values(text: str) -> list[str]:
     ("the left knee and both feet", ["side left knee", "side both foot"]), ("lungs clear bilaterally", ["side both"]),
     ("pain on the right.", ["side right"]), ("all right, I left home. Come back", []), ("both of us", []), ("All right. Your back hurts", []),
     ("one of the two", []), ("7 of them", []), ("12 of them", ["number 12"]),
+    ("point five milligrams", ["number 0.5 mg"]), ("Temp 98.6, HR 72", ["number 98.6", "number 72"]), ("He is 45. Day 3", ["number 45"]),
 ])  # fmt: skip
 def test_what_a_text_states(text, found):
     assert values(text) == found

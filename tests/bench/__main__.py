@@ -81,7 +81,7 @@ def main() -> None:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
     base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
     common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up}
-    common |= {"examples": args.steps * 13, "length": args.length}
+    common |= {"examples": args.steps * max(13, 1 + 16384 // (args.length or MEAN)), "length": args.length}
     contenders = {"the loop": common | {"name": "ours", "args": args.overrides}}
     for variant in args.variant:
         contenders[f"the loop, {variant}"] = common | {"name": "ours", "args": [*args.overrides, *variant.split()]}
