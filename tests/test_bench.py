@@ -44,7 +44,7 @@ def test_the_examples_have_the_seeds_lengths(bench):
 @pytest.mark.slow
 def test_it_measures_the_loop_and_a_peer(tmp_path):
     """On a CPU; TRL and Unsloth need their packages, Unsloth a GPU."""
-    command = [str(ROOT / "launch.sh"), "bench", "--shape", "embedded", "--steps", "6", "--rounds", "1", "--without-deepspeed", "--peer", "plain",
+    command = [str(ROOT / "launch.sh"), "bench", "--shape", "embedded", "--steps", "8", "--rounds", "1", "--without-deepspeed", "--peer", "plain",
                "--json", str(tmp_path / "all.json"), "batch_size=1"]  # fmt: skip
     env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)

@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
     parser.add_argument("overrides", nargs="*", help="key=value for the loop")
     args = parser.parse_args()
+    if args.steps < 8:
+        parser.error("--steps takes at least 8: two to warm up, and a window of four between two others")
     if args.without_deepspeed and args.gpus > 1:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
     base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
