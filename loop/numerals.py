@@ -70,7 +70,7 @@ def items_of(text: str) -> list[Item]:
             run += 1
         words = [t[0] for t in tokens[i:run]]
         number = (float(words[0].replace(",", "")), 1) if re.fullmatch(r"[\d.,]+", words[0]) else _spoken(words, 0)
-        value, taken = number or ((0.0, 0) if words[0] == "point" and tokens[i - 1][0] not in NO_DECIMAL else (None, 1))
+        value, taken = number or ((0.0, 0) if words[0] == "point" and not (i and tokens[i - 1][0] in NO_DECIMAL) else (None, 1))
         if value is not None and words[taken : taken + 1] == ["point"]:
             digits = [str(DIGITS.get(w, w)) for w in itertools.takewhile(lambda w: w in DIGITS or w.isdigit(), words[taken + 1 :])]
             if digits or not number:  # "point" alone is a word

@@ -22,7 +22,7 @@ def test_a_number_and_its_place(said, value):
 
 @pytest.mark.parametrize(("text", "values"), [
     ("one two three", [1, 2, 3]), ("ten, twenty", [10, 20]), ("five or six", [5, 6]), ("one hundred. Five of them", [100, 5]), ("sixty and me", [60]),
-    ("at this point five of us", [5]),
+    ("at this point five of us", [5]), ("point five, and that", [0.5]),
 ])  # fmt: skip
 def test_numbers_that_stand_apart_stay_apart(text, values):
     assert [value for value, _ in numbers(text)] == values
