@@ -47,7 +47,8 @@ def build_model(config: Config, ds: dict, shape, supervised: float, ranks: Ranks
             layers = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
     known = fused, keep_dense, supervised
     rows, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known, replayed)
-    use_checkpointing(model, checkpointing)
+    if checkpointing:
+        use_checkpointing(model)
     replayed = replayed and not checkpointing
     predicted = ledger(shape, config, ds, ranks.world_size, rows, checkpointing, *known, replayed)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from deepspeed.utils import set_z3_leaf_modules
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -174,13 +176,17 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
     return model
 
 
-def use_checkpointing(model: PreTrainedModel | PeftModel, on: bool) -> None:
-    """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers. The reentrant kind: it gathers a partitioned layer again
-    in the backward pass, while the other keeps every gathered 4-bit weight alive (bitsandbytes#2034)."""
-    if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    else:
-        model.gradient_checkpointing_disable()
+def use_checkpointing(model: PreTrainedModel | PeftModel) -> None:
+    """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers, inside of ZeRO-3's hooks. Where transformers does it (before 5.23) the hooks
+    are inside, and what DeepSpeed gathers for a recomputation stays until the backward pass ends: at last every weight, on each rank. The
+    reentrant kind: the other one keeps every gathered 4-bit weight alive (bitsandbytes#2034)."""
+
+    def recomputed(forward, x: torch.Tensor, *args, **kwargs):
+        call = partial(forward, **kwargs)
+        return checkpoint(call, x, *args, use_reentrant=True) if torch.is_grad_enabled() else call(x, *args)
+
+    for layer in decoder_layers(model):
+        layer.forward = partial(recomputed, layer.forward)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

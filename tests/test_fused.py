@@ -16,7 +16,7 @@ from loop import kernels
 from loop.config import Config
 from loop.dropout import share_dropout
 from loop.fused import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_swiglu
-from loop.model import decoder_layers, load_base
+from loop.model import decoder_layers, load_base, use_checkpointing
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -65,9 +65,8 @@ def test_fused_layers_compute_what_peft_computes(tmp_path, quantized, keep_dense
         model, masks = with_lora(load_base(str(tmp_path), torch.float32, "cpu", quantized=quantized))
         assert not fused or fuse(decoder_layers(model), keep_dense) == set()
         figures = [loss_and_gradients(model, masks)]
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        use_checkpointing(model)
         figures.append(loss_and_gradients(model, masks))
-        model.gradient_checkpointing_disable()
         seen.append((figures, model.eval().generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, use_cache=True)))
     (plain, plain_tokens), (ours, our_tokens) = seen
     assert max(map(apart, ours, plain)) < 3e-6 and torch.equal(our_tokens, plain_tokens)

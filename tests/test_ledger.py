@@ -100,7 +100,8 @@ def worker(base: str) -> None:
         model = load_model(config, ds, "cpu", "sdpa")
         masks = share_dropout(model, config.lora["lora_dropout"], 0, "cpu")
         assert not (fused and fuse(decoder_layers(model), dequantized))
-        use_checkpointing(model, checkpointing)
+        if checkpointing:
+            use_checkpointing(model)
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=ds)
         engine.train()
         if ranks.world_size == 1:
@@ -115,6 +116,7 @@ def worker(base: str) -> None:
 
         for module in (*decoder_layers(engine.module), engine.module.get_output_embeddings()):
             module.register_forward_hook(most)
+            module.register_full_backward_pre_hook(most)
 
         def draw(i: int) -> None:
             masks.draw(0, [0], batch.cu_seqlens)

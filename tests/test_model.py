@@ -43,7 +43,8 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(bac
     model.enable_input_require_grads()
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False))
-    use_checkpointing(model, checkpointing)
+    if checkpointing:
+        use_checkpointing(model)
     model.train(training)
 
     def second_document(first: Example):
@@ -73,6 +74,18 @@ def test_a_row_gives_what_its_documents_give_alone(tiny_base):
         row = model(**collate(examples, 64).model_inputs()).logits[0]
         alone = torch.cat([model(**collate([e], 64).model_inputs()).logits[0] for e in examples])
     assert torch.allclose(row, alone, atol=1e-4)
+
+
+def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
+    """ZeRO-3's are among them: it would gather for the recomputation, and keep what it gathered until the backward pass has ended."""
+    model = load_base(tiny_base, torch.float32, "cpu", quantized=False)
+    calls = {"layer": 0, "attention": 0}
+    use_checkpointing(model)
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda *_: calls.update(layer=calls["layer"] + 1))
+        layer.self_attn.register_forward_hook(lambda *_: calls.update(attention=calls["attention"] + 1))
+    model.train()(**collate(documents(0), 64).model_inputs()).logits.sum().backward()
+    assert calls == {"layer": len(decoder_layers(model)), "attention": 2 * len(decoder_layers(model))}
 
 
 def test_nf4_weights_are_never_repacked(tiny_base):

@@ -52,7 +52,7 @@ def run(case: dict) -> None:
     if "no_leaf" in patch:
         loop.model.set_z3_leaf_modules = lambda model, classes: None
     if "non_reentrant" in patch:
-        loop.build.use_checkpointing = lambda model, on: model.gradient_checkpointing_enable({"use_reentrant": False})
+        loop.build.use_checkpointing = lambda model: model.gradient_checkpointing_enable({"use_reentrant": False})
     if "compile" in patch:
         load = loop.build.load_model
 
