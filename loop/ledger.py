@@ -118,7 +118,9 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
         # What the backward pass will want again within the reuse distance stays there, beside the layer in work and the next ones.
         window = zero.get("stage3_max_reuse_distance", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
         window += most / shape.num_hidden_layers
-        parts["gathered weights"] = int(stays + sum(b for _, b in large) * min(1, window / max(1, most)))
+        there = sum(b for _, b in large) * min(1, window / max(1, most))
+        # The largest, the output layer, arrives in one piece and is copied into its shape, or the embedding comes beside it.
+        parts["gathered weights"] = int(stays + max(there, 2 * max((b for _, b in large), default=0)))
         parts["gathered weights"] += (small == EVERY_WEIGHT) * sum(w.trained) * size  # where the others' updates arrive
 
     layer, n_logits = tokens * kept_of_a_token(shape, config, fused, size), tokens * supervised * shape.vocab_size
