@@ -91,10 +91,11 @@ class GraphedLayer:
         """How far a replay is from the layer itself, on random numbers: the largest relative difference of its output and all gradients."""
         generator = torch.Generator(self.x.device).manual_seed(0)  # the run's own stays as it is
         self.x.data.normal_(generator=generator)
-        self.dy.normal_(generator=generator)
+        dy = torch.empty_like(self.dy).normal_(generator=generator)
         y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
-        wanted = [y.detach(), *torch.autograd.grad(y, [self.x, *self.trained], self.dy)]
+        wanted = [y.detach(), *torch.autograd.grad(y, [self.x, *self.trained], dy)]
         self.forward_graph.replay()
+        self.dy.copy_(dy)  # not before: its place may have held what the forward pass was done with
         self.backward_graph.replay()
         apart = [(a - b).float().norm() / b.float().norm().clamp_min(1e-30) for a, b in zip([self.y, *self.gradients], wanted)]
         return torch.stack(apart).max().item()
