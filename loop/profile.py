@@ -128,9 +128,11 @@ def table(profiler, steps: list[dict[str, float]]) -> str:
         kinds, counts, names, calls = by_kind(kernels), Counter(kind_of(e.name) for e in kernels), Counter[str](), Counter(e.name for e in kernels)
         for e in kernels:
             names[e.name] += e.self_device_time_total / 1e3
-        idle = STEPS * whole - busy([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e3
+        spans = [(e.time_range.start, e.time_range.end) for e in kernels]
+        others = [span for e, span in zip(kernels, spans) if kind_of(e.name) != "communication"]
+        some, work = busy(spans) / 1e3, busy(others) / 1e3
         lines += rows("kind of kernel (several queues may overlap)", [(k, counts[k], ms) for k, ms in kinds.most_common()], whole)
-        lines += rows("", [("no kernel runs", None, idle)], whole)[2:]
+        lines += rows("", [("nothing but communication runs", None, some - work), ("no kernel runs", None, STEPS * whole - some)], whole)[2:]
         lines += rows("slowest kernels", [(name, calls[name], ms) for name, ms in names.most_common(15)], whole)
     else:
         found = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)

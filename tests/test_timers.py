@@ -128,4 +128,5 @@ def test_the_table_of_a_gpu_names_kinds_kernels_and_idle_time():
     steps = [dict.fromkeys(PARTS, 0.004)] * (WARM_UP + STEPS)  # 20 ms a step, so 60 ms recorded, of which 45 are busy
     lines = {line.split("  ")[0]: line.split() for line in table(SimpleNamespace(events=lambda: kernels), steps).splitlines() if line}
     assert lines["matrix products"][-2:] == lines["communication"][-2:] == ["10.0", "50.0%"]
+    assert lines["nothing but communication runs"][-2:] == ["5.0", "25.0%"], "what no product hides"
     assert lines["no kernel runs"][-2:] == ["5.0", "25.0%"]
