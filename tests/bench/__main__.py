@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
     parser.add_argument("overrides", nargs="*", help="key=value for the loop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.steps < 8:
         parser.error("--steps takes at least 8: two to warm up, and a window of four between two others")
     if args.without_deepspeed and args.gpus > 1:
