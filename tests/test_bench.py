@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ def bench():
     sys.path.remove(str(BENCH))
 
 
-@pytest.mark.parametrize("shape", ["tinyllama", "llama3-8b", "embedded"])
+@pytest.mark.parametrize("shape", ["tinyllama", "llama3-8b", "llama3-70b", "embedded"])
 def test_the_floor_counts_every_frozen_weight(bench, shape):
     sizes = bench["SHAPES"][shape]
     with torch.device("meta"):
@@ -32,6 +33,19 @@ def test_the_floor_counts_every_frozen_weight(bench, shape):
     pairs = 6 * sizes["num_hidden_layers"] * sizes["hidden_size"] * bench["MEAN"]
     assert bench["flops_a_token"](sizes) == pytest.approx(4 * inner + 4 * 0.27 * head + pairs)
     assert shape != "tinyllama" or 4e9 < bench["flops_a_token"](sizes) < 5e9
+
+
+def test_a_base_written_in_nf4_loads_as_one(bench, tmp_path, monkeypatch):
+    shapes = sys.modules["shapes"]
+    monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["embedded"] | {"num_hidden_layers": 2})
+    monkeypatch.setattr(shapes, "IN_NF4", {"small"})
+    model = AutoModelForCausalLM.from_pretrained(shapes.make_base("small", tmp_path), dtype=torch.bfloat16)
+    four_bit = {name for name, p in model.named_parameters() if hasattr(p, "quant_state")}
+    assert len(four_bit) == 2 * 7 and not any(name.startswith("lm_head") for name in four_bit)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert weight.quant_state.nested and weight.quant_state.quant_type == "nf4"
+    dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert dense.float().std() == pytest.approx(0.02, rel=0.05) and model.model.norm.weight.eq(1).all()
 
 
 def test_the_examples_have_the_seeds_lengths(bench):
