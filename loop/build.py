@@ -39,7 +39,7 @@ def build_model(config: Config, ds: dict, shape, supervised: float, ranks: Ranks
     model = load_model(config, ds, ranks.device, backend)
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
 
-    ds, whole = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks))
+    ds, whole = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), fused, supervised)
     keep_dense, replayed = False, replays(config, whole, ranks, backend)
     if fused:
         keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks), replayed))

@@ -86,7 +86,7 @@ class Config(Section):
     attention: Literal["auto", "flash_attn_4", "flash_attn", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     fused: bool | Literal["auto"] = "auto"  # decoder layers in few kernels; false: as PEFT computes them; auto: where they were found right
-    keep_whole: bool | Literal["auto"] = "auto"  # several ranks: all weights on each, not a shard alone; auto: on GPUs that have the room
+    keep_whole: bool | Literal["auto"] = "auto"  # several ranks: all weights on each, not a shard alone; auto: on GPUs where they fit
     cuda_graphs: bool = True  # on GPUs that hold all weights, replay each decoder layer instead of launching its kernels one by one
     keep_dequantized: bool | Literal["auto"] = "auto"  # NF4 weights dequantised once, for 2 bytes a weight; auto: no graphs, and room
 

@@ -14,10 +14,17 @@ CONTEXT = 2**30  # what CUDA, its libraries and NCCL take beside the tensors: an
 MOST_GPUS = 64
 
 
-def choose_whole(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None) -> tuple[dict, bool]:
+def needed(parts: dict[str, int]) -> int:
+    """Bytes of a ledger that are wanted beside the weights and the optimizer's state."""
+    return sum(parts[name] for name in (*WORKING, "gradient bucket", "allocator slack"))
+
+
+def choose_whole(
+    config: Config, ds: dict, shape, world_size: int, free_bytes: int | None, fused: bool, supervised: float = 1 / 3
+) -> tuple[dict, bool]:
     """(DeepSpeed's configuration, whether each rank keeps all weights). One rank does, unless they lie on the CPU or a disk. On several, ZeRO-3
-    then partitions gradients, masters and moments, and its persistence thresholds are above all weights. `auto`: where that takes at most
-    a tenth of the free memory; None: a CPU, no."""
+    then partitions gradients, masters and moments, and its persistence thresholds are above all weights. `auto`: where that fits, and nothing has
+    to be recomputed that need not be otherwise. free_bytes: as in `choose_micro_batch`; None: a CPU, no."""
     zero = ds["zero_optimization"]
     if zero.get("offload_param", {}).get("device", "none") != "none":
         return ds, False
@@ -26,8 +33,13 @@ def choose_whole(config: Config, ds: dict, shape, world_size: int, free_bytes: i
     whole = ds | {
         "zero_optimization": zero | dict.fromkeys(["stage3_param_persistence_threshold", "stage3_model_persistence_threshold"], EVERY_WEIGHT)
     }
-    size = ledger(shape, config, whole, world_size, 1, True, False, False)["gathered weights"]
-    wanted = config.keep_whole if config.keep_whole != "auto" else free_bytes is not None and size <= 0.1 * free_bytes
+    wanted = config.keep_whole
+    if wanted == "auto":
+        rest = fused, False, supervised
+        rows, checkpointing = choose_micro_batch(config, whole, shape, world_size, free_bytes, *rest, config.cuda_graphs)
+        parts = ledger(shape, config, whole, world_size, rows, checkpointing, *rest, config.cuda_graphs and not checkpointing)
+        otherwise = choose_micro_batch(config, ds, shape, world_size, free_bytes, *rest)[1]
+        wanted = free_bytes is not None and needed(parts) <= free_bytes and checkpointing <= otherwise
     return (whole, True) if wanted else (ds, False)
 
 
@@ -42,7 +54,7 @@ def choose_micro_batch(config: Config, ds: dict, shape, world_size: int, free_by
             if free_bytes is None:
                 return size, checkpointing
             parts = ledger(shape, config, ds, world_size, size, checkpointing, fused, dequantized, supervised, replayed and not checkpointing)
-            if sum(parts[name] for name in (*WORKING, "gradient bucket", "allocator slack")) <= free_bytes:
+            if needed(parts) <= free_bytes:
                 return size, checkpointing
     return sizes[-1], config.gradient_checkpointing is not False
 
@@ -73,7 +85,7 @@ def resolve(config: Config, ds: dict, shape, gpus: int, memory: int | None, supe
     loaded = ledger(shape, config, ds, gpus, 1, True, fused, False, supervised)
     if memory is not None:
         free = memory - CONTEXT - sum(loaded[name] for name in (*LOADED, *STATES) if name != "gradient bucket")
-    ds, whole = choose_whole(config, ds, shape, gpus, EVERY_WEIGHT if free is None else free)
+    ds, whole = choose_whole(config, ds, shape, gpus, EVERY_WEIGHT if free is None else free, fused, supervised)
     dense = ledger(shape, config, ds, gpus, 1, True, fused, True, supervised)["dequantised copies"]
     replayed = config.cuda_graphs and whole
     wanted = config.keep_dequantized if config.keep_dequantized != "auto" else not replayed and (free is None or dense <= 0.1 * free)
