@@ -22,7 +22,8 @@ from .folder import write_report
 from .join import JoinError
 from .model import dtype_of, heads_of, load_model, load_shape, load_tokenizer, read_adapter
 from .notes import Note, share_notes
-from .packing import collate, cut, make_plan
+from .collate import collate
+from .packing import cut, make_plan
 from .page import write_page
 from .score import Row, as_table, interval, most_similar, ratio, score_note, summarise, unsupported
 from .sources import Conversation, answer, read_split, said

@@ -1,7 +1,7 @@
 """Decoder layers as CUDA graphs: what Python launches kernel by kernel is recorded once and then replayed by one call a layer and direction.
 
 A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run whose
-ranks keep their weights whole and in their places (`spare.keep_whole`), and for rows of one size, for which `packing.pad` fills a
+ranks keep their weights whole and in their places (`spare.keep_whole`), and for rows of one size, for which `collate.pad` fills a
 row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
 """
 
@@ -14,7 +14,8 @@ from .config import Config
 from .distributed import Ranks
 from .dropout import Masks
 from .model import decoder_layers
-from .packing import Plan, collate, cut
+from .collate import collate
+from .packing import Plan, cut
 from .peak import count_graphs
 
 

@@ -9,10 +9,8 @@ rank knows the step's number of targets without asking, and ranks always agree o
 import bisect
 import dataclasses
 import heapq
-from typing import Any
 
 import numpy as np
-import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,108 +119,54 @@ def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_
     return Plan(order, offsets, int(lengths[order].sum()), budget)
 
 
-def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int) -> list[list[list[int]]]:
+def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int, pairs: float = 0.0) -> list[list[list[int]]]:
     """Cuts a step into `[rank][micro_batch] -> example ids`: as few micro-batches as fit `capacity` tokens each, the same
-    number on every rank, balanced by tokens. A micro-batch may be empty when there are fewer examples than places.
+    number on every rank, balanced by their work. A micro-batch may be empty when there are fewer examples than places.
 
-    Longest first, each to the emptiest micro-batch (Graham's LPT rule), then swaps; ties go to the lower id, so every rank finds the same
-    cut. With 16 rows on two ranks and the seed's lengths, the fuller rank has 0.02 % more tokens than the mean (1.3 % without swaps)."""
-    examples = sorted(step.tolist(), key=lambda i: (-lengths[i], i))
-    if examples and lengths[examples[0]] > capacity:
-        raise ValueError(f"an example of {lengths[examples[0]]} tokens does not fit a micro-batch of {capacity}")
-    total = int(sum(lengths[i] for i in examples))
-    rounds = max(1, -(-total // (capacity * world_size)))
+    An example of L tokens is work for L + pairs L^2 tokens; pairs: what attention between two tokens costs, in tokens (`mfu.pair_cost`). Where
+    a micro-batch would become too full so, tokens alone count. Longest first, each to the emptiest micro-batch (Graham's LPT rule), then
+    swaps; ties go to the lower id, so every rank finds the same cut. With 16 rows on two ranks and the seed's lengths, the fuller rank has
+    0.02 % more tokens than the mean when tokens alone count (1.3 % without swaps)."""
+    tokens = {i: int(lengths[i]) for i in step.tolist()}
+    work = {i: n + round(pairs * n * n) for i, n in tokens.items()}
+    examples = sorted(step.tolist(), key=lambda i: (-tokens[i], i))
+    if examples and tokens[examples[0]] > capacity:
+        raise ValueError(f"an example of {tokens[examples[0]]} tokens does not fit a micro-batch of {capacity}")
+    rounds = max(1, -(-sum(tokens[i] for i in examples) // (capacity * world_size)))
     while True:
-        places: list[list[int]] = [[] for _ in range(rounds * world_size)]
-        heap = [(0, place) for place in range(len(places))]
-        for example in examples:
-            load, place = heapq.heappop(heap)
-            places[place].append(example)
-            heapq.heappush(heap, (load + int(lengths[example]), place))
-        if even_out(places, lengths) <= capacity:
-            return [places[rank::world_size] for rank in range(world_size)]
+        for sizes in (work, tokens):
+            places = spread(examples, sizes, rounds * world_size)
+            if max(sum(tokens[i] for i in place) for place in places) <= capacity:
+                return [places[rank::world_size] for rank in range(world_size)]
         rounds += 1
 
 
-def even_out(places: list[list[int]], lengths: np.ndarray) -> int:
-    """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other. Returns the tokens
-    of the fullest then."""
-    loads = [sum(int(lengths[i]) for i in place) for place in places]
+def spread(examples: list[int], sizes: dict[int, int], number: int) -> list[list[int]]:
+    """So many places with about equal sums of sizes. examples: the largest first."""
+    places: list[list[int]] = [[] for _ in range(number)]
+    heap = [(0, place) for place in range(number)]
+    for example in examples:
+        load, place = heapq.heappop(heap)
+        places[place].append(example)
+        heapq.heappush(heap, (load + sizes[example], place))
+    even_out(places, sizes)
+    return places
+
+
+def even_out(places: list[list[int]], sizes: dict[int, int]) -> None:
+    """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other."""
+    loads = [sum(sizes[i] for i in place) for place in places]
     for _ in range(8 * len(places) if len(places) > 1 else 0):  # two or three turns a place are enough
         full, empty = loads.index(max(loads)), loads.index(min(loads))
         gap, out, back = loads[full] - loads[empty], places[full], places[empty]
-        sizes = np.array([lengths[i] for i in out])
-        others = np.array([*(lengths[i] for i in back), 0])  # the last: nothing comes back
+        given = np.array([sizes[i] for i in out])
+        others = np.array([*(sizes[i] for i in back), 0])  # the last: nothing comes back
         order = np.argsort(others, kind="stable")
-        # Moving d tokens leaves a gap of |gap - 2 d|. So for an example the best partner is one of the two next to its size - gap / 2.
-        above = np.searchsorted(others[order], sizes - gap / 2).clip(0, len(back))
+        # Moving d leaves a gap of |gap - 2 d|. So for an example the best partner is one of the two next to its size - gap / 2.
+        above = np.searchsorted(others[order], given - gap / 2).clip(0, len(back))
         pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
-        new_gap, a, b, moved = min((abs(gap - 2 * (d := int(sizes[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
+        new_gap, a, b, moved = min((abs(gap - 2 * (d := int(given[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
         if new_gap >= gap:
             break
         places[full], places[empty] = out[:a] + out[a + 1 :] + back[b : b + 1], back[:b] + back[b + 1 :] + [out[a]]
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved
-    return max(loads)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One micro-batch: whole examples end to end in one row of T tokens."""
-
-    input_ids: torch.Tensor  # [1, T] int64
-    position_ids: torch.Tensor  # [1, T] int64, from 0 in every document
-    cu_seqlens: torch.Tensor  # [documents + 1] int32, where documents begin and end
-    max_seqlen: int  # an upper bound of the documents' lengths
-    target_positions: torch.Tensor  # [N] int64: the places of the row whose next token is supervised
-    targets: torch.Tensor  # [N] int64: those next tokens
-
-    def to(self, device) -> "Batch":
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
-
-    def model_inputs(self) -> dict:
-        """What the model takes. Logits are computed where there is a target and nowhere else: a dialogue is three quarters of
-        the row, and its [T, vocabulary] logits would be the largest tensor of the step."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens,
-                "max_seqlen": self.max_seqlen, "logits_to_keep": self.target_positions, "use_cache": False}  # fmt: skip
-
-
-def collate(examples: list, max_seq_len: int, room: tuple[int, int] | None = None) -> Batch:
-    """Packs examples (each with `input_ids` and `labels`, int [L], -100 where not supervised) into one row, filled up to `room` = (tokens,
-    documents) if given.
-
-    Without examples it gives a row of one unsupervised token: a rank without work still takes part in every collective."""
-    ids = [e.input_ids for e in examples] or [np.zeros(1, np.int64)]
-    labels = [e.labels for e in examples] or [np.full(1, -100)]
-    # Token t predicts token t + 1 of its own document: shift inside each document, so none predicts its neighbour's first token.
-    following = np.concatenate([np.append(label[1:], -100) for label in labels])
-    positions = np.flatnonzero(following != -100)
-    # An empty index would give empty logits and no gradient at all; one dummy target, ignored by the loss, keeps the graph whole.
-    keep = positions if len(positions) else np.zeros(1, np.int64)
-    batch = Batch(
-        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
-        max_seqlen=max_seq_len,
-        target_positions=torch.from_numpy(keep),
-        targets=torch.from_numpy(following[keep].astype(np.int64)),
-    )
-    return pad(batch, *room, max_seq_len) if room else batch
-
-
-def pad(batch: Batch, tokens: int, documents: int, max_seq_len: int) -> Batch:
-    """The batch as a row of exactly so many tokens and documents, for kernels that were recorded for that size. The fill has documents of its
-    own, without targets; what is still lacking in documents is empty ones at the end. A batch that is larger stays as it is."""
-    start, count = batch.input_ids.shape[1], len(batch.cu_seqlens) - 1
-    ends = [*range(start + max_seq_len, tokens, max_seq_len), tokens] if start < tokens else []
-    empty = documents - count - len(ends)
-    if tokens < start or empty < 0:
-        return batch
-    fill = (torch.arange(tokens - start) % max_seq_len)[None]
-    bounds = torch.tensor(ends + [tokens] * empty, dtype=torch.int32)
-    return dataclasses.replace(
-        batch,
-        input_ids=torch.cat([batch.input_ids, torch.zeros_like(fill)], 1),
-        position_ids=torch.cat([batch.position_ids, fill], 1),
-        cu_seqlens=torch.cat([batch.cu_seqlens, bounds]),
-    )

@@ -29,12 +29,13 @@ from .folder import prepare_folder, versions
 from .graphs import release_graphs, replay_layers
 from .identity import at_step, refuse_another, refuse_unlike, run_identity
 from .join import JoinError
-from .mfu import utilisation
+from .mfu import pair_cost, utilisation
 from .model import decoder_layers, load_shape, load_tokenizer, summed_cross_entropy, trainable
 from .monitor import Monitor, quiet_libraries
 from .notes import prompt_of, share_notes
 from .optim import adamw, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
-from .packing import Batch, collate, cut, make_plan
+from .collate import Batch, collate
+from .packing import cut, make_plan
 from .peak import Measured
 from .spare import spare
 from .state import adam_step
@@ -130,7 +131,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         row, room, launched = replay_layers(config, engine.module, plan, lengths, chosen.capacity, chosen.dropout, ranks)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
-    mfu = utilisation(engine.module, shape, ranks)
+    mfu, pairs = utilisation(engine.module, shape, ranks), pair_cost(engine.module, shape)
     monitor = make_monitor(config, chosen.ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
         f"machine     {ranks.world_size} rank(s) on {made_by['device']}, {chosen.described}\n"
@@ -181,7 +182,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
             measured.begin()
         monitor.start_step()
         ids = plan[step]  # the examples of this step
-        mine = cut(ids, lengths, ranks.world_size, row)[ranks.rank]  # ids for each of this rank's micro-batches
+        mine = cut(ids, lengths, ranks.world_size, row, pairs)[ranks.rank]  # ids for each of this rank's micro-batches
         micro_batches = [collate([examples[i] for i in part], config.max_seq_len, room) for part in mine]
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,

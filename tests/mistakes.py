@@ -8,6 +8,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 import loop.checkpoint
 import loop.data
 import loop.model
+import loop.collate
 import loop.packing
 import loop.train
 
@@ -91,7 +92,7 @@ def one_document_mask():
     def wrong(examples, max_seq_len, *room):
         batch = collate(examples, max_seq_len, *room)
         row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
-        return loop.packing.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
+        return loop.collate.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
 
     loop.train.collate = wrong
 
@@ -102,7 +103,7 @@ def positions_run_on():
 
     def wrong(examples, max_seq_len, *room):
         batch = collate(examples, max_seq_len, *room)
-        return loop.packing.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
+        return loop.collate.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
 
     loop.train.collate = wrong
 
@@ -115,7 +116,7 @@ def targets_cross_documents():
         batch = collate(examples, max_seq_len, *room)
         if len(examples) > 1:
             ends = batch.cu_seqlens[1:-1].long() - 1
-            batch = loop.packing.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
+            batch = loop.collate.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
                                           "targets": torch.cat([batch.targets, batch.input_ids[0, ends + 1]])})  # fmt: skip
         return batch
 
@@ -177,8 +178,8 @@ def unequal_examples():
     """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
     cut = loop.train.cut
 
-    def wrong(step, lengths, world_size, capacity):
-        return cut(np.asarray(step)[:-1], lengths, world_size, capacity)
+    def wrong(step, *rest):
+        return cut(np.asarray(step)[:-1], *rest)
 
     loop.train.cut = wrong
 

@@ -16,7 +16,8 @@ from loop.backends import available_backends
 from loop.fused import fuse
 from loop.graphs import GraphedLayer, graph_layers, release_graphs, room_of
 from loop.model import decoder_layers, summed_cross_entropy
-from loop.packing import collate, cut, make_plan, pad
+from loop.collate import collate, pad
+from loop.packing import cut, make_plan
 from loop.tokens import Example
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}

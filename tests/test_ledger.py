@@ -80,7 +80,7 @@ def worker(base: str) -> None:
     from loop.fused import fuse
     from loop.model import decoder_layers, load_model, load_shape, summed_cross_entropy, trainable, use_checkpointing
     from loop.optim import adamw
-    from loop.packing import collate
+    from loop.collate import collate
     from loop.spare import keep_whole
     from loop.tokens import Example
     from loop.train import train_step

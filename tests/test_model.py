@@ -12,7 +12,7 @@ from loop.backends import available_backends
 from loop.config import Config, ConfigError
 from loop.tokens import Example
 from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
-from loop.packing import collate
+from loop.collate import collate
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
 

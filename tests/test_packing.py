@@ -1,4 +1,4 @@
-"""The plan, its cuts and the packed row."""
+"""The plan and its cuts."""
 
 import time
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.tokens import Example
-from loop.packing import best_fit_decreasing, collate, cut, make_plan
+from loop.packing import best_fit_decreasing, cut, make_plan
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
 
@@ -97,9 +96,9 @@ def test_impossible_lengths_are_refused(lengths):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array), st.integers(1, 8), st.integers(50, 400))
-def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity):
-    ranks = cut(np.arange(len(lengths)), lengths, world_size, capacity)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array), st.integers(1, 8), st.integers(50, 400), st.sampled_from([0, 0.01, 1]))
+def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity, pairs):
+    ranks = cut(np.arange(len(lengths)), lengths, world_size, capacity, pairs)
     assert len(ranks) == world_size and len({len(r) for r in ranks}) == 1
     assert sorted(i for r in ranks for m in r for i in m) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in m) <= capacity for r in ranks for m in r)
@@ -119,35 +118,6 @@ def test_a_cut_is_balanced():
 def test_an_example_above_the_capacity_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         cut(np.array([0]), np.array([60]), 1, 50)
-
-
-def example(key: str, ids: list[int], supervised_from: int) -> Example:
-    input_ids = np.array(ids, np.int32)
-    labels = input_ids.copy()
-    labels[:supervised_from] = -100
-    return Example(key, input_ids, labels)
-
-
-def test_a_row_keeps_documents_apart():
-    batch = collate([example("a", [5, 6, 7, 8], 2), example("b", [1, 2, 3], 0)], 16)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 3]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
-    assert batch.cu_seqlens.tolist() == [0, 4, 7]
-    # position t predicts t + 1 inside its document: 8 does not predict b's first token, which nothing predicts
-    assert batch.target_positions.tolist() == [1, 2, 4, 5]
-    assert batch.targets.tolist() == [7, 8, 2, 3]
-
-
-def test_a_rank_without_examples_has_a_row_without_targets():
-    batch = collate([], 16)
-    assert batch.input_ids.shape == (1, 1) and batch.targets.tolist() == [-100]
-
-
-def test_the_number_of_targets_is_the_collators():
-    rng = np.random.default_rng(0)
-    examples = [example(str(i), rng.integers(0, 9, n).tolist(), int(rng.integers(0, n))) for i, n in enumerate(rng.integers(1, 30, 50))]
-    for e in examples:
-        assert e.num_targets == int((collate([e], 64).targets != -100).sum())
 
 
 @pytest.mark.slow
@@ -175,3 +145,24 @@ def test_ranks_are_filled_evenly():
     plan = make_plan(lengths, 16 * 2048, 0)
     loads = np.array([[lengths[sum(rank, [])].sum() for rank in cut(plan[s], lengths, 2, 9 * 2048)] for s in range(len(plan))])
     assert (loads.max(1) / loads.mean(1)).mean() < 1.001
+
+
+def test_attention_counts_where_lengths_are_mixed():
+    """Long visits among short ones: the rank with most work has no more than the mean and what single examples leave; by tokens it has far more.
+    Where the row is too small for that, tokens alone count, rather than a micro-batch more."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(6000, 8192, 60), rng.integers(100, 1500, 1500)])
+    plan, pairs = make_plan(lengths, 32 * 2048, 0), 1e-4
+
+    def most(pairs_seen: float, capacity: int) -> np.ndarray:
+        """[steps]: work of the fullest rank, by the mean; and all have one micro-batch."""
+        work = []
+        for step in range(len(plan)):
+            ranks = cut(plan[step], lengths, 4, capacity, pairs_seen)
+            assert [len(rank) for rank in ranks] == [1] * 4
+            work.append([sum(lengths[i] + pairs * lengths[i] ** 2 for i in rank[0]) for rank in ranks])
+        return np.max(work, 1) / np.mean(work, 1)
+
+    assert most(pairs, 12 * 2048).mean() < 1.005 and most(0, 12 * 2048).mean() > 1.08
+    tight = max(sum(lengths[i] for i in part) for step in range(len(plan)) for (part,) in cut(plan[step], lengths, 4, 12 * 2048))
+    assert most(pairs, int(tight)).mean() < most(0, int(tight)).mean() + 1e-9

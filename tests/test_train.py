@@ -302,6 +302,6 @@ def test_the_proof_catches(bench, plain, mistake):
 
 def test_positions_that_run_on_show_in_the_row_only(bench, plain):
     """Rotary embeddings see differences of positions alone, so this mistake hides from losses and gradients (until a position
-    exceeds what the base was trained on): the row itself must be looked at, as test_packing.py does."""
+    exceeds what the base was trained on): the row itself must be looked at, as test_collate.py does."""
     seen = compare(bench.records["positions_run_on"], plain["qlora"])
     assert max(seen.values()) < 1e-2, seen

@@ -74,7 +74,7 @@ SHOWN = {
         "Nothing to see, in no curve: loss 0.069 in step 40 of both runs, held-out 0.0984 (right: 0.0988), norms of 1.29 in step 1. The "
         "gradient of step 1 is 1.8 % away from the right one, which is what bf16 rounds: rotary embeddings see differences of positions only, "
         "and those within a document are the same wherever it begins. It turns into a real mistake where a row is longer than the positions "
-        "that the base was trained on, or where positions are learned. So the row itself must be looked at, as tests/test_packing.py does.",
+        "that the base was trained on, or where positions are learned. So the row itself must be looked at, as tests/test_collate.py does.",
         HELD_OUT,
     ),
     "targets_cross_documents": Shown(
