@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from .config import LORA, Config
 from .describe import learning_rates, write_plan
-from .packing import Plan, cut
+from .packing import Plan
 from .timers import PARTS
 from .tokens import IGNORE, Example
 
@@ -113,8 +113,8 @@ class Dashboard:
             self.shown = charts
             self._add(custom_scalars(charts), step)
 
-    def plan(self, plan: Plan, text: str, examples: list[Example], world_size: int, capacity: int) -> None:
-        """The run in advance. After a resume only what was dropped from there on."""
+    def plan(self, plan: Plan, text: str, examples: list[Example], first: list[list[list[int]]], capacity: int) -> None:
+        """The run in advance. After a resume only what was dropped from there on. first: the cut of the first step; capacity: tokens of a row."""
         lengths, targets = np.array([len(e) for e in examples]), np.array([e.num_targets for e in examples])
         write_plan(self.board, text, lengths, learning_rates(self.config, len(plan)), self.first_step)
         self.tags |= {"plan/lr", "plan/max_grad_norm"}
@@ -129,7 +129,7 @@ class Dashboard:
                              "examples_of_a_step": np.diff(plan.offsets)}.items():  # fmt: skip
             self.board.add_histogram(f"plan/{name}", values, 0)
         rows = [(f"rank {rank}, micro-batch {i + 1}", [examples[e] for e in part])
-                for rank, parts in enumerate(cut(plan[0], lengths, world_size, capacity)) for i, part in enumerate(parts)]  # fmt: skip
+                for rank, parts in enumerate(first) for i, part in enumerate(parts)]  # fmt: skip
         self.board.add_image("plan/packed_rows_of_the_first_step", row_picture(rows[:16], capacity), 0, dataformats="HWC")
 
     def note(self, step: int, key: str, note: str) -> None:

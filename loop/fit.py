@@ -34,13 +34,15 @@ def choose_whole(
         "zero_optimization": zero | dict.fromkeys(["stage3_param_persistence_threshold", "stage3_model_persistence_threshold"], EVERY_WEIGHT)
     }
     wanted = config.keep_whole
-    if wanted == "auto":
-        rest = fused, False, supervised
+    if wanted == "auto" and free_bytes is not None:
+        dense = fused and config.keep_dequantized is True
+        free_bytes -= dense * ledger(shape, config, ds, world_size, 1, True, fused, True, supervised)["dequantised copies"]
+        rest = fused, dense, supervised
         rows, checkpointing = choose_micro_batch(config, whole, shape, world_size, free_bytes, *rest, config.cuda_graphs)
         parts = ledger(shape, config, whole, world_size, rows, checkpointing, *rest, config.cuda_graphs and not checkpointing)
         otherwise = choose_micro_batch(config, ds, shape, world_size, free_bytes, *rest)[1]
-        wanted = free_bytes is not None and needed(parts) <= free_bytes and checkpointing <= otherwise
-    return (whole, True) if wanted else (ds, False)
+        wanted = needed(parts) <= free_bytes and checkpointing <= otherwise
+    return (whole, True) if wanted is True else (ds, False)
 
 
 def choose_micro_batch(config: Config, ds: dict, shape, world_size: int, free_bytes: int | None, fused: bool, dequantized: bool,

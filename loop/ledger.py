@@ -89,7 +89,8 @@ def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpoi
     w, zero, qlora = count_weights(shape, config), ds["zero_optimization"], config.method == "qlora"
     size = 2 if ds.get("bf16", {}).get("enabled") else 4  # bytes of a number that is computed with
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
-    even = config.batch_size / world_size + (world_size > 1) / 2  # steps are cut evenly: half a row more than the even share is rarely seen
+    # Steps are cut evenly: half a row more than the even share is rarely seen, with attention counted a whole one.
+    even = config.batch_size / world_size + (world_size > 1) / 2
     tokens = int(min(rows, max(even, 1)) * config.max_seq_len)
 
     def share(sizes) -> int:

@@ -124,9 +124,9 @@ def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int, p
     number on every rank, balanced by their work. A micro-batch may be empty when there are fewer examples than places.
 
     An example of L tokens is work for L + pairs L^2 tokens; pairs: what attention between two tokens costs, in tokens (`mfu.pair_cost`). Where
-    a micro-batch would become too full so, tokens alone count. Longest first, each to the emptiest micro-batch (Graham's LPT rule), then
-    swaps; ties go to the lower id, so every rank finds the same cut. With 16 rows on two ranks and the seed's lengths, the fuller rank has
-    0.02 % more tokens than the mean when tokens alone count (1.3 % without swaps)."""
+    a micro-batch would become too full so, and for pairs=0, tokens alone count. Longest first, each to the emptiest micro-batch (Graham's LPT
+    rule), then swaps; ties go to the lower id, so every rank finds the same cut. With 16 rows on two ranks, the seed's lengths and pairs=0
+    the fuller rank has 0.02 % more tokens than the mean (1.3 % without swaps)."""
     tokens = {i: int(lengths[i]) for i in step.tolist()}
     work = {i: n + round(pairs * n * n) for i, n in tokens.items()}
     examples = sorted(step.tolist(), key=lambda i: (-tokens[i], i))

@@ -120,7 +120,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
 
     model, chosen = build_model(config, ds, shape, float(targets.sum() / lengths.sum()), ranks)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=chosen.ds)
-    engine.train()  # from_pretrained leaves the base's modules in evaluation mode, where they would not checkpoint
+    engine.train()  # from_pretrained leaves the base's modules in evaluation mode, without dropout
     parameters: list = [p for _, p in trainable(engine.module)]
     seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has its own seeds; whatever else may draw, draws anew on each rank
     if path:
@@ -131,7 +131,9 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         row, room, launched = replay_layers(config, engine.module, plan, lengths, chosen.capacity, chosen.dropout, ranks)
 
     held.enter_context(Watchdog(config.folder, ranks, config.run.timeout_minutes, config.run.silence_minutes))
-    mfu, pairs = utilisation(engine.module, shape, ranks), pair_cost(engine.module, shape)
+    mfu = utilisation(engine.module, shape, ranks)
+    # Ranks wait for each other: attention counts where they have rows of their own sizes. Rows that are filled up should be short instead.
+    pairs = pair_cost(engine.module, shape) if ranks.world_size > 1 and not room else 0.0
     monitor = make_monitor(config, chosen.ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None)
     monitor.say(
         f"machine     {ranks.world_size} rank(s) on {made_by['device']}, {chosen.described}\n"
@@ -139,7 +141,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         f"examples    {len(examples):,} of {account.rows:,} to train on, {len(held_out):,} of {held_out_account.rows:,} held out"
     )
     monitor.accounts({"train": account, "valid": held_out_account})
-    monitor.plan(plan, examples, chosen.capacity // config.max_seq_len)
+    monitor.plan(plan, examples, chosen.capacity // config.max_seq_len, cut(plan[0], lengths, ranks.world_size, row, pairs))
     remarks += [*chosen.remarks, *ranks.gather(launched), f"resumed from {path}" if path else f"run folder  {config.folder}"]
     for remark in filter(None, remarks):
         monitor.say(remark)

@@ -64,7 +64,7 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     assert len(plan) == 4
     for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
         monitor = Monitor(config, {}, engine, ranks, first, len(plan), lambda *_: {})
-        monitor.plan(plan, examples, 4)
+        monitor.plan(plan, examples, 4, [[plan[0].tolist()]])
         for step, norm in enumerate(norms, first + 1):
             monitor.start_step()
             monitor.step(step, 1.0, norm, 1e-3, np.array([700] * 5), 700)

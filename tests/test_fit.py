@@ -47,8 +47,9 @@ def test_what_is_chosen_for_a_memory_fits_it():
             assert not resolve(more, ds, tinyllama_shape(), 1, gib * GIB).fits
 
 
-def test_ranks_keep_all_weights_where_that_fits_and_nothing_is_recomputed_for_it():
-    config, ds = of_seed()
+@pytest.mark.parametrize("dequantized", ["auto", True])
+def test_ranks_keep_all_weights_where_that_fits_and_nothing_is_recomputed_for_it(dequantized):
+    config, ds = of_seed(keep_dequantized=dequantized)
     seen = {}
     for shape, name in ((tinyllama_shape(), "1"), (LLAMA_70B, "70")):
         for gib in (3, 6, 12, 24, 48, 80, 120, 141):
@@ -58,8 +59,9 @@ def test_ranks_keep_all_weights_where_that_fits_and_nothing_is_recomputed_for_it
             assert answer.fits == parted.fits and answer.checkpointing == parted.checkpointing
             assert answer == (whole if whole.fits and whole.checkpointing == parted.checkpointing else parted)
             seen[name, gib] = answer.whole
-    assert seen["1", 6] and seen["70", 141] and not seen["70", 80]
-    assert not resolve(config, ds, LLAMA_70B, 2, 80 * GIB).checkpointing, "which keeping them would have needed"
+    assert seen["1", 24] and not seen["70", 80]
+    if dequantized == "auto":
+        assert seen["70", 141] and not resolve(config, ds, LLAMA_70B, 2, 80 * GIB).checkpointing, "which keeping them would have needed"
 
 
 def test_70_billion_weights_on_two_gpus_of_40_gib():

@@ -76,7 +76,7 @@ def bench(tiny_base, rows, tmp_path_factory):
                {"name": "micro-batches of 3 rows", "args": ["micro_batch_size=3"]},
                {"name": "shuffled within the step", "patch": {"shuffle": 1}, "args": ["micro_batch_size=2"]},
                {"name": "reentrant checkpointing", "args": ["gradient_checkpointing=true"]},
-               {"name": "non-reentrant checkpointing", "patch": {"non_reentrant": 1}},
+               {"name": "non-reentrant checkpointing", "patch": {"non_reentrant": 1}, "args": ["gradient_checkpointing=true"]},
                {"name": "no leaf modules", "patch": {"no_leaf": 1}, "args": ["fused=false"]},
                {"name": "as PEFT computes it", "args": ["fused=false"]}, {"name": "NF4 in each pass", "args": ["keep_dequantized=false"]},
                {"name": "lora", "args": ["method=lora"]}, {"name": "full", "args": ["method=full"]},

@@ -26,7 +26,7 @@ import loop.notes
 import loop.packing
 import loop.train as train
 
-PATCHED = [train, loop.data, loop.export, loop.model, loop.notes]  # whose names cases replace; put back after each case
+PATCHED = [train, loop.build, loop.data, loop.export, loop.model, loop.notes]  # whose names cases replace; put back after each case
 
 
 def frozen_digest(model) -> str:
