@@ -177,8 +177,8 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
 
 
 def use_checkpointing(model: PreTrainedModel | PeftModel) -> None:
-    """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers, inside of ZeRO-3's hooks. Where transformers does it (before 5.23) the hooks
-    are inside, and what DeepSpeed gathers for a recomputation stays until the backward pass ends: at last every weight, on each rank. The
+    """Gradient checkpointing (arXiv 1604.06174) of whole decoder layers, inside of ZeRO-3's hooks. Where transformers does it, in 5.20 for one, the
+    hooks are inside, and what DeepSpeed gathers for a recomputation stays until the backward pass ends: at last every weight, on each rank. The
     reentrant kind: the other one keeps every gathered 4-bit weight alive (bitsandbytes#2034)."""
 
     def recomputed(forward, x: torch.Tensor, *args, **kwargs):

@@ -79,8 +79,7 @@ class Monitor:
                 (self.folder / "data.json").write_text(json.dumps({k: dataclasses.asdict(a) for k, a in accounts.items()}, indent=1))
 
     def plan(self, plan: Plan, examples: list[Example], micro_batch_size: int, first: list[list[list[int]]]) -> None:
-        """The run in advance: said, and in TensorBoard as text, histograms, the whole curve of the learning rate and a picture of the first step.
-        first: how that is cut."""
+        """The run in advance: said, and in TensorBoard as text, histograms, the whole curve of the learning rate and a picture of the `first` cut."""
         if self.on:
             lengths, targets = np.array([len(e) for e in examples]), np.array([e.num_targets for e in examples])
             text = describe_plan(plan, lengths, targets, self.config, self.ranks.world_size, micro_batch_size)
