@@ -13,6 +13,7 @@ from .attention import AttentionError
 from .audit import AuditError, check_adapter
 from .backends import choose_backend
 from .cli import exit_with_config_error, leave, load_config, take_options
+from .collate import collate
 from .config import Config, ConfigError
 from .data import load_examples
 from .distributed import Ranks, init_distributed, seed_everything
@@ -22,7 +23,6 @@ from .folder import write_report
 from .join import JoinError
 from .model import dtype_of, heads_of, load_model, load_shape, load_tokenizer, read_adapter
 from .notes import Note, share_notes
-from .collate import collate
 from .packing import cut, make_plan
 from .page import write_page
 from .score import Row, as_table, interval, most_similar, ratio, score_note, summarise, unsupported

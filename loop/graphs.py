@@ -10,11 +10,11 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .collate import collate
 from .config import Config
 from .distributed import Ranks
 from .dropout import Masks
 from .model import decoder_layers
-from .collate import collate
 from .packing import Plan, cut
 from .peak import count_graphs
 

@@ -18,10 +18,11 @@ from .audit import AuditError, describe
 from .build import build_model
 from .checkpoint import Checkpoints
 from .cli import even_if_nobody_reads, exit_with_config_error, leave, load_config
+from .collate import Batch, collate
 from .config import Config, ConfigError
 from .data import load_examples, weights_of
-from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
 from .describe import show_summary
+from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
 from .ds_config import build_ds_config
 from .evaluate import evaluate_loss
 from .export import export_model
@@ -34,7 +35,6 @@ from .model import decoder_layers, load_shape, load_tokenizer, summed_cross_entr
 from .monitor import Monitor, quiet_libraries
 from .notes import prompt_of, share_notes
 from .optim import adamw, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
-from .collate import Batch, collate
 from .packing import cut, make_plan
 from .peak import Measured
 from .spare import spare

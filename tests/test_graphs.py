@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loop.attention import IMPLEMENTATIONS
 from loop.backends import available_backends
+from loop.collate import collate, pad
 from loop.fused import fuse
 from loop.graphs import GraphedLayer, graph_layers, release_graphs, room_of
 from loop.model import decoder_layers, summed_cross_entropy
-from loop.collate import collate, pad
 from loop.packing import cut, make_plan
 from loop.tokens import Example
 

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from loop.attention import IMPLEMENTATIONS
 from loop.backends import available_backends
-from loop.config import Config, ConfigError
-from loop.tokens import Example
-from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
 from loop.collate import collate
+from loop.config import Config, ConfigError
+from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
+from loop.tokens import Example
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
 
