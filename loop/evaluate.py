@@ -131,7 +131,6 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
 def main(argv: list[str] | None = None) -> None:
     """`evaluate [--adapter DIR] [--split test] [--notes N] [--predictions FILE] [--reference COLUMN] [--html FILE] [--config FILE] [key=value]`"""
     from torch.utils.tensorboard import SummaryWriter
-
     from .monitor import quiet_libraries
 
     quiet_libraries()

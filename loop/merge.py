@@ -140,10 +140,9 @@ def merge(adapter: str, out: str, base: str | None = None, into: str = "16bit", 
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
         config |= {"architectures": config.get("architectures") or [kind], "dtype": "bfloat16", "torch_dtype": "bfloat16", "use_cache": True}
         (aside / "config.json").write_text(json.dumps(config, indent=2))
-        if (Path(adapter) / "tokenizer_config.json").is_file():
-            template = AutoTokenizer.from_pretrained(adapter).chat_template
-            if template and template != AutoTokenizer.from_pretrained(folder).chat_template:  # the base has none: the project's was trained with
-                (aside / "chat_template.jinja").write_text(template)
+        template = AutoTokenizer.from_pretrained(adapter).chat_template if (Path(adapter) / "tokenizer_config.json").is_file() else None
+        if template and template != AutoTokenizer.from_pretrained(folder).chat_template:  # the base has none: the project's was trained with
+            (aside / "chat_template.jinja").write_text(template)
     return Path(out)
 
 
@@ -156,16 +155,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", metavar="CONFIG", help="a run's config.yaml: merge both ways, to OUT/16bit and OUT/nf4, and measure on its data")
     parser.add_argument("--split", choices=["valid", "test"], default="valid", help="of that data (default: valid)")
     parser.add_argument("--notes", type=int, default=16, help="how many notes to write and compare (default: 16)")
-    args = parser.parse_args(argv)
+    from .compare import three_ways  # late: it imports this module
     from .monitor import quiet_libraries
 
+    args = parser.parse_args(argv)
     quiet_libraries()
     device = "cuda:0" if on_gpu() else "cpu"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.report:
-            from .compare import three_ways
-
             print(three_ways(args.adapter, args.out, args.base, args.report, args.split, args.notes, device))
         else:
             print(f"merged into {args.into}: {merge(args.adapter, args.out, args.base, args.into, device)}")
