@@ -1,5 +1,6 @@
 """The model that is trained, as this machine can train it: kernels, micro-batch and what is kept where are chosen by what is there."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -25,7 +26,7 @@ class Choices:
     capacity: int  # tokens that a micro-batch may have
     whole: bool  # each rank keeps all weights
     replayed: bool  # its layers shall be recorded and replayed
-    predicted: dict[str, int]  # bytes on a GPU
+    predicted: Callable[[int], dict[str, int]]  # the ledger for micro-batches of so many tokens: bytes on a GPU
     described: str
     remarks: list[str]  # what a person should know: what was passed over, and why
 
@@ -50,7 +51,9 @@ def build_model(config: Config, ds: dict, shape, supervised: float, ranks: Ranks
     if checkpointing:
         use_checkpointing(model)
     replayed = replayed and not checkpointing
-    predicted = ledger(shape, config, ds, ranks.world_size, rows, checkpointing, *known, replayed)
+
+    def predicted(tokens: int) -> dict[str, int]:
+        return ledger(shape, config, ds, ranks.world_size, tokens / config.max_seq_len, checkpointing, *known, replayed)
 
     attention, _, passed_over = attention.partition("; ")
     described = f"ZeRO-3{', weights whole on each' if whole else ''}; {attention}; gradient checkpointing {'on' if checkpointing else 'off'}"

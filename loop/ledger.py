@@ -81,7 +81,7 @@ def most_rows(config: Config, world_size: int) -> int:
     return min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
 
 
-def ledger(shape, config: Config, ds: dict, world_size: int, rows: int, checkpointing: bool, fused: bool, dequantized: bool,
+def ledger(shape, config: Config, ds: dict, world_size: int, rows: float, checkpointing: bool, fused: bool, dequantized: bool,
            supervised: float = 1 / 3, recorded: bool = False) -> dict[str, int]:  # fmt: skip
     """{component: bytes on one GPU} at the fullest moment of a step, LOADED, STATES, WORKING and "allocator slack". ds: DeepSpeed's configuration;
     rows: of a micro-batch; supervised: the share of its tokens that have logits; dequantized: whether NF4 weights are kept in bf16 too;

@@ -175,7 +175,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     # A first start: what all later figures are compared with. A resume: the validation that the earlier run broke off.
     if figures is None:
         figures = validate_and_show(first_step)
-    stopping, bad_steps = figures is None, 0
+    stopping, bad_steps, fullest = figures is None, 0, 0  # fullest: tokens of this rank's largest micro-batch so far
     for step in range(first_step, len(plan)):
         if stopping:  # in the evaluation just now; nothing new is to be saved
             break
@@ -186,6 +186,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         ids = plan[step]  # the examples of this step
         mine = cut(ids, lengths, ranks.world_size, row, pairs)[ranks.rank]  # ids for each of this rank's micro-batches
         micro_batches = [collate([examples[i] for i in part], config.max_seq_len, room) for part in mine]
+        fullest = max(fullest, *(batch.input_ids.numel() for batch in micro_batches))
         num_targets = int(targets[ids].sum())
         lr = cosine_lr(step, len(plan), config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
                        restart_steps=config.restart_steps, restart_mult=config.restart_mult)  # fmt: skip
@@ -200,7 +201,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         stopping = ranks.any(stop.signal is not None)  # on all ranks alike, or some would wait for the others for ever
         monitor.step(step + 1, loss, grad_norm, lr, lengths[ids], num_targets)
         if step == min(first_step + 2, len(plan) - 1):
-            monitor.say(measured.beside(chosen.predicted))
+            monitor.say(measured.beside(chosen.predicted(fullest)))
         if engine.was_step_applied():
             bad_steps = 0
             recent.append(loss)

@@ -3,10 +3,13 @@
 import gc
 import json
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import run_ok, tinyllama_shape
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from loop.config import Config
@@ -69,8 +72,32 @@ def test_every_way_to_train_is_counted():
     assert fp32["fp32 masters"] == 0 and fp32["adapter"] == 2 * qlora["adapter"] and fp32["NF4 codes"] == qlora["NF4 codes"]
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, among those made under it: what a GPU's allocator would count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor) and not t.is_meta):
+            if storage.nbytes() and id(storage) not in self.known:
+                self.known.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.now -= size
+
+
 def worker(base: str) -> None:
-    """On each rank, for each kind of layers: the bytes of the tensors that are alive after a step, by component, and what a forward pass keeps."""
+    """On each rank, for each kind of layers: the bytes of the tensors that are alive after a step, by component, what a forward pass keeps, and
+    the fullest moment of a step."""
     import deepspeed
     import numpy as np
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -91,11 +118,11 @@ def worker(base: str) -> None:
         """Bytes of the different storages."""
         return sum({s.data_ptr(): s.nbytes() for t in tensors if t.numel() for s in [t.untyped_storage()]}.values())
 
-    def case(fused: bool, dequantized: bool, checkpointing: bool) -> list:
+    def case(fused: bool, dequantized: bool, checkpointing: bool, reuse_distance: int = 10**9) -> list:
+        ds["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
         config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
         parts = ledger(shape, config, ds, ranks.world_size, 1, checkpointing, fused, dequantized, TARGETS / TOKENS)
         gc.collect()
-        before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
         seed_everything(0)
         model = load_model(config, ds, "cpu", "sdpa")
         masks = share_dropout(model, config.lora["lora_dropout"], 0, "cpu")
@@ -122,7 +149,9 @@ def worker(base: str) -> None:
             masks.draw(0, [0], batch.cu_seqlens)
 
         for _ in range(2):  # ZeRO-3 knows the order of the layers after the first
+            live.most = 0
             train_step(engine, [p for _, p in trainable(engine.module)], [batch], TARGETS, 1.0, ranks, draw)
+        highest = live.most
         engine.empty_partition_cache() if ranks.world_size > 1 else None
         frozen = [p for p in engine.module.parameters() if not p.requires_grad]
         four_bit = [p for p in frozen if hasattr(p, "quant_state")]
@@ -137,11 +166,12 @@ def worker(base: str) -> None:
             "fp32 masters": size(zero.fp32_partitioned_groups_flat),
             "Adam moments": size(t for s in optimizer.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1),
             "gradients, fp32": size([zero.grad_partitions_flat_buffer]),
-            "gradient bucket": size(b.buffer for b in zero.ipg_buckets.values()), "gathered weights": gathered[0] * (ranks.world_size > 1),
-            "dropout mask": size([masks.place]),
+            "gradient bucket": size(b.buffer for b in zero.ipg_buckets.values()), "dropout mask": size([masks.place]),
         }  # fmt: skip
+        if reuse_distance > 1:  # else the fullest moment is between the hooks, when the output layer is put into its shape
+            seen["gathered weights"] = gathered[0] * (ranks.world_size > 1)
         gc.collect()
-        alive = size(t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before)
+        alive = live.now
         held = sum(parts[name] for name in (*LOADED, *STATES, "dropout mask"))
         if ranks.world_size == 1:  # weights are taken up as the shard itself
             assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in frozen)
@@ -157,13 +187,14 @@ def worker(base: str) -> None:
                 draw(0)
                 assert summed_cross_entropy(engine(**batch.model_inputs()).logits, batch.targets) > 0
             seen["activations"] = sum(kept.values()) - TARGETS * shape.vocab_size * 4  # the loss keeps logarithms of probabilities
-            if fused and not checkpointing:  # a CPU's RMSNorm goes through fp32, and attention a document at a time puts its output together
-                parts["activations"] += TOKENS * shape.num_hidden_layers * (2 * 2 + 2) * shape.hidden_size
+        if fused and not checkpointing:  # a CPU's RMSNorm goes through fp32, and attention a document at a time puts its output together
+            parts["activations"] += TOKENS * shape.num_hidden_layers * (2 * 2 + 2) * shape.hidden_size
         engine.destroy()
-        return [fused, checkpointing, seen, parts, alive, held]
+        return [fused, checkpointing, seen, parts, alive, held, highest]
 
-    for settings in ((False, False, False), (True, False, False), (True, True, True)):
-        print(json.dumps(case(*settings)))
+    for settings in ((False, False, False), (True, False, False), (True, True, True), (True, False, True, 1)):
+        with Live() as live:
+            print(json.dumps(case(*settings)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -176,12 +207,13 @@ def test_what_is_alive_is_what_was_counted(world_size, tiny_base, tmp_path):
     LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
     cases = [json.loads(line) for line in run_ok(world_size, "tests/test_ledger.py", str(tmp_path)).splitlines() if line.startswith("[")]
-    assert len(cases) == 3
-    for fused, checkpointing, seen, parts, alive, held in cases:
-        print({name: (size, parts[name]) for name, size in seen.items()}, alive, held)
+    assert len(cases) == 4
+    for fused, checkpointing, seen, parts, alive, held, highest in cases:
+        print({name: (size, parts[name]) for name, size in seen.items()}, alive, held, highest, peak(parts))
         for name, size in seen.items():
             assert size == pytest.approx(parts[name], rel=0.1), (name, fused, checkpointing)
         assert alive == pytest.approx(held, rel=0.1)  # nothing else is there
+        assert highest == pytest.approx(peak(parts), rel=0.1), (fused, checkpointing)
 
 
 def test_a_cpu_run_says_how_far_its_rss_rose():
