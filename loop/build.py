@@ -41,12 +41,12 @@ def build_model(config: Config, ds: dict, shape, supervised: float, ranks: Ranks
     dropout = share_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
 
     ds, whole = choose_whole(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), fused, supervised)
-    keep_dense, replayed = False, replays(config, whole, ranks, backend)
+    keep_dense, stayed, replayed = False, set(), replays(config, whole, ranks, backend)
     if fused:
         keep_dense = not ranks.any(not choose_dequantized(config, model, free_gpu_bytes(config, model, ranks), replayed))
         if stayed := fuse(decoder_layers(model), keep_dense):
             layers = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
-    known = fused, keep_dense, supervised
+    known = fused and not stayed, keep_dense, supervised
     rows, checkpointing = choose_micro_batch(config, ds, shape, ranks.world_size, free_gpu_bytes(config, model, ranks), *known, replayed)
     if checkpointing:
         use_checkpointing(model)

@@ -48,8 +48,10 @@ def load_config(argv: list[str]) -> Config:
         tree = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # without the text that is quoted: the file may be one of dialogues
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1} ({getattr(error, 'problem', '')})" if mark else ""
+        raise ConfigError(f"--config {path}: not YAML{where}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold `key: value` lines")
     for arg in args:

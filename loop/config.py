@@ -58,9 +58,9 @@ class Run(Section):
     bad_steps: int = Field(3, ge=1)  # stop after this many skipped steps in a row (1: at the first)
     spike_sigmas: float | None = Field(None, gt=0)  # skip a step whose loss is so many standard deviations above the last 50; none: don't
     max_hours: float | None = Field(None, gt=0)  # save and end after so much wall time; the same command goes on
-    timeout_minutes: float = Field(10, gt=0)  # end all ranks when one stands still for so long
-    silence_minutes: float = Field(1, gt=0)  # or when nothing is heard from one on another machine for so long
-    join_minutes: float = Field(10, gt=0)  # how long ranks wait for each other at the start
+    timeout_minutes: float = Field(10, gt=0, allow_inf_nan=False)  # end all ranks when one stands still for so long
+    silence_minutes: float = Field(1, gt=0, allow_inf_nan=False)  # or when nothing is heard from one on another machine for so long
+    join_minutes: float = Field(10, gt=0, allow_inf_nan=False)  # how long ranks wait for each other at the start
     audit: int = Field(8, ge=0)  # examples whose loss a fresh process with PEFT alone must get from the saved adapter; 0: only its files are read
     deterministic: bool = False  # on GPUs, sum in a fixed order where a kernel offers it, so that a resumed run is the unbroken one to the bit
 
@@ -107,7 +107,7 @@ class Config(Section):
     optimizer: Literal["auto", "fused", "plain"] = "auto"  # torch's AdamW; 8-bit states don't fit the checkpoints, which hold fp32 moments
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**62)
 
     deepspeed: str = "ds_config.json"
     run: Run = Run()
@@ -126,6 +126,8 @@ class Config(Section):
             lora = lora | {"lora_dropout": float(lora["lora_dropout"])}
         if not isinstance(lora.get("r", 8), int) or lora.get("r", 8) < 1:
             raise ValueError("r must be a whole number of at least 1")
+        if not 0 <= lora.get("lora_dropout", 0) < 1:
+            raise ValueError("lora_dropout must lie in [0, 1)")
         # DoRA needs the norm of the dense weight, PiSSA/OLoRA/LoftQ/EVA rewrite it: a partitioned 4-bit base offers neither.
         if lora.get("use_dora"):
             raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
@@ -141,10 +143,12 @@ class Config(Section):
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if Path(self.run.name).name in ("", "..") or Path(self.run.name).is_absolute():
+            raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
         if self.data.train == []:
             raise ValueError("data.train=[]: name at least one source")
         sources = [self.data.train] if isinstance(self.data.train, str) else self.data.train
-        if self.data.weights is not None and (len(self.data.weights) != len(sources) or min(self.data.weights) <= 0):
+        if self.data.weights is not None and (len(self.data.weights) != len(sources) or not all(0 < w < float("inf") for w in self.data.weights)):
             raise ValueError(f"data.weights={self.data.weights}: give one number above 0 for each of the {len(sources)} sources of data.train")
         if "messages" not in self.data.columns and not {"dialogue", "note"} <= set(self.data.columns):
             raise ValueError("data.columns must map either messages, or dialogue and note")

@@ -46,12 +46,13 @@ class Account:
         return told
 
 
-def shorten_to_fit(tokenizer, conversation: Conversation, max_seq_len: int) -> Example | None:
+def shorten_to_fit(tokenizer, conversation: Conversation, max_seq_len: int, supervise: str) -> Example | None:
     """The example without as few turns from the middle of its dialogue as make it fit; None where even the first and last turn don't.
     The note and the prompt's frame stay whole."""
 
     def encoded(dialogue: str) -> Example:
-        return encode_examples(tokenizer, [dataclasses.replace(conversation, messages=soap.soap_messages(dialogue, conversation.note))])[0]
+        shorter = dataclasses.replace(conversation, messages=soap.soap_messages(dialogue, conversation.note))
+        return encode_examples(tokenizer, [shorter], supervise)[0]
 
     fitted = soap.fit_dialogue(conversation.dialogue, lambda dialogue: len(encoded(dialogue)), max_seq_len) if conversation.dialogue else None
     return encoded(fitted[0]) if fitted else None
@@ -69,7 +70,9 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
                 if config.data.overlong == "error":
                     raise ConfigError(f"data.{split}, id {example.id}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; raise it, "
                                       "or set data.overlong to drop or truncate_dialogue")  # fmt: skip
-                shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len) if config.data.overlong == "truncate_dialogue" else None
+                shorter = None
+                if config.data.overlong == "truncate_dialogue":
+                    shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len, config.data.supervise)
                 (account.truncated if shorter else account.dropped).append(example.id)
                 if shorter is None:
                     continue

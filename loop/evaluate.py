@@ -95,6 +95,8 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
     report: dict = {"figures": {}}
     if not getattr(config.data, split) and not (split == "valid" and config.data.valid_share):
         raise ConfigError(f"data.{split} is not set" + "; --split valid takes the share that was held out" * bool(config.data.valid_share))
+    if reference and "messages" in config.data.columns:
+        raise ConfigError(f"--reference {reference}: data.columns maps messages, which hold the note already; map dialogue and note")
     if html and not Path(html).resolve().parent.is_dir():
         raise ConfigError(f"--html {html}: there is no such folder")
     conversations = {c.id: c for c in read_split(texts, split)[0]}
@@ -108,8 +110,7 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
         tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
         examples, account = load_examples(config, tokenizer, split)
         chosen = [e for e in examples if e.id in conversations][:notes]  # the --reference column may lack some
-        ids = [e.id for e in chosen]
-        ranks = init_distributed(config.run.join_minutes)
+        ids, ranks = [e.id for e in chosen], init_distributed(config.run.join_minutes)
         seed_everything(config.seed)
         backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
         engine = deepspeed.initialize(model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds)[0]
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
             check_adapter(adapter, config.base)
         elif trained.is_dir():
             config = config.model_copy(update={"base": str(trained)})
-        count = 0 if config.data.supervise == "all" else None if notes is None else int(notes)
+        count = 0 if config.data.supervise == "all" else notes and int(notes)
         report = evaluate(config, adapter, split, count, predictions, options["--reference"], options["--html"])
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
@@ -165,8 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if report:
         name = f"{split}/{Path(predictions).stem}" if predictions else split
         print(f"{split}, {predictions or adapter or f'{config.base} without an adapter'}: " + ", ".join(
-            f"{report[key]:,} {key}" for key in ("examples", "left out", "notes") if key in report))  # fmt: skip
-        print(as_table(report["figures"]))
+            f"{report[key]:,} {key}" for key in ("examples", "left out", "notes") if key in report) + "\n" + as_table(report["figures"]))  # fmt: skip
         if config.folder.is_dir():
             steps = write_report(config.folder, {f"evaluate/{name}": report}).get("steps", 0)
             with SummaryWriter(str(config.folder / "tensorboard" / "evaluate")) as board:

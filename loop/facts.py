@@ -106,7 +106,7 @@ def facts(text: str) -> list[Fact]:
                 kind = ""
         elif word in ("a", "an") and words[i + 1] in WHOLE:
             half = words[i + 2 : i + 5] == ["and", "a", "half"]
-            kind, value, taken = "number", f"{1.5 if half else 1} {words[i + 1]}", 5 if half else 2
+            kind, value, taken = "number", f"{1.5 if half else 0.5 if i and words[i - 1] == 'half' else 1} {words[i + 1]}", 5 if half else 2
         elif drug := drug_of(word):
             kind, value = "drug", f"vitamin {words[i + 1]}" if word == "vitamin" else drug
             taken += word == "vitamin" and len(words[i + 1]) < 4

@@ -65,7 +65,7 @@ def kept_of_a_token(shape, config: Config, fused: bool, size: int) -> int:
     q, kv = heads * head, (getattr(shape, "num_key_value_heads", None) or heads) * head
     attention = (2 * q + 2 * kv) * size + 4 * heads  # and logsumexp in fp32
     low = 0 if config.method == "full" else 7 * config.lora["r"] * size
-    if fused:
+    if fused and config.method != "full":
         return attention + low + 2 * 4 + (4 * hidden + 2 * inner) * size  # and each norm's 1 / root mean square
     inputs = 2 * hidden + inner  # of the linear layers; attention's output is counted above
     if config.method == "full":

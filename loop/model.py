@@ -109,15 +109,17 @@ def load_base(
     elif ds is None:
         options |= {"device_map": {"": device}}
     with loading(base):
-        return never_repack(AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options))
+        return keep_codes(AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options), dtype)
 
 
-def never_repack(model: PreTrainedModel) -> PreTrainedModel:
-    """On CPUs with AVX512-BF16, bitsandbytes would repack NF4 weights in place at the first evaluation, and ZeRO-3's shards and every
-    gradient after it would be wrong."""
+def keep_codes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """NF4 codes stay what they are. bitsandbytes would repack them on CPUs with AVX512-BF16 at the first evaluation, and ZeRO-3's shards would be
+    wrong. A base that was quantised elsewhere may store them as float16, which would be cast by value, and compute in another dtype than ours."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu, module.compute_dtype = False, dtype
+            if module.weight.dtype not in (dtype, torch.uint8) and not hasattr(module.weight, "ds_id"):  # shards are not cast
+                module.weight.data = module.weight.data.view(torch.uint8)
     return model
 
 
@@ -148,27 +150,24 @@ def load_model(config: Config, ds: dict, device, attention: str, adapter: str | 
         with loading(config.base):
             model = stream_base(resolve_base(config.base), dtype, device, revision=config.revision, ds=ds, attention=attention,
                                 quantization=nf4_config(dtype, config.double_quant))  # fmt: skip
-    if model is not None:
-        never_repack(model)
-    else:
+    if model is None:
         # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference).
         alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
         model = load_base(config.base, dtype, device, revision=config.revision, quantized=config.method == "qlora",
                           double_quant=config.double_quant, attention=attention, ds=ds)  # fmt: skip
         del alive
-    model.config.use_cache = False
-    if config.method == "full":
-        model.requires_grad_(True)
-    else:
-        model.requires_grad_(False)
+    if getattr(model, "_is_stateful", False):
+        raise ConfigError(f"base={config.base}: a recurrent one, which carries a state from document to document; take one with attention alone")
+    keep_codes(model, dtype).config.use_cache = False
+    model.requires_grad_(config.method == "full")
+    if config.method != "full":
         # The first layer's input must require a gradient: its weights don't, and checkpointing and leaf modules would see nothing to do.
         model.enable_input_require_grads()
         if adapter:
             model = attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
         else:
             try:
-                lora = LoraConfig(task_type="CAUSAL_LM", **config.lora)
-                model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora), autocast_adapter_dtype=False)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
     # ZeRO-3 hangs hooks on every sub-module; as leaf modules, decoder layers are gathered whole and cost one pair of hooks each.

@@ -83,9 +83,9 @@ def write_notes(
         inner.set_attn_implementation("sdpa")  # packed attention has no cache; torch's own takes the padding mask
         config.use_cache = True
         out = model.generate(
-            input_ids=ids.to(inner.device), attention_mask=mask.to(inner.device), max_new_tokens=int(allowed.max()), do_sample=False,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, synced_gpus=synced,
-            stopping_criteria=[broken_off], logits_processor=sampled,
+            input_ids=ids.to(inner.device), attention_mask=mask.to(inner.device), max_new_tokens=int(allowed.max()),
+            do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=None, top_p=None, top_k=None,
+            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, synced_gpus=synced, stopping_criteria=[broken_off], logits_processor=sampled,
         )  # fmt: skip
     finally:
         inner.set_attn_implementation(packed)

@@ -15,7 +15,7 @@ NO_DECIMAL = ("this", "that", "the", "some", "what", "which", "one")  # before a
 
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # A code (b12, a1c, covid-19), a time of day and a decade (80s) are words, not numbers.
-_TOKEN = re.compile(r"covid-\d+|[a-z]+\d\w*|\d+:\d\d|\d+s\b|\d+(?:,\d{3})*(?:\.\d+)?|(?:[a-z]\.){2,}|[a-z]+(?:'[a-z]+)?|[/%°]")
+_TOKEN = re.compile(r"covid-\d+|[a-z]+\d\w*|\d+:\d\d|\d+s\b|\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+|(?:[a-z]\.){2,}|[a-z]+(?:'[a-z]+)?|[/%°]")
 
 
 class Item(NamedTuple):
@@ -66,7 +66,7 @@ def items_of(text: str) -> list[Item]:
     i = 0
     while i < len(tokens):
         run = i + 1
-        while run < len(tokens) and text[tokens[run - 1][2] : tokens[run][1]] in (" ", "-"):
+        while run < min(len(tokens), i + 40) and text[tokens[run - 1][2] : tokens[run][1]] in (" ", "-"):
             run += 1
         words = [t[0] for t in tokens[i:run]]
         number = (float(words[0].replace(",", "")), 1) if re.fullmatch(r"[\d.,]+", words[0]) else _spoken(words, 0)

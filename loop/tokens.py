@@ -60,8 +60,10 @@ def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) ->
     specials = special_tokens(tokenizer)
     texts = [render(tokenizer, *c) for c in conversations]
     if getattr(tokenizer, "is_fast", False):  # without the offsets that nobody asks for, in as many threads as there are cores
-        tokenizer.backend_tokenizer.encode_special_tokens = False
-        encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        backend = tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False
+        backend.no_truncation(), backend.no_padding()  # tokenizer.json may have them on
+        encoded = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
     else:
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     for at, (messages, prompt) in enumerate(conversations):
@@ -93,7 +95,8 @@ def encode_prompts(tokenizer, conversations: list[list[dict[str, str]]], wholes:
         key = (*(m["role"] for m in messages), text[last:])
         if key not in tails:
             ids = encode(tokenizer, [(messages[:-1], True)])[0]
-            marks = [i for i, t in enumerate(ids) if t in specials.values()]
+            frame = {number for spelling, number in specials.items() if spelling in text}  # others, as <unk>, stand for a message's words
+            marks = [i for i, t in enumerate(ids) if t in frame]
             known = bool(marks) and ids[marks[-1]] == specials[token]  # the last one in the text is the last one among the tokens
             tails[key] = ([ids[i] for i in marks], ids[marks[-1] + 1 :]) if known else ([], [])
         marks, tail = tails[key]

@@ -69,6 +69,7 @@ class StopRequest:
         while True:
             time.sleep(2)
             if self.signal and time.monotonic() - self._since > self._grace:
+                sys.stderr.write(f"error: asked to stop ({self.signal}), and not at a step's end within LOOP_GRACE_SECONDS={self._grace:g}\n")
                 os._exit(1)
             if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
                 self._on_signal(signal.SIGTERM, None)

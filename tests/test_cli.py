@@ -32,6 +32,13 @@ def test_a_broken_file_is_named(text, tmp_path):
         load_config(["--config", str(tmp_path / "nowhere.yaml")])
 
 
+def test_a_data_file_given_as_the_configuration_is_not_quoted(tmp_path):
+    (tmp_path / "two.jsonl").write_text('{"id": "a", "dialogue": "Doctor: secret"}\n{"id": "b", "dialogue": "Doctor: secret"}\n')
+    with pytest.raises(ConfigError, match="two.jsonl: not YAML in line 2") as caught:
+        load_config(["--config", str(tmp_path / "two.jsonl")])
+    assert "secret" not in str(caught.value)
+
+
 def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):
     done = subprocess.run([sys.executable, "-m", "loop.train", "--config", str(SEED), "lr=abc"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: lr='abc'")

@@ -31,7 +31,8 @@ def test_the_seed_configuration_is_the_missions():
     (["lora.rank=8"], "'rank'"), (["lora.r=0"], "r must be"), (["lora.use_dora=true"], "use_dora"),
     (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"), (["gradient_checkpointing=maybe"], "'auto'"), (["data.train=3"], "data.train=3"),
     (["lr.x=1"], "lr is a value"), (["--lr", "3"], "--lr: not understood"), (["data.columns={id: id}"], "data.columns"), (["--config"], "--config"),
-    (["lr=[1"], "not a YAML value"),
+    (["lr=[1"], "not a YAML value"), (["run.name=''"], "run.name"), (["run.name=a/.."], "run.name=a/.."), (["lora.lora_dropout=1.0"], "lora_dropout"),
+    (["run.timeout_minutes=.inf"], "run.timeout_minutes"), (["seed=99999999999999999999"], "seed"), (["data.weights=[.nan]"], "data.weights"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_key(args, words):
     with pytest.raises(ConfigError) as caught:

@@ -11,7 +11,7 @@ from loop.attention import IMPLEMENTATIONS
 from loop.backends import available_backends
 from loop.collate import collate
 from loop.config import Config, ConfigError
-from loop.model import decoder_layers, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
+from loop.model import decoder_layers, keep_codes, load_base, load_shape, resolve_base, summed_cross_entropy, use_checkpointing
 from loop.tokens import Example
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
@@ -98,6 +98,19 @@ def test_nf4_weights_are_never_repacked(tiny_base):
         for _ in range(2):
             model.eval()(input_ids=torch.ones(1, 8, dtype=torch.long))
     assert all(torch.equal(a, m.weight.view(torch.uint8)) for a, m in zip(before, linears))
+
+
+def test_codes_that_are_stored_as_float16_are_bytes_to_us(tiny_base):
+    """As in bases that were quantised elsewhere: the engine casts what is no byte by value."""
+    model, other = (load_base(tiny_base, torch.bfloat16, "cpu") for _ in range(2))
+    for module in other.modules():
+        if hasattr(module, "quant_state"):
+            module.weight.data, module.compute_dtype = module.weight.data.view(torch.float16), torch.float16
+    keep_codes(other, torch.bfloat16)
+    assert {p.dtype for p in other.parameters()} == {torch.uint8, torch.bfloat16}
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, other.eval()(input_ids=ids).logits)
 
 
 def test_the_summed_loss_ignores_what_is_no_target():

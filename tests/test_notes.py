@@ -59,6 +59,16 @@ def test_a_neighbours_tokens_move_no_logit_by_a_bit(loaded, monkeypatch):
     assert not torch.equal(seen[0][0, 1], seen[1][0, 1])
 
 
+def test_greedy_is_greedy_whatever_the_base_brings(loaded, monkeypatch):
+    """Its generation_config.json may ask for penalties and beams."""
+    model, tokenizer = loaded
+    prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
+    before = write_notes(model, tokenizer, prompts, 6)
+    for name, value in {"repetition_penalty": 5.0, "num_beams": 2, "no_repeat_ngram_size": 1}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert write_notes(model, tokenizer, prompts, 6) == before
+
+
 def test_the_model_is_left_as_it_was(loaded):
     model, tokenizer = loaded
     model.train()

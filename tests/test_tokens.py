@@ -118,3 +118,14 @@ def test_messages_supervise_every_assistant_turn(tiny_base):
     assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one</s>two</s>"
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)], "all")
     assert np.array_equal(e.labels[1:], e.input_ids[1:]) and e.labels[0] == -100
+
+
+def test_what_a_tokenizer_file_cuts_or_fills_is_not_done(tiny_base):
+    """Saved after it was used with truncation and padding, tokenizer.json has both on, and notes would be cut off without a word."""
+    tokenizer = load_tokenizer(str(tiny_base))
+    rows = [Conversation(str(i), soap_messages("Doctor: Hello. " * n, "S: well")) for i, n in enumerate((30, 1))]
+    before = encode_examples(tokenizer, rows)
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding(length=64, pad_id=tokenizer.eos_token_id)
+    for one, other in zip(before, encode_examples(tokenizer, rows)):
+        assert len(one) > 16 and one.input_ids.tolist() == other.input_ids.tolist() and one.labels.tolist() == other.labels.tolist()
