@@ -60,7 +60,7 @@ if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(nvidia-smi -L 2>/dev/null | 
 fi
 if [[ -z $gpus || $gpus == -1 ]]; then gpus="" && export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 case $command in
-  train | evaluate | profile) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.verify "$@"; fi ;;
+  train | evaluate | profile) if [[ $command == train && " $* " == *" --verify-resume "* ]]; then exec "$py" -u -m loop.commands.verify_resume "$@"; fi ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
   break) exec "$py" -u "$here/tests/broken" "$@" ;;
@@ -73,13 +73,13 @@ case $command in
       MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
     *) die "setup takes --flash-attn-4 or --flash-attn, not: $*" ;;
     esac; exit ;;
-  *) exec "$py" -u -m "loop.$command" "$@" ;;
+  *) exec "$py" -u -m "loop.commands.$command" "$@" ;;
 esac
 
 # From here on it is Python: it starts the ranks, passes signals on to them, and ends as they end.
-CUDA_VISIBLE_DEVICES=$gpus exec "$py" -u -m loop.launcher "$command" "$@"
+CUDA_VISIBLE_DEVICES=$gpus exec "$py" -u -m loop.distributed.launcher "$command" "$@"
 : '''
 import runpy, sys
 sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] # DeepSpeed adds it
-runpy.run_module("loop.train", run_name="__main__", alter_sys=True)
+runpy.run_module("loop.commands.train", run_name="__main__", alter_sys=True)
 # ' ends the word that Bash began at the three quotes, so that linters and editors see a whole script

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernels_check.run import run_all
 from kernels_check.table import table
-from loop import verdicts
+from loop.kernels import check_results as verdicts
 
 
 def main() -> int:

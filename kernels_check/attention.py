@@ -1,21 +1,24 @@
 """Packed attention against plain softmax attention, document by document, in float64.
 
 In the field: flash-attn built for another torch dies as `undefined symbol` (flash-attention#931 and many like it); torch's varlen
-kernel changed its signature between 2.10 and 2.13. Checked is what is trained with: `loop.attention.packed_attention`.
+kernel changed its signature between 2.10 and 2.13. Checked is what is trained with: `loop.kernels.attention.packed_attention`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
 import torch
 
+from kernels_check.leak import check_leak
+from kernels_check.packed_rows import LENGTHS, Attend, packed_row, passes
+from kernels_check.repeatable import check_repeatable
 from kernels_check.rows import Row, best_seconds, failure, guarded, judge
 from kernels_check.table import emit
+from loop.kernels.attention import packed_attention
+from loop.kernels.attention_backends import available_backends
 
-LENGTHS = (1, 37, 300, 129, 45)  # unequal documents, the shortest possible among them; the last one is padding
 BOUND = 2e-2  # bf16 keeps 8 bits: 4e-3 a rounding, a few of which meet in a gradient
-Attend = Callable[..., torch.Tensor]  # query, key, value, cu_seqlens, max_seqlen -> output
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
@@ -28,22 +31,6 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
         parts.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(parts)
-
-
-def packed_row(lengths: tuple[int, ...], head_dim: int, device: str) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-    """Random query, key, value (4 query heads, 2 key heads) and the boundaries, padded by repeating the last."""
-    torch.manual_seed(0)
-    row = [torch.randn(sum(lengths), heads, head_dim, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
-    bounds = torch.tensor((0, *lengths, 0, 0)).cumsum(0).to(device, torch.int32)
-    return row, bounds, max(lengths)
-
-
-def passes(attend: Attend, row: list[torch.Tensor], bounds: torch.Tensor, longest: int) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value, under one fixed random gradient of the output."""
-    row = [x.detach().requires_grad_() for x in row]
-    out = attend(*row, bounds, longest)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out, *torch.autograd.grad(out, row, upstream)]
 
 
 def check_numbers(name: str, version: str, attend: Attend, device: str) -> Iterator[Row]:
@@ -62,11 +49,6 @@ def check_numbers(name: str, version: str, attend: Attend, device: str) -> Itera
 
 
 def main() -> Iterator[Row]:
-    from kernels_check.leak import check_leak
-    from kernels_check.repeatable import check_repeatable
-    from loop.attention import packed_attention
-    from loop.backends import available_backends
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, version in reversed(available_backends(device).items()):  # sdpa first: it is the one that can't crash
         what, attend = f"attention {name}", partial(packed_attention, backend=name)

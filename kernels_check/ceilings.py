@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels_check.rows import Row, guarded, judge, best_seconds, relative_error
+from kernels_check.rows import Row, best_seconds, guarded, judge, relative_error
 from kernels_check.table import emit
 
 

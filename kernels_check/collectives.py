@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kernels_check.ranks import on_ranks
-from kernels_check.rows import Row, guarded, judge, best_seconds
+from kernels_check.rows import Row, best_seconds, guarded, judge
 from kernels_check.table import emit
 
 SIZES = {"small": 1 << 12, "medium": 1 << 20, "large": 1 << 25}  # bytes

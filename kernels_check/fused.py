@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from kernels_check.rows import Row, best_seconds, guarded, judge, relative_error
 from kernels_check.table import emit
-from loop import kernels
+from loop.kernels import lora_ops as kernels
 
 BOUND = 6e-3  # bf16 in and out, sums in fp32: one rounding of the result
 REMEDY = "set fused=false"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels_check.attention import LENGTHS, Attend, packed_row
+from kernels_check.packed_rows import LENGTHS, Attend, packed_row
 from kernels_check.rows import Row, judge
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels_check import repacking
 from kernels_check.codebook import check_codebook, plain_codebook
-from kernels_check.rows import Row, guarded, judge, best_seconds, relative_error
+from kernels_check.rows import Row, best_seconds, guarded, judge, relative_error
 from kernels_check.table import emit
 
 REINSTALL = "reinstall bitsandbytes at the pin"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels_check.rows import Row, guarded, judge, best_seconds, relative_error
+from kernels_check.rows import Row, best_seconds, guarded, judge, relative_error
 from kernels_check.table import emit
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}

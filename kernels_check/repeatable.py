@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels_check.attention import Attend, packed_row, passes
+from kernels_check.packed_rows import Attend, packed_row, passes
 from kernels_check.rows import Row, judge
 
 

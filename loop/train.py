@@ -2,44 +2,42 @@
 
 import contextlib
 import math
-import os
-import sys
+import runpy
 import time
 from collections import deque
-from typing import NoReturn
 
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from .attention import AttentionError
-from .audit import AuditError, describe
-from .build import build_model
-from .checkpoint import Checkpoints
-from .cli import even_if_nobody_reads, exit_with_config_error, leave, load_config
-from .collate import Batch, collate
-from .config import Config, ConfigError
-from .data import load_examples, weights_of
-from .describe import show_summary
-from .distributed import Ranks, init_distributed, seed_everything, use_deterministic_kernels
-from .ds_config import build_ds_config
-from .evaluate import evaluate_loss
-from .export import export_model
-from .folder import prepare_folder, versions
-from .graphs import release_graphs, replay_layers
-from .identity import at_step, refuse_another, refuse_unlike, run_identity
-from .join import JoinError
-from .mfu import pair_cost, utilisation
-from .model import decoder_layers, load_shape, load_tokenizer, summed_cross_entropy, trainable
-from .monitor import Monitor, quiet_libraries
-from .notes import prompt_of, share_notes
-from .optim import adamw, clip_grad_norm, cosine_lr, set_lr, spike_limit, spoil
-from .packing import cut, make_plan
-from .peak import Measured
-from .spare import spare
-from .state import adam_step
-from .watchdog import RankLost, StopRequest, Watchdog, doing
+from .checkpoint.checkpointer import Checkpoints
+from .checkpoint.identity import at_step, refuse_another, refuse_unlike, run_identity
+from .checkpoint.run_dir import prepare_folder, versions
+from .config.schema import Config, ConfigError
+from .data.batch_plan import cut, make_plan
+from .data.collate import Batch, collate
+from .data.dataset import load_examples, weights_of
+from .distributed.seeding import seed_everything, use_deterministic_kernels
+from .distributed.stop import StopRequest
+from .distributed.watchdog import Watchdog, doing
+from .distributed.world import Ranks, init_distributed
+from .evaluation.loss import evaluate_loss
+from .export.adapter import export_model
+from .export.audit import describe
+from .generation.sharded import prompt_of, share_notes
+from .memory.measure import Measured
+from .model.build import build_model
+from .model.loading import load_shape, load_tokenizer
+from .model.loss import summed_cross_entropy
+from .model.replay import release_graphs, replay_layers
+from .monitor.mfu import pair_cost, utilisation
+from .monitor.run_logger import Monitor
+from .optim.adamw import adamw, trainable
+from .optim.schedule import cosine_lr, set_lr
+from .optim.skip import spike_limit
+from .zero3.gradients import clip_grad_norm, spoil
+from .zero3.optimizer_state import adam_step
+from .zero3.replicated import spare
 
 
 def train_step(engine, parameters: list, micro_batches: list[Batch], num_targets: int, max_grad_norm: float, ranks: Ranks,
@@ -227,7 +225,7 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
         raise FloatingPointError(f"{bad_steps} steps in a row were skipped; the state of step {step + 1} is saved in "
                                  f"{checkpoints.folder}. Look at the examples named above, or lower lr")  # fmt: skip
     exported = {}
-    release_graphs(decoder_layers(engine.module))  # the export's fresh process needs room
+    release_graphs(engine.module)  # the export's fresh process needs room
     if adam_step(engine):  # otherwise the adapter is still the random one from the start
         sample = [] if stopping else (held_out or examples)[: config.run.audit]  # who is asked to stop has no time for the loss
         loss = evaluate_loss(engine, sample, chosen.capacity, config.max_seq_len, ranks)["eval/loss"] if sample else 0.0
@@ -243,28 +241,5 @@ def _train(config: Config, ds: dict, held: contextlib.ExitStack, make_monitor: t
     return report
 
 
-FAILED = (FloatingPointError, AuditError, JoinError, RankLost, OSError)  # not a mistake in what was typed: exit code 1
-
-
-def leave_failed(error: Exception) -> NoReturn:
-    leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
-
-
-def main(argv: list[str] | None = None) -> None:
-    quiet_libraries()
-    try:
-        config = load_config(sys.argv[1:] if argv is None else argv)
-        report = train(config, build_ds_config(config))
-    except (ConfigError, AttentionError) as error:
-        exit_with_config_error(error)
-    except FAILED as error:
-        leave_failed(error)
-    if "exported" in report:
-        with even_if_nobody_reads():
-            show_summary(config, report)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # `python -m loop.train`
+    runpy.run_module("loop.commands.train", run_name="__main__", alter_sys=True)

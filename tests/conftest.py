@@ -1,57 +1,18 @@
-"""What the tests share: a tiny random base, examples of very unequal length, and a way to run code on several ranks."""
+"""Fixtures: a tiny random base, small files of examples, a configuration, and the folder of a finished run."""
 
 import json
 import os
-import random
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import run_ok, tinyllama_shape, write_rows
 
 # What ./launch.sh check found on this machine must not decide what the tests test.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what the tests start
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_ranks(world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str) -> list[subprocess.CompletedProcess]:
-    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the finished processes by rank.
-    A rank that hangs fails the test."""
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
-        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | quiet | ranks | env, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
-    try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [subprocess.CompletedProcess(p.args, p.returncode, *out) for p, out in zip(processes, outputs)]
-
-
-def run_ok(world_size: int, *command: str, **options) -> str:
-    """run_ranks, all of which must end with 0; returns rank 0's standard output."""
-    done = run_ranks(world_size, *command, **options)
-    for rank, p in enumerate(done):
-        assert p.returncode == 0, f"rank {rank} ended with {p.returncode}:\n{p.stderr[-3000:]}"
-    return done[0].stdout
 
 
 @pytest.fixture(scope="session")
@@ -96,29 +57,6 @@ def tinyllama(tiny_base, tmp_path_factory) -> str:
         LlamaForCausalLM(tinyllama_shape()).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
     return str(folder)
-
-
-def tinyllama_shape():
-    """The published configuration of TinyLlama/TinyLlama-1.1B-Chat-v1.0."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                       num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
-
-
-def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8) -> str:
-    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets are very unequal."""
-    rng = random.Random(seed)
-    with path.open("w") as file:
-        for i in range(count):
-            turns = [f"Doctor: {rng.randint(0, 999)}?\nPatient: pain {rng.randint(0, 99)}" for _ in range(rng.randint(1, longest))]
-            note = (
-                f"S: {rng.randint(0, 9)}"
-                if i % 3 == 0
-                else f"S: pain\nO: {' '.join(str(rng.random()) for _ in range(rng.randint(1, 9)))}\nA: a\nP: p"
-            )
-            file.write(json.dumps({"id": f"{prefix}-{i}", "dialogue": "\n".join(turns), "soap": note}) + "\n")
-    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ from pathlib import Path
 from pydoc import locate
 
 import deepspeed
-from conftest import ROOT
 from deepspeed.runtime import constants
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from helpers import ROOT
 from transformers import PreTrainedTokenizerBase
 
-from loop.config import Config, Data, Monitor, Run
+from loop.config.schema import Config, Data, Monitor, Run
 
 SECTIONS = {"config": Config, "data": Data, "run": Run, "monitor": Monitor}
 DS, SHELL = ((ROOT / name).read_text() for name in ("ds_config.json", "launch.sh"))

@@ -12,12 +12,11 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, seed_profile
 
-from loop.cli import load_config
-from loop.config import Config, ConfigError, Section
-from loop.packing import cut, make_plan
-from test_packing import seed_profile
+from loop.config.cli import load_config
+from loop.config.schema import Config, ConfigError, Section
+from loop.data.batch_plan import cut, make_plan
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -31,13 +30,13 @@ SHORTER = {"train": ["max_steps=2", "data.limit=8", "monitor.sample_max_new_toke
            "generate": ["--max-new-tokens", "16"]}  # fmt: skip
 ELSEWHERE = {
     "./launch.sh test": "this run",
-    "./launch.sh check": "tests/test_kernels_check.py",
-    "./launch.sh bench": "tests/test_bench.py",
-    "./launch.sh board": "tests/test_dashboard.py",
-    "./launch.sh profile": "tests/test_timers.py",
-    "./launch.sh generate --adapter runs/mine/adapter --dialogue tests/dialogue.txt": "tests/test_generate.py",
-    "./launch.sh preview --step 0 --html preview.html": "tests/test_preview.py",
-    "./launch.sh audit --config runs/mine/config.yaml": "tests/test_audit.py",
+    "./launch.sh check": "tests/kernels_check/test_kernels_check.py",
+    "./launch.sh bench": "tests/bench/test_bench.py",
+    "./launch.sh board": "tests/monitor/test_tensorboard.py",
+    "./launch.sh profile": "tests/monitor/test_step_timer.py",
+    "./launch.sh generate --adapter runs/mine/adapter --dialogue tests/dialogue.txt": "tests/commands/test_generate.py",
+    "./launch.sh preview --step 0 --html preview.html": "tests/commands/test_preview.py",
+    "./launch.sh audit --config runs/mine/config.yaml": "tests/export/test_audit.py",
 }
 
 
@@ -75,7 +74,9 @@ def look_at_the_folders(trained, evaluated):
     named = [line.split()[0] for line in TREE.splitlines()[1:] if line[2] != " "]
     assert {path.name for path in trained.iterdir()} <= {name.split("/")[0] for name in named}
     for name in named:
-        assert name == "profile/" or list(evaluated.glob(re.sub(r"\d+", "*", name.rstrip("/")))), name  # tests/test_timers.py looks at that one
+        assert name == "profile/" or list(evaluated.glob(re.sub(r"\d+", "*", name.rstrip("/")))), (
+            name
+        )  # tests/monitor/test_step_timer.py looks at that one
     tags = {tag for line in (trained / "metrics.jsonl").read_text().splitlines() for tag in json.loads(line) if tag != "step"}
     for group, _, tag in (tag.partition("/") for tag in tags):
         assert f"{group}/*" in TREE or f"{group}/*_gib" in TREE or (f"{group}/" in TREE and re.search(rf"\b{tag}\b", TREE)), tag

@@ -10,10 +10,10 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+from loop.data.soap import SYSTEM
 from loop.embedded import clinic
 from loop.embedded.clinic import Visit, capital, listed, pick
 from loop.embedded.conditions import DRUGS, HISTORY, SURNAMES
-from loop.soap import SYSTEM
 
 CHUNK = 500  # rows per unit of work
 Message = dict[str, str]

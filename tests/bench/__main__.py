@@ -13,7 +13,7 @@ import torch
 from shapes import LONGEST, MEAN, SHAPES, make_base
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import free_port  # noqa: E402
+from helpers import free_port  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 

@@ -4,12 +4,12 @@ from collections import Counter
 
 import torch
 
-from loop.data import Account
-from loop.profile import by_kind
+from loop.data.report import Account
+from loop.monitor.kernel_profile import by_kind
 
 
 def given_examples(examples: list):
-    """In the place of loop.data.load_examples: these to train on, none held out."""
+    """In the place of loop.data.dataset.load_examples: these to train on, none held out."""
 
     def load(config, tokenizer, split):
         found = examples if split == "train" else []

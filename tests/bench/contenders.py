@@ -32,7 +32,7 @@ class Clock:
 
     def step(self, tokens: int) -> None:
         if on_gpu():
-            from loop.peak import highest  # late: it imports transformers, and Unsloth wants to come first
+            from loop.memory.measure import highest  # late: it imports transformers, and Unsloth wants to come first
 
             torch.cuda.synchronize()
             self.peak = highest()  # now: at its end the loop lets its graphs go

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loop.tokens import Example
+from loop.data.tokenization import Example
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LLAMA = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -51,7 +51,7 @@ def write_nf4(config, path: Path, device: str) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
-    from loop.model import nf4_config
+    from loop.model.quantization import nf4_config
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

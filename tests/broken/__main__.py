@@ -19,8 +19,8 @@ RANKS = 2
 
 
 def first_lines() -> dict[str, str]:
-    """What each mistake is, from the docstrings of tests/mistakes.py, which is read and not imported: a list shall not wait for torch."""
-    tree = ast.parse((HERE.parent / "mistakes.py").read_text())
+    """What each mistake is, from the docstrings of tests/proofs/mistakes.py, which is read and not imported: a list shall not wait for torch."""
+    tree = ast.parse((HERE.parent / "proofs" / "mistakes.py").read_text())
     return {f.name: ast.get_docstring(f).split("\n\n")[0].replace("\n", " ") for f in tree.body if isinstance(f, ast.FunctionDef)}
 
 
@@ -32,11 +32,11 @@ def listing() -> str:
 def train_both(spec: dict, folder: Path) -> None:
     """Runs tests/broken/ranks.py on two CPU ranks, which must all end well. Their output is seen; one that fails ends the command."""
     sys.path.insert(0, str(HERE.parent))
-    from conftest import free_port  # late, as it takes a second
+    from helpers import free_port  # late, as it takes a second
 
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu",
-                        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent)])}  # fmt: skip
+                        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE.parent / "proofs")))}  # fmt: skip
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     command = [sys.executable, str(HERE / "ranks.py"), str(folder / "spec.json")]
     processes = [subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(RANKS)]
@@ -63,7 +63,7 @@ def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="launch.sh break", description="Show what a planted mistake does to the curves of the embedded job.")
-    parser.add_argument("name", nargs="?", help="a mistake of tests/mistakes.py; without one they are listed")
+    parser.add_argument("name", nargs="?", help="a mistake of tests/proofs/mistakes.py; without one they are listed")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dir", default="runs/break", help="where NAME/right, NAME/wrong and NAME/NAME.png go")
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from mistakes import MISTAKES, SHOWN_ONLY
 
-import loop.data
+import loop.data.dataset
 import loop.train as train
-from loop.distributed import Ranks
-from loop.monitor import quiet_libraries
-from loop.optim import local_gradients
+from loop.distributed.world import Ranks
+from loop.monitor.quiet import quiet_libraries
+from loop.zero3.gradients import local_gradients
 
 HELD_OUT = 12  # examples of each evaluation: enough to see a gap, and an evaluation takes a second or two
 
@@ -53,20 +53,20 @@ def plant_spike(at: int, factor: float) -> None:
 
 def shorten_notes() -> None:
     """Of every second note only the line with the diagnosis is left, so that examples have very unequal numbers of targets."""
-    encode = loop.data.encode_examples
+    encode = loop.data.tokenization.encode_examples
 
     def shortened(c):
         line = next((line for line in c.messages[-1]["content"].splitlines() if line.startswith("A:")), "A:")
         return dataclasses.replace(c, messages=[*c.messages[:-1], c.messages[-1] | {"content": line}])
 
-    loop.data.encode_examples = lambda tokenizer, conversations, *rest: encode(
+    loop.data.tokenization.encode_examples = lambda tokenizer, conversations, *rest: encode(
         tokenizer, [shortened(c) if zlib.crc32(c.id.encode()) % 2 else c for c in conversations], *rest
     )
 
 
 def watch_held_out(config, eos: bool) -> None:
     """Both runs are evaluated on the same right examples, whatever the mistake makes of its own; eos: and on their last token alone."""
-    held_out = loop.data.load_examples(config, train.load_tokenizer(config.base), "valid")[0][:HELD_OUT]
+    held_out = loop.data.dataset.load_examples(config, train.load_tokenizer(config.base), "valid")[0][:HELD_OUT]
     ends = [dataclasses.replace(e, labels=np.where(np.arange(len(e)) == len(e) - 1, e.labels, -100)) for e in held_out]
     evaluate = train.evaluate_loss
 

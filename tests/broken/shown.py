@@ -34,7 +34,7 @@ SHOWN = {
         "Every second note is cut to one line in both runs, so that the ranks of a step have unequal numbers of targets. Still nothing to see: "
         "loss 0.101 in step 40 (right: 0.102), held-out 0.158 (0.160), norms of 1.39 in step 1 of both. The gradient of step 1 is 2.5 % away "
         "from the right one: over two or three notes a rank the lengths nearly cancel. Where one rank has 200 targets and another 10, it is 17 "
-        "% (tests/test_train.py, on the notes of the tests). The logged loss can't tell, as it is summed and divided rightly; the gradient "
+        "% (tests/proofs/test_gradient.py, on the notes of the tests). The logged loss can't tell, as it is summed and divided rightly; the gradient "
         "alone is wrong.",
         HELD_OUT,
         ONE_A_ROW,
@@ -74,7 +74,7 @@ SHOWN = {
         "Nothing to see, in no curve: loss 0.069 in step 40 of both runs, held-out 0.0984 (right: 0.0988), norms of 1.29 in step 1. The "
         "gradient of step 1 is 1.8 % away from the right one, which is what bf16 rounds: rotary embeddings see differences of positions only, "
         "and those within a document are the same wherever it begins. It turns into a real mistake where a row is longer than the positions "
-        "that the base was trained on, or where positions are learned. So the row itself must be looked at, as tests/test_collate.py does.",
+        "that the base was trained on, or where positions are learned. So the row itself must be looked at, as tests/data/test_collate.py does.",
         HELD_OUT,
     ),
     "targets_cross_documents": Shown(

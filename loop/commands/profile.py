@@ -1,0 +1,54 @@
+"""`./launch.sh profile`: where a step's time goes. A trace of three steps for Perfetto (https://ui.perfetto.dev) and a table.
+
+The loop runs as `train` runs it, on as many ranks; only what sees its steps is another. The first steps compile kernels and find
+allocations, so they pass unrecorded; after the third recorded one the run ends, and nothing is evaluated or saved.
+"""
+
+import os
+import shutil
+import sys
+
+import torch.distributed as dist
+
+from ..config.cli import load_config
+from ..config.deepspeed import build_ds_config
+from ..config.schema import ConfigError
+from ..distributed.exit import exit_with_config_error
+from ..kernels.attention import AttentionError
+from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingMonitor, write
+from ..monitor.quiet import quiet_libraries
+from ..train import train
+from .train import FAILED, leave_failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    quiet_libraries()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices of its start and end
+    args = sys.argv[1:] if argv is None else argv
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        given = load_config(args)
+        folder = given.folder / "profile"
+        config = load_config([*args, f"run.name={given.run.name}/profile/steps", "run.resume=false", "run.audit=0", "run.max_hours=null",
+                              f"max_steps={WARM_UP + STEPS}", f"epochs={WARM_UP + STEPS}", "warmup_steps=0", "data.valid=null",
+                              "data.valid_share=0", "monitor.sample_notes=[]"])  # fmt: skip
+        ds = build_ds_config(config)
+        if main_rank:
+            shutil.rmtree(config.folder, ignore_errors=True)  # of one that was killed
+        train(config, ds, ProfilingMonitor)
+        said = "asked to stop before the steps were recorded: there is no trace"
+    except (ConfigError, AttentionError) as error:
+        exit_with_config_error(error)
+    except FAILED as error:
+        leave_failed(error)
+    except Finished as finished:
+        said = write(folder, *finished.args) if main_rank else ""
+    dist.barrier()  # nobody writes a heartbeat any more
+    if main_rank:
+        shutil.rmtree(config.folder, ignore_errors=True)
+        print(said)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The training loop: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `train_step`, then `_train` from top to bottom."""
+
+import os
+import sys
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from ..config.cli import load_config
+from ..config.deepspeed import build_ds_config
+from ..config.schema import ConfigError
+from ..distributed.exit import even_if_nobody_reads, exit_with_config_error, leave
+from ..distributed.rendezvous import JoinError
+from ..distributed.watchdog import RankLost
+from ..export.audit import AuditError
+from ..kernels.attention import AttentionError
+from ..monitor.quiet import quiet_libraries
+from ..monitor.summary import show_summary
+from ..train import train
+
+FAILED = (FloatingPointError, AuditError, JoinError, RankLost, OSError)  # not a mistake in what was typed: exit code 1
+
+
+def leave_failed(error: Exception) -> NoReturn:
+    leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    quiet_libraries()
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        report = train(config, build_ds_config(config))
+    except (ConfigError, AttentionError) as error:
+        exit_with_config_error(error)
+    except FAILED as error:
+        leave_failed(error)
+    if "exported" in report:
+        with even_if_nobody_reads():
+            show_summary(config, report)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

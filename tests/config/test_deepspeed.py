@@ -1,0 +1,33 @@
+"""DeepSpeed's file may hold what it owns and nothing else."""
+
+import json
+
+import pytest
+from helpers import ROOT
+
+from loop.config.deepspeed import build_ds_config
+from loop.config.schema import Config, ConfigError
+
+
+def load(*overrides: str) -> Config:
+    return Config(base="x", data={"train": "x"}, **dict(o.split("=", 1) for o in overrides))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"optimizer": {}}, "optimizer"), ({"gradient_clipping": 1.0}, "max_grad_norm"), ({"train_batch_size": 8}, "batch_size"),
+    ({"zero_optimization": {"stage": 2}}, "stage"), ({"fp16": {"enabled": True}}, "fp16"), ({"data_types": {}}, "grad_accum_dtype"),
+    ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "qwZ"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+])  # fmt: skip
+def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
+    with pytest.raises(ConfigError) as caught:
+        build_ds_config(load(f"deepspeed={path}"))
+    assert words in str(caught.value)
+
+
+def test_deepspeed_is_told_not_to_clip():
+    assert build_ds_config(load())["gradient_clipping"] == 0.0  # left out, it clips at 1.0

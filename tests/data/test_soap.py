@@ -1,0 +1,59 @@
+"""The SOAP prompt and taking a note apart."""
+
+import pytest
+
+from loop.data.soap import (
+    REQUEST,
+    before_next_heading,
+    fit_dialogue,
+    has_all_sections,
+    parse_note,
+    shorten,
+    soap_messages,
+)
+
+NOTE = "S: Cough for 3 days.\nO: Temperature 38.4 C.\nA: Bronchitis.\nP: Rest: a week.\nSee again in 7 days."
+
+
+def test_a_note_is_taken_apart_at_its_headings():
+    assert parse_note(NOTE) == {"S": "Cough for 3 days.", "O": "Temperature 38.4 C.", "A": "Bronchitis.", "P": "Rest: a week.\nSee again in 7 days."}
+    assert has_all_sections(NOTE)
+
+
+@pytest.mark.parametrize("note", ["**Subjective:** a\n**Objective:** b\n**Assessment:** c\n**Plan:** d", "# S: a\n# O: b\n# A: c\n# P: d"])
+def test_markdown_headings_are_found(note):
+    assert parse_note(note) == {"S": "a", "O": "b", "A": "c", "P": "d"}
+
+
+@pytest.mark.parametrize("note", ["", "Cough.", NOTE.replace("O:", "X:"), NOTE.replace("Bronchitis.", ""), "O: b\nS: a\nA: c\nP: d"])
+def test_a_missing_empty_or_misplaced_section_counts(note):
+    assert not has_all_sections(note)
+
+
+def test_a_heading_twice_keeps_both_texts():
+    assert parse_note("S: a\nO: b\nS: c")["S"] == "a\nc"
+
+
+def test_training_and_generation_share_the_prompt():
+    prompt, whole = soap_messages(" Doctor: hi "), soap_messages("Doctor: hi", " S: a ")
+    assert whole[:2] == prompt
+    assert prompt[1]["content"] == REQUEST + "Doctor: hi"
+    assert whole[2] == {"role": "assistant", "content": "S: a"}
+
+
+def test_a_dialogue_loses_as_few_turns_as_make_it_fit():
+    dialogue = "\n".join(f"turn {i}" for i in range(9))
+    assert fit_dialogue(dialogue, len, len(dialogue)) == (dialogue, 0)
+    for limit in range(30, len(dialogue)):
+        found = fit_dialogue(dialogue, len, limit)
+        if found:
+            text, turns = found
+            assert len(text) <= limit and text == shorten(dialogue, turns) and turns > 0
+            assert len(shorten(dialogue, turns - 1)) > limit
+    assert fit_dialogue(dialogue, len, 20) is None
+
+
+def test_a_section_ends_where_a_line_begins_another():
+    assert before_next_heading(" Cough.\nMore: yes.\nObjective: x") == " Cough.\nMore: yes.\n"
+    assert before_next_heading(" Plan: rest, BP: 120/80") == " Plan: rest, BP: 120/80"
+    assert before_next_heading("\nP: x") == "\n"

@@ -1,0 +1,418 @@
+"""launch.sh, with a toy `loop.train` in the place of the real one: what reaches the ranks, and what comes back."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loop.config.schema import ConfigError
+from loop.distributed.hosts import machines, read_hostfile, this_machine
+from loop.distributed.launcher import Requests
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
+
+# A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a signal, at a "step".
+TOY = """
+import os, signal, sys, time
+args, rank = sys.argv[1:], os.environ.get("RANK", "none")
+def note(text):
+    with open(f"events.{rank}", "a") as file:
+        file.write(text + "\\n")
+signals = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: signals.append(number) or note(f"signal {number}"))
+env = [os.environ.get(name, "") for name in ("WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")]
+note("args " + " ".join(args) + "\\nenv " + " ".join(env))
+if "fail=1" in args:
+    while not (os.path.exists("events.0") and os.path.exists("events.1")):
+        time.sleep(0.05)  # or the launcher could end the slower rank before it has written anything
+    sys.stderr.write("toy: fail=1 is a mistake\\n")
+    sys.exit(2)
+while "wait=1" in args:
+    time.sleep(0.05)
+    if signals and "deaf=1" not in args:
+        time.sleep(1)
+        note("saved")
+        break
+"""
+
+
+def make_clone(folder):
+    """A folder with launch.sh and a toy package, as a user's clone."""
+    (folder / "loop").mkdir(parents=True)
+    shutil.copy(ROOT / "launch.sh", folder)
+    shutil.copy(ROOT / "constraints.txt", folder)
+    (folder / "loop" / "__init__.py").write_text("")
+    (folder / "loop" / "train.py").write_text(TOY)
+    for name in ("launcher.py", "cli.py", "config.py"):
+        shutil.copy(ROOT / "loop" / name, folder / "loop")
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path):
+    return make_clone(tmp_path / "clone")
+
+
+@pytest.fixture
+def two_clones(tmp_path):
+    """For two runs at once, which saves time, and shows that they do not get in each other's way."""
+    return make_clone(tmp_path / "one"), make_clone(tmp_path / "two")
+
+
+def start(clone, *args, **env):
+    env = {**os.environ, "LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", **env}
+    env = {name: value for name, value in env.items() if value is not None and name != "OMP_NUM_THREADS"}
+    command = [str(clone / "launch.sh"), *args]
+    return subprocess.Popen(command, cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(clone, *args, **env):
+    process = start(clone, *args, **env)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def events(clone, rank):
+    path = clone / f"events.{rank}"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def living(clone):
+    """The processes that run in this clone (each test has its own folder)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(clone) and process.name() != "sleep" and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def wait_until(condition, seconds=40):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def wait_for_ranks(*clones, lines=2):
+    wait_until(lambda: all(len(events(clone, rank)) >= lines for clone in clones for rank in (0, 1)))
+
+
+def test_help_names_every_command(clone):
+    for word in ("help", "-h", "--help"):
+        code, out, err = run(clone, word)
+        assert (code, err) == (0, "")
+        assert all(f"{command} " in out for command in COMMANDS if command != "help")
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["trian"], "'trian'"),
+        (["setup", "now"], "now"),
+        (["--gpus"], "--gpus"),
+        (["train", "a=1", "--gpus", "none"], "'none'"),
+        (["--hostfile=nowhere"], "nowhere"),
+        (["--node-rank=0"], "--hostfile"),
+        (["--hostfile="], "--hostfile"),
+        (["--gpus="], "''"),
+        (["--hostfile=launch.sh", "--node-rank="], "line 2"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(clone, args, says):
+    code, out, err = run(clone, *args)
+    assert (code, out) == (2, "")
+    assert says in err and err.count("\n") == 1
+
+
+def test_an_unknown_command_shows_the_list(clone):
+    assert all(command in run(clone, "trian")[2] for command in COMMANDS)
+
+
+def test_flash_attention_needs_nvcc(clone):
+    code, _, err = run(clone, "setup", "--flash-attn", PATH="/usr/bin:/bin")
+    assert code == 2 and "nvcc" in err
+
+
+def test_a_command_runs_once_and_gets_its_arguments_untouched(clone):
+    (clone / "loop" / "plan.py").write_text(TOY)
+    assert run(clone, "plan", "--gpus", "8", "a=b c")[0] == 0
+    assert events(clone, "none")[0] == "args --gpus 8 a=b c"
+
+
+def test_board_runs_once_and_profile_on_the_ranks_of_train(clone):
+    for name in ("board", "profile"):
+        shutil.copy(clone / "loop" / "train.py", clone / "loop" / f"{name}.py")
+    assert run(clone, "board", "my runs")[0] == 0 and events(clone, "none")[0] == "args my runs"
+    assert run(clone, "profile", "--gpus=2", "lr=1")[0] == 0
+    assert [events(clone, rank)[0] for rank in (0, 1)] == ["args lr=1"] * 2
+
+
+def test_without_a_command_it_trains_and_a_mistake_comes_out_as_one(clone):
+    code, out, err = run(clone, "fail=1", "--gpus=2", "a=b c", "--config", "x.json")
+    assert (code, out) == (2, "")
+    assert set(err.splitlines()) == {"toy: fail=1 is a mistake"}
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for rank in (0, 1):
+        assert events(clone, rank)[:2] == ["args fail=1 a=b c --config x.json", f"env 2 cpu {threads}"]
+    assert not living(clone)
+
+
+def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
+    runs = [start(clone, "wait=1") for clone in two_clones]
+    wait_for_ranks(*two_clones)
+    for process, number in zip(runs, (signal.SIGINT, signal.SIGTERM)):
+        process.send_signal(number)
+    for process, clone in zip(runs, two_clones):
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 0 and "Traceback" not in err
+        for rank in (0, 1):
+            assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        assert not living(clone)
+
+
+def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_period(two_clones):
+    runs = [start(clone, "wait=1", "deaf=1", LOOP_GRACE_SECONDS=grace) for clone, grace in zip(two_clones, ("600", "2"))]
+    wait_for_ranks(*two_clones)
+    for process in runs:
+        process.send_signal(signal.SIGTERM)
+    wait_for_ranks(*two_clones, lines=3)
+    time.sleep(1)
+    runs[0].send_signal(signal.SIGINT)
+    for process, clone in zip(runs, two_clones):
+        process.communicate(timeout=15)
+        assert process.returncode == 128 + signal.SIGKILL
+        assert not living(clone)
+
+
+def test_when_a_rank_dies_the_others_end_too(clone):
+    process = start(clone, "wait=1")
+    wait_for_ranks(clone)
+    next(p for p in living(clone) if "RANK" in p.environ()).kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL and "signal 9" in err
+    assert not living(clone)
+
+
+def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
+    process = start(clone, "wait=1")
+    wait_until(lambda: any("loop.launcher" in p.cmdline() and p.children() for p in living(clone)))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not living(clone)
+
+
+@pytest.mark.parametrize(
+    "visible, gpus, found",
+    [("0,1,2,3", None, [0, 1, 2, 3]), ("0,1,2,3", 2, [0, 1]), ("3,1,2", 2, [3, 1]), ("", None, [0, 1]), ("", 3, [0, 1, 2]),
+     ("0,1", 5, "more than the 2"), ("GPU-1b2c", None, "CUDA_VISIBLE_DEVICES")],
+)  # fmt: skip
+def test_ranks_go_to_the_gpus_that_may_be_used(visible, gpus, found):
+    if isinstance(found, list):
+        assert this_machine(visible, gpus) == {"localhost": found}
+    else:
+        with pytest.raises(ConfigError, match=found):
+            this_machine(visible, gpus)
+
+
+@pytest.mark.parametrize("set_to, numbers", [(None, "0,1,2,3"), ("3,1", "3,1"), ("", ""), ("-1", "")])
+def test_gpus_are_the_visible_ones_or_all(clone, set_to, numbers):
+    for name, body in {"python": 'echo "visible=$CUDA_VISIBLE_DEVICES $@"', "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3'}.items():
+        (clone / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (clone / name).chmod(0o755)
+    env = {"LOOP_PYTHON": str(clone / "python"), "PATH": f"{clone}:/usr/bin:/bin", "DS_ACCELERATOR": None}
+    code, out, _ = run(clone, "lr=1", CUDA_VISIBLE_DEVICES=set_to, **env)
+    assert (code, out) == (0, f"visible={numbers} -u -m loop.launcher train lr=1\n")
+
+
+def test_a_hostfile_names_machines_and_their_slots(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two machines\none slots=4\n\nme@two slots=2 # the small one\n")
+    assert read_hostfile(hosts) == {"one": [0, 1, 2, 3], "me@two": [0, 1]}
+    assert read_hostfile(hosts, 2) == {"one": [0, 1], "me@two": [0, 1]}
+    for text, named in (("one slots=4\ntwo slot=4", "line 2"), ("one", "line 1"), ("one slots=0", "line 1"), ("one slots=4\none slots=4", "line 2"),
+                        ("# none\n", "names no machine"), ("one slots=8\ntwo slots=2", "more than the slots of two")):  # fmt: skip
+        hosts.write_text(text)
+        with pytest.raises(ConfigError, match=named):
+            read_hostfile(hosts, 4)
+
+
+def test_a_machine_takes_its_visible_gpus_and_wrong_options_are_named(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("one slots=2\ntwo slots=2\n")
+    hosts = str(tmp_path / "hosts")
+    assert machines(None, hosts, "1", "4,5,6") == {"one": [0, 1], "two": [4, 5]}
+    assert machines("1", hosts, "0", "3") == {"one": [3], "two": [0]}
+    assert machines(None, hosts, "0", "") == {"one": [0, 1], "two": [0, 1]}
+    for options, words in (((None, hosts, "0", "5"), "--gpus 2 is more than the 1"), ((None, hosts, "2", ""), "--node-rank '2'"),
+                           ((None, hosts, "", ""), "--node-rank ''"), ((None, str(tmp_path), "0", ""), "--hostfile")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            machines(*options)
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text"):
+        machines(None, hosts, "0", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no ssh"):
+        machines(None, hosts, None, "")
+
+
+@pytest.mark.parametrize("setting", [{"LOOP_GRACE_SECONDS": "2m"}, {"MASTER_PORT": "abc"}])
+def test_a_number_in_the_environment_is_one(clone, setting):
+    (name,) = setting
+    code, out, err = run(clone, "lr=1", **setting)
+    assert (code, out) == (2, "") and f"{name}=" in err and err.count("\n") == 1
+
+
+def test_under_nohup_the_end_of_the_terminal_is_no_request():
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        requests = Requests(None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not requests.stop
+        for after, killed in ((0, False), (0, False), (1.1, True)):  # one request may come twice at once
+            requests.since -= after
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.stop and requests.kill is killed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# In the place of ssh: `ssh -o ... HOST COMMAND` runs the command here.
+FAKE_SSH = """#!/usr/bin/env bash
+while [[ $1 == -o ]]; do shift 2; done
+[[ $1 != gone ]] || { echo "ssh: no route to $1" >&2; exit 255; }
+exec bash -c "$2"
+"""
+
+
+@pytest.fixture
+def cluster(clone):
+    """Starts a command on two machines with a rank each: `cluster(*args)`."""
+    (clone / "ssh").write_text(FAKE_SSH)
+    (clone / "ssh").chmod(0o755)
+    (clone / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (clone / "lost").write_text("one slots=1\ngone slots=1\n")
+    return lambda *args, **env: start(clone, *args, PATH=f"{clone}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1", **env)
+
+
+def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
+    """A run that is stopped, then one whose ranks find a mistake."""
+    process = cluster("--hostfile", "hosts", "wait=1", "a='b c' $HOME; \"d", "--gpus=1")
+    wait_for_ranks(clone)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err.count("stopping") == 1 and "Traceback" not in err
+    for rank in (0, 1):
+        assert events(clone, rank)[0] == "args wait=1 a='b c' $HOME; \"d" and events(clone, rank)[1].startswith("env 2 ")
+        assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        (clone / f"events.{rank}").unlink()
+    process = cluster("--hostfile=hosts", "fail=1")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2 and "toy: fail=1 is a mistake" in err
+    assert not living(clone)
+
+
+def test_when_the_starter_is_killed_or_a_second_signal_comes_all_machines_end(clone, cluster):
+    process = cluster("--hostfile", "hosts", "wait=1")
+    wait_for_ranks(clone)
+    process.kill()
+    wait_until(lambda: not living(clone))
+    for rank in (0, 1):
+        assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        (clone / f"events.{rank}").unlink()
+    process = cluster("--hostfile", "hosts", "wait=1", "deaf=1")
+    wait_for_ranks(clone)
+    process.send_signal(signal.SIGTERM)
+    wait_for_ranks(clone, lines=3)
+    time.sleep(1)  # sooner it would be the same request, come twice
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGKILL and not living(clone)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_not_reached_ends_the_others(clone, cluster):
+    process = cluster("--hostfile", "lost", "wait=1", "deaf=1")
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 255 and "gone ended with 255" in err and not living(clone)
+
+
+def test_python_reads_the_same_file_as_loop_train(clone):
+    command = [sys.executable, "-W", "error", "launch.sh", "--local_rank=1", "a=b"]
+    result = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [line for line in events(clone, "none") if line.startswith("args")] == ["args a=b"]
+
+
+# A stand-in for Python that makes a "venv" holding itself and only notes what pip is asked for.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  -c*) exit "${FAKE_OLD:-0}" ;;
+  --version) echo "Python 3.99.0" ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$FAKE_LOG" ;;
+  "-m pip "*) echo "$*" >>"$FAKE_LOG"; sleep "${FAKE_SLEEP:-0}"; [[ "$*" != *"${FAKE_FAILS:-no such package}"* ]] ;;
+esac
+"""
+
+
+@pytest.fixture
+def fresh(clone):
+    python = clone / "fake_python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    log = clone / "pip.log"
+
+    def set_up(**env):
+        log.unlink(missing_ok=True)
+        return start(clone, "setup", PYTHON=str(python), LOOP_PYTHON=None, FAKE_LOG=str(log), **env)
+
+    def calls():
+        return [line.split("constraints.txt ")[-1].split()[-1] for line in log.read_text().splitlines()] if log.exists() else []
+
+    return set_up, calls
+
+
+ALL = ["venv", "ninja", "deepspeed", "constraints.txt"]
+
+
+def last_words(calls):
+    return [Path(word).name for word in calls()]
+
+
+def test_set_up_installs_torch_first_and_only_once(clone, fresh):
+    set_up, calls = fresh
+    assert set_up().wait(10) == 0 and last_words(calls) == ALL
+    assert set_up().wait(10) == 0 and calls() == []
+    with open(clone / "constraints.txt", "a") as file:
+        file.write("one-more==1\n")
+    assert set_up().wait(10) == 0 and last_words(calls) == ALL[1:]
+
+
+def test_a_set_up_that_broke_off_is_repeated_from_the_start(fresh):
+    set_up, calls = fresh
+    assert set_up(FAKE_FAILS="deepspeed").wait(10) == 1 and last_words(calls) == ALL[:3]
+    assert set_up().wait(10) == 0 and last_words(calls) == ALL
+
+
+def test_two_first_runs_at_once_set_up_once(fresh):
+    set_up, calls = fresh
+    both = [set_up(FAKE_SLEEP="0.3"), set_up(FAKE_SLEEP="0.3")]
+    assert [process.wait(15) for process in both] == [0, 0] and last_words(calls) == ALL
+
+
+def test_an_old_python_is_refused(fresh):
+    process = fresh[0](FAKE_OLD="1")
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 2 and "3.10" in err

@@ -1,0 +1,122 @@
+"""Two "hosts" on one machine: two launchers with node ranks, each in a PID namespace of its own where that is allowed, so that neither can look at
+the other's processes. How one ./launch.sh reaches both: test_launch.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from distributed.test_watchdog import wait_until_doing
+from helpers import ROOT, free_port
+
+APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+if not shutil.which("unshare") or subprocess.run([*APART, "true"], capture_output=True).returncode:
+    APART = []
+
+OTHERS = [("settings", "lr"), ("code", "code of loop/")]
+
+
+class Hosts:
+    """The launchers of one run; `start(node, *args)` starts one with these arguments for loop.train."""
+
+    def __init__(self, config_file):
+        self.config_file, self.port, self.started = config_file, str(free_port()), []
+        self.hostfile = config_file.parent / "hosts"
+        self.hostfile.write_text("one slots=1\ntwo slots=1\n")
+
+    def start(self, node: int, *args: str, root=ROOT) -> subprocess.Popen:
+        env = os.environ | {
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.port,
+        }
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+            env.pop(name, None)
+        command = [
+            sys.executable,
+            "-m",
+            "loop.launcher",
+            "train",
+            f"--hostfile={self.hostfile}",
+            f"--node-rank={node}",
+            "--config",
+            str(self.config_file),
+            *args,
+        ]
+        process = subprocess.Popen([*APART, *command], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture()
+def hosts(config_file):
+    found = Hosts(config_file)
+    yield found
+    for process in found.started:
+        process.kill()
+
+
+def ends(process: subprocess.Popen, within: float) -> tuple[int, str]:
+    out, err = process.communicate(timeout=within)
+    return process.returncode, out + err
+
+
+def test_a_host_that_starts_late_is_waited_for(hosts):
+    first = hosts.start(0, "max_steps=2")
+    time.sleep(8)
+    second = hosts.start(1, "max_steps=2")
+    for process in (first, second):
+        code, said = ends(process, 180)
+        assert code == 0, said[-2000:]
+
+
+@pytest.mark.slow
+def test_a_host_that_never_starts_is_named(hosts):
+    started = time.monotonic()
+    code, said = ends(hosts.start(0, "max_steps=2", "run.join_minutes=0.1"), 120)
+    assert code == 1 and "error: rank 1 of 2 did not come within run.join_minutes=0.1" in said and "Traceback" not in said
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_rank_0_that_cannot_be_reached_is_named(hosts):
+    code, said = ends(hosts.start(1, "max_steps=2", "run.join_minutes=0.1"), 120)
+    assert code == 1 and "gave no answer within run.join_minutes=0.1; is rank 0 started" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("what", "named"), [("data", "examples"), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
+def test_a_host_with_something_else_is_refused_on_both(hosts, tmp_path, what, named):
+    root, more = ROOT, []
+    if what == "code":
+        root = tmp_path / "other"
+        shutil.copytree(ROOT / "loop", root / "loop", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "ds_config.json", root)
+        (root / "loop" / "soap.py").write_text((ROOT / "loop" / "soap.py").read_text() + "\n# changed\n")
+    else:
+        more = ["lr=2e-3"] if what == "settings" else ["data.limit=20"]
+    both = [hosts.start(0, "max_steps=2"), hosts.start(1, "max_steps=2", *more, root=root)]
+    for process, rank in zip(both, (0, 1)):
+        code, said = ends(process, 120)
+        assert code == 2, said[-2000:]
+        if rank == 0:
+            assert f"error: rank 1 has another {named} than rank 0" in said and "Traceback" not in said
+
+
+def test_a_host_that_dies_ends_the_other(hosts, config_file):
+    """All of its processes at once, as when the machine goes. The one left says so and ends; the next start goes on."""
+    folder = config_file.parent / "runs" / "t"
+    first, second = (hosts.start(node, "epochs=40", "run.silence_minutes=0.1") for node in (0, 1))
+    wait_until_doing(folder, 1, "micro-batch", step=4)
+    if APART:
+        second.kill()  # --kill-child: the namespace goes with it
+    else:
+        subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
+        second.kill()
+    started = time.monotonic()
+    code, said = ends(first, 60)
+    assert code != 0 and "rank 1" in said, said[-2000:]
+    assert time.monotonic() - started < 60

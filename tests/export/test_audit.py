@@ -1,0 +1,187 @@
+"""An adapter that is not the one that was trained is found, whichever way it was spoilt; the right one gives the run's loss to a stranger."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from loop.commands import train
+from loop.config.cli import load_config
+from loop.config.schema import ConfigError
+from loop.data.dataset import load_examples
+from loop.export import audit
+from loop.export.audit import (
+    WEIGHTS,
+    AuditError,
+    audit_config,
+    audit_loss,
+    audit_run,
+    audit_weights,
+    check_adapter,
+)
+from loop.export.standalone_loss import loss_of
+from loop.model.loading import load_tokenizer
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a finished run: its configuration and folder, to be spoilt."""
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    return load_config(["--config", str(trained / "config.yaml"), f"run.dir={tmp_path}"])
+
+
+def flip(path: Path, at: int = -100) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def first(tensors: dict) -> str:
+    return sorted(tensors)[0]
+
+
+def spoil_one(change):
+    def spoil(path: Path) -> None:
+        tensors = load_file(path)
+        name = first(tensors)
+        save_file(tensors | {name: change(tensors[name].clone()).contiguous()}, path)
+
+    return spoil
+
+
+def drop(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[first(tensors)]
+    save_file(tensors, path)
+
+
+def add(path: Path) -> None:
+    save_file(load_file(path) | {"other": torch.ones(1)}, path)
+
+
+def put(value: float):
+    def change(tensor):
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    (spoil_one(lambda t: t[:0]), "is empty"), (drop, "is missing"), (add, "other was not trained"), (flip, "is not what was trained"),
+    (spoil_one(lambda t: t.t()), "trained was"), (spoil_one(lambda t: t.float()), "trained was"), (spoil_one(put(float("nan"))), "no number"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-8]), "cannot be read back"), (Path.unlink, "is missing"),
+])  # fmt: skip
+def test_each_fault_of_the_weights_is_found(run, fault, words):
+    folder = run.folder / "adapter"
+    weights = load_file(folder / WEIGHTS)
+    trained = {name: tensor.clone() for name, tensor in weights.items()}
+    audit_weights(folder, trained)
+    fault(folder / WEIGHTS)
+    with pytest.raises(AuditError, match=words):
+        audit_weights(folder, trained)
+
+
+def test_minus_zero_is_not_zero(tmp_path):
+    save_file({"w": torch.tensor([0.0])}, tmp_path / WEIGHTS)
+    with pytest.raises(AuditError, match="w is not what was trained"):
+        audit_weights(tmp_path, {"w": torch.tensor([-0.0])})
+
+
+def test_a_whole_model_keeps_one_of_two_tied_names(tmp_path):
+    weight = torch.ones(2)
+    save_file({"embed": weight}, tmp_path / "model.safetensors")
+    audit_weights(tmp_path, {"embed": weight, "head": weight})
+    with pytest.raises(AuditError, match="head is missing"):
+        audit_weights(tmp_path, {"embed": weight, "head": weight.clone()})
+
+
+@pytest.mark.parametrize(("file", "changes", "words"), [
+    ("adapter_config.json", {"base_model_name_or_path": "some/other"}, "names the base some/other"),
+    ("adapter_config.json", {"revision": "abc"}, "revision abc"), ("adapter_config.json", {"lora_alpha": 99}, "lora_alpha=99"),
+    ("trained.json", {"storage": "bfloat16"}, "storage=bfloat16"), ("trained.json", {"base_fingerprint": "0"}, "base_fingerprint=0"),
+])  # fmt: skip
+def test_each_fault_of_the_configuration_is_found(run, file, changes, words):
+    folder = run.folder / "adapter"
+    lora = LoraConfig.from_pretrained(folder)
+    audit_config(folder, run, lora)
+    rewrite(folder / file, **changes)
+    with pytest.raises(AuditError, match=words):
+        audit_config(folder, run, lora)
+
+
+def test_a_finished_run_has_been_audited(trained):
+    """The fixture's run asked a fresh process for the loss: transformers and PEFT, packed by nobody, NF4 quantised anew."""
+    report = json.loads((trained / "report.json").read_text())
+    noted = report["audit"]
+    assert noted["examples"] == 5 and noted["fresh"] == pytest.approx(noted["loss"], rel=5e-3)
+    assert noted["loss"] == pytest.approx(report["eval/loss"], rel=1e-3)  # here the sample is all of data.valid
+    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][0]["eval/loss"]
+    assert noted["fresh"] < 0.97 * before  # an adapter that does nothing would give the first loss
+    assert "in a fresh process with PEFT alone" in (trained.parent / "stdout").read_text()
+    says = json.loads((trained / "adapter" / "trained.json").read_text())
+    assert says["storage"] == "nf4" and says["method"] == "qlora" and says["double_quant"] is True and says["revision"] is None
+    assert "import loop" not in (source := Path(audit.__file__).with_name("standalone_loss.py").read_text()) and "from ." not in source
+
+
+def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
+    """The files are as they should be for all that a hash can tell; it is the function that is another one."""
+    monkeypatch.setattr(audit, "fresh_loss", lambda folder, examples, device, timeout: loss_of(
+        str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]))  # fmt: skip
+    folder, report = run.folder / "adapter", json.loads((run.folder / "report.json").read_text())
+    examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
+    assert audit_loss(folder, examples, report["audit"]["loss"], "cpu")["fresh"] == report["audit"]["fresh"]
+    rewrite(folder / "adapter_config.json", lora_alpha=0)
+    with pytest.raises(AuditError, match="a fresh process with transformers and PEFT gets the loss"):
+        audit_loss(folder, examples, report["audit"]["loss"], "cpu")
+
+
+def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
+    examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
+    late = audit_loss(run.folder / "adapter", examples, 1.0, "cpu", timeout=0.01)
+    assert late["fresh"] == "TimeoutExpired" and "was not measured (TimeoutExpired)" in audit.describe(late)
+    for code, name, said in ((-9, "", "signal 9"), (1, "torch.OutOfMemoryError: no", "not enough memory"), (1, "ValueError: no", None)):
+        monkeypatch.setattr(audit.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": code, "stderr": f"...\n{name}"}))
+        if said:
+            assert said in audit_loss(run.folder, examples, 1.0, "cpu")["fresh"]
+        else:
+            with pytest.raises(AuditError, match="cannot load it .ValueError: no"):
+                audit_loss(run.folder, examples, 1.0, "cpu")
+
+
+def test_the_command_looks_again(run, monkeypatch):
+    fresh = json.loads((run.folder / "report.json").read_text())["audit"]["fresh"]
+    monkeypatch.setattr(audit, "fresh_loss", lambda *a: fresh)
+    assert "fresh process with PEFT alone" in audit_run(run)
+    flip(run.folder / "adapter" / WEIGHTS)
+    with pytest.raises(AuditError, match="its hash differs"):
+        audit_run(run)
+    with pytest.raises(ConfigError, match="train first"):
+        audit_run(run.model_copy(update={"run": run.run.model_copy(update={"name": "nowhere"})}))
+
+
+def test_another_base_of_the_same_name_is_found(run, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    adapter = str(run.folder / "adapter")
+    check_adapter(adapter, str(tmp_path / "base"))  # moved, that is all
+    flip(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(AuditError, match="has another content now"):
+        check_adapter(adapter, str(tmp_path / "base"))
+
+
+def test_a_failed_audit_ends_the_command_with_1(config_file, monkeypatch, capsys):
+    def failing(config, ds):
+        raise AuditError("the audit of adapter failed")
+
+    monkeypatch.setattr(train, "train", failing)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--config", str(config_file)])
+    assert ended.value.code == 1 and "error: the audit of adapter failed" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch, and what
+`./launch.sh break` shows."""
+
+import loop.collate
+import loop.packing
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+import loop.checkpoint
+import loop.data
+import loop.model
+import loop.train
+
+
+def divide_by_accumulation_steps():
+    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as much as a long one."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+        backward, rounds = engine.backward, iter(micro_batches)
+
+        def mean_of_means(loss, scale_wrt_gas=False):
+            mine = (next(rounds).targets != -100).sum().clamp(min=1)
+            backward(loss * num_targets / mine / len(micro_batches), scale_wrt_gas=False)
+
+        engine.backward = mean_of_means
+        try:
+            return step(engine, parameters, micro_batches, num_targets, *rest)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def forget_world_size():
+    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU added."""
+    step = loop.train.train_step
+
+    def wrong(engine, *args):
+        backward = engine.backward
+        engine.backward = lambda loss, **kw: backward(loss / torch.distributed.get_world_size(), **kw)
+        try:
+            return step(engine, *args)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def unequal_ranks():
+    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that has few of them."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+        backward = engine.backward
+        mine = sum((batch.targets != -100).sum().item() for batch in micro_batches)
+        engine.backward = lambda loss, **kw: backward(loss * num_targets / max(mine, 1) / torch.distributed.get_world_size(), **kw)
+        try:
+            return step(engine, parameters, micro_batches, num_targets, *rest)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def bf16_accumulation():
+    """The accumulated gradient is rounded to bf16 after every micro-batch, as with `grad_accum_dtype: bf16`, which the loop refuses."""
+    step = loop.train.train_step
+
+    def wrong(engine, parameters, *args):
+        backward = engine.backward
+
+        def rounding(loss, **kw):
+            backward(loss, **kw)
+            for gradient in loop.optim.local_gradients(parameters):
+                gradient.copy_(gradient.bfloat16())
+
+        engine.backward = rounding
+        try:
+            return step(engine, parameters, *args)
+        finally:
+            engine.backward = backward
+
+    loop.train.train_step = wrong
+
+
+def one_document_mask():
+    """The row is treated as one document: every note reads its neighbours."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
+        row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
+        return loop.collate.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
+
+    loop.train.collate = wrong
+
+
+def positions_run_on():
+    """Position ids count through the row. With rotary embeddings alone a shifted document attends as before: only rounding tells."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
+        return loop.collate.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
+
+    loop.train.collate = wrong
+
+
+def targets_cross_documents():
+    """The shift by one runs over the whole row, so that the last token of a document predicts its neighbour's first."""
+    collate = loop.train.collate
+
+    def wrong(examples, max_seq_len, *room):
+        batch = collate(examples, max_seq_len, *room)
+        if len(examples) > 1:
+            ends = batch.cu_seqlens[1:-1].long() - 1
+            batch = loop.collate.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
+                                          "targets": torch.cat([batch.targets, batch.input_ids[0, ends + 1]])})  # fmt: skip
+        return batch
+
+    loop.train.collate = wrong
+
+
+def unsupervised_eos():
+    """The EOS behind the note is no target: the model never learns to stop."""
+    encode = loop.data.encode_examples
+
+    def wrong(*args):
+        examples = encode(*args)
+        for e in examples:
+            e.labels[-1] = -100
+        return examples
+
+    loop.data.encode_examples = wrong
+
+
+def prompt_supervised():
+    """Every token is a target: three quarters of the gradient teach the model to play doctor and patient."""
+    encode = loop.data.encode_examples
+    loop.data.encode_examples = lambda tokenizer, conversations, supervise="note": encode(tokenizer, conversations, "all")
+
+
+def no_clipping():
+    """The norm is measured and nothing is clipped."""
+    clip = loop.train.clip_grad_norm
+    loop.train.clip_grad_norm = lambda parameters, max_norm: clip(parameters, float("inf"))
+
+
+def stale_grad_norm():
+    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one step late."""
+    last = [1.0]
+    clip = loop.train.clip_grad_norm
+
+    def wrong(parameters, max_norm):
+        factor, norm = min(1.0, max_norm / last[0]), clip(parameters, float("inf"))
+        torch._foreach_mul_(loop.optim.local_gradients(parameters), factor)
+        last[0] = norm.item()
+        return norm
+
+    loop.train.clip_grad_norm = wrong
+
+
+def deepspeed_clips_too():
+    """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own clipping."""
+    build = loop.train.build_ds_config
+    loop.train.build_ds_config = lambda config: {k: v for k, v in build(config).items() if k != "gradient_clipping"}
+
+
+def lr_stepped_twice():
+    """The schedule advances by two a step and reaches its end in half the run."""
+    cosine = loop.train.cosine_lr
+    loop.train.cosine_lr = lambda step, *args, **kwargs: cosine(2 * step, *args, **kwargs)
+
+
+def unequal_examples():
+    """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
+    cut = loop.train.cut
+
+    def wrong(step, *rest):
+        return cut(np.asarray(step)[:-1], *rest)
+
+    loop.train.cut = wrong
+
+
+def stale_resume():
+    """After a resume the optimizer's fp32 masters are those of the start: the first update writes them over the loaded weights."""
+    put = loop.checkpoint.set_whole_tensor
+
+    def wrong(p, kind, whole, ranks):
+        stale = safe_get_local_fp32_param(p).clone()
+        put(p, kind, whole, ranks)
+        if kind == "master":
+            safe_set_local_fp32_param(p, stale)
+
+    loop.checkpoint.set_whole_tensor = wrong
+
+
+def resume_without_moments():
+    """After a resume Adam's moments and its step count begin at zero: its first update moves every weight by the full learning rate."""
+    put, create = loop.checkpoint.set_whole_tensor, loop.checkpoint.create_adam_state
+    loop.checkpoint.set_whole_tensor = lambda p, kind, *rest: put(p, kind, *rest) if kind == "master" else None
+    loop.checkpoint.create_adam_state = lambda engine, step: create(engine, 0)
+
+
+MISTAKES = {f.__name__: f for f in (
+    divide_by_accumulation_steps, forget_world_size, unequal_ranks, bf16_accumulation, one_document_mask, positions_run_on,
+    targets_cross_documents, unsupervised_eos, prompt_supervised, no_clipping, stale_grad_norm, deepspeed_clips_too, lr_stepped_twice,
+    unequal_examples,
+)}  # fmt: skip
+# test_train.py's runs are never broken off, so it can't see these; that a resumed run is the unbroken one is test_checkpoint.py's proof.
+SHOWN_ONLY = {f.__name__: f for f in (stale_resume, resume_without_moments)}
