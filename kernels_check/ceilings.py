@@ -20,8 +20,16 @@ def check_matrix_rate(device: str, matmul: Callable = torch.mm) -> Iterator[Row]
     error = relative_error(matmul(a16, b16), a16.float() @ b16.float())
     rate = 2 * size**3 / best_seconds(lambda: matmul(a16, b16), device) / 1e12
     plain = 2 * size**3 / best_seconds(lambda: a @ b, device) / 1e12
-    yield judge("bf16 matrix product", f"fp32 {plain:.3g} TFLOP/s", error, 1e-2, "bf16 is emulated or throttled here",
-                speed=rate, slowest=plain / 2, unit="TFLOP/s")  # fmt: skip
+    yield judge(
+        "bf16 matrix product",
+        f"fp32 {plain:.3g} TFLOP/s",
+        error,
+        1e-2,
+        "bf16 is emulated or throttled here",
+        speed=rate,
+        slowest=plain / 2,
+        unit="TFLOP/s",
+    )
 
 
 def check_bandwidth(device: str, copy: Callable = torch.Tensor.copy_) -> Iterator[Row]:
@@ -31,7 +39,15 @@ def check_bandwidth(device: str, copy: Callable = torch.Tensor.copy_) -> Iterato
     copy(target, source)
     lost = (target != source).double().mean().item()
     rate = 2 * source.nbytes / best_seconds(lambda: copy(target, source), device) / 1e9
-    yield judge("memory copy", "", lost, 0.0, "memory errors: don't train on this machine", speed=rate, unit="GB/s")
+    yield judge(
+        "memory copy",
+        "",
+        lost,
+        0.0,
+        "memory errors: don't train on this machine",
+        speed=rate,
+        unit="GB/s",
+    )
 
 
 def main() -> Iterator[Row]:

@@ -9,7 +9,9 @@ from kernels_check.rows import Row, judge
 
 def plain_codebook() -> torch.Tensor:
     """16 quantiles of N(0, 1), 7 below zero, zero, 8 above, each side scaled to reach 1 in magnitude. float64."""
-    tail = 1 - (1 / 32 + 1 / 30) / 2  # the outermost quantile: half a step inside, averaged over a grid of 16 and of 15
+    tail = (
+        1 - (1 / 32 + 1 / 30) / 2
+    )  # the outermost quantile: half a step inside, averaged over a grid of 16 and of 15
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64))[:-1].flip(0)
     below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64))[:-1]
     return torch.cat([below, torch.zeros(1, dtype=torch.float64), above]) / above[-1]
@@ -17,4 +19,10 @@ def plain_codebook() -> torch.Tensor:
 
 def check_codebook(version: str, code: torch.Tensor) -> Iterator[Row]:
     """`code` [16] against the quantiles: absolute error, bounded by fp32's own."""
-    yield judge("nf4 codebook", version, (code.double().cpu() - plain_codebook()).abs().max().item(), 1e-6, "reinstall bitsandbytes at the pin")
+    yield judge(
+        "nf4 codebook",
+        version,
+        (code.double().cpu() - plain_codebook()).abs().max().item(),
+        1e-6,
+        "reinstall bitsandbytes at the pin",
+    )

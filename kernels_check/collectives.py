@@ -23,7 +23,11 @@ SLOWEST = {"nccl": 5.0, "gloo": 0.02}  # GB/s at the large size: PCIe 3 gives 10
 def check_collectives(device: str, all_reduce: Callable, all_gather: Callable) -> Iterator[Row]:
     """Whole numbers in fp32, so that the sum is exact in any order. `all_reduce(x)` in place, `all_gather(out, x)`."""
     rank, world, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
-    version = ".".join(map(str, torch.cuda.nccl.version())) if device == "cuda" else f"torch {torch.__version__}"
+    version = (
+        ".".join(map(str, torch.cuda.nccl.version()))
+        if device == "cuda"
+        else f"torch {torch.__version__}"
+    )
     for size, number in SIZES.items():
         base = torch.arange(number // 4, device=device, dtype=torch.float32) % 1000
         reduced = base + rank
@@ -39,10 +43,24 @@ def check_collectives(device: str, all_reduce: Callable, all_gather: Callable) -
             ("all-gather", gap, 1, partial(all_gather, gathered, shard)),
         )
         for name, wrong_by, ways, run in runs:
-            speed = ways * (world - 1) / world * number / best_seconds(run, device) / 1e9 if world > 1 else None
-            row = judge(f"{backend} {name}, {size}, {world} rank(s)", version, wrong_by, 0.0, REMEDY,
-                        speed=speed, slowest=SLOWEST[backend] if size == "large" else 0.0, unit="GB/s")  # fmt: skip
-            row.note = row.note or ("no bandwidth: with one rank nothing crosses a link" if world == 1 else "")
+            speed = (
+                ways * (world - 1) / world * number / best_seconds(run, device) / 1e9
+                if world > 1
+                else None
+            )
+            row = judge(
+                f"{backend} {name}, {size}, {world} rank(s)",
+                version,
+                wrong_by,
+                0.0,
+                REMEDY,
+                speed=speed,
+                slowest=SLOWEST[backend] if size == "large" else 0.0,
+                unit="GB/s",
+            )
+            row.note = row.note or (
+                "no bandwidth: with one rank nothing crosses a link" if world == 1 else ""
+            )
             yield row
 
 

@@ -18,7 +18,9 @@ BOUND = 2e-2  # bf16: eager rounds after every operation, a fused kernel once, t
 WHAT = "compiled layer under ZeRO-3"
 
 
-class Stack(torch.nn.Module):  # three small Llama layers in bf16, frozen as in QLoRA, and a trained vector for the optimizer
+class Stack(
+    torch.nn.Module
+):  # three small Llama layers in bf16, frozen as in QLoRA, and a trained vector for the optimizer
     def __init__(self, device: str) -> None:
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -26,13 +28,22 @@ class Stack(torch.nn.Module):  # three small Llama layers in bf16, frozen as in 
         super().__init__()
         torch.manual_seed(0)
         hidden = 512 if device == "cuda" else 128
-        sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         config = LlamaConfig(**sizes, attn_implementation="sdpa")
-        self.layers = torch.nn.ModuleList([LlamaDecoderLayer(config, index) for index in range(3)]).requires_grad_(False)
+        self.layers = torch.nn.ModuleList(
+            [LlamaDecoderLayer(config, index) for index in range(3)]
+        ).requires_grad_(False)
         self.trained = torch.nn.Parameter(torch.ones(hidden))
         self.to(device, torch.bfloat16)
         self.x = torch.randn(1, 256, hidden, device=device, dtype=torch.bfloat16)
-        self.rotary = LlamaRotaryEmbedding(config).to(device)(self.x, torch.arange(256, device=device)[None])
+        self.rotary = LlamaRotaryEmbedding(config).to(device)(
+            self.x, torch.arange(256, device=device)[None]
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden * self.trained
@@ -46,7 +57,9 @@ def check_compiled(device: str, compile: Callable, config: dict) -> Iterator[Row
     from deepspeed.utils import set_z3_leaf_modules
     from torch._dynamo.utils import counters
 
-    torch._inductor.config.cpp.simdlen = 1  # on a CPU, scalar kernels: g++ takes half the time, and nobody trains on them
+    torch._inductor.config.cpp.simdlen = (
+        1  # on a CPU, scalar kernels: g++ takes half the time, and nobody trains on them
+    )
     stack = Stack(device)
 
     def passes(run: Callable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,17 +76,37 @@ def check_compiled(device: str, compile: Callable, config: dict) -> Iterator[Row
         layer.forward = compile(layer.forward)
     error = max(map(relative_error, passes(engine), plain))
     version, recompiled = f"torch {torch.__version__}", abs(counters["stats"]["unique_graphs"] - 1)
-    speed, slowest = eager_seconds / best_seconds(lambda: passes(engine), device), 0.8 if device == "cuda" else 0.0
-    yield judge(WHAT, version, error, BOUND, "nothing to do: the loop does not compile its layers yet", speed=speed, slowest=slowest)
-    remedy = 'TORCH_LOGS=recompiles names the guard; "memory_efficient_linear": false in ds_config.json'
+    speed, slowest = (
+        eager_seconds / best_seconds(lambda: passes(engine), device),
+        0.8 if device == "cuda" else 0.0,
+    )
+    yield judge(
+        WHAT,
+        version,
+        error,
+        BOUND,
+        "nothing to do: the loop does not compile its layers yet",
+        speed=speed,
+        slowest=slowest,
+    )
+    remedy = (
+        'TORCH_LOGS=recompiles names the guard; "memory_efficient_linear": false in ds_config.json'
+    )
     yield judge(f"{WHAT}, graphs beyond the first", version, recompiled, 0.0, remedy)
 
 
 def main() -> Iterator[Row]:
     if any(map(shutil.which, ("g++", "clang++", "gcc"))):
-        yield from on_ranks(check_compiled, torch.compile, zero3_config(1), world_size=1)  # a guard is a rank's own affair
+        yield from on_ranks(
+            check_compiled, torch.compile, zero3_config(1), world_size=1
+        )  # a guard is a rank's own affair
     else:
-        yield Row(WHAT, "", "missing", note="torch.compile needs a C++ compiler on PATH, which only this check uses yet")
+        yield Row(
+            WHAT,
+            "",
+            "missing",
+            note="torch.compile needs a C++ compiler on PATH, which only this check uses yet",
+        )
 
 
 if __name__ == "__main__":

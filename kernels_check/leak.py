@@ -19,8 +19,15 @@ def check_leak(name: str, version: str, attend: Attend, device: str) -> Iterator
     others[start:end] = False
     row = [x.requires_grad_() for x in row]
     before = attend(*row, bounds, longest)
-    sent = max(x[start:end].abs().max().item() for x in torch.autograd.grad(before[others].float().sum(), row))
-    after = attend(*(x.detach().index_fill(0, torch.tensor([start], device=device), 3.0) for x in row), bounds, longest)
+    sent = max(
+        x[start:end].abs().max().item()
+        for x in torch.autograd.grad(before[others].float().sum(), row)
+    )
+    after = attend(
+        *(x.detach().index_fill(0, torch.tensor([start], device=device), 3.0) for x in row),
+        bounds,
+        longest,
+    )
     moved = (after[others] - before[others]).abs().max().item()
     yield judge(
         f"attention {name}, leak",

@@ -18,7 +18,9 @@ from kernels_check.table import emit
 REINSTALL = "reinstall bitsandbytes at the pin"
 
 
-def check_rounding(version: str, quantize: Callable, dequantize: Callable, device: str) -> Iterator[Row]:
+def check_rounding(
+    version: str, quantize: Callable, dequantize: Callable, device: str
+) -> Iterator[Row]:
     """Blocks of 64 scaled by their largest value, each value to its nearest code; in every storage type, then with quantised scales."""
     torch.manual_seed(0)
     weight = torch.randn(512, 256, device=device)
@@ -32,17 +34,32 @@ def check_rounding(version: str, quantize: Callable, dequantize: Callable, devic
         yield judge(f"nf4 rounding, stored as {str(storage)[6:]}", version, error, 1e-5, REINSTALL)
     packed, state = quantize(weight, quant_type="nf4", compress_statistics=True)
     inner = state.state2  # 8-bit codes of (scale - mean), 256 to a block, and an fp32 scale a block
-    restored = inner.code[state.absmax.long()] * inner.absmax.repeat_interleave(256)[: len(scale)] + state.offset
+    restored = (
+        inner.code[state.absmax.long()] * inner.absmax.repeat_interleave(256)[: len(scale)]
+        + state.offset
+    )
     decoded = relative_error(dequantize(packed, state).view(-1, 64), nearest * restored[:, None])
     error = max(decoded, relative_error(restored, scale[:, 0]))
-    yield judge("nf4 double quantisation", version, error, 1e-2, REINSTALL + ", or bnb_4bit_use_double_quant=False")
+    yield judge(
+        "nf4 double quantisation",
+        version,
+        error,
+        1e-2,
+        REINSTALL + ", or bnb_4bit_use_double_quant=False",
+    )
 
 
-def check_product(version: str, matmul: Callable, quantize: Callable, dequantize: Callable, device: str) -> Iterator[Row]:
+def check_product(
+    version: str, matmul: Callable, quantize: Callable, dequantize: Callable, device: str
+) -> Iterator[Row]:
     """x W' and its gradient in bf16 through `matmul`, against the dequantised W in float64. A step of bf16 is 4e-3."""
     torch.manual_seed(0)
     rows, size = (8192, 4096) if device == "cuda" else (256, 1024)
-    packed, state = quantize(torch.randn(size, size, device=device, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    packed, state = quantize(
+        torch.randn(size, size, device=device, dtype=torch.bfloat16),
+        quant_type="nf4",
+        compress_statistics=True,
+    )
     dense = dequantize(packed, state)
     x, upstream = (torch.randn(rows, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -50,11 +67,18 @@ def check_product(version: str, matmul: Callable, quantize: Callable, dequantize
         out = product(leaf := x.detach().requires_grad_())
         return out, torch.autograd.grad(out, leaf, upstream.to(out))[0]
 
-    four_bit, dense_16 = partial(matmul, B=packed.t(), quant_state=state), partial(F.linear, weight=dense)
+    four_bit, dense_16 = (
+        partial(matmul, B=packed.t(), quant_state=state),
+        partial(F.linear, weight=dense),
+    )
     wanted = x.double() @ dense.double().T, upstream.double() @ dense.double()
     error = max(map(relative_error, passes(four_bit), wanted))
-    plain, ours = (best_seconds(partial(passes, product), device) for product in (dense_16, four_bit))
-    yield judge("nf4 product and gradient", version, error, 1e-2, REINSTALL, speed=plain / ours, slowest=0.1)
+    plain, ours = (
+        best_seconds(partial(passes, product), device) for product in (dense_16, four_bit)
+    )
+    yield judge(
+        "nf4 product and gradient", version, error, 1e-2, REINSTALL, speed=plain / ours, slowest=0.1
+    )
 
 
 def main() -> Iterator[Row]:
@@ -65,7 +89,9 @@ def main() -> Iterator[Row]:
     state = quantize(torch.randn(64, 64, device=device), quant_type="nf4")[1]
     yield from guarded("nf4 codebook", check_codebook, version, state.code)
     yield from guarded("nf4 rounding", check_rounding, version, quantize, dequantize, device)
-    yield from guarded("nf4 product", check_product, version, bnb.matmul_4bit, quantize, dequantize, device)
+    yield from guarded(
+        "nf4 product", check_product, version, bnb.matmul_4bit, quantize, dequantize, device
+    )
     if device == "cpu":
         yield from guarded("Linear4bit on CPU", repacking.main, bnb)
 

@@ -16,7 +16,9 @@ BOUND = 1e-4  # ten updates of 1e-3 on weights near 1, whose fp32 steps are 1e-7
 EIGHT_BIT_BOUND = 0.05  # measured 0.013: 8 bits a moment
 
 
-def steps(make: Callable, device: str, count: int = 10) -> tuple[torch.Tensor, Callable[[], object]]:
+def steps(
+    make: Callable, device: str, count: int = 10
+) -> tuple[torch.Tensor, Callable[[], object]]:
     """The parameter's way from its start after `count` steps of `make([parameter], **SETTINGS)`, and a step to time."""
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(512, 1024, generator=generator).to(device))
@@ -28,27 +30,66 @@ def steps(make: Callable, device: str, count: int = 10) -> tuple[torch.Tensor, C
     return parameter.detach() - start, optimizer.step
 
 
-def check_optimizer(name: str, version: str, make: Callable, bound: float, device: str) -> Iterator[Row]:
+def check_optimizer(
+    name: str, version: str, make: Callable, bound: float, device: str
+) -> Iterator[Row]:
     """How far the parameters have moved, against plain AdamW, as a relative error; speed is that of one step."""
-    wanted, plain_step = steps(lambda p, **settings: torch.optim.AdamW(p, foreach=False, **settings), device)
+    wanted, plain_step = steps(
+        lambda p, **settings: torch.optim.AdamW(p, foreach=False, **settings), device
+    )
     got, step = steps(make, device)
     speed = best_seconds(plain_step, device) / best_seconds(step, device)
     remedy = "set optimizer=plain"
-    yield judge(f"optimizer {name}", version, relative_error(got, wanted), bound, remedy, speed=speed, slowest=0.2)
+    yield judge(
+        f"optimizer {name}",
+        version,
+        relative_error(got, wanted),
+        bound,
+        remedy,
+        speed=speed,
+        slowest=0.2,
+    )
 
 
 def main() -> Iterator[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fused = lambda p, **settings: torch.optim.AdamW(p, fused=True, **settings)  # noqa: E731
-    yield from guarded("optimizer AdamW fused", check_optimizer, "AdamW fused", f"torch {torch.__version__}", fused, BOUND, device)
-    for name, bound in (("AdamW8bit", EIGHT_BIT_BOUND), ("PagedAdamW", BOUND), ("PagedAdamW8bit", EIGHT_BIT_BOUND)):
+    yield from guarded(
+        "optimizer AdamW fused",
+        check_optimizer,
+        "AdamW fused",
+        f"torch {torch.__version__}",
+        fused,
+        BOUND,
+        device,
+    )
+    for name, bound in (
+        ("AdamW8bit", EIGHT_BIT_BOUND),
+        ("PagedAdamW", BOUND),
+        ("PagedAdamW8bit", EIGHT_BIT_BOUND),
+    ):
         what = f"optimizer {name}"
         if device == "cpu":
-            yield Row(what, "", "missing", note="meant for an NVIDIA GPU, whose memory it saves", required=False)
+            yield Row(
+                what,
+                "",
+                "missing",
+                note="meant for an NVIDIA GPU, whose memory it saves",
+                required=False,
+            )
             continue
         import bitsandbytes as bnb
 
-        yield from guarded(what, check_optimizer, name, bnb.__version__, getattr(bnb.optim, name), bound, device, required=False)
+        yield from guarded(
+            what,
+            check_optimizer,
+            name,
+            bnb.__version__,
+            getattr(bnb.optim, name),
+            bound,
+            device,
+            required=False,
+        )
 
 
 if __name__ == "__main__":

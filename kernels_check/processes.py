@@ -23,7 +23,9 @@ def _fork_works() -> None:
 @functools.cache
 def context() -> ForkServerContext | SpawnContext:
     """The kind of process that works here, tried out in milliseconds once the server runs; starting it takes seconds."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # "is there a GPU" must not touch CUDA before a fork
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # "is there a GPU" must not touch CUDA before a fork
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload(["kernels_check.preload"])
     with contextlib.suppress(OSError, EOFError):  # the server itself died of an import

@@ -26,7 +26,13 @@ def check_repeatable(name: str, version: str, attend: Attend, device: str) -> It
         asked = spread()
     finally:
         torch.use_deterministic_algorithms(before)
-    found = judge(f"attention {name}, repeatable", version, asked, 0.0, "right, but no run can be repeated to the bit; attention=sdpa can")
+    found = judge(
+        f"attention {name}, repeatable",
+        version,
+        asked,
+        0.0,
+        "right, but no run can be repeated to the bit; attention=sdpa can",
+    )
     found.required = False
     if by_default and not found.note:
         found.note = f"only in torch's deterministic mode: two runs of the default differ by {by_default:.1e}"

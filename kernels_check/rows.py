@@ -29,8 +29,17 @@ class Row:
         return self.required and self.verdict in ("wrong", "missing")
 
 
-def judge(what: str, version: str, error: float, bound: float, remedy: str, *, speed: float | None = None,
-          slowest: float = 0.0, unit: str = "x") -> Row:  # fmt: skip
+def judge(
+    what: str,
+    version: str,
+    error: float,
+    bound: float,
+    remedy: str,
+    *,
+    speed: float | None = None,
+    slowest: float = 0.0,
+    unit: str = "x",
+) -> Row:
     """wrong where the error passes its bound or is no number, slow where the speed is under `slowest`, otherwise ok."""
     row = Row(what, version, "ok", error, bound, speed, unit)
     if not math.isfinite(error):
@@ -64,7 +73,9 @@ def best_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> fl
 
 def failure(what: str, error: BaseException, required: bool = True) -> Row:
     """The row of a check that raised: an absent library is missing, everything else is wrong."""
-    text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no message")
+    text = next(
+        (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no message"
+    )
     if "undefined symbol" in str(error):
         remedy = "it was built for another torch: install the build for this one, or build it from source"
         return Row(what, "", "wrong", note=f"{text[:160]}; {remedy}", required=required)
@@ -74,7 +85,9 @@ def failure(what: str, error: BaseException, required: bool = True) -> Row:
     return Row(what, "", "wrong", note=f"{type(error).__name__}: {text[:160]}", required=required)
 
 
-def guarded(what: str, check: Callable[..., Iterable[Row]], *args, required: bool = True, **kwargs) -> Iterator[Row]:
+def guarded(
+    what: str, check: Callable[..., Iterable[Row]], *args, required: bool = True, **kwargs
+) -> Iterator[Row]:
     """The rows of a check; where it raises, the rows so far and one that says so. The traceback goes to stderr.
     `required=False` holds for all of them."""
     try:

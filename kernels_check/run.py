@@ -16,9 +16,23 @@ from pathlib import Path
 from kernels_check.processes import context, output_to, send_output_to
 from kernels_check.rows import Row, guarded
 
-CHECKS = ("environment", "attention", "nf4", "optimizers", "zero3", "collectives", "compiled", "fused", "ceilings")
+CHECKS = (
+    "environment",
+    "attention",
+    "nf4",
+    "optimizers",
+    "zero3",
+    "collectives",
+    "compiled",
+    "fused",
+    "ceilings",
+)
 OPTIONAL = ("compiled", "fused", "ceilings")  # training starts without them
-TOGETHER = ("compiled", "zero3", "environment")  # side by side, the longest first: what they find does not hang on the clock
+TOGETHER = (
+    "compiled",
+    "zero3",
+    "environment",
+)  # side by side, the longest first: what they find does not hang on the clock
 
 
 def rows_of(name: str) -> Iterator[Row]:
@@ -26,7 +40,12 @@ def rows_of(name: str) -> Iterator[Row]:
     try:
         yield from importlib.import_module(f"kernels_check.{name}").main()
     except ImportError as error:
-        yield Row(name, "", "missing", note=f"not checked: {str(error).splitlines()[0][:160]}; see the row of that package")
+        yield Row(
+            name,
+            "",
+            "missing",
+            note=f"not checked: {str(error).splitlines()[0][:160]}; see the row of that package",
+        )
 
 
 def answer(check: Callable[[], Iterable[Row]], out: Path, log: Path) -> None:
@@ -56,7 +75,9 @@ class Running:
 
 def begin(check: Callable[[], Iterable[Row]], name: str, required: bool = True) -> Running:
     folder = tempfile.TemporaryDirectory()
-    process = context().Process(target=answer, args=(check, Path(folder.name, "rows"), Path(folder.name, "log")))
+    process = context().Process(
+        target=answer, args=(check, Path(folder.name, "rows"), Path(folder.name, "log"))
+    )
     process.start()
     return Running(name, required, folder, process)
 
@@ -67,7 +88,10 @@ def finish(running: Running, timeout: float = 120) -> list[Row]:
     code = running.process.exitcode
     if code != 0:
         running.end()
-    out, log = (path.read_text(errors="replace") if path.exists() else "" for path in (Path(running.folder.name, n) for n in ("rows", "log")))
+    out, log = (
+        path.read_text(errors="replace") if path.exists() else ""
+        for path in (Path(running.folder.name, n) for n in ("rows", "log"))
+    )
     running.folder.cleanup()
     rows = [Row(**json.loads(line)) for line in out.splitlines() if line.endswith("}")]
     if code is None:
@@ -78,7 +102,16 @@ def finish(running: Running, timeout: float = 120) -> list[Row]:
         trouble = f"exit {code} after {len(rows)} rows: {([line.strip() for line in log.splitlines() if line.strip()] or ['no message'])[-1][:160]}"
     else:
         return rows
-    return [*rows, Row(running.name, "", "wrong", note=f"{trouble}; see `python -m kernels_check.{running.name}`", required=running.required)]
+    return [
+        *rows,
+        Row(
+            running.name,
+            "",
+            "wrong",
+            note=f"{trouble}; see `python -m kernels_check.{running.name}`",
+            required=running.required,
+        ),
+    ]
 
 
 def run_all() -> list[Row]:
@@ -93,7 +126,9 @@ def run_all() -> list[Row]:
     running, found = {name: start(name) for name in TOGETHER}, {}
     try:
         for name in (*TOGETHER, *(name for name in CHECKS if name not in TOGETHER)):
-            print(f"\rchecking {name:<12}", end="", file=sys.stderr, flush=True) if sys.stderr.isatty() else None
+            print(
+                f"\rchecking {name:<12}", end="", file=sys.stderr, flush=True
+            ) if sys.stderr.isatty() else None
             running[name] = running.get(name) or start(name)
             found[name] = finish(running[name])
     finally:

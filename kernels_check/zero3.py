@@ -17,19 +17,28 @@ from kernels_check.rows import Row, guarded, judge
 from kernels_check.table import emit
 
 
-def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config: dict[str, Any]) -> Iterator[Row]:
+def partition_and_gather(
+    device: str, storages: tuple[torch.dtype, ...], config: dict[str, Any]
+) -> Iterator[Row]:
     """A Linear4bit for each storage type in one model with one trained vector: bytes, quantisation states, gradient sum."""
     import bitsandbytes as bnb
     import deepspeed
 
     torch.manual_seed(0)
     options = {"bias": False, "quant_type": "nf4", "compute_dtype": torch.bfloat16}
-    layers: list[Any] = [bnb.nn.Linear4bit(256, 128, quant_storage=s, **options) for s in storages]  # Any: their weights are more than Tensors
+    layers: list[Any] = [
+        bnb.nn.Linear4bit(256, 128, quant_storage=s, **options) for s in storages
+    ]  # Any: their weights are more than Tensors
     model = torch.nn.ModuleList(layers).to(device)
     model.trained = torch.nn.Parameter(torch.zeros(512, dtype=torch.bfloat16, device=device))
-    model.forward = lambda x: (model.get_parameter("trained") * x).sum()  # so its gradient is x, exactly
+    model.forward = lambda x: (
+        model.get_parameter("trained") * x
+    ).sum()  # so its gradient is x, exactly
     stored = [layer.weight.data.view(torch.uint8).flatten().clone() for layer in layers]
-    states = [{k: v.clone() for k, v in layer.weight.quant_state.as_dict(packed=True).items()} for layer in layers]
+    states = [
+        {k: v.clone() for k, v in layer.weight.quant_state.as_dict(packed=True).items()}
+        for layer in layers
+    ]
 
     # no zero.Init here, nor in the loop: it would skip the cast by value that `initialize` makes, and with it the fault
     engine = zero3_engine(model, config)
@@ -38,10 +47,19 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
         if layer.weight.numel():
             raise RuntimeError(f"{what}: the weight was not partitioned, so nothing was checked")
         with deepspeed.zero.GatheredParameters([layer.weight]):
-            back, now = layer.weight.data.view(torch.uint8).flatten(), layer.weight.quant_state.as_dict(packed=True)
+            back, now = (
+                layer.weight.data.view(torch.uint8).flatten(),
+                layer.weight.quant_state.as_dict(packed=True),
+            )
             changed = (back != packed).double().mean().item() if back.shape == packed.shape else 1.0
             changed += sum(not torch.equal(now[name], value) for name, value in state.items())
-        yield judge(what, deepspeed.__version__, changed, 0.0, "set bnb_4bit_quant_storage to bfloat16 or uint8; qwZ off")
+        yield judge(
+            what,
+            deepspeed.__version__,
+            changed,
+            0.0,
+            "set bnb_4bit_quant_storage to bfloat16 or uint8; qwZ off",
+        )
 
     ranks, count = dist.get_world_size(), config["gradient_accumulation_steps"]
     share = lambda rank, i: 1.0 if rank == i == 0 else 2.0 ** -(9 + rank + 2 * i)  # noqa: E731  bf16 would drop the small ones
@@ -52,7 +70,13 @@ def partition_and_gather(device: str, storages: tuple[torch.dtype, ...], config:
     got = deepspeed.utils.safe_get_full_grad(model.get_parameter("trained")).double()
     wanted = sum(share(rank, i) for rank in range(ranks) for i in range(count)) / ranks
     remedy = 'ds_config.json: "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"'
-    yield judge("zero3 gradients add up in fp32", deepspeed.__version__, (got / wanted - 1).abs().max().item(), 1e-6, remedy)
+    yield judge(
+        "zero3 gradients add up in fp32",
+        deepspeed.__version__,
+        (got / wanted - 1).abs().max().item(),
+        1e-6,
+        remedy,
+    )
 
 
 def main() -> list[Row]:

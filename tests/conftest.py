@@ -12,7 +12,9 @@ from helpers import run_ok, tinyllama_shape, write_rows
 # What ./launch.sh check found on this machine must not decide what the tests test.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what the tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and so would what the tests start
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +31,36 @@ def tiny_base(tmp_path_factory) -> str:
     specials = ["<pad>", "<s>", "</s>"]
     tokenizer.train_from_iterator(
         ["Doctor: Patient: pain S: O: A: P:"],
-        trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.2,
-                        pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    shape = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
@@ -63,17 +83,34 @@ def tinyllama(tiny_base, tmp_path_factory) -> str:
 def rows(tmp_path_factory) -> dict[str, str]:
     """Paths of small train, valid and test files."""
     folder = tmp_path_factory.mktemp("rows")
-    return {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 6, 2)}
+    return {
+        "train": write_rows(folder / "train.jsonl", "train", 40, 1),
+        "valid": write_rows(folder / "valid.jsonl", "valid", 6, 2),
+    }
 
 
 @pytest.fixture
 def config_file(tiny_base, rows, tmp_path) -> Path:
     """A small but complete configuration."""
     path = tmp_path / "config.yaml"
-    path.write_text(json.dumps({
-        "base": tiny_base, "data": {"train": rows["train"], "valid": rows["valid"]}, "max_seq_len": 1024, "batch_size": 4, "lr": 1e-3,
-        "run": {"dir": str(tmp_path / "runs"), "name": "t", "save_steps": 2, "audit": 0}, "monitor": {"eval_steps": 3},
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "base": tiny_base,
+                "data": {"train": rows["train"], "valid": rows["valid"]},
+                "max_seq_len": 1024,
+                "batch_size": 4,
+                "lr": 1e-3,
+                "run": {
+                    "dir": str(tmp_path / "runs"),
+                    "name": "t",
+                    "save_steps": 2,
+                    "export_check_examples": 0,
+                },
+                "monitor": {"eval_steps": 3},
+            }
+        )
+    )
     return path
 
 
@@ -92,13 +129,27 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
         "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 12},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
-    (folder / "stdout").write_text(run_ok(2, "-m", "loop.train", "--config", str(folder / "config.yaml")))
+    (folder / "stdout").write_text(
+        run_ok(2, "-m", "loop.train", "--config", str(folder / "config.yaml"))
+    )
     return folder / "run"
 
 
 # Two workers take a file each, in this order: the longest ones first, or one worker would wait for the other's at the end.
-LONGEST = ("test_train.py", "test_readme.py", "test_checkpoint.py", "test_kill.py", "test_watchdog.py", "test_evaluate.py", "test_launch.py")
+LONGEST = (
+    "test_train.py",
+    "test_readme.py",
+    "test_checkpoint.py",
+    "test_kill.py",
+    "test_watchdog.py",
+    "test_evaluate.py",
+    "test_launch.py",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )

@@ -20,23 +20,51 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str) -> list[subprocess.CompletedProcess]:
+def run_ranks(
+    world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str
+) -> list[subprocess.CompletedProcess]:
     """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the finished processes by rank.
     A rank that hangs fails the test."""
     port = str(free_port())
     processes = []
     for rank in range(world_size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "proofs"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
-        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | quiet | ranks | env, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+        ranks = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        paths = os.pathsep.join(
+            [
+                str(ROOT),
+                str(ROOT / "tests"),
+                str(ROOT / "tests" / "proofs"),
+                *filter(None, [os.environ.get("PYTHONPATH")]),
+            ]
+        )
+        quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | (
+            {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        )
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=os.environ | quiet | ranks | env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     try:
         outputs = [p.communicate(timeout=timeout) for p in processes]
     finally:
         for p in processes:
             p.kill()
-    return [subprocess.CompletedProcess(p.args, p.returncode, *out) for p, out in zip(processes, outputs)]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *out)
+        for p, out in zip(processes, outputs)
+    ]
 
 
 def run_ok(world_size: int, *command: str, **options) -> str:
@@ -51,8 +79,17 @@ def tinyllama_shape():
     """The published configuration of TinyLlama/TinyLlama-1.1B-Chat-v1.0."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                       num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
 
 
 def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8) -> str:
@@ -60,13 +97,19 @@ def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8)
     rng = random.Random(seed)
     with path.open("w") as file:
         for i in range(count):
-            turns = [f"Doctor: {rng.randint(0, 999)}?\nPatient: pain {rng.randint(0, 99)}" for _ in range(rng.randint(1, longest))]
+            turns = [
+                f"Doctor: {rng.randint(0, 999)}?\nPatient: pain {rng.randint(0, 99)}"
+                for _ in range(rng.randint(1, longest))
+            ]
             note = (
                 f"S: {rng.randint(0, 9)}"
                 if i % 3 == 0
                 else f"S: pain\nO: {' '.join(str(rng.random()) for _ in range(rng.randint(1, 9)))}\nA: a\nP: p"
             )
-            file.write(json.dumps({"id": f"{prefix}-{i}", "dialogue": "\n".join(turns), "soap": note}) + "\n")
+            file.write(
+                json.dumps({"id": f"{prefix}-{i}", "dialogue": "\n".join(turns), "soap": note})
+                + "\n"
+            )
     return str(path)
 
 

@@ -42,7 +42,10 @@ def imported_modules(path: Path, modules: set[str]) -> set[str]:
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+            found |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+                for alias in node.names
+            }
     return found & modules
 
 
@@ -73,7 +76,10 @@ def test_a_package_imports_only_packages_below_it():
 
 
 def test_kernels_check_and_the_embedded_clinic_use_what_they_may():
-    allowed = {"kernels_check": {"kernels", "config", "distributed", "monitor", "optim", "zero3", "model"}, "embedded": {"data"}}
+    allowed = {
+        "kernels_check": {"kernels", "config", "distributed", "monitor", "optim", "zero3", "model"},
+        "embedded": {"data"},
+    }
     for mine, packages in allowed.items():
         used = {package_of(other) for module, other in EDGES if package_of(module) == mine}
         assert used - {mine} <= packages, mine
@@ -108,6 +114,7 @@ def test_no_function_imports_the_project_to_dodge_a_circle(module):
         for function in ast.walk(tree)
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("loop"))
+        if isinstance(node, ast.ImportFrom)
+        and (node.level or (node.module or "").startswith("loop"))
     ]
     assert not late, [ast.unparse(node) for node in late]

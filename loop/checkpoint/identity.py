@@ -10,56 +10,105 @@ from pathlib import Path
 
 from ..config.schema import Config, ConfigError
 from ..config.source import source_digest
-from ..data.batch_plan import Plan
+from ..data.batch_plan import BatchPlan
 from ..data.tokenization import Example
 from ..distributed.world import Ranks
 from ..model.loading import loading, resolve_base
 from ..model.streaming import fetch_base
 
 # Where and how a run computes, and what the other two kinds hold already: not settings in the sense above.
-NOT_SETTINGS = {"base", "revision", "attention", "gradient_checkpointing", "micro_batch_size", "deepspeed", "run", "monitor", "data", "lora"}
+NOT_SETTINGS = {
+    "base",
+    "revision",
+    "attention",
+    "gradient_checkpointing",
+    "micro_batch_size",
+    "deepspeed",
+    "run",
+    "monitor",
+    "data",
+    "lora",
+}
 
 
-def run_identity(config: Config, tokenizer, examples: list[Example], plan: Plan) -> dict[str, dict]:
+def run_identity(
+    config: Config, tokenizer, examples: list[Example], plan: BatchPlan
+) -> dict[str, dict]:
     """The three kinds, as they stand in a manifest; `at_step` adds the order of the examples."""
     fixed = {"method": config.method, "double_quant": config.double_quant}
-    lora = {f"lora.{key}": value for key, value in sorted(config.lora.items()) if key != "lora_dropout"} if config.method != "full" else {}
-    budget = {"seed": config.seed, "batch_size": config.batch_size, "max_seq_len": config.max_seq_len}
+    lora = (
+        {
+            f"lora.{key}": value
+            for key, value in sorted(config.lora.items())
+            if key != "lora_dropout"
+        }
+        if config.method != "full"
+        else {}
+    )
+    budget = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "max_seq_len": config.max_seq_len,
+    }
     settings = config.model_dump(mode="json", exclude=NOT_SETTINGS | fixed.keys() | budget.keys())
     found = {
         "state": {"base": base_fingerprint(config.base, config.revision), **fixed, **lora},
-        "plan": {"tokenizer": tokenizer_fingerprint(tokenizer), "examples": examples_fingerprint(examples), **budget},
-        "settings": settings | {"steps": len(plan), "lora.lora_dropout": config.lora["lora_dropout"]},
+        "plan": {
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "examples": examples_fingerprint(examples),
+            **budget,
+        },
+        "settings": settings
+        | {"steps": len(plan), "lora.lora_dropout": config.lora["lora_dropout"]},
     }
     return json.loads(json.dumps(found))  # as it will be read again: tuples are lists
 
 
-def refuse_unlike(ranks: Ranks, identity: dict, made_by: dict[str, str]) -> None:
+def check_equal_on_all_ranks(ranks: Ranks, identity: dict, made_by: dict[str, str]) -> None:
     """Ranks on several machines may have been started on other code, libraries, data or settings; their collectives would hang, or train on
     a mixture. Every rank must call it; raises ConfigError on all, naming the ranks and what differs."""
     code = source_digest("loop")[:16]
-    mine = identity["state"] | identity["plan"] | identity["settings"] | {"code of loop/": code} | made_by
-    everyone = ranks.gather({key: value for key, value in mine.items() if key not in ("device", "commit")})
+    mine = (
+        identity["state"]
+        | identity["plan"]
+        | identity["settings"]
+        | {"code of loop/": code}
+        | made_by
+    )
+    everyone = ranks.all_gather_json(
+        {key: value for key, value in mine.items() if key not in ("device", "commit")}
+    )
     for rank, other in enumerate(everyone):
         for key in {**everyone[0], **other}:
             if other.get(key) != everyone[0].get(key):
-                raise ConfigError(f"rank {rank} has another {key} than rank 0: {other.get(key)!r}, not {everyone[0].get(key)!r}; start all machines "
-                                  "with the same code, libraries, data and settings")  # fmt: skip
+                raise ConfigError(
+                    f"rank {rank} has another {key} than rank 0: {other.get(key)!r}, not {everyone[0].get(key)!r}; start all machines "
+                    "with the same code, libraries, data and settings"
+                )
 
 
-def at_step(identity: dict, plan: Plan, step: int) -> dict:
+def at_step(identity: dict, plan: BatchPlan, step: int) -> dict:
     """With the order of the examples up to `step`: a plan that is only longer or shorter behind it is the same up to here."""
-    return identity | {"plan": identity["plan"] | {"order of the examples": _short(plan.order[: plan.offsets[step]].tobytes())}}
+    return identity | {
+        "plan": identity["plan"]
+        | {"order of the examples": _short(plan.order[: plan.offsets[step]].tobytes())}
+    }
 
 
-def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, force: bool) -> list[str]:
+def check_compatible(
+    path: Path, saved: dict, now: dict, plan: BatchPlan, step: int, force: bool
+) -> list[str]:
     """Compares a checkpoint's identity with this run's. Returns remarks on what changed; raises ConfigError naming the first difference
     that matters. step: of the checkpoint, which the plan must reach."""
     if step > len(plan):
-        raise ConfigError(f"{path}: the run has made {step} steps already, and is to have {len(plan)} (max_steps, epochs); give it "
-                          "another run.name")  # fmt: skip
+        raise ConfigError(
+            f"{path}: the run has made {step} steps already, and is to have {len(plan)} (max_steps, epochs); give it "
+            "another run.name"
+        )
     if not saved.keys() >= {"state", "plan", "settings"}:
-        raise ConfigError(f"{path}: written by another version of this loop; give the run another run.name, or start over with run.resume=false")
+        raise ConfigError(
+            f"{path}: written by another version of this loop; give the run another run.name, or start over with run.resume=false"
+        )
     now, remarks = at_step(now, plan, step), []
     for kind in ("state", "plan", "settings"):
         for key in {**saved[kind], **now[kind]}:
@@ -68,16 +117,22 @@ def refuse_another(path: Path, saved: dict, now: dict, plan: Plan, step: int, fo
                 continue
             if kind == "state" or (kind == "plan" and not force):
                 way_out = ", or go on all the same with run.resume=force" if kind == "plan" else ""
-                raise ConfigError(f"{path}: {key} was {was!r} and is {is_now!r} now; change it back, give the run another run.name, or start "
-                                  f"over with run.resume=false{way_out}")  # fmt: skip
-            remarks.append(f"changed     {key} was {was!r} and is {is_now!r} from step {step + 1} on")
+                raise ConfigError(
+                    f"{path}: {key} was {was!r} and is {is_now!r} now; change it back, give the run another run.name, or start "
+                    f"over with run.resume=false{way_out}"
+                )
+            remarks.append(
+                f"changed     {key} was {was!r} and is {is_now!r} from step {step + 1} on"
+            )
     return remarks
 
 
 def base_fingerprint(base: str, revision: str | None = None) -> str:
     """A hash of the base's content: config.json, and of each weight file its size and 64 samples, the header first. The name does not count (a
     base may move), and gigabytes are not read."""
-    with loading(base):  # with its weights, or the hash would be another one before they are downloaded
+    with loading(
+        base
+    ):  # with its weights, or the hash would be another one before they are downloaded
         folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -92,7 +147,15 @@ def base_fingerprint(base: str, revision: str | None = None) -> str:
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of its vocabulary, special tokens and chat template."""
-    return _short(json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]).encode())
+    return _short(
+        json.dumps(
+            [
+                sorted(tokenizer.get_vocab().items()),
+                str(tokenizer.special_tokens_map),
+                str(tokenizer.chat_template),
+            ]
+        ).encode()
+    )
 
 
 def examples_fingerprint(examples: list[Example]) -> str:

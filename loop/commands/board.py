@@ -20,7 +20,9 @@ CHARTS = "#custom_scalars&_smoothingWeight=0"  # TensorBoard would show averages
 def open_board(folder: Path) -> str:
     """Serves in threads of this process and returns the address: port 6006, or the next free one."""
     if not folder.is_dir():
-        raise ConfigError(f"board {folder}: no such folder; give the one that holds the runs (run.dir of the configuration)")
+        raise ConfigError(
+            f"board {folder}: no such folder; give the one that holds the runs (run.dir of the configuration)"
+        )
     board = program.TensorBoard()
     # its data server is a process of its own with a port of its own; reading in this process is fast enough for a few runs
     board.configure(["", "--logdir", str(folder), "--host", HOST, "--load_fast", "false"])
@@ -42,7 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         exit_with_config_error(error)
     runs = len({p.parent for p in folder.rglob("events.out.tfevents.*")})
-    print(f"{address}{CHARTS}\nshows {runs} run(s) of {folder}, to this machine alone. Ctrl-C ends it", flush=True)
+    print(
+        f"{address}{CHARTS}\nshows {runs} run(s) of {folder}, to this machine alone. Ctrl-C ends it",
+        flush=True,
+    )
     signal.pause()
 
 

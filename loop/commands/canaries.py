@@ -25,12 +25,21 @@ from .train import FAILED, leave_failed
 def main(args: list[str]) -> None:
     """What `evaluate --canaries` does. Raises ConfigError."""
     options = take_options(args, {"--canaries": None, "--repeats": "1,4,16"})
-    if not re.fullmatch(r"[1-9]\d{0,3}", options["--canaries"]) or not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", options["--repeats"]):
-        raise ConfigError(f"--canaries {options['--canaries']} --repeats {options['--repeats']}: a whole number, and whole numbers with commas")
+    if not re.fullmatch(r"[1-9]\d{0,3}", options["--canaries"]) or not re.fullmatch(
+        r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", options["--repeats"]
+    ):
+        raise ConfigError(
+            f"--canaries {options['--canaries']} --repeats {options['--repeats']}: a whole number, and whole numbers with commas"
+        )
 
     config = load_config(args)
-    ranks = init_distributed(config.run.join_minutes)
-    config, canaries = prepare(config, int(options["--canaries"]), sorted({int(n) for n in options["--repeats"].split(",")}), ranks)
+    ranks = init_distributed(config.run.rendezvous_timeout_minutes)
+    config, canaries = prepare(
+        config,
+        int(options["--canaries"]),
+        sorted({int(n) for n in options["--repeats"].split(",")}),
+        ranks,
+    )
     tokenizer = load_tokenizer(config.base, config.revision)
     seen = times_seen(config, tokenizer, canaries)
     try:
@@ -39,7 +48,17 @@ def main(args: list[str]) -> None:
         leave_failed(error)
     if report and report["steps"] == report["planned_steps"]:
         exposures = measure(config, canaries, tokenizer, ranks.device)
-        write_report(config.folder, {"canaries": [vars(c) | {"seen": n, "exposure": bits} for c, n, bits in zip(canaries, seen, exposures)]})
-        print(f"\nexposure of made-up record numbers, of at most {np.log2(REFERENCES + 1):.0f} bits; 1.44 on average by chance")
+        write_report(
+            config.folder,
+            {
+                "canaries": [
+                    vars(c) | {"seen": n, "exposure": bits}
+                    for c, n, bits in zip(canaries, seen, exposures)
+                ]
+            },
+        )
+        print(
+            f"\nexposure of made-up record numbers, of at most {np.log2(REFERENCES + 1):.0f} bits; 1.44 on average by chance"
+        )
         print("\n".join(table(canaries, seen, exposures)))
     torch.distributed.destroy_process_group()

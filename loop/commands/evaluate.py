@@ -12,20 +12,20 @@ from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.conversations import read_split
 from ..data.dataset import load_examples
-from ..distributed.exit import exit_with_config_error, leave
-from ..distributed.rendezvous import JoinError
+from ..distributed.exit import exit_process, exit_with_config_error
+from ..distributed.rendezvous import RendezvousError
 from ..distributed.seeding import seed_everything
 from ..distributed.world import init_distributed
-from ..evaluation.baselines import score_all
+from ..evaluation.baselines import score_with_baselines
 from ..evaluation.html_report import write_page
 from ..evaluation.loss import example_losses
 from ..evaluation.scoring import as_table, interval, ratio, unsupported
 from ..export.audit import AuditError, check_adapter
 from ..generation.notes_file import read_predictions
-from ..generation.sharded import share_notes
+from ..generation.sharded import generate_sharded
 from ..kernels.attention import AttentionError
 from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model, load_shape, load_tokenizer
+from ..model.loading import load_model, load_model_config, load_tokenizer
 from ..model.lora import read_adapter
 from ..model.quantization import dtype_of
 from ..model.structure import heads_of
@@ -33,17 +33,31 @@ from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
 
 
-def evaluate(config: Config, adapter: str | None, split: str, notes: int | None, predictions: str | None = None, reference: str | None = None,
-             html: str | None = None) -> dict:  # fmt: skip
+def evaluate(
+    config: Config,
+    adapter: str | None,
+    split: str,
+    notes: int | None,
+    predictions: str | None = None,
+    reference: str | None = None,
+    html: str | None = None,
+) -> dict:
     """Loads base and adapter under ZeRO-3 as in training and returns the figures of a split, on rank 0. notes: how many examples to write
     notes for, None for all. predictions: score this file's notes instead, without a model. reference: the column to score against."""
     columns = config.data.columns | ({"note": reference} if reference else {})
-    texts = config.model_copy(update={"data": config.data.model_copy(update={"columns": columns, "headings": "optional"})})
+    texts = config.model_copy(
+        update={"data": config.data.model_copy(update={"columns": columns, "headings": "optional"})}
+    )
     report: dict = {"figures": {}}
-    if not getattr(config.data, split) and not (split == "valid" and config.data.valid_share):
-        raise ConfigError(f"data.{split} is not set" + "; --split valid takes the share that was held out" * bool(config.data.valid_share))
+    if not getattr(config.data, split) and not (split == "valid" and config.data.valid_fraction):
+        raise ConfigError(
+            f"data.{split} is not set"
+            + "; --split valid takes the share that was held out" * bool(config.data.valid_fraction)
+        )
     if reference and "messages" in config.data.columns:
-        raise ConfigError(f"--reference {reference}: data.columns maps messages, which hold the note already; map dialogue and note")
+        raise ConfigError(
+            f"--reference {reference}: data.columns maps messages, which hold the note already; map dialogue and note"
+        )
     if html and not Path(html).resolve().parent.is_dir():
         raise ConfigError(f"--html {html}: there is no such folder")
     conversations = {c.id: c for c in read_split(texts, split)[0]}
@@ -51,28 +65,49 @@ def evaluate(config: Config, adapter: str | None, split: str, notes: int | None,
     if predictions:
         ids = list(conversations)[:notes]
         written = read_predictions(predictions, ids)
-        ranks = init_distributed(config.run.join_minutes)
+        ranks = init_distributed(config.run.rendezvous_timeout_minutes)
     else:
         ds = build_ds_config(config)
-        tokenizer, shape = load_tokenizer(config.base, config.revision), load_shape(config.base, config.revision)
+        tokenizer, shape = (
+            load_tokenizer(config.base, config.revision),
+            load_model_config(config.base, config.revision),
+        )
         examples, account = load_examples(config, tokenizer, split)
-        chosen = [e for e in examples if e.id in conversations][:notes]  # the --reference column may lack some
-        ids, ranks = [e.id for e in chosen], init_distributed(config.run.join_minutes)
+        chosen = [e for e in examples if e.id in conversations][
+            :notes
+        ]  # the --reference column may lack some
+        ids, ranks = [e.id for e in chosen], init_distributed(config.run.rendezvous_timeout_minutes)
         seed_everything(config.seed)
         backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
-        engine = deepspeed.initialize(model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds)[0]
+        engine = deepspeed.initialize(
+            model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds
+        )[0]
         rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-        losses = example_losses(engine, examples, rows * config.max_seq_len, config.max_seq_len, ranks)
+        losses = example_losses(
+            engine, examples, rows * config.max_seq_len, config.max_seq_len, ranks
+        )
         assert losses is not None  # there was nothing that could have asked it to stop
         report |= {"examples": len(examples), "left out": account.rows - account.kept}
-        report["figures"]["loss"] = dict(zip(("value", "low", "high"), (ratio(losses), *interval(losses))))
-        written = share_notes(engine, tokenizer, chosen, config.monitor.sample_max_new_tokens, ranks)
+        report["figures"]["loss"] = dict(
+            zip(("value", "low", "high"), (ratio(losses), *interval(losses)))
+        )
+        written = generate_sharded(
+            engine, tokenizer, chosen, config.monitor.sample_max_new_tokens, ranks
+        )
     if ids:
-        scored, figures = score_all([conversations[key] for key in ids], written, train, ranks)
+        scored, figures = score_with_baselines(
+            [conversations[key] for key in ids], written, train, ranks
+        )
         report |= {"notes": len(ids), "figures": report["figures"] | figures}
-        report["unsupported"] = {row.id: found for row in scored if (found := sorted({f"{f.kind}: {f.value}" for f in unsupported(row)}))}
+        report["unsupported"] = {
+            row.id: found
+            for row in scored
+            if (found := sorted({f"{f.kind}: {f.value}" for f in unsupported(row)}))
+        }
         if html and ranks.is_main:
-            write_page(Path(html), f"{split}, {len(ids)} notes", scored, as_table(report["figures"]))
+            write_page(
+                Path(html), f"{split}, {len(ids)} notes", scored, as_table(report["figures"])
+            )
     return report if ranks.is_main else {}
 
 
@@ -85,7 +120,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if "--canaries" in args:
             return measure_canaries(args)
-        options = take_options(args, dict.fromkeys(("--adapter", "--notes", "--predictions", "--reference", "--html")) | {"--split": "test"})
+        options = take_options(
+            args,
+            dict.fromkeys(("--adapter", "--notes", "--predictions", "--reference", "--html"))
+            | {"--split": "test"},
+        )
         split, notes, predictions = options["--split"], options["--notes"], options["--predictions"]
         if split not in ("train", "valid", "test"):
             raise ConfigError(f"--split {split}: one of train, valid, test")
@@ -93,24 +132,45 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--notes {notes}: must be a whole number")
         config = load_config(args)
         trained = config.folder / ("model" if config.method == "full" else "adapter")
-        adapter = options["--adapter"] or (str(trained) if trained.is_dir() and config.method != "full" else None)
+        adapter = options["--adapter"] or (
+            str(trained) if trained.is_dir() and config.method != "full" else None
+        )
         if adapter and config.method == "full":
-            raise ConfigError(f"--adapter {adapter}: the configuration says method=full, which has none; leave one of them out")
-        if adapter and not predictions:  # the rounding of the base that it was trained on, whatever the configuration says
-            config = config.model_copy(update={key: read_adapter(adapter)[key] for key in ("method", "double_quant", "revision")})
+            raise ConfigError(
+                f"--adapter {adapter}: the configuration says method=full, which has none; leave one of them out"
+            )
+        if (
+            adapter and not predictions
+        ):  # the rounding of the base that it was trained on, whatever the configuration says
+            config = config.model_copy(
+                update={
+                    key: read_adapter(adapter)[key]
+                    for key in ("method", "double_quant", "revision")
+                }
+            )
             check_adapter(adapter, config.base)
         elif trained.is_dir():
             config = config.model_copy(update={"base": str(trained)})
         count = 0 if config.data.supervise == "all" else notes and int(notes)
-        report = evaluate(config, adapter, split, count, predictions, options["--reference"], options["--html"])
+        report = evaluate(
+            config, adapter, split, count, predictions, options["--reference"], options["--html"]
+        )
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (AuditError, JoinError) as error:
-        leave(1, f"error: {error}")
+    except (AuditError, RendezvousError) as error:
+        exit_process(1, f"error: {error}")
     if report:
         name = f"{split}/{Path(predictions).stem}" if predictions else split
-        print(f"{split}, {predictions or adapter or f'{config.base} without an adapter'}: " + ", ".join(
-            f"{report[key]:,} {key}" for key in ("examples", "left out", "notes") if key in report) + "\n" + as_table(report["figures"]))  # fmt: skip
+        print(
+            f"{split}, {predictions or adapter or f'{config.base} without an adapter'}: "
+            + ", ".join(
+                f"{report[key]:,} {key}"
+                for key in ("examples", "left out", "notes")
+                if key in report
+            )
+            + "\n"
+            + as_table(report["figures"])
+        )
         if config.folder.is_dir():
             steps = write_report(config.folder, {f"evaluate/{name}": report}).get("steps", 0)
             with SummaryWriter(str(config.folder / "tensorboard" / "evaluate")) as board:

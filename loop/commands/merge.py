@@ -21,14 +21,29 @@ from ..monitor.quiet import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="launch.sh merge", description="Fold an adapter into its base.")
+    parser = argparse.ArgumentParser(
+        prog="launch.sh merge", description="Fold an adapter into its base."
+    )
     parser.add_argument("--adapter", required=True, help="a run's adapter/ folder")
     parser.add_argument("--out", required=True, help="the folder to write, new or empty")
     parser.add_argument("--base", help="the base, where it is not the one the adapter names")
-    parser.add_argument("--into", choices=WAYS, default="16bit", help="the base as published, or its dequantised NF4 weights")
-    parser.add_argument("--report", metavar="CONFIG", help="a run's config.yaml: merge both ways, to OUT/16bit and OUT/nf4, and measure on its data")
-    parser.add_argument("--split", choices=["valid", "test"], default="valid", help="of that data (default: valid)")
-    parser.add_argument("--notes", type=int, default=16, help="how many notes to write and compare (default: 16)")
+    parser.add_argument(
+        "--into",
+        choices=WAYS,
+        default="16bit",
+        help="the base as published, or its dequantised NF4 weights",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="CONFIG",
+        help="a run's config.yaml: merge both ways, to OUT/16bit and OUT/nf4, and measure on its data",
+    )
+    parser.add_argument(
+        "--split", choices=["valid", "test"], default="valid", help="of that data (default: valid)"
+    )
+    parser.add_argument(
+        "--notes", type=int, default=16, help="how many notes to write and compare (default: 16)"
+    )
 
     args = parser.parse_args(argv)
     quiet_libraries()
@@ -36,16 +51,24 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.report:
-            print(three_ways(args.adapter, args.out, args.base, args.report, args.split, args.notes, device))
+            print(
+                three_ways(
+                    args.adapter, args.out, args.base, args.report, args.split, args.notes, device
+                )
+            )
         else:
-            print(f"merged into {args.into}: {merge(args.adapter, args.out, args.base, args.into, device)}")
+            print(
+                f"merged into {args.into}: {merge(args.adapter, args.out, args.base, args.into, device)}"
+            )
     except (ConfigError, AuditError) as error:
         exit_with_config_error(error)
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: --out {args.out}: {error}; nothing is left there")
     except KeyboardInterrupt:
         sys.exit(f"stopped; nothing is left at {args.out}")
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(
+        f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

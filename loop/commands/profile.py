@@ -15,7 +15,7 @@ from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
 from ..kernels.attention import AttentionError
-from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingMonitor, write
+from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write
 from ..monitor.quiet import quiet_libraries
 from ..train import train
 from .train import FAILED, leave_failed
@@ -29,13 +29,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         given = load_config(args)
         folder = given.folder / "profile"
-        config = load_config([*args, f"run.name={given.run.name}/profile/steps", "run.resume=false", "run.audit=0", "run.max_hours=null",
-                              f"max_steps={WARM_UP + STEPS}", f"epochs={WARM_UP + STEPS}", "warmup_steps=0", "data.valid=null",
-                              "data.valid_share=0", "monitor.sample_notes=[]"])  # fmt: skip
+        config = load_config(
+            [
+                *args,
+                f"run.name={given.run.name}/profile/steps",
+                "run.resume=false",
+                "run.export_check_examples=0",
+                "run.max_hours=null",
+                f"max_steps={WARM_UP + STEPS}",
+                f"epochs={WARM_UP + STEPS}",
+                "warmup_steps=0",
+                "data.valid=null",
+                "data.valid_fraction=0",
+                "monitor.sample_notes=[]",
+            ]
+        )
         ds = build_ds_config(config)
         if main_rank:
             shutil.rmtree(config.folder, ignore_errors=True)  # of one that was killed
-        train(config, ds, ProfilingMonitor)
+        train(config, ds, ProfilingLogger)
         said = "asked to stop before the steps were recorded: there is no trace"
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
-from ..distributed.exit import even_if_nobody_reads, exit_with_config_error, leave
-from ..distributed.rendezvous import JoinError
+from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
+from ..distributed.rendezvous import RendezvousError
 from ..distributed.watchdog import RankLost
 from ..export.audit import AuditError
 from ..kernels.attention import AttentionError
@@ -18,11 +18,22 @@ from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
 from ..train import train
 
-FAILED = (FloatingPointError, AuditError, JoinError, RankLost, OSError)  # not a mistake in what was typed: exit code 1
+FAILED = (
+    FloatingPointError,
+    AuditError,
+    RendezvousError,
+    RankLost,
+    OSError,
+)  # not a mistake in what was typed: exit code 1
 
 
 def leave_failed(error: Exception) -> NoReturn:
-    leave(1, f"error: {error}" if os.environ.get("RANK", "0") == "0" or isinstance(error, (JoinError, RankLost)) else "")
+    exit_process(
+        1,
+        f"error: {error}"
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (RendezvousError, RankLost))
+        else "",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     except FAILED as error:
         leave_failed(error)
     if "exported" in report:
-        with even_if_nobody_reads():
+        with ignore_broken_pipe():
             show_summary(config, report)
     dist.barrier()
     dist.destroy_process_group()

@@ -32,24 +32,39 @@ def build_ds_config(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: must hold one JSON object")
     for key, ours in OWNED_BY_THE_RUN.items():
         if key in ds:
-            raise ConfigError(f"{path.name}: {key} is set by the run's configuration ({ours}); remove it from the JSON")
+            raise ConfigError(
+                f"{path.name}: {key} is set by the run's configuration ({ours}); remove it from the JSON"
+            )
     if '"auto"' in json.dumps(ds):
         raise ConfigError(f'{path.name}: "auto" is not filled in by anybody here; write the value')
     zero = ds.get("zero_optimization", {})
     if zero.get("stage") != 3:
-        raise ConfigError(f"{path.name}: zero_optimization.stage must be 3, the loop reads ZeRO-3's partitions")
+        raise ConfigError(
+            f"{path.name}: zero_optimization.stage must be 3, the loop reads ZeRO-3's partitions"
+        )
     if ds.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path.name}: fp16 corrupts packed NF4 weights silently; use bf16")
     if ds.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise ConfigError(f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place")
+        raise ConfigError(
+            f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the accumulated slices in place"
+        )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ConfigError(f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our clipping gets copies of them only")
+        raise ConfigError(
+            f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our clipping gets copies of them only"
+        )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key) and config.method == "qlora":
-            raise ConfigError(f"{path.name}: {key} (qwZ) would round NF4 codes as if they were numbers")
-    return ds | {
-        "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # left out, DeepSpeed would clip at 1.0 after our own clipping
-        "timers": ds.get("timers", {"throughput": {"enabled": False}}),  # which waits for the GPU before each micro-batch
-    }
+            raise ConfigError(
+                f"{path.name}: {key} (qwZ) would round NF4 codes as if they were numbers"
+            )
+    return (
+        ds
+        | {
+            "train_micro_batch_size_per_gpu": 1,  # the loop counts tokens and sets the accumulation boundary itself
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # left out, DeepSpeed would clip at 1.0 after our own clipping
+            "timers": ds.get(
+                "timers", {"throughput": {"enabled": False}}
+            ),  # which waits for the GPU before each micro-batch
+        }
+    )

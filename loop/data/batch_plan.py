@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from .bin_packing import best_fit_decreasing, spread
+from .bin_packing import best_fit_decreasing, lpt_partition
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """All steps of a run. `order[offsets[s]:offsets[s + 1]]` are the example ids of step s."""
 
     order: np.ndarray  # int32 [epochs * examples]
@@ -34,7 +34,9 @@ class Plan:
         return self.tokens / (len(self) * self.budget) if len(self) else 0.0
 
 
-def _pack_epoch(shuffled: np.ndarray, lengths: np.ndarray, budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _pack_epoch(
+    shuffled: np.ndarray, lengths: np.ndarray, budget: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """One epoch of the examples `shuffled`, int [n]: (order int32 [n], examples in each step int64 [steps]).
 
     Best-fit-decreasing alone would put long examples with long ones and short with short. So nine tenths of the tokens are first tied
@@ -43,17 +45,30 @@ def _pack_epoch(shuffled: np.ndarray, lengths: np.ndarray, budget: int, rng: np.
     a random step), at the same fill."""
     sizes = lengths[shuffled]
     ends = np.cumsum(sizes)
-    bundle = ((ends - sizes / 2) // (0.3 * budget)).astype(np.int64)  # of each example, by where its middle lies
+    bundle = ((ends - sizes / 2) // (0.3 * budget)).astype(
+        np.int64
+    )  # of each example, by where its middle lies
     single = np.arange(len(shuffled)) >= np.searchsorted(ends, 0.9 * ends[-1])
-    single |= np.bincount(bundle, weights=sizes)[bundle] > budget  # possible when an example is nearly as long as a step
+    single |= (
+        np.bincount(bundle, weights=sizes)[bundle] > budget
+    )  # possible when an example is nearly as long as a step
     bundle[single] = bundle[-1] + 1 + np.arange(single.sum())  # each a bundle of its own
     bundle = np.unique(bundle, return_inverse=True)[1]  # numbered without gaps
     step_of = best_fit_decreasing(np.bincount(bundle, weights=sizes).astype(np.int64), budget)
-    step = rng.permutation(step_of.max() + 1)[step_of][bundle]  # steps in random order, else the run would go from long to short
+    step = rng.permutation(step_of.max() + 1)[step_of][
+        bundle
+    ]  # steps in random order, else the run would go from long to short
     return shuffled[np.argsort(step, kind="stable")].astype(np.int32), np.bincount(step)
 
 
-def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_steps: int | None = None, weights=None) -> Plan:
+def plan_batches(
+    lengths: np.ndarray,
+    budget: int,
+    seed: int,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    weights=None,
+) -> BatchPlan:
     """Plans the whole run. lengths: int [n], tokens of each example, none above `budget` (ValueError names the first).
     Every epoch holds every example once and packs anew; an example has other company in every epoch and seed. weights: float [n], how
     often an epoch visits an example instead; the fraction is a chance, drawn anew in every epoch."""
@@ -65,7 +80,9 @@ def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_
         rng = np.random.default_rng([seed, epoch])
         visits = np.arange(len(lengths))
         if weights is not None:
-            visits = np.repeat(visits, np.floor(weights + rng.random(len(lengths))).astype(np.int64))
+            visits = np.repeat(
+                visits, np.floor(weights + rng.random(len(lengths))).astype(np.int64)
+            )
         if len(visits):
             order, count = _pack_epoch(rng.permutation(visits), lengths, budget, rng)
             orders.append(order)
@@ -74,10 +91,12 @@ def make_plan(lengths: np.ndarray, budget: int, seed: int, epochs: int = 1, max_
         raise ValueError("the weights are so small that no epoch visits an example")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[: (max_steps or 2**62) + 1]
     order = np.concatenate(orders)[: offsets[-1]]
-    return Plan(order, offsets, int(lengths[order].sum()), budget)
+    return BatchPlan(order, offsets, int(lengths[order].sum()), budget)
 
 
-def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int, pairs: float = 0.0) -> list[list[list[int]]]:
+def split_step(
+    step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int, pairs: float = 0.0
+) -> list[list[list[int]]]:
     """Cuts a step into `[rank][micro_batch] -> example ids`: as few micro-batches as fit `capacity` tokens each, the same
     number on every rank, balanced by their work. A micro-batch may be empty when there are fewer examples than places.
 
@@ -89,11 +108,13 @@ def cut(step: np.ndarray, lengths: np.ndarray, world_size: int, capacity: int, p
     work = {i: n + round(pairs * n * n) for i, n in tokens.items()}
     examples = sorted(step.tolist(), key=lambda i: (-tokens[i], i))
     if examples and tokens[examples[0]] > capacity:
-        raise ValueError(f"an example of {tokens[examples[0]]} tokens does not fit a micro-batch of {capacity}")
+        raise ValueError(
+            f"an example of {tokens[examples[0]]} tokens does not fit a micro-batch of {capacity}"
+        )
     rounds = max(1, -(-sum(tokens[i] for i in examples) // (capacity * world_size)))
     while True:
         for sizes in (work, tokens):
-            places = spread(examples, sizes, rounds * world_size)
+            places = lpt_partition(examples, sizes, rounds * world_size)
             if max(sum(tokens[i] for i in place) for place in places) <= capacity:
                 return [places[rank::world_size] for rank in range(world_size)]
         rounds += 1

@@ -40,7 +40,9 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
                 ids = np.concatenate(holders.pop(room))
             else:
                 room = capacity
-                ids = np.arange(opened, opened + -(-(end - start) // (capacity // size)))  # as many as are needed
+                ids = np.arange(
+                    opened, opened + -(-(end - start) // (capacity // size))
+                )  # as many as are needed
                 opened += len(ids)
             each = room // size  # best fit stays with a bin until its room is below the size
             used = min(len(ids), -(-(end - start) // each))
@@ -49,12 +51,14 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
             start += take
             full = take // each
             put(room - each * size, ids[:full])
-            put(room - (take - full * each) * size, ids[full:used])  # the last bin may have got fewer
+            put(
+                room - (take - full * each) * size, ids[full:used]
+            )  # the last bin may have got fewer
             put(room, ids[used:])
     return bins
 
 
-def spread(examples: list[int], sizes: dict[int, int], number: int) -> list[list[int]]:
+def lpt_partition(examples: list[int], sizes: dict[int, int], number: int) -> list[list[int]]:
     """So many places with about equal sums of sizes. examples: the largest first."""
     places: list[list[int]] = [[] for _ in range(number)]
     heap = [(0, place) for place in range(number)]
@@ -62,14 +66,16 @@ def spread(examples: list[int], sizes: dict[int, int], number: int) -> list[list
         load, place = heapq.heappop(heap)
         places[place].append(example)
         heapq.heappush(heap, (load + sizes[example], place))
-    even_out(places, sizes)
+    rebalance(places, sizes)
     return places
 
 
-def even_out(places: list[list[int]], sizes: dict[int, int]) -> None:
+def rebalance(places: list[list[int]], sizes: dict[int, int]) -> None:
     """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other."""
     loads = [sum(sizes[i] for i in place) for place in places]
-    for _ in range(8 * len(places) if len(places) > 1 else 0):  # two or three turns a place are enough
+    for _ in range(
+        8 * len(places) if len(places) > 1 else 0
+    ):  # two or three turns a place are enough
         full, empty = loads.index(max(loads)), loads.index(min(loads))
         gap, out, back = loads[full] - loads[empty], places[full], places[empty]
         given = np.array([sizes[i] for i in out])
@@ -78,8 +84,15 @@ def even_out(places: list[list[int]], sizes: dict[int, int]) -> None:
         # Moving d leaves a gap of |gap - 2 d|. So for an example the best partner is one of the two next to its size - gap / 2.
         above = np.searchsorted(others[order], given - gap / 2).clip(0, len(back))
         pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
-        new_gap, a, b, moved = min((abs(gap - 2 * (d := int(given[a] - others[b]))), a, int(b), d) for a, b in pairs) if pairs else (gap, 0, 0, 0)
+        new_gap, a, b, moved = (
+            min((abs(gap - 2 * (d := int(given[a] - others[b]))), a, int(b), d) for a, b in pairs)
+            if pairs
+            else (gap, 0, 0, 0)
+        )
         if new_gap >= gap:
             break
-        places[full], places[empty] = out[:a] + out[a + 1 :] + back[b : b + 1], back[:b] + back[b + 1 :] + [out[a]]
+        places[full], places[empty] = (
+            out[:a] + out[a + 1 :] + back[b : b + 1],
+            back[:b] + back[b + 1 :] + [out[a]],
+        )
         loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved

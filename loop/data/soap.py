@@ -6,16 +6,19 @@ from collections.abc import Callable
 HEADINGS = ("S", "O", "A", "P")
 NAMES = {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"}
 SYSTEM = "You are a medical scribe. You turn the conversation of a doctor and a patient into a SOAP note."
-REQUEST = (
-    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, in plain text without markdown. State only what was said.\n\n"
-)
+REQUEST = "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, in plain text without markdown. State only what was said.\n\n"
 # "S:", "Subjective:", "**S:**" at the start of a line; markdown is tolerated here so that untuned models are judged on content.
-_HEADING = re.compile(r"^[ \t>#*_]*(" + "|".join([*HEADINGS, *NAMES.values()]) + r")[ \t*_]*:[ \t*_]*", re.MULTILINE)
+_HEADING = re.compile(
+    r"^[ \t>#*_]*(" + "|".join([*HEADINGS, *NAMES.values()]) + r")[ \t*_]*:[ \t*_]*", re.MULTILINE
+)
 
 
 def soap_messages(dialogue: str, note: str | None = None) -> list[dict[str, str]]:
     """The chat messages of one example: system, user and, when `note` is given, the assistant's answer."""
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": REQUEST + dialogue.strip()}]
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": REQUEST + dialogue.strip()},
+    ]
     return messages if note is None else [*messages, {"role": "assistant", "content": note.strip()}]
 
 
@@ -27,7 +30,11 @@ def shorten(dialogue: str, turns: int) -> str:
         lines, joint = re.split(r"(?<=[.?!]) ", lines[0]), " "
     turns = min(turns, len(lines))
     start = (len(lines) - turns + 1) // 2
-    return joint.join([*lines[:start], f"[{turns} turns left out]", *lines[start + turns :]]) if turns else dialogue
+    return (
+        joint.join([*lines[:start], f"[{turns} turns left out]", *lines[start + turns :]])
+        if turns
+        else dialogue
+    )
 
 
 def count_turns(dialogue: str) -> int:
@@ -36,7 +43,9 @@ def count_turns(dialogue: str) -> int:
     return len(lines) if len(lines) > 1 else len(re.split(r"(?<=[.?!]) ", lines[0]))
 
 
-def fit_dialogue(dialogue: str, count_tokens: Callable[[str], int], limit: int) -> tuple[str, int] | None:
+def fit_dialogue(
+    dialogue: str, count_tokens: Callable[[str], int], limit: int
+) -> tuple[str, int] | None:
     """(the dialogue, turns left out): without as few turns from its middle as make `count_tokens` of it at most `limit`. None where even the
     first and the last turn are too long."""
     if count_tokens(dialogue) <= limit:

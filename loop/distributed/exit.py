@@ -17,11 +17,11 @@ def exit_with_config_error(error: Exception) -> NoReturn:
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    leave(2, f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
+    exit_process(2, f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
 
 
 @contextlib.contextmanager
-def even_if_nobody_reads() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """Prints, and ends quietly where nobody listens any more (`| head`, a terminal that was closed): no failure, since all is saved."""
     try:
         yield
@@ -29,10 +29,12 @@ def even_if_nobody_reads() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left in the buffer goes there
 
 
-def leave(code: int, message: str = "") -> NoReturn:
+def exit_process(code: int, message: str = "") -> NoReturn:
     """Ends this process. Not by sys.exit once it belongs to a process group: gloo's threads may then abort it, with a code of their own."""
     if message:
         sys.stderr.write(message + "\n")  # one write: lines must not mix

@@ -10,7 +10,7 @@ from ..config.schema import ConfigError
 
 
 @contextlib.contextmanager
-def written_aside(out: Path):
+def atomic_folder(out: Path):
     """A new folder that becomes `out` at the end, and is gone when something goes wrong. Raises ConfigError where `out` is in use."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already and is not an empty folder")
@@ -28,7 +28,9 @@ def written_aside(out: Path):
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is whole whenever the process is killed, the old text or the new one, and readable by its owner alone."""
     aside = path.with_name(f".writing-{path.name}")
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with open(
+        os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(text)
     aside.replace(path)
 

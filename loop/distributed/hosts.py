@@ -24,23 +24,29 @@ def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile '{path}': {getattr(error, 'strerror', None) or 'not a text'}") from error
+        raise ConfigError(
+            f"--hostfile '{path}': {getattr(error, 'strerror', None) or 'not a text'}"
+        ) from error
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if not words:
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
         if not slots.isdecimal() or not int(slots) or words[0] in hosts or words[1] == slots:
-            raise ConfigError(f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()[:60]}")
+            raise ConfigError(
+                f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()[:60]}"
+            )
         if gpus and gpus > int(slots):
-            raise ConfigError(f"--gpus {gpus} is more than the slots of {words[0]} ({path}, line {number})")
+            raise ConfigError(
+                f"--gpus {gpus} is more than the slots of {words[0]} ({path}, line {number})"
+            )
         hosts[words[0]] = list(range(gpus or int(slots)))
     if not hosts:
         raise ConfigError(f"--hostfile {path}: names no machine; a line is `NAME slots=N`")
     return hosts
 
 
-def this_machine(visible: str, gpus: int | None = None) -> Hosts:
+def local_hosts(visible: str, gpus: int | None = None) -> Hosts:
     """visible: the numbers of the GPUs that may be used, "0,1". Without any there are ranks on the CPU, two if `gpus` does not say how many."""
     if not visible:
         return {"localhost": list(range(gpus or 2))}
@@ -52,25 +58,39 @@ def this_machine(visible: str, gpus: int | None = None) -> Hosts:
     return {"localhost": numbers[:gpus]}
 
 
-def machines(gpus: str | None, hostfile: str | None, node: str | None, visible: str, line=None) -> Hosts:
+def find_hosts(
+    gpus: str | None, hostfile: str | None, node: str | None, visible: str, line=None
+) -> Hosts:
     """The run's machines by the options as they were typed. visible: as in `this_machine`; line: from which hosts "-" are read."""
     if gpus is not None and not (gpus.isdecimal() and int(gpus)):
         raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
     count = int(gpus) if gpus else None
     if hostfile is not None and node is None and not shutil.which("ssh"):
-        raise ConfigError("--hostfile: there is no ssh here; start each machine by hand with --node-rank")
+        raise ConfigError(
+            "--hostfile: there is no ssh here; start each machine by hand with --node-rank"
+        )
     if line:
         try:
             hosts = json.loads(line.readline())
         except ValueError as error:
-            raise ConfigError("--hostfile -: is how ./launch.sh starts other machines; name a file") from error
+            raise ConfigError(
+                "--hostfile -: is how ./launch.sh starts other machines; name a file"
+            ) from error
     else:
-        hosts = this_machine(visible, count) if hostfile is None else read_hostfile(Path(hostfile), count)
+        hosts = (
+            local_hosts(visible, count)
+            if hostfile is None
+            else read_hostfile(Path(hostfile), count)
+        )
     if node is not None:
         if hostfile is None or not node.isdecimal() or int(node) >= len(hosts):
-            raise ConfigError(f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)")
+            raise ConfigError(
+                f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)"
+            )
         here = list(hosts)[int(node)]
-        hosts[here] = this_machine(visible, len(hosts[here]))["localhost"]  # which ones those of other machines are, they know
+        hosts[here] = local_hosts(visible, len(hosts[here]))[
+            "localhost"
+        ]  # which ones those of other machines are, they know
     return hosts
 
 

@@ -28,21 +28,34 @@ import psutil
 
 from ..config.cli import take_options
 from ..config.schema import ROOT, ConfigError
-from .exit import exit_with_config_error, leave
-from .hosts import Hosts, machines, number_of
+from .exit import exit_process, exit_with_config_error
+from .hosts import Hosts, find_hosts, number_of
 
-PASSED_ON = ("GLOO_", "HF_H", "LOOP_", "MASTER_", "NCCL_", "OMP_")  # how the names begin of what other machines get of the environment
+PASSED_ON = (
+    "GLOO_",
+    "HF_H",
+    "LOOP_",
+    "MASTER_",
+    "NCCL_",
+    "OMP_",
+)  # how the names begin of what other machines get of the environment
 SILENCE = 60  # seconds; a sign of life comes every five
-LAST_WORDS = 75  # seconds that the others have, after ranks ended badly, to say what they miss: run.silence_minutes is one minute
+LAST_WORDS = 75  # seconds that the others have, after ranks ended badly, to say what they miss: run.heartbeat_timeout_minutes is one minute
 
 
-class ThisMachine:
+class LocalNode:
     """This machine's ranks, children of DeepSpeed's launcher."""
 
-    def __init__(self, hosts: Hosts, node: int, address: str, port: int, command: list[str]) -> None:
+    def __init__(
+        self, hosts: Hosts, node: int, address: str, port: int, command: list[str]
+    ) -> None:
         world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
         threads = max(1, len(os.sched_getaffinity(0)) // len(list(hosts.values())[node]))
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOOP_LAUNCHER_PID": str(os.getpid())}  # the ranks end when it is gone
+        env = {
+            "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            "LOOP_LAUNCHER_PID": str(os.getpid()),
+        }  # the ranks end when it is gone
         env.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed sets it for the ranks
         self.name = "this machine"
         # SLURM sends a job's signal to each of its processes, and this one would end DeepSpeed's launcher. What is ignored stays so in a child.
@@ -56,7 +69,9 @@ class ThisMachine:
     def stop(self) -> None:
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(self.process.pid)
-            for process in launcher.children() or [launcher]:  # with no ranks yet, it is the launcher that shall end
+            for process in launcher.children() or [
+                launcher
+            ]:  # with no ranks yet, it is the launcher that shall end
                 process.terminate()
 
     def kill(self) -> None:
@@ -67,15 +82,35 @@ class ThisMachine:
         """They watch this process by its number."""
 
 
-class Machine:
+class RemoteNode:
     """Another machine's ./launch.sh, at the other end of an ssh connection."""
 
     def __init__(self, host: str, hosts: Hosts, node: int, port: int, command: list[str]) -> None:
-        env = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)]
-        started = ["env", *env, f"MASTER_PORT={port}", str(ROOT / "launch.sh"), *command, "--hostfile=-", f"--node-rank={node}"]
+        env = [
+            f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)
+        ]
+        started = [
+            "env",
+            *env,
+            f"MASTER_PORT={port}",
+            str(ROOT / "launch.sh"),
+            *command,
+            "--hostfile=-",
+            f"--node-rank={node}",
+        ]
         self.process = subprocess.Popen(
-            ["ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(started)}"],
-            stdin=subprocess.PIPE, start_new_session=True)  # fmt: skip
+            [
+                "ssh",
+                "-o",
+                "BatchMode=yes",
+                "-o",
+                "ServerAliveInterval=5",
+                host,
+                f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(started)}",
+            ],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self.name, self.given_up = host, 0.0
         self.tell(json.dumps(hosts))
 
@@ -100,7 +135,7 @@ class Machine:
             self.process.kill()
 
 
-class Requests:
+class StopSignals:
     """What a signal, or the one who started this, wants: at first a stop, then an end at once."""
 
     def __init__(self, line: io.FileIO | None) -> None:
@@ -114,7 +149,9 @@ class Requests:
             threading.Thread(target=self._listen, args=(line,), daemon=True).start()
 
     def _on_signal(self, number, frame) -> None:
-        self.kill = self.kill or (self.stop and time.monotonic() > self.since + 1)  # one request may come twice at once
+        self.kill = self.kill or (
+            self.stop and time.monotonic() > self.since + 1
+        )  # one request may come twice at once
         if not self.stop:
             self.stop, self.since = True, time.monotonic()
 
@@ -125,12 +162,14 @@ class Requests:
         self.stop = True
 
 
-def see_to_the_end(parts: Sequence[ThisMachine | Machine], requests: Requests, grace: float) -> int:
+def supervise(parts: Sequence[LocalNode | RemoteNode], requests: StopSignals, grace: float) -> int:
     """Waits for the ranks of all `parts` and stops them when that is asked for. Returns the exit code of the first that ended badly, or 0."""
     deadline, stopping, code = math.inf, False, 0
     while running := [part for part in parts if part.process.poll() is None]:
         bad = [part for part in parts if part.process.returncode]
-        lost = bool(bad) and bad[0].process.returncode == 255  # ssh's own: its ranks may live, and have been told so by their end of the line
+        lost = (
+            bool(bad) and bad[0].process.returncode == 255
+        )  # ssh's own: its ranks may live, and have been told so by their end of the line
         if (requests.stop or lost) and not stopping:
             stopping, deadline = True, min(deadline, time.monotonic() + grace)
             for part in running:
@@ -140,7 +179,9 @@ def see_to_the_end(parts: Sequence[ThisMachine | Machine], requests: Requests, g
         if bad and not code:
             code = bad[0].process.returncode
             deadline = min(deadline, time.monotonic() + (grace if lost else LAST_WORDS))
-            say(f"{bad[0].name} ended with {code}{' (ssh: the connection); the others stop' * lost}")
+            say(
+                f"{bad[0].name} ended with {code}{' (ssh: the connection); the others stop' * lost}"
+            )
         if requests.kill or time.monotonic() >= deadline:
             for part in running:
                 part.kill()
@@ -166,24 +207,44 @@ def main(argv: list[str] | None = None) -> None:
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
         hostfile, node = options["--hostfile"], options["--node-rank"]
         if hostfile == "-":
-            line = open(0, "rb", buffering=0, closefd=False)  # without a buffer: a thread that waits at its lock could not be left behind
-        hosts = machines(options["--gpus"], hostfile, node, os.environ.get("CUDA_VISIBLE_DEVICES", ""), line)
+            line = open(
+                0, "rb", buffering=0, closefd=False
+            )  # without a buffer: a thread that waits at its lock could not be left behind
+        hosts = find_hosts(
+            options["--gpus"], hostfile, node, os.environ.get("CUDA_VISIBLE_DEVICES", ""), line
+        )
     except ConfigError as error:
         exit_with_config_error(error)
     with socket.socket() as s:  # a port that is free, so two runs can coexist
         s.bind(("", 0))
         port = port or (29500 if node else s.getsockname()[1])
-    requests = Requests(line)
-    if hostfile and not node:  # the port was free here; where it is not on the first machine, MASTER_PORT names another
-        code = see_to_the_end([Machine(host, hosts, k, port, [name, *args]) for k, host in enumerate(hosts)], requests, grace + 5)
+    requests = StopSignals(line)
+    if (
+        hostfile and not node
+    ):  # the port was free here; where it is not on the first machine, MASTER_PORT names another
+        code = supervise(
+            [RemoteNode(host, hosts, k, port, [name, *args]) for k, host in enumerate(hosts)],
+            requests,
+            grace + 5,
+        )
     else:
-        address = (os.environ.get("MASTER_ADDR") or next(iter(hosts)).split("@")[-1]) if hostfile else "127.0.0.1"
-        code = see_to_the_end([ThisMachine(hosts, int(node or 0), address, port, [f"loop.commands.{name}", *args])], requests, grace)
-        if code < 0 or code > 192:  # a rank that died by signal N: DeepSpeed's launcher says 256 - N, a shell says 128 + N
+        address = (
+            (os.environ.get("MASTER_ADDR") or next(iter(hosts)).split("@")[-1])
+            if hostfile
+            else "127.0.0.1"
+        )
+        code = supervise(
+            [LocalNode(hosts, int(node or 0), address, port, [f"loop.commands.{name}", *args])],
+            requests,
+            grace,
+        )
+        if (
+            code < 0 or code > 192
+        ):  # a rank that died by signal N: DeepSpeed's launcher says 256 - N, a shell says 128 + N
             code = 128 - code if code < 0 else 384 - code
             if not requests.stop:
                 say(f"signal {code - 128} ended a rank (9 often means: out of memory)")
-    leave(code if code >= 0 else 128 - code)
+    exit_process(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import torch
 def use_deterministic_kernels(on: bool) -> None:
     """Sums in a fixed order on GPUs, too. A kernel that has no such order runs as it is: `train --verify-resume` shows what that makes."""
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(on, warn_only=True)
 
 
@@ -21,11 +23,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
+def get_rng_state() -> dict:
     """The state of every generator of this rank, in JSON's types."""
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
-    state = {"torch": _hex(torch.get_rng_state()), "python": [python[0], list(python[1]), python[2]],
-             "numpy": numpy | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}}}  # fmt: skip
+    state = {
+        "torch": _hex(torch.get_rng_state()),
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": numpy
+        | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}},
+    }
     return state | ({"cuda": _hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
 
 

@@ -22,7 +22,7 @@ class StopRequest:
     to two cases that no signal covers: launch.sh was killed (its pid is gone), or no step boundary came within the grace time."""
 
     def __init__(self, max_hours: float | None = None) -> None:
-        self._signal: str | None = None
+        self._reason: str | None = None
         self._since = 0.0
         # a limit is one of wall time, so what Python and the libraries took to start counts as well
         self._end = psutil.Process().create_time() + max_hours * 3600 if max_hours else float("inf")
@@ -33,23 +33,34 @@ class StopRequest:
         threading.Thread(target=self._watch, daemon=True).start()
 
     @property
-    def signal(self) -> str | None:
+    def reason(self) -> str | None:
         """Why the run shall stop, None as long as it shall not."""
-        if not self._signal and time.time() > self._end:
-            self._signal, self._since = "run.max_hours", time.monotonic()
-        return self._signal
+        if not self._reason and time.time() > self._end:
+            self._reason, self._since = "run.max_hours", time.monotonic()
+        return self._reason
+
+    @property
+    def requested(self) -> bool:
+        return self.reason is not None
 
     def _on_signal(self, number, frame) -> None:
-        if self._signal and time.monotonic() - self._since > 3:
+        if self._reason and time.monotonic() - self._since > 3:
             os._exit(128 + number)
-        if not self._signal:
-            self._signal, self._since = signal.Signals(number).name, time.monotonic()
+        if not self._reason:
+            self._reason, self._since = signal.Signals(number).name, time.monotonic()
 
     def _watch(self) -> None:
         while True:
             time.sleep(2)
-            if self.signal and time.monotonic() - self._since > self._grace:
-                sys.stderr.write(f"error: asked to stop ({self.signal}), and not at a step's end within LOOP_GRACE_SECONDS={self._grace:g}\n")
+            if self.reason and time.monotonic() - self._since > self._grace:
+                sys.stderr.write(
+                    f"error: asked to stop ({self.reason}), and not at a step's end within LOOP_GRACE_SECONDS={self._grace:g}\n"
+                )
                 os._exit(1)
-            if self._launcher and not self.signal and not os.path.exists(f"/proc/{self._launcher}") and os.path.exists("/proc/self"):
+            if (
+                self._launcher
+                and not self.reason
+                and not os.path.exists(f"/proc/{self._launcher}")
+                and os.path.exists("/proc/self")
+            ):
                 self._on_signal(signal.SIGTERM, None)

@@ -9,11 +9,15 @@ from loop.embedded.corpus import write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     dataset = commands.add_parser("dataset", help="write the train, valid and test files")
     dataset.add_argument("--out", type=Path, default=DATA)
-    pretrain = commands.add_parser("pretrain", help="write chat rows for the pre-training of the tiny base")
+    pretrain = commands.add_parser(
+        "pretrain", help="write chat rows for the pre-training of the tiny base"
+    )
     pretrain.add_argument("--rows", type=int, required=True)
     pretrain.add_argument("--out", type=Path, required=True)
     pretrain.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from loop.embedded import phrases
-from loop.embedded.conditions import ALLERGIES, CONDITIONS, DRUGS, HISTORY, LATE, SURNAMES, Condition
+from loop.embedded.conditions import (
+    ALLERGIES,
+    CONDITIONS,
+    DRUGS,
+    HISTORY,
+    LATE,
+    SURNAMES,
+    Condition,
+)
 
 DATA = Path(__file__).parent / "data"
 SPLITS = {"train": 1000, "valid": 100, "test": 100}
@@ -102,7 +110,11 @@ class Visit:
     @property
     def combinations(self) -> tuple[tuple[str, str, str], ...]:
         """The (kind, condition, value) triples by which visits are kept apart in splits."""
-        triples = (("drug", self.condition, self.drug), ("side", self.condition, self.side), ("history", self.condition, self.history))
+        triples = (
+            ("drug", self.condition, self.drug),
+            ("side", self.condition, self.side),
+            ("history", self.condition, self.history),
+        )
         return tuple(triple for triple in triples if triple[2])
 
 
@@ -145,19 +157,31 @@ def _vitals(rng: random.Random, condition: Condition, fever: bool) -> dict[str, 
         "pressure": f"{systolic}/{diastolic}",
         "pulse": str(pulse),
         "saturation": f"{saturation} %" if lowsat or rng.random() < 0.4 else "",
-        "breathing": str(rng.randint(18, 26) if fast else rng.randint(12, 17)) if rng.random() < (0.6 if fast else 0.15) else "",
+        "breathing": str(rng.randint(18, 26) if fast else rng.randint(12, 17))
+        if rng.random() < (0.6 if fast else 0.15)
+        else "",
     }
 
 
-def _background(rng: random.Random, condition: Condition, age: int, sex: str, drug: str) -> dict[str, str]:
+def _background(
+    rng: random.Random, condition: Condition, age: int, sex: str, drug: str
+) -> dict[str, str]:
     """History, regular medicine, allergy and habit that go with the condition and do not forbid the new drug."""
     history = medicine = year = allergy = ""
     classes = DRUGS[drug].classes
     if rng.random() < 0.8:
         history = pick(rng, ILLNESSES)
-        odd = (history in LATE and age < 50) or (history == "an enlarged prostate" and sex == "woman")
-        odd = odd or history in condition.contra or any(illness in history for illness in condition.excluded)
-        medicines = [medicine for medicine in HISTORY[history].medicines if not medicine.startswith(drug)]
+        odd = (history in LATE and age < 50) or (
+            history == "an enlarged prostate" and sex == "woman"
+        )
+        odd = (
+            odd
+            or history in condition.contra
+            or any(illness in history for illness in condition.excluded)
+        )
+        medicines = [
+            medicine for medicine in HISTORY[history].medicines if not medicine.startswith(drug)
+        ]
         if odd or HISTORY[history].avoid & classes:
             history = ""
         elif medicines:
@@ -166,7 +190,9 @@ def _background(rng: random.Random, condition: Condition, age: int, sex: str, dr
             year = str(rng.randint(max(1990, THIS_YEAR - age + 6), THIS_YEAR - 1))
     if rng.random() < 0.6:
         allergy = pick(rng, NAMES)
-        if ALLERGIES[allergy] in classes or ALLERGIES[allergy] == MEDICINE_CLASS.get(medicine.partition(" ")[0], "-"):
+        if ALLERGIES[allergy] in classes or ALLERGIES[allergy] == MEDICINE_CLASS.get(
+            medicine.partition(" ")[0], "-"
+        ):
             allergy = ""
     kind = rng.random()
     if kind < 0.25:
@@ -175,7 +201,13 @@ def _background(rng: random.Random, condition: Condition, age: int, sex: str, dr
         habit = f"drinks {rng.randint(2, 9)} {pick(rng, ('glasses of wine', 'beers'))} a week"
     else:
         habit = "does not smoke" if kind < 0.6 else ""
-    return {"history": history, "medicine": medicine, "year": year, "allergy": allergy, "habit": habit}
+    return {
+        "history": history,
+        "medicine": medicine,
+        "year": year,
+        "allergy": allergy,
+        "habit": habit,
+    }
 
 
 def _draw(rng: random.Random, condition: Condition) -> Visit:
@@ -284,12 +316,19 @@ def _talk(v: Visit, rng: random.Random) -> list[list[str]]:
         talk += [[measured, say(phrases.LISTEN)], [found, say(phrases.WORRY)]]
     talk.append([say(phrases.DIAGNOSE) + " " + say(phrases.EXCLUDE), say(phrases.ASK_PLAN)])
 
-    extra = [say(templates) for templates, fact in ((phrases.TEST, v.test), (phrases.ADVISE, v.advice)) if fact]
+    extra = [
+        say(templates)
+        for templates, fact in ((phrases.TEST, v.test), (phrases.ADVISE, v.advice))
+        if fact
+    ]
     if rng.random() < 0.3:
         extra.reverse()
     plan = [say(phrases.PRESCRIBE), *extra, say(phrases.RETURN)]
     cut = pick(rng, range(1, len(plan)))  # the plan comes in two turns
-    return talk + [[" ".join(plan[:cut]), say(phrases.ACCEPT)], [" ".join(plan[cut:]), say(phrases.BYE)]]
+    return talk + [
+        [" ".join(plan[:cut]), say(phrases.ACCEPT)],
+        [" ".join(plan[cut:]), say(phrases.BYE)],
+    ]
 
 
 def _opening(rng: random.Random, say: Callable[[Sequence[str]], str]) -> list[list[str]]:
@@ -297,7 +336,10 @@ def _opening(rng: random.Random, say: Callable[[Sequence[str]], str]) -> list[li
     if rng.random() < 0.7:
         talk = [[say(phrases.GREET), say(phrases.COMPLAIN_LONG)]]
     else:
-        talk = [[say(phrases.GREET), say(phrases.COMPLAIN)], [say(phrases.SINCE), say(phrases.SINCE_REPLY)]]
+        talk = [
+            [say(phrases.GREET), say(phrases.COMPLAIN)],
+            [say(phrases.SINCE), say(phrases.SINCE_REPLY)],
+        ]
     if rng.random() < 0.4:
         talk[-1][1] += " " + say(phrases.OWN_AGE)
     else:
@@ -308,16 +350,32 @@ def _opening(rng: random.Random, say: Callable[[Sequence[str]], str]) -> list[li
     return talk
 
 
-def _questions(v: Visit, rng: random.Random, say: Callable[[Sequence[str]], str]) -> list[list[str]]:
+def _questions(
+    v: Visit, rng: random.Random, say: Callable[[Sequence[str]], str]
+) -> list[list[str]]:
     """Symptoms, history, medicine, allergy and habit in a varying order; some of them share a turn."""
-    reply = phrases.OPERATION_REPLY if v.year else phrases.HISTORY_REPLY if v.history else phrases.NO_HISTORY
+    reply = (
+        phrases.OPERATION_REPLY
+        if v.year
+        else phrases.HISTORY_REPLY
+        if v.history
+        else phrases.NO_HISTORY
+    )
     history = [say(phrases.HISTORY_ASK), say(reply)]
     if v.medicine:
         medicine = [say(phrases.MEDICINE_ASK), say(phrases.MEDICINE_REPLY)]
     else:
         medicine = [say(phrases.NO_MEDICINE_ASK), say(phrases.NO_MEDICINE)]
-    allergy = [say(phrases.ALLERGY_ASK), say(phrases.ALLERGY_REPLY if v.allergy else phrases.NO_ALLERGY)]
-    blocks = [[[history[0], f"{history[1]} {medicine[1]}"]] if rng.random() < 0.6 else [history, medicine], [allergy]]
+    allergy = [
+        say(phrases.ALLERGY_ASK),
+        say(phrases.ALLERGY_REPLY if v.allergy else phrases.NO_ALLERGY),
+    ]
+    blocks = [
+        [[history[0], f"{history[1]} {medicine[1]}"]]
+        if rng.random() < 0.6
+        else [history, medicine],
+        [allergy],
+    ]
     if v.habit:
         replies = {"smokes": phrases.SMOKER, "drinks": phrases.DRINKER, "does": phrases.NON_SMOKER}
         habit = [say(phrases.HABIT_ASK), say(replies[v.habit.partition(" ")[0]])]
@@ -327,9 +385,14 @@ def _questions(v: Visit, rng: random.Random, say: Callable[[Sequence[str]], str]
             blocks.append([habit])
     rng.shuffle(blocks)
     if rng.random() < 0.5:
-        story = [[[say(phrases.SYMPTOMS), say(phrases.SYMPTOMS_REPLY) + " " + say(phrases.DENIED_TOO)]]]
+        story = [
+            [[say(phrases.SYMPTOMS), say(phrases.SYMPTOMS_REPLY) + " " + say(phrases.DENIED_TOO)]]
+        ]
     else:
-        story = [[[say(phrases.SYMPTOMS), say(phrases.SYMPTOMS_REPLY)]], [[say(phrases.DENIED), say(phrases.DENIED_REPLY)]]]
+        story = [
+            [[say(phrases.SYMPTOMS), say(phrases.SYMPTOMS_REPLY)]],
+            [[say(phrases.DENIED), say(phrases.DENIED_REPLY)]],
+        ]
         if rng.random() < 0.3:
             story.reverse()
     blocks = story + blocks if rng.random() < 0.8 else blocks + story
@@ -369,6 +432,10 @@ def visits(split: str) -> list[Visit]:
 def rows(split: str) -> list[dict[str, str]]:
     """The rows of one file of the dataset."""
     return [
-        {"id": f"{split}-{number:04d}", "dialogue": dialogue(v, random.Random(_seed(split, "dialogue", number))), "soap": note(v)}
+        {
+            "id": f"{split}-{number:04d}",
+            "dialogue": dialogue(v, random.Random(_seed(split, "dialogue", number))),
+            "soap": note(v),
+        }
         for number, v in enumerate(visits(split), start=1)
     ]

@@ -682,7 +682,16 @@ ALLERGIES = {
 }
 
 # Illnesses that would be odd in a young patient.
-LATE = frozenset({"COPD", "heart failure", "coronary heart disease", "atrial fibrillation", "osteoporosis", "an enlarged prostate"})
+LATE = frozenset(
+    {
+        "COPD",
+        "heart failure",
+        "coronary heart disease",
+        "atrial fibrillation",
+        "osteoporosis",
+        "an enlarged prostate",
+    }
+)
 
 SURNAMES = _split(
     "Weber | Novak | Silva | Kim | Rossi | Meyer | Brown | Clark | Evans | Fischer | Garcia | Haas | Ivanov | Jensen | Keller | "
@@ -721,5 +730,11 @@ def _rows(table: str) -> list[tuple[str, list[str]]]:
     return [(name, rest.split(";")) for name, rest in (line.split(":") for line in lines)]
 
 
-DRUGS = {name: Drug(_items(d), _items(f), _items(n), frozenset(c.split())) for name, (d, f, n, c) in _rows(_DRUGS)}
-HISTORY = {name: Illness(frozenset(avoid.split()), _items(medicines)) for name, (avoid, medicines) in _rows(_HISTORY)}
+DRUGS = {
+    name: Drug(_items(d), _items(f), _items(n), frozenset(c.split()))
+    for name, (d, f, n, c) in _rows(_DRUGS)
+}
+HISTORY = {
+    name: Illness(frozenset(avoid.split()), _items(medicines))
+    for name, (avoid, medicines) in _rows(_HISTORY)
+}

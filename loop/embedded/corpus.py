@@ -43,10 +43,30 @@ QUESTIONS = (
         ("{prescription}", "The doctor prescribed {prescription}.", "Start {prescription}."),
         (),
     ),
-    ("drug", ("What is the name of the new drug?", "Which drug is new?"), ("{drug}", "It is {drug}."), ()),
-    ("dose", ("What is the dose of {drug}?", "How much {drug} is taken each time?"), ("{dose}", "{drug} {dose}"), ()),
-    ("frequency", ("How often is {drug} taken?", "How often should the patient take {drug}?"), ("{frequency}", "{drug} {dose} {frequency}"), ()),
-    ("length", ("For how long is {drug} taken?", "How long does the treatment last?"), ("for {length}", "{length}"), ()),
+    (
+        "drug",
+        ("What is the name of the new drug?", "Which drug is new?"),
+        ("{drug}", "It is {drug}."),
+        (),
+    ),
+    (
+        "dose",
+        ("What is the dose of {drug}?", "How much {drug} is taken each time?"),
+        ("{dose}", "{drug} {dose}"),
+        (),
+    ),
+    (
+        "frequency",
+        ("How often is {drug} taken?", "How often should the patient take {drug}?"),
+        ("{frequency}", "{drug} {dose} {frequency}"),
+        (),
+    ),
+    (
+        "length",
+        ("For how long is {drug} taken?", "How long does the treatment last?"),
+        ("for {length}", "{length}"),
+        (),
+    ),
     (
         "pressure",
         ("What was the blood pressure?", "Which blood pressure was measured?", "Blood pressure?"),
@@ -59,14 +79,24 @@ QUESTIONS = (
         ("{temperature}", "The temperature was {temperature}.", "temperature {temperature}"),
         (),
     ),
-    ("pulse", ("What was the pulse?", "How fast was the pulse?", "Pulse?"), ("{pulse}", "The pulse was {pulse}.", "pulse {pulse}"), ()),
+    (
+        "pulse",
+        ("What was the pulse?", "How fast was the pulse?", "Pulse?"),
+        ("{pulse}", "The pulse was {pulse}.", "pulse {pulse}"),
+        (),
+    ),
     (
         "saturation",
         ("What was the oxygen saturation?", "Oxygen saturation?"),
         ("{saturation}", "oxygen saturation {saturation}"),
         ("It was not measured.",),
     ),
-    ("breathing", ("What was the breathing rate?", "Breathing rate?"), ("{breathing}", "breathing rate {breathing}"), ("It was not measured.",)),
+    (
+        "breathing",
+        ("What was the breathing rate?", "Breathing rate?"),
+        ("{breathing}", "breathing rate {breathing}"),
+        ("It was not measured.",),
+    ),
     (
         "vitals",
         ("Which values were measured?", "List the vital signs.", "What did the doctor measure?"),
@@ -87,50 +117,93 @@ QUESTIONS = (
     ),
     (
         "complaint",
-        ("Why did the patient come?", "What is the main complaint?", "What brought the patient in?"),
+        (
+            "Why did the patient come?",
+            "What is the main complaint?",
+            "What brought the patient in?",
+        ),
         ("{complaint}", "The patient has {complaint}.", "{complaint} for {duration}"),
         (),
     ),
     (
         "duration",
-        ("How long has it lasted?", "Since when does the patient have it?", "How long has the patient been ill?"),
+        (
+            "How long has it lasted?",
+            "Since when does the patient have it?",
+            "How long has the patient been ill?",
+        ),
         ("for {duration}", "{duration}", "{complaint} for {duration}"),
         (),
     ),
     (
         "symptoms",
-        ("Which other symptoms are there?", "What else does the patient feel?", "List the other symptoms."),
+        (
+            "Which other symptoms are there?",
+            "What else does the patient feel?",
+            "List the other symptoms.",
+        ),
         ("{symptoms}", "The patient reports {symptoms}.", "{lines}"),
         (),
     ),
     (
         "denied",
-        ("Which symptom is denied?", "What does the patient not have?", "What was asked for but is absent?"),
+        (
+            "Which symptom is denied?",
+            "What does the patient not have?",
+            "What was asked for but is absent?",
+        ),
         ("{denied}", "The patient denies {denied}.", "There is no {bare}."),
         (),
     ),
-    ("age", ("How old is the patient?", "What is the patient's age?", "Age?"), ("{age}", "{age} years", "a {age}-year-old {sex}"), ()),
-    ("sex", ("Is the patient a man or a woman?", "Who is the patient?"), ("a {sex}", "a {age}-year-old {sex}"), ()),
+    (
+        "age",
+        ("How old is the patient?", "What is the patient's age?", "Age?"),
+        ("{age}", "{age} years", "a {age}-year-old {sex}"),
+        (),
+    ),
+    (
+        "sex",
+        ("Is the patient a man or a woman?", "Who is the patient?"),
+        ("a {sex}", "a {age}-year-old {sex}"),
+        (),
+    ),
     ("title", ("What is the patient called?", "What is the patient's name?"), ("{title}",), ()),
     (
         "past",
-        ("Which past illness is there?", "What is the medical history?", "Which earlier illness or operation is known?"),
+        (
+            "Which past illness is there?",
+            "What is the medical history?",
+            "Which earlier illness or operation is known?",
+        ),
         ("{past}", "a history of {past}", "The patient has a history of {past}."),
         ("none", "No past illness is known."),
     ),
     (
         "medicine",
-        ("Which medicine does the patient already take?", "What is the regular medicine?", "What is taken regularly?"),
+        (
+            "Which medicine does the patient already take?",
+            "What is the regular medicine?",
+            "What is taken regularly?",
+        ),
         ("{medicine}", "The patient takes {medicine}."),
         ("none", "The patient takes no regular medicine."),
     ),
     (
         "allergy",
-        ("Which allergy does the patient have?", "Is there an allergy?", "What is the patient allergic to?"),
+        (
+            "Which allergy does the patient have?",
+            "Is there an allergy?",
+            "What is the patient allergic to?",
+        ),
         ("{allergy}", "The patient is allergic to {allergy}."),
         ("none", "There are no known allergies."),
     ),
-    ("habit", ("Does the patient smoke or drink?", "What about smoking and alcohol?"), ("{habit}", "The patient {habit}."), ("It was not said.",)),
+    (
+        "habit",
+        ("Does the patient smoke or drink?", "What about smoking and alcohol?"),
+        ("{habit}", "The patient {habit}."),
+        ("It was not said.",),
+    ),
     (
         "diagnosis",
         ("What is the diagnosis?", "What does the doctor think it is?", "Which illness was found?"),
@@ -149,7 +222,12 @@ QUESTIONS = (
         ("{test}", "The doctor will arrange {test}."),
         ("none", "No test is planned."),
     ),
-    ("advice", ("What is the advice?", "What should the patient do at home?"), ("{advice}", "The patient is advised to {advice}."), ("none",)),
+    (
+        "advice",
+        ("What is the advice?", "What should the patient do at home?"),
+        ("{advice}", "The patient is advised to {advice}."),
+        ("none",),
+    ),
     (
         "follow_up",
         ("When is the next visit?", "When should the patient come back?", "When is the follow-up?"),
@@ -171,14 +249,44 @@ STORY_MORE = (
     "Other symptoms: {symptoms}. The patient denies {denied}.",
     "Reported are {symptoms}. Denied is {denied}.",
 )
-PAST = ("There is a history of {past}.", "The patient has a history of {past}.", "{past_capital} is known.", "Known is {past}.")
-NO_PAST = ("There are no past illnesses.", "No past illness is known.", "The patient was healthy before.")
-TAKES = ("The patient takes {medicine}.", "The regular medicine is {medicine}.", "Regularly taken is {medicine}.")
-TAKES_NONE = ("There is no regular medicine.", "No medicine is taken regularly.", "The patient takes no regular medicine.")
-ALLERGIC = ("The patient is allergic to {allergy}.", "There is an allergy to {allergy}.", "Known allergy: {allergy}.")
-ALLERGIC_NOT = ("There are no known allergies.", "The patient has no known allergies.", "No allergy is known.")
+PAST = (
+    "There is a history of {past}.",
+    "The patient has a history of {past}.",
+    "{past_capital} is known.",
+    "Known is {past}.",
+)
+NO_PAST = (
+    "There are no past illnesses.",
+    "No past illness is known.",
+    "The patient was healthy before.",
+)
+TAKES = (
+    "The patient takes {medicine}.",
+    "The regular medicine is {medicine}.",
+    "Regularly taken is {medicine}.",
+)
+TAKES_NONE = (
+    "There is no regular medicine.",
+    "No medicine is taken regularly.",
+    "The patient takes no regular medicine.",
+)
+ALLERGIC = (
+    "The patient is allergic to {allergy}.",
+    "There is an allergy to {allergy}.",
+    "Known allergy: {allergy}.",
+)
+ALLERGIC_NOT = (
+    "There are no known allergies.",
+    "The patient has no known allergies.",
+    "No allergy is known.",
+)
 HABIT = ("The patient {habit}.", "The {sex} {habit}.", "{title} {habit}.")
-FOUND_VALUES = ("The values were {vitals}.", "Measured: {vitals}.", "The doctor measured {vitals_and}.", "We found {vitals_and}.")
+FOUND_VALUES = (
+    "The values were {vitals}.",
+    "Measured: {vitals}.",
+    "The doctor measured {vitals_and}.",
+    "We found {vitals_and}.",
+)
 FOUND = (
     "On exam, {findings}.",
     "The examination shows that {findings}.",
@@ -197,8 +305,17 @@ NEXT_DRUG = (
     "The treatment is {prescription}.",
     "We start {prescription}.",
 )
-NEXT_TEST = ("The doctor will arrange {test}.", "We arrange {test}.", "{test_capital} is planned.", "Planned is {test}.")
-NEXT_ADVICE = ("The patient was advised to {advice}.", "The patient should {advice}.", "The advice is to {advice}.")
+NEXT_TEST = (
+    "The doctor will arrange {test}.",
+    "We arrange {test}.",
+    "{test_capital} is planned.",
+    "Planned is {test}.",
+)
+NEXT_ADVICE = (
+    "The patient was advised to {advice}.",
+    "The patient should {advice}.",
+    "The advice is to {advice}.",
+)
 NEXT_VISIT = (
     "The follow-up is in {follow_up}.",
     "The next visit is in {follow_up}.",
@@ -208,10 +325,22 @@ NEXT_VISIT = (
 
 # What a part of the visit is called in an instruction, and under which labels it can stand in a report.
 PARTS = {
-    "story": (("what the patient said", "the patient's story", "what was told"), ("Story", "Told", "History", "Background")),
-    "found": (("what the examination found", "what was measured and seen", "the findings"), ("Findings", "Examination", "Measured", "Seen")),
-    "thinks": (("what the doctor thinks", "the doctor's conclusion", "what the illness is"), ("Opinion", "Conclusion", "Diagnosis", "Result")),
-    "next": (("what happens next", "the treatment", "what was agreed"), ("Treatment", "Next", "To do", "Agreed")),
+    "story": (
+        ("what the patient said", "the patient's story", "what was told"),
+        ("Story", "Told", "History", "Background"),
+    ),
+    "found": (
+        ("what the examination found", "what was measured and seen", "the findings"),
+        ("Findings", "Examination", "Measured", "Seen"),
+    ),
+    "thinks": (
+        ("what the doctor thinks", "the doctor's conclusion", "what the illness is"),
+        ("Opinion", "Conclusion", "Diagnosis", "Result"),
+    ),
+    "next": (
+        ("what happens next", "the treatment", "what was agreed"),
+        ("Treatment", "Next", "To do", "Agreed"),
+    ),
 }
 ASK_PART = (
     "Write down {part}.",
@@ -301,7 +430,9 @@ ASK_REPEAT = (
     "Write exactly this: {text}",
     "Repeat the line.\n\n{text}",
 )
-SYLLABLES = tuple(a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or"))
+SYLLABLES = tuple(
+    a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or")
+)
 
 FIELDS = {
     "title": ("Name", "Patient"),
@@ -410,7 +541,12 @@ class Scribe:
             return self.sentences(FOUND_VALUES, FOUND)
         if name == "thinks":
             return self.sentences(THINKS)
-        return self.sentences(NEXT_DRUG, NEXT_TEST if f["test"] else (), NEXT_ADVICE if f["advice"] else (), NEXT_VISIT)
+        return self.sentences(
+            NEXT_DRUG,
+            NEXT_TEST if f["test"] else (),
+            NEXT_ADVICE if f["advice"] else (),
+            NEXT_VISIT,
+        )
 
     def question(self) -> tuple[str, str]:
         """A question about the visit and its answer."""
@@ -430,12 +566,19 @@ class Scribe:
         if self.rng.random() < 0.3:
             names = self.rng.sample(names, 3)
         labels = [pick(self.rng, PARTS[name][1]) for name in names]
-        instruction = pick(self.rng, ASK_REPORT).format(labels=listed([f"{label}:" for label in labels]))
-        body = "\n".join(f"{label}: {self.part(name)}" for label, name in zip(labels, names, strict=True))
+        instruction = pick(self.rng, ASK_REPORT).format(
+            labels=listed([f"{label}:" for label in labels])
+        )
+        body = "\n".join(
+            f"{label}: {self.part(name)}" for label, name in zip(labels, names, strict=True)
+        )
         return instruction, body
 
     def letter(self) -> tuple[str, str]:
-        greeting = pick(self.rng, ("Dear colleague,", "Dear doctor,", "Dear Dr " + pick(self.rng, SURNAMES) + ","))
+        greeting = pick(
+            self.rng,
+            ("Dear colleague,", "Dear doctor,", "Dear Dr " + pick(self.rng, SURNAMES) + ","),
+        )
         close = pick(self.rng, ("Kind regards", "Best wishes", "With regards", "Yours"))
         return pick(self.rng, ASK_LETTER), "\n".join([greeting, *map(self.part, PARTS), close])
 
@@ -463,15 +606,21 @@ class Scribe:
     def fields(self) -> tuple[str, str]:
         pairs = self._chosen()
         labels = listed([label for label, _ in pairs])
-        return pick(self.rng, ASK_FIELDS).format(labels=labels), "\n".join(f"{label}: {value}" for label, value in pairs)
+        return pick(self.rng, ASK_FIELDS).format(labels=labels), "\n".join(
+            f"{label}: {value}" for label, value in pairs
+        )
 
     def json(self) -> tuple[str, str]:
         pairs = self._chosen()
-        return pick(self.rng, ASK_JSON).format(labels=listed([label for label, _ in pairs])), json.dumps(dict(pairs))
+        return pick(self.rng, ASK_JSON).format(
+            labels=listed([label for label, _ in pairs])
+        ), json.dumps(dict(pairs))
 
     def sheet(self) -> str:
         """All facts, one per line."""
-        return "\n".join(f"{pick(self.rng, FIELDS[key])}: {self.facts[key]}" for key in SHEET if self.facts[key])
+        return "\n".join(
+            f"{pick(self.rng, FIELDS[key])}: {self.facts[key]}" for key in SHEET if self.facts[key]
+        )
 
 
 # The long documents come often, because they are the closest to a note.
@@ -499,10 +648,16 @@ def _interview(rng: random.Random) -> list[Message]:
     """A dialogue and several questions about it; the first stands before the dialogue, as the SOAP request does."""
     scribe = Scribe(rng)
     turns: list[Message] = []
-    long = rng.randrange(9)  # at most one answer is a paragraph, so that rows stay within 700 tokens
+    long = rng.randrange(
+        9
+    )  # at most one answer is a paragraph, so that rows stay within 700 tokens
     for number in range(rng.randint(4, 8)):
         question, answer = scribe.part_task() if number == long else scribe.question()
-        user = question if number else f"{pick(rng, ASK_QUESTION).format(question=question)}\n\n{scribe.dialogue()}"
+        user = (
+            question
+            if number
+            else f"{pick(rng, ASK_QUESTION).format(question=question)}\n\n{scribe.dialogue()}"
+        )
         turns += _turn(user, answer)
     return turns
 
@@ -523,7 +678,9 @@ def _parts(rng: random.Random) -> list[Message]:
     turns: list[Message] = []
     for name in rng.sample(tuple(PARTS), 3) if rng.random() < 0.3 else PARTS:
         instruction = pick(rng, ASK_PART).format(part=pick(rng, PARTS[name][0]))
-        turns += _turn(instruction if turns else f"{instruction}\n\n{scribe.dialogue()}", scribe.part(name))
+        turns += _turn(
+            instruction if turns else f"{instruction}\n\n{scribe.dialogue()}", scribe.part(name)
+        )
     return turns
 
 
@@ -542,7 +699,9 @@ def _any_talk(rng: random.Random) -> list[Message]:
 
 def _word(rng: random.Random, common: list[str]) -> str:
     kind = rng.random()
-    if kind < 0.6:  # a common word with a capital, or without its beginning: pieces of words that the notes need and nothing else has
+    if (
+        kind < 0.6
+    ):  # a common word with a capital, or without its beginning: pieces of words that the notes need and nothing else has
         word = pick(rng, common)
         return word.capitalize() if rng.random() < 0.7 else word[rng.randint(1, 4) :] or word
     if kind < 0.65:
@@ -568,7 +727,13 @@ def _word(rng: random.Random, common: list[str]) -> str:
 
 def _copy(rng: random.Random) -> list[Message]:
     """Lines of random words to be repeated."""
-    common = sorted({word for message in _documents(rng) for word in re.findall("[A-Za-z]+", message["content"])})
+    common = sorted(
+        {
+            word
+            for message in _documents(rng)
+            for word in re.findall("[A-Za-z]+", message["content"])
+        }
+    )
     turns: list[Message] = []
     for _ in range(rng.randint(2, 5)):
         text = " ".join(_word(rng, common) for _ in range(rng.randint(2, 14)))
@@ -579,7 +744,10 @@ def _copy(rng: random.Random) -> list[Message]:
 def _lookup(rng: random.Random) -> list[Message]:
     """A random list of drugs and doses, asked about in both directions."""
     names = rng.sample(tuple(DRUGS), rng.randint(4, 9))
-    doses = [f"{number} {pick(rng, ('mg', 'mcg', 'g', 'drops'))}" for number in rng.sample(range(1, 1000), len(names))]
+    doses = [
+        f"{number} {pick(rng, ('mg', 'mcg', 'g', 'drops'))}"
+        for number in rng.sample(range(1, 1000), len(names))
+    ]
     table = "\n".join(f"{name}: {dose}" for name, dose in zip(names, doses, strict=True))
     turns: list[Message] = []
     for place in rng.sample(range(len(names)), min(len(names), rng.randint(3, 6))):
@@ -592,7 +760,15 @@ def _lookup(rng: random.Random) -> list[Message]:
 
 
 # The kinds of rows with their shares of the corpus in percent.
-KINDS = ((_documents, 38), (_interview, 22), (_parts, 16), (_from_sheet, 8), (_any_talk, 3), (_copy, 10), (_lookup, 3))
+KINDS = (
+    (_documents, 38),
+    (_interview, 22),
+    (_parts, 16),
+    (_from_sheet, 8),
+    (_any_talk, 3),
+    (_copy, 10),
+    (_lookup, 3),
+)
 DRAW = tuple(kind for kind, share in KINDS for _ in range(share))
 
 
@@ -604,7 +780,10 @@ def messages(seed: int, number: int) -> list[Message]:
 
 
 def _lines(seed: int, numbers: range) -> str:
-    return "".join(json.dumps({"id": f"pretrain-{number:07d}", "messages": messages(seed, number)}) + "\n" for number in numbers)
+    return "".join(
+        json.dumps({"id": f"pretrain-{number:07d}", "messages": messages(seed, number)}) + "\n"
+        for number in numbers
+    )
 
 
 def write(path: Path, count: int, seed: int, workers: int) -> None:

@@ -10,7 +10,13 @@ GREET = (
     "Hi, {title}. Tell me why you are here.",
     "{title}, good to see you. What is wrong?",
 )
-OWN_AGE = ("I am {age}.", "I am {age} years old.", "I am {age} now.", "I am {age}, as you know.", "I just turned {age}.")
+OWN_AGE = (
+    "I am {age}.",
+    "I am {age} years old.",
+    "I am {age} now.",
+    "I am {age}, as you know.",
+    "I just turned {age}.",
+)
 COMPLAIN_LONG = (
     "I have had {complaint} for {duration}.",
     "It is about {complaint}, for {duration} now.",
@@ -27,7 +33,13 @@ COMPLAIN = (
     "Doctor, I have {complaint}.",
     "My problem is {complaint}.",
 )
-SINCE = ("How long have you had this?", "Since when?", "When did it start?", "For how long?", "How long has this been going on?")
+SINCE = (
+    "How long have you had this?",
+    "Since when?",
+    "When did it start?",
+    "For how long?",
+    "How long has this been going on?",
+)
 SINCE_REPLY = (
     "For {duration}.",
     "About {duration} now.",
@@ -79,7 +91,13 @@ DENIED_REPLY = (
     "No {bare}.",
     "Not that I know.",
 )
-DENIED_TOO = ("But no {bare}.", "No {bare}, though.", "There is no {bare}.", "I have no {bare}.", "I noticed no {bare}.")
+DENIED_TOO = (
+    "But no {bare}.",
+    "No {bare}, though.",
+    "There is no {bare}.",
+    "I have no {bare}.",
+    "I noticed no {bare}.",
+)
 HISTORY_ASK = (
     "Do you have any long-term illness?",
     "Any past illnesses?",
@@ -96,8 +114,20 @@ HISTORY_REPLY = (
     "Only {past}.",
     "There is {past}.",
 )
-OPERATION_REPLY = ("I had {past}.", "Yes, {past}.", "Just {past}.", "Only {past}.", "There was {past}.")
-NO_HISTORY = ("No, nothing.", "No, I am healthy otherwise.", "Not that I know.", "Nothing at all.", "No, I was always healthy.")
+OPERATION_REPLY = (
+    "I had {past}.",
+    "Yes, {past}.",
+    "Just {past}.",
+    "Only {past}.",
+    "There was {past}.",
+)
+NO_HISTORY = (
+    "No, nothing.",
+    "No, I am healthy otherwise.",
+    "Not that I know.",
+    "Nothing at all.",
+    "No, I was always healthy.",
+)
 MEDICINE_ASK = (
     "Do you take anything for it?",
     "What do you take for that?",
@@ -121,7 +151,13 @@ NO_MEDICINE_ASK = (
     "Do you take anything regularly?",
     "Do you take tablets every day?",
 )
-NO_MEDICINE = ("I take nothing.", "No medicine.", "I do not take any medicine.", "No regular medicine.", "I take no tablets.")
+NO_MEDICINE = (
+    "I take nothing.",
+    "No medicine.",
+    "I do not take any medicine.",
+    "No regular medicine.",
+    "I take no tablets.",
+)
 ALLERGY_ASK = (
     "Do you have allergies?",
     "Any allergies?",
@@ -137,7 +173,13 @@ ALLERGY_REPLY = (
     "Only to {allergy}.",
     "I cannot have {allergy}.",
 )
-NO_ALLERGY = ("No, none.", "No allergies.", "None that I know of.", "No, nothing.", "Not that I know.")
+NO_ALLERGY = (
+    "No, none.",
+    "No allergies.",
+    "None that I know of.",
+    "No, nothing.",
+    "Not that I know.",
+)
 HABIT_ASK = (
     "Do you smoke or drink?",
     "What about smoking and alcohol?",
@@ -145,9 +187,27 @@ HABIT_ASK = (
     "Do you use tobacco or alcohol?",
     "How about smoking and drinking?",
 )
-SMOKER = ("I smoke {amount}.", "Yes, {amount}.", "I do smoke, {amount}.", "About {amount}.", "Sadly yes, {amount}.")
-DRINKER = ("I drink {amount}.", "Just {amount}.", "Perhaps {amount}.", "Yes, {amount}.", "About {amount}.")
-NON_SMOKER = ("I do not smoke.", "No, I do not smoke.", "I never smoked.", "No cigarettes for me.", "I am a non-smoker.")
+SMOKER = (
+    "I smoke {amount}.",
+    "Yes, {amount}.",
+    "I do smoke, {amount}.",
+    "About {amount}.",
+    "Sadly yes, {amount}.",
+)
+DRINKER = (
+    "I drink {amount}.",
+    "Just {amount}.",
+    "Perhaps {amount}.",
+    "Yes, {amount}.",
+    "About {amount}.",
+)
+NON_SMOKER = (
+    "I do not smoke.",
+    "No, I do not smoke.",
+    "I never smoked.",
+    "No cigarettes for me.",
+    "I am a non-smoker.",
+)
 EXAMINE = (
     "Let me examine you.",
     "Now I will examine you.",
@@ -158,9 +218,23 @@ EXAMINE = (
     "First I will measure a few values.",
 )
 READY = ("Okay.", "Sure.", "All right.", "Yes, doctor.", "Of course.")
-VITALS_OPEN = ("Your values: ", "The values are ", "I measure ", "Here we have ", "We have ", "The nurse noted ")
+VITALS_OPEN = (
+    "Your values: ",
+    "The values are ",
+    "I measure ",
+    "Here we have ",
+    "We have ",
+    "The nurse noted ",
+)
 LISTEN = ("Okay.", "I see.", "Is that normal?", "Good to know.", "All right.", "And the rest?")
-WORRY = ("Is that bad?", "Is it serious?", "What does that mean?", "So what is it?", "Okay, and what is it?", "Hm, I see.")
+WORRY = (
+    "Is that bad?",
+    "Is it serious?",
+    "What does that mean?",
+    "So what is it?",
+    "Okay, and what is it?",
+    "Hm, I see.",
+)
 FINDING = (
     "I see that {finding}.",
     "On examination {finding}.",
@@ -209,7 +283,13 @@ TEST = (
     "I order {test} as well.",
     "You will also get {test}.",
 )
-ADVISE = ("Please {advice}.", "Also, {advice}.", "I want you to {advice}.", "Remember to {advice}.", "I advise you to {advice}.")
+ADVISE = (
+    "Please {advice}.",
+    "Also, {advice}.",
+    "I want you to {advice}.",
+    "Remember to {advice}.",
+    "I advise you to {advice}.",
+)
 RETURN = (
     "Come back in {follow_up}.",
     "I will see you again in {follow_up}.",

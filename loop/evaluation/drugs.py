@@ -14,7 +14,8 @@ STEMS = re.compile(
     r")|(?:cef|cephal[eo]|sulfa)[a-z]{3,}"
 )
 NOT_DRUGS = frozenset(("aldosterone", "april", "cholesterol"))
-GENERICS = frozenset("""
+GENERICS = frozenset(
+    """
     acetaminophen acetazolamide acetylcysteine adapalene adenosine allopurinol ambroxol amiodarone amphetamine apremilast aspirin atropine
     azathioprine azelastine bacitracin baclofen balsalazide benzonatate betahistine bisacodyl bismuth bumetanide buprenorphine bupropion buspirone
     caffeine calamine calcitonin calcitriol calcium cannabidiol capsaicin carbamazepine carboplatin carisoprodol carvedilol cetirizine charcoal
@@ -34,7 +35,8 @@ GENERICS = frozenset("""
     spironolactone sucralfate sulfa tacrolimus tamoxifen tamsulosin tapentadol terbinafine terbutaline testosterone theophylline thiamine
     ticagrelor tirzepatide tizanidine tolterodine topiramate tramadol trazodone trimethoprim trospium valproate varenicline venlafaxine verapamil
     vitamin warfarin zinc ziprasidone zolpidem zonisamide
-""".split())  # fmt: skip
+""".split()
+)
 # generic=brands, and its other names
 _BRANDS = """
     acetaminophen=dayquil,excedrin,nyquil,paracetamol,tylenol acyclovir=zovirax adalimumab=humira albuterol=proair,proventil,salbutamol,ventolin
@@ -65,7 +67,11 @@ _BRANDS = """
     triamcinolone=aristocort,kenalog trimethoprim=bactrim valacyclovir=valtrex valproate=depakote valsartan=diovan varenicline=chantix
     venlafaxine=effexor verapamil=tarka warfarin=coumadin zolpidem=ambien
 """
-BRANDS = {brand: generic for generic, brands in (entry.split("=") for entry in _BRANDS.split()) for brand in brands.split(",")}
+BRANDS = {
+    brand: generic
+    for generic, brands in (entry.split("=") for entry in _BRANDS.split())
+    for brand in brands.split(",")
+}
 
 
 def drug_of(word: str) -> str | None:

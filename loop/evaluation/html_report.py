@@ -3,7 +3,7 @@
 import html
 from pathlib import Path
 
-from .facts import Fact, Said
+from .facts import Fact, Statements
 from .scoring import Row, unsupported
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:1.5em 2em;color:#222}pre{font-size:13px}
@@ -17,25 +17,42 @@ def marked(text: str, found: list[Fact], tag: str, why: str) -> str:
     parts, end = [], 0
     for fact in found:
         place = html.escape(text[fact.start : fact.end])
-        parts += [html.escape(text[end : fact.start]), f'<{tag} title="{why}: {html.escape(fact.value)}">{place}</{tag}>']
+        parts += [
+            html.escape(text[end : fact.start]),
+            f'<{tag} title="{why}: {html.escape(fact.value)}">{place}</{tag}>',
+        ]
         end = fact.end
     return "".join(parts) + html.escape(text[end:])
 
 
 def as_page(title: str, rows: list[Row], table: str) -> str:
     """One page that needs nothing else. table: the figures as text."""
-    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>",
-            "<p><mark>In the note and not in the dialogue</mark>; <u>in the dialogue and not in the note</u>. A fact is a number with its unit, "
-            "how often, a date, a drug, or left and right; nothing else is checked. A clinician must review each note.</p>"]  # fmt: skip
-    for wrong, row in sorted(((unsupported(row), row) for row in rows), key=lambda pair: -len(pair[0])):  # what needs most attention first
-        noted = Said(row.note)
-        missed = [fact for fact in Said(row.dialogue).facts if not noted.supports(fact)]
-        columns = {"dialogue": marked(row.dialogue, missed, "u", "not in the note"), "reference": html.escape(row.reference),
-                   "note": marked(row.note, wrong, "mark", "not in the dialogue")}  # fmt: skip
-        cells = "".join(f"<div><h3>{name}</h3><p>{text}</p></div>" for name, text in columns.items())
+    body = [
+        f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>",
+        "<p><mark>In the note and not in the dialogue</mark>; <u>in the dialogue and not in the note</u>. A fact is a number with its unit, "
+        "how often, a date, a drug, or left and right; nothing else is checked. A clinician must review each note.</p>",
+    ]
+    for wrong, row in sorted(
+        ((unsupported(row), row) for row in rows), key=lambda pair: -len(pair[0])
+    ):  # what needs most attention first
+        noted = Statements(row.note)
+        missed = [fact for fact in Statements(row.dialogue).facts if not noted.supports(fact)]
+        columns = {
+            "dialogue": marked(row.dialogue, missed, "u", "not in the note"),
+            "reference": html.escape(row.reference),
+            "note": marked(row.note, wrong, "mark", "not in the dialogue"),
+        }
+        cells = "".join(
+            f"<div><h3>{name}</h3><p>{text}</p></div>" for name, text in columns.items()
+        )
         ended = ", cut off before its end" if row.ended is False else ""
-        body.append(f'<section><h2>{html.escape(row.id)}: {len(wrong)} unsupported{ended}</h2><div class="row">{cells}</div></section>')
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>' + "\n".join(body)
+        body.append(
+            f'<section><h2>{html.escape(row.id)}: {len(wrong)} unsupported{ended}</h2><div class="row">{cells}</div></section>'
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        + "\n".join(body)
+    )
 
 
 def write_page(path: Path, title: str, rows: list[Row], table: str) -> None:

@@ -10,18 +10,37 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
-from .facts import Fact, Said, distinct, facts
+from .facts import Fact, Statements, distinct, facts
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-KINDS = {"number": "numbers, doses, ages", "often": "how often", "date": "dates", "drug": "drugs", "side": "left and right"}
+KINDS = {
+    "number": "numbers, doses, ages",
+    "often": "how often",
+    "date": "dates",
+    "drug": "drugs",
+    "side": "left and right",
+}
 _MARKDOWN = re.compile(r"\*\*|__|`|^\s*(#{1,6}|[*+]) ", re.MULTILINE)
 # name -> (what the table calls it, whether it is a share, shown in per cent)
 FIGURES = {key: (title, True) for key, title in ROUGE.items()}
-FIGURES |= {f"{h}/{key}": (f"  {NAMES[h]}, {title}", True) for h in HEADINGS for key, title in ROUGE.items()}
-FIGURES |= {"sections": ("S, O, A, P, in order", True)} | {f"section/{h}": (f"  has {h}", True) for h in HEADINGS}
-FIGURES |= {"ended": ("ended by itself (EOS)", True), "markdown": ("has markdown", True), "repetition": ("repeated 4-grams", True)}
-FIGURES |= {"length": ("words, of the reference's", False), "facts/supported": ("note's facts in dialogue", True)}
-FIGURES |= {f"facts/supported/{kind}": (f"  {title}", True) for kind, title in KINDS.items()} | {"facts/kept": ("dialogue's facts in note", True)}
+FIGURES |= {
+    f"{h}/{key}": (f"  {NAMES[h]}, {title}", True) for h in HEADINGS for key, title in ROUGE.items()
+}
+FIGURES |= {"sections": ("S, O, A, P, in order", True)} | {
+    f"section/{h}": (f"  has {h}", True) for h in HEADINGS
+}
+FIGURES |= {
+    "ended": ("ended by itself (EOS)", True),
+    "markdown": ("has markdown", True),
+    "repetition": ("repeated 4-grams", True),
+}
+FIGURES |= {
+    "length": ("words, of the reference's", False),
+    "facts/supported": ("note's facts in dialogue", True),
+}
+FIGURES |= {f"facts/supported/{kind}": (f"  {title}", True) for kind, title in KINDS.items()} | {
+    "facts/kept": ("dialogue's facts in note", True)
+}
 FIGURES |= {"loss": ("loss, nats a token", False)}
 
 
@@ -46,11 +65,16 @@ def _scorer():
 def score_note(row: Row) -> dict[str, tuple[float, float]]:
     """(numerator, denominator) of every figure for one note. ROUGE (Lin 2004) is the F1, 0 for a section that the note lacks; a section that
     the reference lacks counts nothing."""
-    found = {key: (score.fmeasure, 1.0) for key, score in _scorer().score(row.reference, row.note).items()}
+    found = {
+        key: (score.fmeasure, 1.0)
+        for key, score in _scorer().score(row.reference, row.note).items()
+    }
     wanted, sections = parse_note(row.reference), parse_note(row.note)
     for h in HEADINGS:
         likeness = _scorer().score(wanted[h], sections.get(h, "")) if wanted.get(h) else {}
-        found |= {f"{h}/{key}": (likeness[key].fmeasure, 1.0) if likeness else (0.0, 0.0) for key in ROUGE}
+        found |= {
+            f"{h}/{key}": (likeness[key].fmeasure, 1.0) if likeness else (0.0, 0.0) for key in ROUGE
+        }
         found[f"section/{h}"] = (float(bool(sections.get(h))), 1.0)
     words = row.note.split()
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
@@ -59,7 +83,7 @@ def score_note(row: Row) -> dict[str, tuple[float, float]]:
     found["repetition"] = (float(len(grams) - len(set(grams))), float(len(grams)))
     found["length"] = (float(len(words)), float(len(row.reference.split())))
     found["ended"] = (float(bool(row.ended)), float(row.ended is not None))
-    said, noted = Said(row.dialogue), Said(row.note)
+    said, noted = Statements(row.dialogue), Statements(row.note)
     stated = distinct(noted.facts)
     for kind in KINDS:
         found[f"facts/supported/{kind}"] = (
@@ -75,7 +99,7 @@ def score_note(row: Row) -> dict[str, tuple[float, float]]:
 
 def unsupported(row: Row) -> list[Fact]:
     """Every mention in the note of a fact that the dialogue does not support."""
-    said = Said(row.dialogue)
+    said = Statements(row.dialogue)
     return [fact for fact in facts(row.note) if not said.supports(fact)]
 
 
@@ -90,7 +114,9 @@ def interval(pairs: np.ndarray, draws: int = 1000) -> tuple[float | None, float 
     drawn = np.random.default_rng(0).integers(0, len(pairs), (draws, len(pairs)))
     sums = pairs[drawn].sum(1)  # [draws, 2]
     sums = sums[sums[:, 1] > 0]
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist() if len(sums) else (None, None)
+    low, high = (
+        np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist() if len(sums) else (None, None)
+    )
     return low, high
 
 
@@ -104,19 +130,44 @@ def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
         if pairs[:, 1].any():
             low, high = interval(pairs)
             report[name] = {"value": ratio(pairs), "low": low, "high": high}
-            report[name] |= {other: ratio(np.array([s.get(name, (0, 0)) for s in theirs], dtype=np.float64)) for other, theirs in others}
+            report[name] |= {
+                other: ratio(np.array([s.get(name, (0, 0)) for s in theirs], dtype=np.float64))
+                for other, theirs in others
+            }
     return report
 
 
 def as_table(report: dict[str, dict]) -> str:
     """The figures as text, a line each; shares in per cent."""
-    others = list(dict.fromkeys(key for figure in report.values() for key in figure if key not in ("value", "low", "high")))
-    lines = [f"  {'':28}{'notes':>8}  {'95 % interval':^17}" + "".join(f"{other:>14}" for other in others)]
+    others = list(
+        dict.fromkeys(
+            key
+            for figure in report.values()
+            for key in figure
+            if key not in ("value", "low", "high")
+        )
+    )
+    lines = [
+        f"  {'':28}{'notes':>8}  {'95 % interval':^17}"
+        + "".join(f"{other:>14}" for other in others)
+    ]
     for name, figure in report.items():
         title, share = FIGURES[name]
-        shown = {k: "" if v is None else f"{100 * v:.1f}" if share else f"{v:.4f}" if name == "loss" else f"{v:.2f}" for k, v in figure.items()}
+        shown = {
+            k: ""
+            if v is None
+            else f"{100 * v:.1f}"
+            if share
+            else f"{v:.4f}"
+            if name == "loss"
+            else f"{v:.2f}"
+            for k, v in figure.items()
+        }
         span = f"{shown['low']} to {shown['high']}" if shown["low"] else ""
-        lines.append(f"  {title:28}{shown['value']:>8}  {span:^17}" + "".join(f"{shown.get(other, ''):>14}" for other in others))
+        lines.append(
+            f"  {title:28}{shown['value']:>8}  {span:^17}"
+            + "".join(f"{shown.get(other, ''):>14}" for other in others)
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -134,7 +185,11 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
         for word, weight in weights.items():
             postings[word][0].append(i)
             postings[word][1].append(weight)
-    arrays = {word: (np.array(ids), np.array(weights)) for word, (ids, weights) in postings.items() if weigh[word]}
+    arrays = {
+        word: (np.array(ids), np.array(weights))
+        for word, (ids, weights) in postings.items()
+        if weigh[word]
+    }
     best = []
     for query in queries:
         likeness = np.zeros(len(corpus))

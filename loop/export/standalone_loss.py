@@ -23,14 +23,27 @@ def loss_of(folder: str, device: str, rows: list[tuple[list[int], list[int]]]) -
         options["dtype"] = dtype = getattr(torch, trained["dtype"])
         if trained["storage"] == "nf4":
             options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=trained["double_quant"], bnb_4bit_compute_dtype=dtype
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=trained["double_quant"],
+                bnb_4bit_compute_dtype=dtype,
             )
-    model = (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM).from_pretrained(folder, **options).eval()
+    model = (
+        (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM)
+        .from_pretrained(folder, **options)
+        .eval()
+    )
     total, count = 0.0, 0
     for ids, labels in rows:
-        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()  # [L - 1, V]
+        logits = (
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            .logits[0, :-1]
+            .float()
+        )  # [L - 1, V]
         targets = torch.tensor(labels[1:], device=device)
-        total += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, targets, ignore_index=-100, reduction="sum"
+        ).item()
         count += int((targets != -100).sum())
     return total / count
 

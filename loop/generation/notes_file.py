@@ -18,17 +18,28 @@ def read_by_id(path: str, option: str, torn: bool = False) -> dict[str, tuple[st
     found: dict[str, tuple[str, dict]] = {}
     try:
         rows = list(read_json(Path(path)))
-        if torn and rows and not Path(path).read_bytes().endswith(b"\n") and (isinstance(rows[-1][1], BadRow) or "by" in rows[-1][1]):
+        if (
+            torn
+            and rows
+            and not Path(path).read_bytes().endswith(b"\n")
+            and (isinstance(rows[-1][1], BadRow) or "by" in rows[-1][1])
+        ):
             rows.pop()
         for number, row in rows:
             where = f"{option} {path}, row {number}"
             if not isinstance(row, dict):
-                raise ConfigError(f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}")
+                raise ConfigError(
+                    f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}"
+                )
             key = str(number if row.get("id") is None else row["id"])
             if not re.fullmatch(r"\S{1,100}", key):
-                raise ConfigError(f"{where}: its id must be a number, or 1 to 100 characters without a space")
+                raise ConfigError(
+                    f"{where}: its id must be a number, or 1 to 100 characters without a space"
+                )
             if key in found:
-                raise ConfigError(f"{where} (id {key}): this id occurs twice, first in row {found[key][0].rsplit(' ', 1)[1]}: make ids unique")
+                raise ConfigError(
+                    f"{where} (id {key}): this id occurs twice, first in row {found[key][0].rsplit(' ', 1)[1]}: make ids unique"
+                )
             found[key] = (where, row)
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror or type(error).__name__}") from error
@@ -51,11 +62,15 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     found = {}
     for key, (where, row) in read_by_id(path, "--predictions").items():
         if not isinstance(row.get("note"), str):
-            raise ConfigError(f"{where}: has no text `note`: write one, an empty one where the model wrote nothing")
+            raise ConfigError(
+                f"{where}: has no text `note`: write one, an empty one where the model wrote nothing"
+            )
         found[key] = Note(row["note"], row.get("ended"))
     if missing := [key for key in ids if key not in found]:
-        raise ConfigError(f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, first id {missing[0]}: add them, or score "
-                          "the first N with --notes N")  # fmt: skip
+        raise ConfigError(
+            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, first id {missing[0]}: add them, or score "
+            "the first N with --notes N"
+        )
     return found
 
 
@@ -72,7 +87,9 @@ class NotesFile:
             self.file = self.path.open("r+b")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--output {path}: another run writes to it; wait for its end, or name another file") from None
+            raise ConfigError(
+                f"--output {path}: another run writes to it; wait for its end, or name another file"
+            ) from None
         except OSError as error:
             raise ConfigError(f"--output {path}: {error.strerror}") from error
         try:
@@ -81,7 +98,9 @@ class NotesFile:
             for key, (where, row) in found.items():
                 self._refuse_another(where, key, row)
             if whole and not found and not whole.startswith(b'{"id": "'):
-                raise ConfigError(f"--output {path}: was not written by this command; name another file, or remove this one")
+                raise ConfigError(
+                    f"--output {path}: was not written by this command; name another file, or remove this one"
+                )
         except ConfigError:
             self.file.close()
             raise
@@ -95,13 +114,21 @@ class NotesFile:
             raise ConfigError(f"{where}: was not written by this command; {other}")
         if row["by"] != self.by:
             name = next(k for k in {**self.by, **row["by"]} if self.by.get(k) != row["by"].get(k))
-            raise ConfigError(f"{where}: written with {name} {row['by'].get(name)}, now {self.by.get(name)}; {other}")
+            raise ConfigError(
+                f"{where}: written with {name} {row['by'].get(name)}, now {self.by.get(name)}; {other}"
+            )
         if key not in self.dialogues or row.get("dialogue") != digest(self.dialogues[key]):
             raise ConfigError(f"{where} (id {key}): its dialogue is not the input's; {other}")
 
     def add(self, key: str, note: Note, turns_left_out: int) -> None:
         """Appends a note, whole on the disk when this returns."""
-        row = {"id": key, "note": note.text, "ended": note.ended, "turns_left_out": turns_left_out, "dialogue": digest(self.dialogues[key])}
+        row = {
+            "id": key,
+            "note": note.text,
+            "ended": note.ended,
+            "turns_left_out": turns_left_out,
+            "dialogue": digest(self.dialogues[key]),
+        }
         self.done[key] = row | {"by": self.by}
         self.file.write((json.dumps(self.done[key]) + "\n").encode())
         self.file.flush()
@@ -109,7 +136,9 @@ class NotesFile:
     def close(self) -> None:
         """Puts the notes into the order of the dialogues: they were written in the order of their lengths."""
         if all(key in self.done for key in self.dialogues):
-            write_atomically(self.path, "".join(json.dumps(self.done[key]) + "\n" for key in self.dialogues))
+            write_atomically(
+                self.path, "".join(json.dumps(self.done[key]) + "\n" for key in self.dialogues)
+            )
         self.file.close()
 
 

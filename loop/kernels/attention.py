@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-BACKENDS = ("flash_attn_4", "flash_attn", "varlen", "sdpa")  # fastest first, on rows of thousands of tokens
+BACKENDS = (
+    "flash_attn_4",
+    "flash_attn",
+    "varlen",
+    "sdpa",
+)  # fastest first, on rows of thousands of tokens
 
 
 class AttentionError(RuntimeError):
@@ -29,10 +34,16 @@ class AttentionError(RuntimeError):
 def _flash_attn_4():
     if not importlib.util.find_spec("cutlass"):  # flash-attn 2 has a folder of that name, too
         raise ImportError("./launch.sh setup --flash-attn-4 installs it")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or each process would compile anew, for some 8 s
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # not /tmp, where all may write
+    os.environ.setdefault(
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1"
+    )  # or each process would compile anew, for some 8 s
+    cache = Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    )  # not /tmp, where all may write
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attn_4"))
-    warnings.filterwarnings("ignore", module=r"cutlass\.")  # of its compiler, about arguments that are not used
+    warnings.filterwarnings(
+        "ignore", module=r"cutlass\."
+    )  # of its compiler, about arguments that are not used
     from flash_attn.cute.interface import flash_attn_varlen_func
 
     return flash_attn_varlen_func
@@ -51,7 +62,9 @@ def _torch_varlen():
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    causal: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
     grouped = "enable_gqa" in known
 
     def attend(query, key, value, cu_seqlens, max_seqlen, scale):
@@ -63,40 +76,78 @@ def _torch_varlen():
                 value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         scaled = {"scale": scale} if "scale" in known else {}
         if not scaled and scale is not None:
-            query = query * (scale * query.shape[-1] ** 0.5)  # the kernel divides by sqrt(head_dim) itself
-        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **scaled, **causal)
+            query = query * (
+                scale * query.shape[-1] ** 0.5
+            )  # the kernel divides by sqrt(head_dim) itself
+        return varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **scaled, **causal
+        )
 
     return attend
 
 
-LOADERS = {"flash_attn_4": _flash_attn_4, "flash_attn": _flash_attn_2, "varlen": _torch_varlen}  # each raises where it can't be had
+LOADERS = {
+    "flash_attn_4": _flash_attn_4,
+    "flash_attn": _flash_attn_2,
+    "varlen": _torch_varlen,
+}  # each raises where it can't be had
 
 
 def _sdpa_per_document(query, key, value, cu_seqlens, scale):
-    bounds = cu_seqlens.tolist()  # waits for the GPU: one more reason why this is the last choice there
+    bounds = (
+        cu_seqlens.tolist()
+    )  # waits for the GPU: one more reason why this is the last choice there
     parts = []
     for start, end in zip(bounds, bounds[1:]):
         if end == start:
             continue  # cu_seqlens may be padded by repeating its last entry
-        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, L, D]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+        q, k, v = (
+            x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)
+        )  # [1, H, L, D]
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
         parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
 
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: str, scale: float | None = None):
+def packed_attention(
+    query, key, value, cu_seqlens, max_seqlen: int, backend: str, scale: float | None = None
+):
     """Causal attention of each document of a packed row over itself alone.
 
     query [T, Hq, D], key and value [T, Hkv, D] with Hq a multiple of Hkv (grouped queries); cu_seqlens int32 [n + 1], the
     documents' boundaries from 0 to T on the tensors' device; max_seqlen, an upper bound of their lengths; scale, by default
     1/sqrt(D). Returns [T, Hq, D] in the dtype of query (all but sdpa: bf16 or fp16 only)."""
-    ordered = torch.are_deterministic_algorithms_enabled()  # flash attention's backward pass adds in any order otherwise
+    ordered = (
+        torch.are_deterministic_algorithms_enabled()
+    )  # flash attention's backward pass adds in any order otherwise
     if backend == "flash_attn_4":
-        return _flash_attn_4()(query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-                               softmax_scale=scale, causal=True, deterministic=ordered)[0]  # fmt: skip
+        return _flash_attn_4()(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=ordered,
+        )[0]
     if backend == "flash_attn":
-        return _flash_attn_2()(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
-                               deterministic=ordered)  # fmt: skip
+        return _flash_attn_2()(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=ordered,
+        )
     if backend == "varlen":
         return _torch_varlen()(query, key, value, cu_seqlens, max_seqlen, scale)
     if backend == "sdpa":
@@ -104,21 +155,44 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen: int, backend: st
     raise AttentionError(f"attention={backend}: unknown, one of {', '.join(BACKENDS)} is possible")
 
 
-def _for_transformers(backend: str, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def _for_transformers(
+    backend: str, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+):
     """What transformers calls: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
-    if kwargs.get("cu_seqlens") is None or attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise AttentionError("packed attention takes one row with cu_seqlens, without a mask or a cache")
+    if (
+        kwargs.get("cu_seqlens") is None
+        or attention_mask is not None
+        or query.shape[0] != 1
+        or query.shape[2] != key.shape[2]
+    ):
+        raise AttentionError(
+            "packed attention takes one row with cu_seqlens, without a mask or a cache"
+        )
     window = kwargs.get("sliding_window") or kwargs["max_seqlen"]
-    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or window < kwargs["max_seqlen"]:
-        raise AttentionError(f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window is not supported")
+    if (
+        dropout
+        or kwargs.get("softcap")
+        or kwargs.get("s_aux") is not None
+        or window < kwargs["max_seqlen"]
+    ):
+        raise AttentionError(
+            f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window is not supported"
+        )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    out = packed_attention(q, k, v, kwargs["cu_seqlens"], kwargs["max_seqlen"], backend, scale=scaling)
+    out = packed_attention(
+        q, k, v, kwargs["cu_seqlens"], kwargs["max_seqlen"], backend, scale=scaling
+    )
     return out.unsqueeze(0), None
 
 
 # Names of our own. transformers builds no mask for a name that it has no mask function for, which is what we want; it takes any
 # name with "flash" in it for one of its own, so ours has none.
-IMPLEMENTATIONS = {"flash_attn_4": "packed_fa4", "flash_attn": "packed_fa2", "varlen": "packed_varlen", "sdpa": "packed_sdpa"}
+IMPLEMENTATIONS = {
+    "flash_attn_4": "packed_fa4",
+    "flash_attn": "packed_fa2",
+    "varlen": "packed_varlen",
+    "sdpa": "packed_sdpa",
+}
 
 
 for _backend, _name in IMPLEMENTATIONS.items():

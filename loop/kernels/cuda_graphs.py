@@ -1,7 +1,7 @@
 """Decoder layers as CUDA graphs: what Python launches kernel by kernel is recorded once and then replayed by one call a layer and direction.
 
 A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run whose
-ranks keep their weights whole and in their places (`spare.keep_whole`), and for rows of one size, for which `collate.pad` fills a
+ranks keep their weights whole and in their places (`spare.replicate_weights`), and for rows of one size, for which `collate.pad` fills a
 row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
 """
 
@@ -29,15 +29,19 @@ class _Replay(torch.autograd.Function):
         if dy.data_ptr() != graphed.dy.data_ptr():
             graphed.dy.copy_(dy)
         graphed.backward_graph.replay()
-        return None, *(gradient.detach() for gradient in graphed.gradients)  # DeepSpeed copies them before the next replay
+        return None, *(
+            gradient.detach() for gradient in graphed.gradients
+        )  # DeepSpeed copies them before the next replay
 
 
-class Arguments:
+class StaticInputs:
     """What all decoder layers get beside their input, its tensors at fixed addresses."""
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         self.live, self.structure = tree_flatten((args, kwargs))  # what was copied last
-        self.fixed = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.live]
+        self.fixed = [
+            leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.live
+        ]
         self.args, self.kwargs = tree_unflatten(self.fixed, self.structure)
 
     def take(self, args: tuple, kwargs: dict) -> bool:
@@ -62,7 +66,7 @@ class Arguments:
 class GraphedLayer:
     """In the place of a decoder layer's forward."""
 
-    def __init__(self, layer: nn.Module, arguments: Arguments) -> None:
+    def __init__(self, layer: nn.Module, arguments: StaticInputs) -> None:
         self.layer, self.plain, self.arguments = layer, layer.forward, arguments
         self.weights = list(layer.parameters())
         self.trained = [p for p in self.weights if p.requires_grad]
@@ -91,7 +95,10 @@ class GraphedLayer:
         self.forward_graph.replay()
         self.dy.copy_(dy)  # not before: its place may have held what the forward pass was done with
         self.backward_graph.replay()
-        apart = [(a - b).float().norm() / b.float().norm().clamp_min(1e-30) for a, b in zip([self.y, *self.gradients], wanted)]
+        apart = [
+            (a - b).float().norm() / b.float().norm().clamp_min(1e-30)
+            for a, b in zip([self.y, *self.gradients], wanted)
+        ]
         return torch.stack(apart).max().item()
 
     def __call__(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -106,7 +113,9 @@ class GraphedLayer:
         return self.plain(x, *args, **kwargs)
 
 
-def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> str | None:
+def graph_layers(
+    model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device
+) -> str | None:
     """Captures each layer of the engine's model for rows of `room`, and replays it beside the layer itself. Where something can't be captured or
     comes out otherwise, all stays as it was, and what is in the way is returned. The dropout's masks must have got their place for such a
     row already."""
@@ -116,21 +125,32 @@ def graph_layers(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int],
         errors = [g.error() for g in graphed]
     # A kernel that waits for the GPU or refuses, too little memory, another signature.
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as problem:
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own in place, and the generators as if it went on
+        torch.cuda.set_stream(
+            before
+        )  # a capture that fails leaves its own in place, and the generators as if it went on
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())  # the same numbers from here on
         return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:120]
-    if wrong := [error for error in errors if not error < 1e-2]:  # bf16, and attention's backward pass adds in any order: some 1e-3
+    if wrong := [
+        error for error in errors if not error < 1e-2
+    ]:  # bf16, and attention's backward pass adds in any order: some 1e-3
         return f"a replay is {wrong[0]:.1e} from the layer itself"
     for layer, g in zip(layers, graphed):
         layer.forward = g
     return None
 
 
-def capture(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device) -> list[GraphedLayer]:
+def capture(
+    model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_seq_len: int, device
+) -> list[GraphedLayer]:
     """Each layer's two graphs, recorded on a row of fill. Raises whatever is in the way, ValueError where layers get different arguments."""
     calls: list[tuple] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True) for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        for layer in layers
+    ]
     try:
         with torch.no_grad():
             model(**collate([], max_seq_len, room).to(device).model_inputs())
@@ -141,12 +161,17 @@ def capture(model: nn.Module, layers: nn.ModuleList, room: tuple[int, int], max_
     leaves = [tree_flatten((args, kwargs))[0] for (_, *args), kwargs in calls]
     if any(a is not b for others in leaves for a, b in zip(others, leaves[0], strict=True)):
         raise ValueError("layers get different arguments")
-    arguments = Arguments(tuple(args), kwargs)
-    graphed, pool = [GraphedLayer(layer, arguments) for layer in layers], torch.cuda.graph_pool_handle()
+    arguments = StaticInputs(tuple(args), kwargs)
+    graphed, pool = (
+        [GraphedLayer(layer, arguments) for layer in layers],
+        torch.cuda.graph_pool_handle(),
+    )
     torch.cuda.synchronize()  # what the forward pass above wrote is read on other streams
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        with torch.cuda.stream(torch.cuda.Stream()):  # kernels are compiled and handles made before anything is recorded
+        with torch.cuda.stream(
+            torch.cuda.Stream()
+        ):  # kernels are compiled and handles made before anything is recorded
             y = graphed[0].plain(x, *arguments.args, **arguments.kwargs)
             torch.autograd.grad(y, [x, *graphed[0].trained], torch.zeros_like(y))
             del y

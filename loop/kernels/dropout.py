@@ -28,10 +28,10 @@ class _Masked(torch.autograd.Function):
         return torch.ops.aten.native_dropout_backward(grad, ctx.keep, ctx.scale), None, None
 
 
-class ExampleDropout(nn.Module):
+class PerExampleDropout(nn.Module):
     """In the place of one LoRA module's nn.Dropout; `masks` is shared by all. Recomputing a checkpointed layer meets the same mask."""
 
-    def __init__(self, masks: "Masks", column: int) -> None:
+    def __init__(self, masks: "DropoutMasks", column: int) -> None:
         super().__init__()
         self.masks, self.column = masks, column
 
@@ -46,7 +46,7 @@ class ExampleDropout(nn.Module):
         return self.masks.keep[:, self.column : self.column + width], 1 / (1 - self.masks.p)
 
 
-class Masks:
+class DropoutMasks:
     """The mask of the micro-batch that is being computed: `keep` bool [T, widest module + 16 for each module]."""
 
     def __init__(self, p: float, seed: int, device) -> None:
@@ -69,16 +69,24 @@ class Masks:
             self.reserve(bounds[-1])
         self.keep = self.place[: bounds[-1]]
         for example, start, end in zip(examples, bounds, bounds[1:]):
-            mixed = np.random.SeedSequence([self.seed, step, example]).generate_state(1, np.uint64)[0]
+            mixed = np.random.SeedSequence([self.seed, step, example]).generate_state(1, np.uint64)[
+                0
+            ]
             self.generator.manual_seed(int(mixed) >> 1)  # a signed 64-bit number
             self.keep[start:end].bernoulli_(1 - self.p, generator=self.generator)
 
 
-def share_dropout(model: nn.Module, p: float, seed: int, device) -> Masks:
+def install_dropout(model: nn.Module, p: float, seed: int, device) -> DropoutMasks:
     """Puts ExampleDropout in the place of each nn.Dropout of the model's LoRA modules (of which there is none with p = 0)."""
-    masks = Masks(p, seed, device)
-    lora: list[Any] = [m for m in model.modules() if any(isinstance(d, nn.Dropout) for d in getattr(m, "lora_dropout", {}).values())]
+    masks = DropoutMasks(p, seed, device)
+    lora: list[Any] = [
+        m
+        for m in model.modules()
+        if any(isinstance(d, nn.Dropout) for d in getattr(m, "lora_dropout", {}).values())
+    ]
     for number, module in enumerate(lora):
-        module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, ExampleDropout(masks, APART * number)))
+        module.lora_dropout = nn.ModuleDict(
+            dict.fromkeys(module.lora_dropout, PerExampleDropout(masks, APART * number))
+        )
         masks.width = max(masks.width, -(-module.in_features // APART) * APART + APART * len(lora))
     return masks

@@ -13,16 +13,18 @@ import deepspeed
 import torch
 import torch.nn as nn
 
-from .lora_ops import down, grad_down, rotate, swiglu, swiglu_backward, up
+from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
 
 
-class Linear:
+class LoraLinear:
     """A frozen linear layer with its LoRA, y = x W^T + b + s (drop(x) A^T) B^T. x [T, K], A [r, K], B [N, r].
 
     Its parameters are looked up in every call: between two calls ZeRO-3 may have taken them away and brought them back. keep_dense: the
     dequantised weight is kept, in bf16 for 2 bytes a weight, instead of being made again in each pass; the numbers are the same."""
 
-    def __init__(self, module: Any, keep_dense: bool) -> None:  # Any: PEFT does not declare what is in its layers' parts
+    def __init__(
+        self, module: Any, keep_dense: bool
+    ) -> None:  # Any: PEFT does not declare what is in its layers' parts
         (self.adapter,), self.module, self.dense = module.active_adapters, module, None
         self.scaling = module.scaling[self.adapter]
         weight = module.base_layer.weight
@@ -51,7 +53,7 @@ class Linear:
         return (h @ b.t() if bias is None else torch.addmm(bias, h, b.t())).addmm_(x, w.t())
 
 
-def draw(linears: list[Linear]) -> tuple[tuple[torch.Tensor, ...] | None, float]:
+def draw(linears: list[LoraLinear]) -> tuple[tuple[torch.Tensor, ...] | None, float]:
     """This micro-batch's dropout for LoRAs of one input as kernels.py wants it: (a mask for each, bool [T, K], or None, what is multiplied by)."""
     dropouts = [linear.module.lora_dropout[linear.adapter] for linear in linears]
     if not linears[0].module.training or isinstance(dropouts[0], nn.Identity):
@@ -60,10 +62,12 @@ def draw(linears: list[Linear]) -> tuple[tuple[torch.Tensor, ...] | None, float]
     return tuple(keep for keep, _ in masks), masks[0][1] * linears[0].scaling
 
 
-def grad_input(linears: list[Linear], dys, lora, drop) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def grad_input(
+    linears: list[LoraLinear], dys, lora, drop
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(dx [T, K], dh [T, r] of each)"""
     dhs = [dy @ b for dy, b in zip(dys, lora[1::2])]
-    dx = up(dhs, lora[::2], *drop)
+    dx = lora_grad_input(dhs, lora[::2], *drop)
     for linear, dy in zip(linears, dys):
         dx.addmm_(dy, linear.weight(dy.dtype))
     return dx, dhs
@@ -71,16 +75,18 @@ def grad_input(linears: list[Linear], dys, lora, drop) -> tuple[torch.Tensor, li
 
 def grad_lora(dys, dhs, x: torch.Tensor, hs, drop) -> list[torch.Tensor]:
     """dA [r, K], dB [N, r] of each in turn."""
-    return [grad for da, dy, h in zip(grad_down(dhs, x, *drop), dys, hs) for grad in (da, dy.t() @ h)]
+    return [
+        grad for da, dy, h in zip(grad_lora_a(dhs, x, *drop), dys, hs) for grad in (da, dy.t() @ h)
+    ]
 
 
-class _Linears(torch.autograd.Function):
+class FusedLinears(torch.autograd.Function):
     """Linear layers of one input, as queries, keys and values are."""
 
     @staticmethod
-    def forward(ctx, linears: list[Linear], x, *lora):
+    def forward(ctx, linears: list[LoraLinear], x, *lora):
         ctx.linears, ctx.drop = linears, draw(linears)
-        hs = down(x, lora[::2], *ctx.drop)
+        hs = lora_down(x, lora[::2], *ctx.drop)
         ctx.save_for_backward(x, *hs, *lora)
         return tuple(linear.forward(x, h, b) for linear, h, b in zip(linears, hs, lora[1::2]))
 
@@ -92,17 +98,20 @@ class _Linears(torch.autograd.Function):
         return None, dx, *grad_lora(dys, dhs, x, hs, ctx.drop)
 
 
-class _FeedForward(torch.autograd.Function):
+class FusedFeedForward(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). Kept are g and u, before their LoRA is added; silu(gate) * up is made again."""
 
     @staticmethod
-    def forward(ctx, linears: list[Linear], x, *lora):
-        (gate, lift, last), (_, bg, _, bu, a, b) = linears, lora  # gate_proj, up_proj, down_proj; A and B of each
+    def forward(ctx, linears: list[LoraLinear], x, *lora):
+        (gate, lift, last), (_, bg, _, bu, a, b) = (
+            linears,
+            lora,
+        )  # gate_proj, up_proj, down_proj; A and B of each
         ctx.linears, ctx.drops = linears, (draw(linears[:2]), draw(linears[2:]))
-        hg, hu = down(x, lora[:4:2], *ctx.drops[0])
+        hg, hu = lora_down(x, lora[:4:2], *ctx.drops[0])
         g, u = gate.base(x), lift.base(x)
         m = swiglu(g, u, (hg, bg), (hu, bu))
-        (hm,) = down(m, (a,), *ctx.drops[1])
+        (hm,) = lora_down(m, (a,), *ctx.drops[1])
         ctx.save_for_backward(x, g, u, hg, hu, hm, *lora)
         return (last.forward(m, hm, b),)
 
@@ -117,7 +126,7 @@ class _FeedForward(torch.autograd.Function):
         return None, dx, *grad_lora((dg, du), dhs, x, (hg, hu), drop), *of_last
 
 
-class _Rotary(torch.autograd.Function):
+class FusedRotary(torch.autograd.Function):
     """Rotary positions (arXiv 2104.09864) of queries and keys; the gradient is the rotation back.
     q [B, Hq, T, D], k [B, Hkv, T, D], cos and sin [B, T, D]; both halves of a head turn by the same angles."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils._pytree import tree_map
 
-from .lora_ops import down, grad_down, rotate, swiglu, swiglu_backward, up
+from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
 
 
 def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
@@ -19,30 +19,54 @@ def fails_here(device, rank: int, dtype: torch.dtype) -> str | None:
         generator = torch.Generator().manual_seed(0)
         shapes = [(rows, width)] * 3 + [(rank, width), (rows, rank), (1, rows, 6, 16)]
         x, y, z, a, dh, q = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
-        mask, angle = torch.rand(rows, width + 9, generator=generator) < 0.9, torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
+        mask, angle = (
+            torch.rand(rows, width + 9, generator=generator) < 0.9,
+            torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2),
+        )
         lifted = dh, a.t().contiguous()
-        three_of = [(a, a.flip(0), -a), (dh, dh.flip(0), -dh), (0, 3, 9)]  # at which column of the mask each one's begins
-        cases: list[tuple] = [(swiglu, x, y, lifted, lifted), (swiglu_backward, x, y, z, lifted, lifted),
-                              (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype))]  # fmt: skip
+        three_of = [
+            (a, a.flip(0), -a),
+            (dh, dh.flip(0), -dh),
+            (0, 3, 9),
+        ]  # at which column of the mask each one's begins
+        cases: list[tuple] = [
+            (swiglu, x, y, lifted, lifted),
+            (swiglu_backward, x, y, z, lifted, lifted),
+            (rotate, q, angle.cos().to(dtype), angle.sin().to(dtype)),
+        ]
         for n in (1, 2, 3):
             a_s, dhs, columns = (several[:n] for several in three_of)
-            cases += [(down, x, a_s, columns), (grad_down, dhs, x, columns), (up, dhs, a_s, columns)]
+            cases += [
+                (lora_down, x, a_s, columns),
+                (grad_lora_a, dhs, x, columns),
+                (lora_grad_input, dhs, a_s, columns),
+            ]
 
         def compute(term, args, *to):
-            place, args = mask.to(to[0]), tree_map(lambda arg: arg if isinstance(arg, int) else arg.to(*to, copy=True), args)
-            if term in (down, grad_down, up):
+            place, args = (
+                mask.to(to[0]),
+                tree_map(lambda arg: arg if isinstance(arg, int) else arg.to(*to, copy=True), args),
+            )
+            if term in (lora_down, grad_lora_a, lora_grad_input):
                 args[-1:] = tuple(place[:, at : at + width] for at in args[-1]), 1.7
             if term is rotate:
                 args[0] = args[0].transpose(1, 2)
             out = term(*args)
-            return [part.cpu().float() for part in ((out,) if isinstance(out, torch.Tensor) else out)]
+            return [
+                part.cpu().float() for part in ((out,) if isinstance(out, torch.Tensor) else out)
+            ]
 
         for term, *args in cases:
             try:
-                ours, exact = compute(term, args, device, dtype), compute(term, args, "cpu", torch.float32)
+                ours, exact = (
+                    compute(term, args, device, dtype),
+                    compute(term, args, "cpu", torch.float32),
+                )
             except Exception as error:  # a compiler that is missing, a card that is too small or unknown: whatever it is, PEFT's layers run
                 return f"{term.__name__}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
-            worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact))
+            worst = max(
+                ((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact)
+            )
             if not worst < 2e-2:
                 return f"{term.__name__}: error {worst:.1e} against plain PyTorch"
     return None

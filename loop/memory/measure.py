@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .estimate import peak
+from .estimate import peak_bytes
 
 _in_graphs = 0
 
@@ -16,16 +16,20 @@ def count_graphs() -> None:
     """To be called when CUDA graphs were recorded or let go. What their kernels write is freed in torch's eyes after the recording, and yet stays
     theirs: memory that `torch.cuda.max_memory_allocated` no longer sees."""
     global _in_graphs
-    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)] if torch.cuda.is_available() else []
+    pools = (
+        [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+        if torch.cuda.is_available()
+        else []
+    )
     _in_graphs = sum(s["total_size"] - s["allocated_size"] for s in pools)
 
 
-def highest() -> int:
+def peak_gpu_bytes() -> int:
     """Bytes of this GPU that tensors took at most since the last reset, those of CUDA graphs included."""
     return torch.cuda.max_memory_allocated() + _in_graphs
 
 
-class Measured:
+class PeakMemory:
     """The highest memory of the steps. On a CPU it is the rise of this process's RSS since this object was made: tensors, and with them all
     that Python allocates, and what was freed but not handed back."""
 
@@ -43,11 +47,14 @@ class Measured:
     def beside(self, parts: dict[str, int]) -> str:
         """One line: predicted and measured. parts: a ledger."""
         if self.gpu:
-            seen, what = highest(), "allocated on this GPU"
+            seen, what = peak_gpu_bytes(), "allocated on this GPU"
         else:
             high = psutil.Process().memory_info().rss
             with contextlib.suppress(OSError):
                 if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
                     high = int(found[1]) * 1024
-            seen, what = high - self.before, "by which this process's RSS rose (a CPU: with Python's own memory, and what was freed but kept)"
-        return f"memory      predicted {peak(parts) / 2**30:.2f} GiB at the peak; measured {seen / 2**30:.2f} GiB {what}"
+            seen, what = (
+                high - self.before,
+                "by which this process's RSS rose (a CPU: with Python's own memory, and what was freed but kept)",
+            )
+        return f"memory      predicted {peak_bytes(parts) / 2**30:.2f} GiB at the peak; measured {seen / 2**30:.2f} GiB {what}"

@@ -17,7 +17,11 @@ def use_checkpointing(model: PreTrainedModel | PeftModel) -> None:
 
     def recomputed(forward, x: torch.Tensor, *args, **kwargs):
         call = partial(forward, **kwargs)
-        return checkpoint(call, x, *args, use_reentrant=True) if torch.is_grad_enabled() else call(x, *args)
+        return (
+            checkpoint(call, x, *args, use_reentrant=True)
+            if torch.is_grad_enabled()
+            else call(x, *args)
+        )
 
     for layer in decoder_layers(model):
         layer.forward = partial(recomputed, layer.forward)

@@ -16,15 +16,31 @@ def read_adapter(adapter: str) -> dict[str, Any]:
     (an adapter from elsewhere says nothing of these: then this project's defaults)."""
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder")
+        raise ConfigError(
+            f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder"
+        )
     if not (folder / "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
-        raise ConfigError(f"--adapter {adapter}: no adapter_model.safetensors there; give a run's adapter/ folder")
+        raise ConfigError(
+            f"--adapter {adapter}: no adapter_model.safetensors there; give a run's adapter/ folder"
+        )
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        trained = json.loads((folder / "trained.json").read_text()) if (folder / "trained.json").is_file() else {}
+        trained = (
+            json.loads((folder / "trained.json").read_text())
+            if (folder / "trained.json").is_file()
+            else {}
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--adapter {adapter}: adapter_config.json or trained.json is broken ({type(error).__name__})") from error
-    return {"base": base, "revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"} | trained
+        raise ConfigError(
+            f"--adapter {adapter}: adapter_config.json or trained.json is broken ({type(error).__name__})"
+        ) from error
+    return {
+        "base": base,
+        "revision": None,
+        "method": "qlora",
+        "double_quant": True,
+        "dtype": "bfloat16",
+    } | trained
 
 
 def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
@@ -33,4 +49,6 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
         return PeftModel.from_pretrained(model, adapter, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise ConfigError(f"--adapter {adapter}: does not fit this base, or is broken ({reason})") from error
+        raise ConfigError(
+            f"--adapter {adapter}: does not fit this base, or is broken ({reason})"
+        ) from error

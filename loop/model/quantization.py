@@ -13,9 +13,12 @@ def nf4_config(dtype: torch.dtype, double_quant: bool = True) -> BitsAndBytesCon
     """4-bit NormalFloat (QLoRA, arXiv 2305.14314). ZeRO-3 casts floating-point storage to the engine's dtype by value, which would
     garble packed codes: the storage is the engine's own dtype (so the cast is none), or bytes, which are never cast."""
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.bfloat16 if dtype == torch.bfloat16 else torch.uint8,
-    )  # fmt: skip
+    )
 
 
 def keep_codes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -24,6 +27,8 @@ def keep_codes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu, module.compute_dtype = False, dtype
-            if module.weight.dtype not in (dtype, torch.uint8) and not hasattr(module.weight, "ds_id"):  # shards are not cast
+            if module.weight.dtype not in (dtype, torch.uint8) and not hasattr(
+                module.weight, "ds_id"
+            ):  # shards are not cast
                 module.weight.data = module.weight.data.view(torch.uint8)
     return model

@@ -24,13 +24,16 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..config.schema import ConfigError
 
 
-class Weights:
+class SafetensorsReader:
     """The tensors of a folder's safetensors files by name, read one by one."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            self.files = {
+                name: folder / file
+                for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
         else:
             with safe_open(folder / "model.safetensors", "pt") as file:
                 self.files = dict.fromkeys(file.keys(), folder / "model.safetensors")
@@ -46,10 +49,18 @@ class Weights:
 
 def fetch_base(place: str, revision: str | None) -> Path:
     """The folder with the base's configuration and weights: a local one as it is, the hub's after a download, if need be."""
-    return Path(place) if Path(place).is_dir() else Path(snapshot_download(place, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    return (
+        Path(place)
+        if Path(place).is_dir()
+        else Path(
+            snapshot_download(place, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    )
 
 
-def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantization, attention: str, ds: dict) -> PreTrainedModel | None:
+def stream_base(
+    location: dict, dtype: torch.dtype, device, *, revision, quantization, attention: str, ds: dict
+) -> PreTrainedModel | None:
     """The frozen 4-bit base, each of its parameters partitioned over the ranks. location: keyword arguments of `from_pretrained`;
     quantization: a BitsAndBytesConfig, unless the base brings its own; ds: DeepSpeed's configuration. Every rank must call it.
 
@@ -59,8 +70,10 @@ def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantiz
     config = AutoConfig.from_pretrained(**location, revision=revision)
     prequantized = getattr(config, "quantization_config", None)
     try:
-        weights = Weights(folder)
-        quantizer = AutoHfQuantizer.from_config(prequantized or quantization, pre_quantized=prequantized is not None)
+        weights = SafetensorsReader(folder)
+        quantizer = AutoHfQuantizer.from_config(
+            prequantized or quantization, pre_quantized=prequantized is not None
+        )
     except (OSError, SafetensorError, ValueError, KeyError, ImportError):
         return None  # the ordinary way says what is wrong
     if not getattr(quantizer.quantization_config, "load_in_4bit", False):
@@ -73,11 +86,25 @@ def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantiz
     if not wanted <= weights.files.keys():
         return None
     for prefix, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}".lstrip(".") in wanted]
+        own = [
+            name
+            for name, _ in module.named_parameters(recurse=False)
+            if f"{prefix}.{name}".lstrip(".") in wanted
+        ]
         if own:
-            fill(module, {name: f"{prefix}.{name}".lstrip(".") for name in own}, weights, dtype, device)
-            hpz = groups._get_zero_param_intra_parallel_group()  # none at first, and without zero_hpz_partition_size
-            deepspeed.zero.Init(module=module, config_dict_or_path=ds, zero_param_parallel_group=hpz)
+            fill_module(
+                module,
+                {name: f"{prefix}.{name}".lstrip(".") for name in own},
+                weights,
+                dtype,
+                device,
+            )
+            hpz = (
+                groups._get_zero_param_intra_parallel_group()
+            )  # none at first, and without zero_hpz_partition_size
+            deepspeed.zero.Init(
+                module=module, config_dict_or_path=ds, zero_param_parallel_group=hpz
+            )
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")
@@ -88,25 +115,35 @@ def stream_base(location: dict, dtype: torch.dtype, device, *, revision, quantiz
     return model.requires_grad_(False).eval()
 
 
-def fill(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torch.dtype, device) -> None:
+def fill_module(
+    module: nn.Module, names: dict[str, str], weights: SafetensorsReader, dtype: torch.dtype, device
+) -> None:
     """Gives the module its parameters, whole; names: its own -> the file's. Raises ConfigError on all ranks when one can't read them."""
     try:
         values, problem = {name: weights[full] for name, full in names.items()}, None
-        stats = {name: {key.removeprefix(f"{full}."): weights[key] for key in weights.beside(full)} for name, full in names.items()}
+        stats = {
+            name: {key.removeprefix(f"{full}."): weights[key] for key in weights.beside(full)}
+            for name, full in names.items()
+        }
     except (OSError, SafetensorError, KeyError) as error:
         problem = str(error).splitlines()[0][:160]
     failed = torch.tensor(float(problem is not None), device=device)
     dist.all_reduce(failed)  # before anybody waits for this rank in a partition
     if failed:
-        raise ConfigError(f"base: {', '.join(names.values())} can't be read{f' ({problem})' if problem else ' by another rank'}")
+        raise ConfigError(
+            f"base: {', '.join(names.values())} can't be read{f' ({problem})' if problem else ' by another rank'}"
+        )
     for name, value in values.items():
         empty = getattr(module, name)
         value = value if stats[name] or not value.is_floating_point() else value.to(device, dtype)
         if stats[name]:
             parameter: nn.Parameter = bnb.nn.Params4bit.from_prequantized(
-                value, stats[name], device=device, module=module)  # type: ignore[arg-type]  # it takes any module  # fmt: skip
+                value, stats[name], device=device, module=module
+            )  # type: ignore[arg-type]  # it takes any module
         elif isinstance(empty, bnb.nn.Params4bit):
-            parameter = bnb.nn.Params4bit(value, **(vars(empty) | {"requires_grad": False})).to(device)  # type: ignore[misc]  # its overloads lack it
+            parameter = bnb.nn.Params4bit(value, **(vars(empty) | {"requires_grad": False})).to(
+                device
+            )  # type: ignore[misc]  # its overloads lack it
         else:
             parameter = nn.Parameter(value.to(device), requires_grad=False)
         setattr(module, name, parameter)

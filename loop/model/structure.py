@@ -9,7 +9,11 @@ from ..config.schema import ConfigError
 
 def heads_of(shape) -> tuple[int, int, int]:
     """(of queries, of keys and values, their size)"""
-    return shape.num_attention_heads, getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads, shape.head_dim
+    return (
+        shape.num_attention_heads,
+        getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads,
+        shape.head_dim,
+    )
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
@@ -18,4 +22,6 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     try:
         return base.get_decoder().layers
     except AttributeError as error:
-        raise ConfigError(f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama") from error
+        raise ConfigError(
+            f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama"
+        ) from error

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, record_function
 
-from .run_logger import Monitor
-from .step_timer import PARTS, StepTimer
+from .run_logger import RunLogger
+from .step_timer import PHASES, StepTimer
 
 WARM_UP, STEPS = 3, 3
 KINDS = [  # of GPU kernels: the first pattern that is in the name
@@ -66,12 +66,12 @@ class TracedTimer(StepTimer):
         self._open(f"step {len(self.steps) + 1}")
         super().start()
 
-    def mark(self, part: str) -> None:
+    def phase(self, part: str) -> None:
         if len(self.ranges) > 1:
             self.ranges.pop().__exit__(None, None, None)
         if part:
             self._open(part)
-        super().mark(part)
+        super().phase(part)
 
     def stop(self) -> dict[str, float]:
         self.steps.append(super().stop())
@@ -83,14 +83,16 @@ class TracedTimer(StepTimer):
         self.ranges[-1].__enter__()
 
 
-class ProfilingMonitor(Monitor):
+class ProfilingLogger(RunLogger):
     """A run's monitor that records steps on rank 0 and then ends the run."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.timer: TracedTimer = TracedTimer(self.ranks.device)
         gpu = self.ranks.device.type == "cuda"
-        self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu)
+        self.profiler = torch.profiler.profile(
+            activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+        )
 
     def start_step(self) -> None:
         if self.on and len(self.timer.steps) == WARM_UP:
@@ -111,26 +113,66 @@ def table(profiler, steps: list[dict[str, float]]) -> str:
     """Where the recorded steps' time went, in ms a step: by part; then by kind of kernel on a GPU, by operator on a CPU."""
     recorded = steps[-STEPS:]
     whole = sum(sum(parts.values()) for parts in recorded) / STEPS * 1e3
-    lines = [f"a step on rank 0: {whole:,.1f} ms while it was recorded, {sum(steps[WARM_UP - 1].values()) * 1e3:,.1f} ms before that"]
-    lines += rows("part", [(part, None, sum(parts[part] for parts in recorded) * 1e3) for part in PARTS], whole)
-    ranges = {*PARTS, *(f"step {i + 1}" for i in range(len(steps)))}
+    lines = [
+        f"a step on rank 0: {whole:,.1f} ms while it was recorded, {sum(steps[WARM_UP - 1].values()) * 1e3:,.1f} ms before that"
+    ]
+    lines += rows(
+        "part",
+        [(part, None, sum(parts[part] for parts in recorded) * 1e3) for part in PHASES],
+        whole,
+    )
+    ranges = {*PHASES, *(f"step {i + 1}" for i in range(len(steps)))}
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))]  # ranges lie around kernels
+    kernels = [
+        e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))
+    ]  # ranges lie around kernels
     if kernels:
-        kinds, counts, names, calls = by_kind(kernels), Counter(kind_of(e.name) for e in kernels), Counter[str](), Counter(e.name for e in kernels)
+        kinds, counts, names, calls = (
+            by_kind(kernels),
+            Counter(kind_of(e.name) for e in kernels),
+            Counter[str](),
+            Counter(e.name for e in kernels),
+        )
         for e in kernels:
             names[e.name] += e.self_device_time_total / 1e3
         spans = [(e.time_range.start, e.time_range.end) for e in kernels]
         others = [span for e, span in zip(kernels, spans) if kind_of(e.name) != "communication"]
         some, work = busy(spans) / 1e3, busy(others) / 1e3
-        lines += rows("kind of kernel (several queues may overlap)", [(k, counts[k], ms) for k, ms in kinds.most_common()], whole)
-        lines += rows("", [("nothing but communication runs", None, some - work), ("no kernel runs", None, STEPS * whole - some)], whole)[2:]
-        lines += rows("slowest kernels", [(name, calls[name], ms) for name, ms in names.most_common(15)], whole)
+        lines += rows(
+            "kind of kernel (several queues may overlap)",
+            [(k, counts[k], ms) for k, ms in kinds.most_common()],
+            whole,
+        )
+        lines += rows(
+            "",
+            [
+                ("nothing but communication runs", None, some - work),
+                ("no kernel runs", None, STEPS * whole - some),
+            ],
+            whole,
+        )[2:]
+        lines += rows(
+            "slowest kernels",
+            [(name, calls[name], ms) for name, ms in names.most_common(15)],
+            whole,
+        )
     else:
         found = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-        named = [(f"outside of operators, in {e.key}: Python, waiting for other ranks" if e.key in ranges else e.key, e.count,
-                  e.self_cpu_time_total / 1e3) for e in found]  # fmt: skip
-        rest = (f"{len(named[20:])} others", sum(count for _, count, _ in named[20:]), sum(ms for _, _, ms in named[20:]))
+        named = [
+            (
+                f"outside of operators, in {e.key}: Python, waiting for other ranks"
+                if e.key in ranges
+                else e.key,
+                e.count,
+                e.self_cpu_time_total / 1e3,
+            )
+            for e in found
+        ]
+        rest = (
+            f"{len(named[20:])} others",
+            sum(count for _, count, _ in named[20:]),
+            sum(ms for _, _, ms in named[20:]),
+        )
         lines += rows("operator, without those that it calls", [*named[:20], rest], whole)
     return "\n".join(lines)
 
@@ -139,7 +181,9 @@ def rows(title: str, found: list[tuple[str, int | None, float]], whole: float) -
     """Lines of a table under a title. found: (name, how often or None, ms), both of all recorded steps; whole: ms of one step."""
     lines = ["", f"{title:84} {'a step':>9} {'ms':>9} {'share':>6}"]
     for name, count, ms in found:
-        lines.append(f"{name[:84]:84} {'' if count is None else f'{count / STEPS:,.0f}':>9} {ms / STEPS:>9,.1f} {ms / STEPS / whole:>6.1%}")
+        lines.append(
+            f"{name[:84]:84} {'' if count is None else f'{count / STEPS:,.0f}':>9} {ms / STEPS:>9,.1f} {ms / STEPS / whole:>6.1%}"
+        )
     return lines
 
 

@@ -20,9 +20,17 @@ def operations(model: PreTrainedModel | PeftModel, shape) -> tuple[int, int, int
     Two for each weight and token forward, two for the gradient of the input, and two for that of a weight that is trained. Causal attention:
     half of the two products of a document with itself, three times."""
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    costs = {m: (6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears}
-    a_target = sum(costs.pop(m) for m in model.get_output_embeddings().modules() if m in costs)  # PEFT may have wrapped it
-    return sum(costs.values()), a_target, 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    costs = {
+        m: (6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears
+    }
+    a_target = sum(
+        costs.pop(m) for m in model.get_output_embeddings().modules() if m in costs
+    )  # PEFT may have wrapped it
+    return (
+        sum(costs.values()),
+        a_target,
+        6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim,
+    )
 
 
 def pair_cost(model: PreTrainedModel | PeftModel, shape) -> float:
@@ -32,18 +40,28 @@ def pair_cost(model: PreTrainedModel | PeftModel, shape) -> float:
     return 1.7 * a_pair / a_token
 
 
-def utilisation(model: PreTrainedModel | PeftModel, shape, ranks: Ranks) -> Callable[[np.ndarray, int, float], dict[str, float]]:
+def utilisation(
+    model: PreTrainedModel | PeftModel, shape, ranks: Ranks
+) -> Callable[[np.ndarray, int, float], dict[str, float]]:
     """A function of (lengths of the step's examples, its supervised tokens, seconds) -> {"train/mfu": 0..1}; {} on a CPU, whose cores
     the ranks share with everything else.
 
     The output layer sees supervised tokens only. What gradient checkpointing computes twice counts once. `shape`: the base's configuration."""
     if ranks.device.type == "cpu":
         return lambda lengths, num_targets, seconds: {}
-    ceiling = (check_results.speed("bf16 matrix product") or matrix_rate(ranks.device)) * 1e12 * ranks.world_size
+    ceiling = (
+        (check_results.measured_speedup("bf16 matrix product") or matrix_rate(ranks.device))
+        * 1e12
+        * ranks.world_size
+    )
     a_token, a_target, a_pair = operations(model, shape)
 
     def mfu(lengths: np.ndarray, num_targets: int, seconds: float) -> dict[str, float]:
-        flops = a_token * lengths.sum() + a_target * num_targets + a_pair * np.square(lengths, dtype=np.float64).sum()
+        flops = (
+            a_token * lengths.sum()
+            + a_target * num_targets
+            + a_pair * np.square(lengths, dtype=np.float64).sum()
+        )
         return {"train/mfu": flops / seconds / ceiling}
 
     return mfu

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PARTS = {
+PHASES = {
     "data": "reading, cutting and packing this rank's micro-batches, on the CPU",
     "forward": "a micro-batch to the device, its dropout, the model, the loss",
     "backward": "gradients, and with several ranks what is left of adding them up",
@@ -27,22 +27,24 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []  # a part and when it began: seconds, on a GPU an event
+        self.marks: list[
+            tuple[str, Any]
+        ] = []  # a part and when it began: seconds, on a GPU an event
 
     def start(self) -> None:
         self.marks = []
-        self.mark("data")
+        self.phase("data")
 
-    def mark(self, part: str) -> None:
+    def phase(self, part: str) -> None:
         """From here on the step's time is that of `part`, one of PARTS; a part may come again."""
         self.marks.append((part, self._now()))
 
     def stop(self) -> dict[str, float]:
         """Seconds of each part since `start`. Call it where the GPU has nothing left to do, else it waits."""
-        self.mark("")
+        self.phase("")
         if self.on_gpu:
             self.marks[-1][1].synchronize()
-        seconds = dict.fromkeys(PARTS, 0.0)
+        seconds = dict.fromkeys(PHASES, 0.0)
         for (part, begin), (_, end) in zip(self.marks, self.marks[1:]):
             seconds[part] += begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
         return seconds

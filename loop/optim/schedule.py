@@ -5,8 +5,16 @@ import math
 from ..config.schema import Config
 
 
-def cosine_lr(step: int, num_steps: int, lr: float, *, warmup_steps: int = 0, min_lr: float = 0.0,
-              restart_steps: int | None = None, restart_mult: int = 1) -> float:  # fmt: skip
+def cosine_lr(
+    step: int,
+    num_steps: int,
+    lr: float,
+    *,
+    warmup_steps: int = 0,
+    min_lr: float = 0.0,
+    restart_steps: int | None = None,
+    restart_mult: int = 1,
+) -> float:
     """The learning rate of a step, counted from 0: linear warm-up from 0, then a cosine from `lr` down to `min_lr`.
 
     With `restart_steps`, warm restarts after SGDR (arXiv 1608.03983): the first cycle has that many steps, each further one
@@ -28,5 +36,15 @@ def set_lr(optimizer, lr: float) -> None:
 
 
 def learning_rates(config: Config, num_steps: int) -> list[float]:
-    return [cosine_lr(s, num_steps, config.lr, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
-                      restart_steps=config.restart_steps, restart_mult=config.restart_mult) for s in range(num_steps)]  # fmt: skip
+    return [
+        cosine_lr(
+            s,
+            num_steps,
+            config.lr,
+            warmup_steps=config.warmup_steps,
+            min_lr=config.min_lr,
+            restart_steps=config.restart_steps,
+            restart_mult=config.restart_mult,
+        )
+        for s in range(num_steps)
+    ]

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 
-def spike_limit(recent: Sequence[float], sigmas: float | None) -> float:
+def loss_spike_threshold(recent: Sequence[float], sigmas: float | None) -> float:
     """The loss above which a step is a spike: `sigmas` standard deviations above the mean of the `recent` ones, of which it takes 20."""
     if sigmas is None or len(recent) < 20:
         return math.inf

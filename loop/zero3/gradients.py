@@ -32,7 +32,7 @@ def clip_grad_norm(parameters, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def spoil(parameters: list, bad: torch.Tensor) -> None:
+def invalidate_gradients(parameters: list, bad: torch.Tensor) -> None:
     """Makes the accumulated gradient NaN where `bad` (one bool on the device) is true, upon which the update is skipped: one way of skipping,
     whatever the reason. One number of rank 0's is enough, as the norm is that of all ranks; it must not be in a slice's padding, which nothing
     ever overwrites."""

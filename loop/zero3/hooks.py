@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
 
-def remember_parameters() -> None:
+def cache_module_parameters() -> None:
     """Each hook of a layer asks for the layer's parameters, by a walk through its modules: a quarter of all Python of a step. They stay the
     same after `deepspeed.initialize`, so each module is walked once."""
     plain = partitioned_param_coordinator.iter_params

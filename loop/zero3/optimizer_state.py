@@ -16,24 +16,33 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from ..distributed.watchdog import doing
+from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
-from ..optim.adamw import trainable
+from ..optim.adamw import trainable_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
-FILE_BYTES = 2**28  # of one file, and of what rank 0 holds at a time while saving; one tensor with its moments may be more
+FILE_BYTES = (
+    2**28
+)  # of one file, and of what rank 0 holds at a time while saving; one tensor with its moments may be more
 
 
-def whole_tensors(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
+def gather_full_state(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
     """Masters and moments by name, whole, a file's worth at a time, on rank 0's CPU ({} on the others).
 
     Each turn is one collective (tensor by tensor, 300 small ones would take most of the time), and every rank must take all of them."""
-    for group in file_groups(trainable(engine.module)):
-        doing("gathering the state, or writing it on rank 0")  # file by file: a large one on a slow disk is not a standstill
-        slices = [[safe_get_local_fp32_param(p), *(safe_get_local_optimizer_state(p, m) for m in MOMENTS)] for _, p in group]
+    for group in file_groups(trainable_parameters(engine.module)):
+        set_activity(
+            "gathering the state, or writing it on rank 0"
+        )  # file by file: a large one on a slow disk is not a standstill
+        slices = [
+            [safe_get_local_fp32_param(p), *(safe_get_local_optimizer_state(p, m) for m in MOMENTS)]
+            for _, p in group
+        ]
         mine = torch.cat([t.flatten() for kinds in slices for t in kinds])  # [sum of 3 * slice]
-        everyone = [torch.empty_like(mine) for _ in range(ranks.world_size)] if ranks.is_main else None
+        everyone = (
+            [torch.empty_like(mine) for _ in range(ranks.world_size)] if ranks.is_main else None
+        )
         dist.gather(mine, everyone)
         tensors, start = {}, 0
         if everyone is not None:
@@ -41,7 +50,12 @@ def whole_tensors(engine, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]:
             for name, p in group:
                 size = p.ds_tensor.ds_numel
                 for kind in KINDS:
-                    tensors[f"{name}.{kind}"] = flat[:, start : start + size].reshape(-1)[: p.ds_numel].clone().view(p.ds_shape)
+                    tensors[f"{name}.{kind}"] = (
+                        flat[:, start : start + size]
+                        .reshape(-1)[: p.ds_numel]
+                        .clone()
+                        .view(p.ds_shape)
+                    )
                     start += size
         yield tensors
 
@@ -59,7 +73,7 @@ def file_groups(parameters: list[tuple]) -> Iterator[list[tuple]]:
     yield group
 
 
-def set_whole_tensor(p, kind: str, whole: torch.Tensor, ranks: Ranks) -> None:
+def scatter_full_tensor(p, kind: str, whole: torch.Tensor, ranks: Ranks) -> None:
     """Puts a whole tensor where ZeRO-3 has its zero-padded slices: a rank's `size` values, the next rank's, ...
     kind: "master" or one of MOMENTS. Every rank must call it, after `create_adam_state`."""
     size = p.ds_tensor.ds_numel
@@ -68,7 +82,9 @@ def set_whole_tensor(p, kind: str, whole: torch.Tensor, ranks: Ranks) -> None:
     if kind != "master":
         return safe_set_local_optimizer_state(p, mine, kind)
     safe_set_local_fp32_param(p, mine)
-    with deepspeed.zero.GatheredParameters([p], modifier_rank=0):  # the working copy in the engine's dtype
+    with deepspeed.zero.GatheredParameters(
+        [p], modifier_rank=0
+    ):  # the working copy in the engine's dtype
         if ranks.is_main:
             p.data.copy_(whole)
 
@@ -77,11 +93,15 @@ def create_adam_state(engine, step: int) -> None:
     """Adam's state does not exist before its first step: create it on ZeRO-3's flat partitions, at the saved step."""
     adam = engine.optimizer.optimizer
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
-        fused = any(group.get("fused") for group in adam.param_groups)  # its step counter lives beside the data
+        fused = any(
+            group.get("fused") for group in adam.param_groups
+        )  # its step counter lives beside the data
         count = torch.tensor(float(step), device=flat.device if fused else "cpu")
         adam.state[flat] = {"step": count, **{m: torch.zeros_like(flat) for m in MOMENTS}}
 
 
 def adam_step(engine) -> int:
     """How many updates Adam has made; skipped steps don't count."""
-    return next((int(s["step"]) for s in engine.optimizer.optimizer.state.values() if "step" in s), 0)
+    return next(
+        (int(s["step"]) for s in engine.optimizer.optimizer.state.values() if "step" in s), 0
+    )

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from loop.data.report import Account
+from loop.data.report import DatasetReport
 from loop.monitor.kernel_profile import by_kind
 
 
@@ -13,7 +13,7 @@ def given_examples(examples: list):
 
     def load(config, tokenizer, split):
         found = examples if split == "train" else []
-        return found, Account(len(found), len(found), [], [], [], 0, False)
+        return found, DatasetReport(len(found), len(found), [], [], [], 0, False)
 
     return load
 
@@ -56,7 +56,9 @@ def take_deepspeed_out(train) -> None:
 
     train.deepspeed.initialize = initialize
     train.spoil = lambda *_: None  # it writes into ZeRO-3's slices
-    train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(parameters, max_norm).double()
+    train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(
+        parameters, max_norm
+    ).double()
 
 
 def profile_a_step(train, at: int, spec: dict) -> None:
@@ -73,12 +75,19 @@ def profile_a_step(train, at: int, spec: dict) -> None:
             torch.cuda.synchronize()
         kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         kinds = by_kind(kernels)
-        span = (max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)) / 1e3
+        span = (
+            max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+        ) / 1e3
         slowest = Counter()
         for e in kernels:
             slowest[e.name[:90]] += e.self_device_time_total / 1e3
-        spec["profiled"] = {"kernels": len(kernels), "kernel_ms": dict(kinds.most_common()), "span_ms": span,
-                            "between_kernels_ms": span - sum(kinds.values()), "slowest": slowest.most_common(25)}  # fmt: skip
+        spec["profiled"] = {
+            "kernels": len(kernels),
+            "kernel_ms": dict(kinds.most_common()),
+            "span_ms": span,
+            "between_kernels_ms": span - sum(kinds.values()),
+            "slowest": slowest.most_common(25),
+        }
         return result
 
     train.train_step = profiled

@@ -16,7 +16,13 @@ STARTED = time.time()
 import torch  # noqa: E402
 from shapes import SHAPES, make_examples  # noqa: E402
 
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
 ROWS = 8  # examples a step, for those that pad
 
 
@@ -32,17 +38,26 @@ class Clock:
 
     def step(self, tokens: int) -> None:
         if on_gpu():
-            from loop.memory.measure import highest  # late: it imports transformers, and Unsloth wants to come first
+            from loop.memory.measure import (
+                peak_gpu_bytes,
+            )  # late: it imports transformers, and Unsloth wants to come first
 
             torch.cuda.synchronize()
-            self.peak = highest()  # now: at its end the loop lets its graphs go
+            self.peak = peak_gpu_bytes()  # now: at its end the loop lets its graphs go
         self.ends.append(time.time())
         self.tokens.append(tokens)
 
     def figures(self, warm_up: int) -> dict:
         """Windows of four steps after the warm-up. The last step counts in none: it may run under the profiler."""
-        speeds = [sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i]) for i in range(warm_up, len(self.ends) - 5, 4)]
-        return {"tokens_per_second": speeds, "peak_gib": self.peak / 2**30 or None, "first_step_after": self.ends[0] - STARTED}
+        speeds = [
+            sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i])
+            for i in range(warm_up, len(self.ends) - 5, 4)
+        ]
+        return {
+            "tokens_per_second": speeds,
+            "peak_gib": self.peak / 2**30 or None,
+            "first_step_after": self.ends[0] - STARTED,
+        }
 
 
 def ours(spec: dict, clock: Clock) -> None:
@@ -52,11 +67,25 @@ def ours(spec: dict, clock: Clock) -> None:
     import loop.train as train
 
     train.quiet_libraries()
-    config = train.load_config([
-        "--config", str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"), f"base={spec['base']}", f"max_steps={spec['steps']}",
-        "monitor.sample_notes=[]", f"run.dir={tempfile.mkdtemp()}", "run.save_steps=100000", "run.audit=0",
-        "monitor.eval_steps=100000", *spec["args"]])  # fmt: skip
-    train.load_examples = bare.given_examples(make_examples(spec["examples"] * config.batch_size // ROWS, spec["vocab_size"], length=spec["length"]))
+    config = train.load_config(
+        [
+            "--config",
+            str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"),
+            f"base={spec['base']}",
+            f"max_steps={spec['steps']}",
+            "monitor.sample_notes=[]",
+            f"run.dir={tempfile.mkdtemp()}",
+            "run.save_steps=100000",
+            "run.export_check_examples=0",
+            "monitor.eval_steps=100000",
+            *spec["args"],
+        ]
+    )
+    train.load_examples = bare.given_examples(
+        make_examples(
+            spec["examples"] * config.batch_size // ROWS, spec["vocab_size"], length=spec["length"]
+        )
+    )
     step_of = train.Monitor.step
 
     def step(self, number, loss, grad_norm, lr, lengths, num_targets):
@@ -64,7 +93,10 @@ def ours(spec: dict, clock: Clock) -> None:
         return step_of(self, number, loss, grad_norm, lr, lengths, num_targets)
 
     train.Monitor.step = step
-    train.export_model, train.adam_step = lambda *_: ("", {}), lambda engine: spec["steps"]  # a bare engine has no count of its own
+    train.export_model, train.adam_step = (
+        lambda *_: ("", {}),
+        lambda engine: spec["steps"],
+    )  # a bare engine has no count of its own
     train.Checkpoints.save = lambda *_: None
     if spec.get("without_deepspeed"):
         bare.take_deepspeed_out(train)
@@ -76,15 +108,29 @@ def ours(spec: dict, clock: Clock) -> None:
 def base_model(spec: dict, attention: str, **options):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(spec["base"], dtype=torch.bfloat16, quantization_config=nf4, attn_implementation=attention,
-                                                device_map={"": 0 if on_gpu() else "cpu"}, **options)  # fmt: skip
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        spec["base"],
+        dtype=torch.bfloat16,
+        quantization_config=nf4,
+        attn_implementation=attention,
+        device_map={"": 0 if on_gpu() else "cpu"},
+        **options,
+    )
 
 
 def padded(examples: list) -> dict[str, torch.Tensor]:
     longest = max(map(len, examples))
-    batch = {key: torch.full((len(examples), longest), fill) for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
+    batch = {
+        key: torch.full((len(examples), longest), fill)
+        for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
+    }
     for row, example in enumerate(examples):
         batch["input_ids"][row, : len(example)] = torch.from_numpy(example.input_ids)
         batch["labels"][row, : len(example)] = torch.from_numpy(example.labels)
@@ -102,14 +148,22 @@ def plain(spec: dict, clock: Clock) -> None:
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": spec["micro"],
-          "gradient_accumulation_steps": ROWS // spec["micro"], "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    ds = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": spec["micro"],
+        "gradient_accumulation_steps": ROWS // spec["micro"],
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+    }
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)[0]
     examples = make_examples(spec["steps"] * ROWS, spec["vocab_size"])
     for first in range(0, len(examples), ROWS):
         for start in range(first, first + ROWS, spec["micro"]):
             batch = padded(examples[start : start + spec["micro"]])
-            loss = engine(**{k: v.to(engine.device) for k, v in batch.items()}, use_cache=False).loss
+            loss = engine(
+                **{k: v.to(engine.device) for k, v in batch.items()}, use_cache=False
+            ).loss
             engine.backward(loss)
             engine.step()
         clock.step(sum(map(len, examples[first : first + ROWS])))
@@ -129,12 +183,36 @@ def by_trainer(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
             clock.step(sum(map(len, examples[first : first + ROWS])))
 
     arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=spec["micro"], gradient_accumulation_steps=ROWS // spec["micro"],
-        max_steps=spec["steps"], learning_rate=1e-4, lr_scheduler_type="cosine", weight_decay=1e-4, max_grad_norm=1.0, bf16=True,
-        optim="adamw_torch", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, packing=False, max_length=2048,
-        dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not on_gpu(), **options)  # fmt: skip
-    rows = Dataset.from_list([{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples])
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Steps()])
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=spec["micro"],
+        gradient_accumulation_steps=ROWS // spec["micro"],
+        max_steps=spec["steps"],
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        weight_decay=1e-4,
+        max_grad_norm=1.0,
+        bf16=True,
+        optim="adamw_torch",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1000,
+        packing=False,
+        max_length=2048,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=not on_gpu(),
+        **options,
+    )
+    rows = Dataset.from_list(
+        [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    )
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     trainer.train()
 
@@ -144,24 +222,46 @@ def trl(spec: dict, clock: Clock) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto",
-          "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
-          "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    ds = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+    }
     path = Path(tempfile.mkdtemp()) / "zero3.json"
     path.write_text(json.dumps(ds))
     model = base_model(spec, flash_or_sdpa())
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
-    by_trainer(spec, clock, model, AutoTokenizer.from_pretrained(spec["base"]), deepspeed=str(path), gradient_checkpointing=True)
+    by_trainer(
+        spec,
+        clock,
+        model,
+        AutoTokenizer.from_pretrained(spec["base"]),
+        deepspeed=str(path),
+        gradient_checkpointing=True,
+    )
 
 
 def unsloth(spec: dict, clock: Clock) -> None:
     """Unsloth without DeepSpeed, as its notebooks do it: dropout 0 (its fast path), no checkpointing unless asked for."""
     from unsloth import FastLanguageModel
 
-    model, tokenizer = FastLanguageModel.from_pretrained(spec["base"], max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        spec["base"], max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True
+    )
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, lora_dropout=0, target_modules=modules, use_gradient_checkpointing=False)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0,
+        target_modules=modules,
+        use_gradient_checkpointing=False,
+    )
     by_trainer(spec, clock, model, tokenizer, gradient_checkpointing=False)
 
 
@@ -179,7 +279,9 @@ def main() -> None:
     clock = Clock()
     {"ours": ours, "plain": plain, "trl": trl, "unsloth": unsloth}[spec["name"]](spec, clock)
     if os.environ.get("RANK", "0") == "0":
-        Path(spec["out"]).write_text(json.dumps(clock.figures(spec["warm_up"]) | spec.get("profiled", {})))
+        Path(spec["out"]).write_text(
+            json.dumps(clock.figures(spec["warm_up"]) | spec.get("profiled", {}))
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 2  # drawn twice as large and reduced, which smooths the lines
-WIDTH, PANEL, LEFT, GAP = 1560, 300, 84, 84  # of the picture, a panel's height, room for the numbers beside it, between panels
+WIDTH, PANEL, LEFT, GAP = (
+    1560,
+    300,
+    84,
+    84,
+)  # of the picture, a panel's height, room for the numbers beside it, between panels
 INK, FAINT, GRID, RIGHT, WRONG = "#222222", "#666666", "#e4e4e4", "#7db4e6", "#c8321e"
 
 
@@ -16,7 +21,9 @@ def ticks(low: float, high: float) -> list[float]:
     raw = (high - low) / 7
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -34,15 +41,21 @@ class Picture:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(self, x, y, text, size=17, fill=INK, anchor="la") -> None:
-        self.pen.text((x * SCALE, y * SCALE), text, fill, ImageFont.load_default(size * SCALE), anchor)
+        self.pen.text(
+            (x * SCALE, y * SCALE), text, fill, ImageFont.load_default(size * SCALE), anchor
+        )
 
     def line(self, points, fill, width) -> None:
-        self.pen.line([(x * SCALE, y * SCALE) for x, y in points], fill, int(width * SCALE), joint="curve")
+        self.pen.line(
+            [(x * SCALE, y * SCALE) for x, y in points], fill, int(width * SCALE), joint="curve"
+        )
 
     def panel(self, x: float, y: float, width: float, tag: str, right: list, wrong: list) -> None:
         """One tag's curves, lists of (step, value). The right one is broad and below, so that it is seen where the other covers it."""
         values = [v for _, v in right + wrong if math.isfinite(v)]
-        log = min(values) > 0 and max(values) > 10 * min(values) and tag != "train/lr"  # else the end of a loss's curve is a flat line
+        log = (
+            min(values) > 0 and max(values) > 10 * min(values) and tag != "train/lr"
+        )  # else the end of a loss's curve is a flat line
         height_of = math.log10 if log else float
         low, high = height_of(min(values)), height_of(max(values))
         margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
@@ -51,7 +64,9 @@ class Picture:
 
         def place(step, value):
             value = height_of(value) if math.isfinite(value) else high
-            return x + width * (step - first) / max(1, last - first), y + PANEL * (high - value) / (high - low)
+            return x + width * (step - first) / max(1, last - first), y + PANEL * (high - value) / (
+                high - low
+            )
 
         marks = log_ticks(low, high) if log else ticks(low, high)
         for mark in marks:
@@ -69,10 +84,15 @@ class Picture:
             if len(curve) < 12:  # an evaluation every few steps: show where
                 for px, py in (place(*point) for point in curve):
                     r = wide * 1.2
-                    self.pen.ellipse([(px - r) * SCALE, (py - r) * SCALE, (px + r) * SCALE, (py + r) * SCALE], fill)
+                    self.pen.ellipse(
+                        [(px - r) * SCALE, (py - r) * SCALE, (px + r) * SCALE, (py + r) * SCALE],
+                        fill,
+                    )
 
 
-def draw(path: Path, title: str, subtitle: str, paragraph: str, curves: dict[str, tuple[list, list]]) -> None:
+def draw(
+    path: Path, title: str, subtitle: str, paragraph: str, curves: dict[str, tuple[list, list]]
+) -> None:
     """curves: for each tag the right and the wrong run's, lists of (step, value)."""
     lines = textwrap.wrap(paragraph, 182)
     width = (WIDTH - LEFT - 30 - GAP * (len(curves) - 1)) / len(curves)
@@ -86,4 +106,6 @@ def draw(path: Path, title: str, subtitle: str, paragraph: str, curves: dict[str
         picture.panel(LEFT + i * (width + GAP), 144, width, tag, right, wrong)
     for i, line in enumerate(lines):
         picture.text(30, 144 + PANEL + 62 + 25 * i, line)
-    picture.image.resize((picture.image.width // SCALE, picture.image.height // SCALE), Image.LANCZOS).save(path)
+    picture.image.resize(
+        (picture.image.width // SCALE, picture.image.height // SCALE), Image.LANCZOS
+    ).save(path)

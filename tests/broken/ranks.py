@@ -22,13 +22,15 @@ from loop.distributed.world import Ranks
 from loop.monitor.quiet import quiet_libraries
 from loop.zero3.gradients import local_gradients
 
-HELD_OUT = 12  # examples of each evaluation: enough to see a gap, and an evaluation takes a second or two
+HELD_OUT = (
+    12  # examples of each evaluation: enough to see a gap, and an evaluation takes a second or two
+)
 
 
 class NoStop:
     """In the place of StopRequest: asks to stop where the spec says so, and leaves Ctrl-C to end the process at once."""
 
-    signal = None
+    reason, requested = None, False
 
 
 def plant_spike(at: int, factor: float) -> None:
@@ -38,7 +40,9 @@ def plant_spike(at: int, factor: float) -> None:
     def spiked(engine, *args):
         count[0] += 1
         backward = engine.backward
-        engine.backward = lambda loss, **kw: backward(loss * (factor if count[0] == at else 1.0), **kw)
+        engine.backward = lambda loss, **kw: backward(
+            loss * (factor if count[0] == at else 1.0), **kw
+        )
         try:
             return step(engine, *args)
         finally:
@@ -53,26 +57,39 @@ def plant_spike(at: int, factor: float) -> None:
 
 def shorten_notes() -> None:
     """Of every second note only the line with the diagnosis is left, so that examples have very unequal numbers of targets."""
-    encode = loop.data.tokenization.encode_examples
+    encode = loop.data.dataset.encode_examples
 
     def shortened(c):
-        line = next((line for line in c.messages[-1]["content"].splitlines() if line.startswith("A:")), "A:")
-        return dataclasses.replace(c, messages=[*c.messages[:-1], c.messages[-1] | {"content": line}])
+        line = next(
+            (line for line in c.messages[-1]["content"].splitlines() if line.startswith("A:")), "A:"
+        )
+        return dataclasses.replace(
+            c, messages=[*c.messages[:-1], c.messages[-1] | {"content": line}]
+        )
 
-    loop.data.tokenization.encode_examples = lambda tokenizer, conversations, *rest: encode(
-        tokenizer, [shortened(c) if zlib.crc32(c.id.encode()) % 2 else c for c in conversations], *rest
+    loop.data.dataset.encode_examples = lambda tokenizer, conversations, *rest: encode(
+        tokenizer,
+        [shortened(c) if zlib.crc32(c.id.encode()) % 2 else c for c in conversations],
+        *rest,
     )
 
 
 def watch_held_out(config, eos: bool) -> None:
     """Both runs are evaluated on the same right examples, whatever the mistake makes of its own; eos: and on their last token alone."""
-    held_out = loop.data.dataset.load_examples(config, train.load_tokenizer(config.base), "valid")[0][:HELD_OUT]
-    ends = [dataclasses.replace(e, labels=np.where(np.arange(len(e)) == len(e) - 1, e.labels, -100)) for e in held_out]
+    held_out = loop.data.dataset.load_examples(config, train.load_tokenizer(config.base), "valid")[
+        0
+    ][:HELD_OUT]
+    ends = [
+        dataclasses.replace(e, labels=np.where(np.arange(len(e)) == len(e) - 1, e.labels, -100))
+        for e in held_out
+    ]
     evaluate = train.evaluate_loss
 
     def both(engine, _, *rest):
         figures = evaluate(engine, held_out, *rest)
-        return figures | ({"eval/eos_loss": evaluate(engine, ends, *rest)["eval/loss"]} if eos else {})
+        return figures | (
+            {"eval/eos_loss": evaluate(engine, ends, *rest)["eval/loss"]} if eos else {}
+        )
 
     train.evaluate_loss = both
 
@@ -94,8 +111,12 @@ def main() -> None:
     def recording(parameters, max_norm):
         done[0] += 1
         if done[0] == at:
-            gradients.append(torch.cat([g.flatten() for g in local_gradients(parameters)]).double().cpu())
-        NoStop.signal = "in mid-run" if done[0] == stop_at else None
+            gradients.append(
+                torch.cat([g.flatten() for g in local_gradients(parameters)]).double().cpu()
+            )
+        NoStop.reason, NoStop.requested = (
+            ("in mid-run", True) if done[0] == stop_at else (None, False)
+        )
         return clip(parameters, max_norm)
 
     def remembering(**kwargs):
@@ -108,7 +129,7 @@ def main() -> None:
             (MISTAKES | SHOWN_ONLY)[spec["name"]]()
         done[0] = 0
         for _ in range(2 if stop_at else 1):
-            NoStop.signal = None
+            NoStop.reason, NoStop.requested = None, False
             if ranks.is_main:
                 print(f"{name}{f', from step {done[0]}' if done[0] else ''}", flush=True)
             config = train.load_config([*spec["args"], f"run.name={name}"])
@@ -116,9 +137,11 @@ def main() -> None:
             engines.pop()[0].destroy()
             gc.collect()
     right, wrong = gradients
-    squares = ranks.sum((wrong - right).square().sum().item(), right.square().sum().item())
+    squares = ranks.sum_scalars((wrong - right).square().sum().item(), right.square().sum().item())
     if ranks.is_main:
-        Path(spec["out"]).write_text(json.dumps({"step": at, "gradient_distance": (squares[0] / squares[1]) ** 0.5}))
+        Path(spec["out"]).write_text(
+            json.dumps({"step": at, "gradient_distance": (squares[0] / squares[1]) ** 0.5})
+        )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

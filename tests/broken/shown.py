@@ -10,12 +10,17 @@ class Shown:
     paragraph: str
     shows: tuple[str, ...] = ()  # curves beside loss and gradient norm
     args: tuple[str, ...] = ()  # key=value, of both runs
-    short_notes: bool = False  # every second note is one line, so that numbers of targets are very unequal
+    short_notes: bool = (
+        False  # every second note is one line, so that numbers of targets are very unequal
+    )
     spike: float | None = None  # the gradient of one step is that many times as large
     resume: bool = False  # both runs are broken off in the middle and go on
 
 
-ONE_A_ROW = ("batch_size=4", "max_seq_len=640")  # a micro-batch holds one example, so that gradients accumulate over some three
+ONE_A_ROW = (
+    "batch_size=4",
+    "max_seq_len=640",
+)  # a micro-batch holds one example, so that gradients accumulate over some three
 HELD_OUT = ("eval/loss",)
 
 # Not here: deepspeed_clips_too, whose second clipping is a constant factor that Adam divides away; test_train.py has its figures.

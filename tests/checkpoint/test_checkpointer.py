@@ -16,10 +16,10 @@ from helpers import ROOT, run_ok, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from loop.checkpoint.checkpointer import Checkpoints
+from loop.checkpoint.checkpointer import Checkpointer
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.data.batch_plan import make_plan
+from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples, weights_of
 from loop.model.loading import load_tokenizer
 
@@ -29,55 +29,110 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def runs(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "fp32.json").write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}))
-    data = {"train": write_rows(folder / "train.jsonl", "train", 40, 1), "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2)}
-    config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3, "max_steps": STEPS}
-    config |= {"run": {"dir": str(folder), "save_steps": 2, "audit": 0}, "monitor": {"eval_steps": 2}}
+    (folder / "fp32.json").write_text(
+        json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}})
+    )
+    data = {
+        "train": write_rows(folder / "train.jsonl", "train", 40, 1),
+        "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2),
+    }
+    config = {
+        "base": tiny_base,
+        "data": data,
+        "max_seq_len": 512,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "max_steps": STEPS,
+    }
+    config |= {
+        "run": {"dir": str(folder), "save_steps": 2, "export_check_examples": 0},
+        "monitor": {"eval_steps": 2},
+    }
     (folder / "config.yaml").write_text(json.dumps(config))
     loaded = load_config(["--config", str(folder / "config.yaml"), "data.cache=false"])
     examples, _ = load_examples(loaded, load_tokenizer(tiny_base), "train")
-    plan = make_plan([len(e) for e in examples], loaded.tokens_per_step, loaded.seed, max_steps=STEPS, weights=weights_of(examples))
+    plan = plan_batches(
+        [len(e) for e in examples],
+        loaded.tokens_per_step,
+        loaded.seed,
+        max_steps=STEPS,
+        weights=weights_of(examples),
+    )
     bad = [examples[plan[step - 1][0]].id for step in (2, 4)]
     (folder / "bad.json").write_text(json.dumps([bad, [len(plan[step - 1]) for step in (2, 4)]]))
     exact = [f"deepspeed={folder / 'fp32.json'}"]
 
     def case(name: str, run: str, *args: str, **patch) -> dict:
-        return {"name": name, "args": ["--config", str(folder / "config.yaml"), f"run.name={run}", *args], "out": str(folder / "out"), "patch": patch}
+        return {
+            "name": name,
+            "args": ["--config", str(folder / "config.yaml"), f"run.name={run}", *args],
+            "out": str(folder / "out"),
+            "patch": patch,
+        }
 
     def start(world_size: int, *cases: dict) -> None:
         (folder / "cases.json").write_text(json.dumps(cases))
         run_ok(world_size, "tests/proofs/worker.py", str(folder / "cases.json"))
 
-    start(2, case("whole", "whole"), case("first half", "broken", stop_after=3), case("second half", "broken"),
-          case("bad", "bad", bad_example=bad), case("bad first half", "bad halves", bad_example=bad, stop_after=3),
-          case("bad second half", "bad halves", "lr=2e-3", "max_steps=7", bad_example=bad),
-          case("exact", "exact", *exact), case("full disk", "disk", disk_full=1),
-          case("other LoRA", "whole", "lora.r=4"), case("other data", "whole", "data.limit=39"))  # fmt: skip
+    start(
+        2,
+        case("whole", "whole"),
+        case("first half", "broken", stop_after=3),
+        case("second half", "broken"),
+        case("bad", "bad", bad_example=bad),
+        case("bad first half", "bad halves", bad_example=bad, stop_after=3),
+        case("bad second half", "bad halves", "lr=2e-3", "max_steps=7", bad_example=bad),
+        case("exact", "exact", *exact),
+        case("full disk", "disk", disk_full=1),
+        case("other LoRA", "whole", "lora.r=4"),
+        case("other data", "whole", "data.limit=39"),
+    )
     start(4, case("four ranks", "elastic", *exact, stop_after=2))
-    start(2, case("two ranks", "elastic", *exact, stop_after=1), case("spoilt", "spoilt", "max_steps=1", spoil_export=1),
-          case("mended", "spoilt", "max_steps=1"), case("early", "early", "run.max_hours=1e-9"))  # fmt: skip
+    start(
+        2,
+        case("two ranks", "elastic", *exact, stop_after=1),
+        case("spoilt", "spoilt", "max_steps=1", spoil_export=1),
+        case("mended", "spoilt", "max_steps=1"),
+        case("early", "early", "run.max_hours=1e-9"),
+    )
     start(1, case("one rank", "elastic", *exact, "micro_batch_size=2", stop_after=2))
     start(4, case("four ranks again", "elastic", *exact))
     return folder
 
 
 def curve(folder: Path, key: str) -> list:
-    return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+    return [
+        line[key]
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if key in line
+    ]
 
 
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(runs):
     assert json.loads((runs / "out" / "first half.json").read_text())["report"]["steps"] == 3
     for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
         assert curve(runs / "whole", key) == curve(runs / "broken", key), key
-    whole, broken = (load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken"))
+    whole, broken = (
+        load_file(runs / name / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "broken")
+    )
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
     halves = [load_file(runs / "out" / f"{name}.safetensors") for name in ("whole", "second half")]
-    assert all(torch.equal(halves[0][f"final.weight.{i}"], halves[1][f"final.weight.{i}"]) for i in range(len(whole)))
+    assert all(
+        torch.equal(halves[0][f"final.weight.{i}"], halves[1][f"final.weight.{i}"])
+        for i in range(len(whole))
+    )
 
 
 def test_a_failed_audit_fails_the_run_and_the_same_command_writes_again(runs):
-    spoilt, mended = (json.loads((runs / "out" / f"{name}.json").read_text()) for name in ("spoilt", "mended"))
-    assert spoilt["error"].startswith("AuditError: the audit of") and "is empty, of shape" in spoilt["error"] and not spoilt["report"]
+    spoilt, mended = (
+        json.loads((runs / "out" / f"{name}.json").read_text()) for name in ("spoilt", "mended")
+    )
+    assert (
+        spoilt["error"].startswith("AuditError: the audit of")
+        and "is empty, of shape" in spoilt["error"]
+        and not spoilt["report"]
+    )
     assert mended["error"] is None and not (runs / "spoilt" / ".writing-adapter").exists()
     assert mended["report"]["steps"] == 1 and any("resumed from" in line for line in mended["said"])
     assert (runs / "spoilt" / "adapter" / "adapter_model.safetensors").is_file()
@@ -85,13 +140,24 @@ def test_a_failed_audit_fails_the_run_and_the_same_command_writes_again(runs):
 
 def test_a_run_that_is_asked_to_stop_before_its_first_step_hands_out_nothing(runs):
     early = json.loads((runs / "out" / "early.json").read_text())
-    assert early["error"] is None and early["report"]["steps"] == 0 and "exported" not in early["report"]
-    assert any("no step has changed a weight" in line for line in early["said"]) and not (runs / "early" / "adapter").exists()
+    assert (
+        early["error"] is None
+        and early["report"]["steps"] == 0
+        and "exported" not in early["report"]
+    )
+    assert (
+        any("no step has changed a weight" in line for line in early["said"])
+        and not (runs / "early" / "adapter").exists()
+    )
 
 
 def test_metrics_show_one_curve(runs):
     for name in ("broken", "elastic"):
-        steps = [json.loads(line)["step"] for line in (runs / name / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+        steps = [
+            json.loads(line)["step"]
+            for line in (runs / name / "metrics.jsonl").read_text().splitlines()
+            if "train/loss" in line
+        ]
         assert steps == list(range(1, STEPS + 1))
 
 
@@ -101,19 +167,37 @@ def test_another_number_of_ranks_and_another_cut_go_on_with_the_same_steps(runs)
     assert elastic == pytest.approx(exact, rel=1e-5) and exact[0] != exact[-1]
 
 
-def test_a_bad_example_skips_its_step_on_all_ranks_is_named_and_counted_and_does_the_same_after_a_resume(runs):
-    records = [json.loads((runs / "out" / f"{name}.json").read_text()) for name in ("bad", "bad first half", "bad second half")]
-    whole, first, second = ([line for line in record["said"] if "skipped on all ranks" in line] for record in records)
+def test_a_bad_example_skips_its_step_on_all_ranks_is_named_and_counted_and_does_the_same_after_a_resume(
+    runs,
+):
+    records = [
+        json.loads((runs / "out" / f"{name}.json").read_text())
+        for name in ("bad", "bad first half", "bad second half")
+    ]
+    whole, first, second = (
+        [line for line in record["said"] if "skipped on all ranks" in line] for record in records
+    )
     assert len(whole) == 2 and len(first) == 1 and whole == first + second
-    for line, step, bad, size in zip(whole, (2, 4), *json.loads((runs / "bad.json").read_text())):  # of the micro-batch, which is a part of the step
+    for line, step, bad, size in zip(
+        whole, (2, 4), *json.loads((runs / "bad.json").read_text())
+    ):  # of the micro-batch, which is a part of the step
         ids = line.split("examples ")[1].split(", ")
         assert line.startswith(f"step {step}: loss nan") and bad in ids and len(ids) < size
     for name in ("bad", "bad halves"):  # NaN stands in the log, and its step counts
         assert curve(runs / name, "train/skipped_steps") == [1, 2]
-        assert [i + 1 for i, loss in enumerate(curve(runs / name, "train/loss")) if loss != loss] == [2, 4]
-    manifests = [json.loads((runs / name / "checkpoints" / "newest" / "manifest.json").read_text()) for name in ("bad", "bad halves")]
-    assert [(m["step"], m["optimizer_step"], m["skipped"], len(m["recent_losses"])) for m in manifests] == [(6, 4, 2, 4), (7, 5, 2, 5)]
-    assert manifests[0]["recent_losses"][:2] == manifests[1]["recent_losses"][:2]  # of steps 1 and 3
+        assert [
+            i + 1 for i, loss in enumerate(curve(runs / name, "train/loss")) if loss != loss
+        ] == [2, 4]
+    manifests = [
+        json.loads((runs / name / "checkpoints" / "newest" / "manifest.json").read_text())
+        for name in ("bad", "bad halves")
+    ]
+    assert [
+        (m["step"], m["optimizer_step"], m["skipped"], len(m["recent_losses"])) for m in manifests
+    ] == [(6, 4, 2, 4), (7, 5, 2, 5)]
+    assert (
+        manifests[0]["recent_losses"][:2] == manifests[1]["recent_losses"][:2]
+    )  # of steps 1 and 3
 
 
 def test_other_settings_are_taken_and_said(runs):
@@ -126,25 +210,42 @@ def test_other_settings_are_taken_and_said(runs):
 def test_a_full_disk_does_not_end_the_run(runs):
     record = json.loads((runs / "out" / "full disk.json").read_text())
     assert record["report"]["steps"] == STEPS
-    assert len([line for line in record["said"] if "not written" in line and "No space left" in line]) == STEPS // 2
+    assert (
+        len([line for line in record["said"] if "not written" in line and "No space left" in line])
+        == STEPS // 2
+    )
     assert not list((runs / "disk" / "checkpoints").glob("step-*"))
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(runs):
-    errors = [json.loads((runs / "out" / f"{name}.json").read_text())["error"] for name in ("other LoRA", "other data")]
-    assert "lora.r was 8 and is 4 now" in errors[0] and "run.resume=false" in errors[0] and "force" not in errors[0]
+    errors = [
+        json.loads((runs / "out" / f"{name}.json").read_text())["error"]
+        for name in ("other LoRA", "other data")
+    ]
+    assert (
+        "lora.r was 8 and is 4 now" in errors[0]
+        and "run.resume=false" in errors[0]
+        and "force" not in errors[0]
+    )
     assert "examples was" in errors[1] and "run.resume=force" in errors[1]
 
 
 def test_the_last_checkpoints_are_kept_whole_and_without_pickle(runs):
     folder = runs / "whole" / "checkpoints"
-    losses = {p.name: json.loads((p / "manifest.json").read_text())["figures"]["eval/loss"] for p in folder.glob("step-*")}
+    losses = {
+        p.name: json.loads((p / "manifest.json").read_text())["figures"]["eval/loss"]
+        for p in folder.glob("step-*")
+    }
     assert {"step-000004", "step-000006"} <= losses.keys() and len(losses) <= 3
     assert {p.name for p in folder.iterdir()} == losses.keys() | {"newest", "best"}
-    assert (folder / "newest").readlink().name == "step-000006" and (folder / "best").readlink().name == min(losses, key=losses.get)
+    assert (folder / "newest").readlink().name == "step-000006" and (
+        folder / "best"
+    ).readlink().name == min(losses, key=losses.get)
     for path in (runs / "whole").rglob("*"):
         assert path.suffix not in {".pt", ".bin", ".pkl", ".pth"}, path
-    with safe_open(runs / "whole" / "checkpoints" / "step-000006" / "state-00000.safetensors", "pt") as file:
+    with safe_open(
+        runs / "whole" / "checkpoints" / "step-000006" / "state-00000.safetensors", "pt"
+    ) as file:
         kinds = [key.rsplit(".", 1)[1] for key in file.keys()]
         assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())
     assert kinds.count("master") == kinds.count("exp_avg") == kinds.count("exp_avg_sq") == 2 * 7 * 3
@@ -157,9 +258,9 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.fixture
-def kept(runs, tmp_path) -> Checkpoints:
+def kept(runs, tmp_path) -> Checkpointer:
     shutil.copytree(runs / "whole" / "checkpoints", tmp_path / "checkpoints")
-    return Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+    return Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
 
 
 def test_a_torn_checkpoint_is_passed_over_and_said(kept):
@@ -167,7 +268,11 @@ def test_a_torn_checkpoint_is_passed_over_and_said(kept):
     assert kept.newest()[0] == newest and kept.newest()[1]["step"] == 6
     flip_a_bit(newest / "state-00000.safetensors")
     path, manifest, remarks = kept.newest()
-    assert path.name == "step-000004" and manifest["step"] == 4 and "step-000006 passed over: state-00000.safetensors is not what" in remarks[0]
+    assert (
+        path.name == "step-000004"
+        and manifest["step"] == 4
+        and "step-000006 passed over: state-00000.safetensors is not what" in remarks[0]
+    )
     (kept.folder / "step-000004" / "manifest.json").unlink()
     path, _, remarks = kept.newest()
     assert path is None and len(remarks) == 2
@@ -181,30 +286,40 @@ def test_a_write_that_is_cut_off_leaves_the_old_ones(kept, monkeypatch):
     with pytest.raises(OSError):
         kept._write(8, iter([{}]), {})
     path, _, remarks = kept.newest()
-    assert path.name == "step-000006" and remarks == ["writing-000008 passed over: it was never finished"]
+    assert path.name == "step-000006" and remarks == [
+        "writing-000008 passed over: it was never finished"
+    ]
 
 
-def a_write(checkpoints: Checkpoints, step: int, loss: float | None = None) -> None:
-    checkpoints._write(step, iter([{"w.master": torch.zeros(4)}]), {"step": step, "figures": {"eval/loss": loss} if loss else {}})
+def a_write(checkpoints: Checkpointer, step: int, loss: float | None = None) -> None:
+    checkpoints._write(
+        step,
+        iter([{"w.master": torch.zeros(4)}]),
+        {"step": step, "figures": {"eval/loss": loss} if loss else {}},
+    )
 
 
-def names(checkpoints: Checkpoints) -> list[int]:
+def names(checkpoints: Checkpointer) -> list[int]:
     return [int(p.name[5:]) for p in checkpoints.finished()]
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, float("nan"))):
         a_write(it, step, loss)
     assert names(it) == [2, 4, 5]  # 2 has the lowest validation loss
     a_write(it, 1_000_000, 0.5)
-    assert names(it) == [5, 1_000_000] and it.newest()[1]["step"] == 1_000_000  # more digits than the name has room for
-    assert (it.folder / "best").resolve() == it.newest()[0] and (it.folder / "best" / "manifest.json").is_file()
+    assert (
+        names(it) == [5, 1_000_000] and it.newest()[1]["step"] == 1_000_000
+    )  # more digits than the name has room for
+    assert (it.folder / "best").resolve() == it.newest()[0] and (
+        it.folder / "best" / "manifest.json"
+    ).is_file()
 
 
 def test_torn_ones_never_push_out_a_whole_one(tmp_path):
     """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole one, and stays with 2."""
-    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 2)
+    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
     it.keep = 3
     for step in (2, 4, 6):
         a_write(it, step)
@@ -212,7 +327,10 @@ def test_torn_ones_never_push_out_a_whole_one(tmp_path):
     flip_a_bit(it.folder / "step-000004" / "state-00000.safetensors")
     (it.folder / "step-000006" / "state-00000.safetensors").unlink()
     path, _, remarks = it.newest()
-    assert path.name == "step-000002" and [r.split(":")[0] for r in remarks] == ["step-000006 passed over", "step-000004 passed over"]
+    assert path.name == "step-000002" and [r.split(":")[0] for r in remarks] == [
+        "step-000006 passed over",
+        "step-000004 passed over",
+    ]
     assert names(it) == [2, 4, 6]  # nothing is deleted before a newer one is whole
     a_write(it, 3)
     assert names(it) == [2, 3] and it.newest()[0].name == "step-000003"
@@ -222,7 +340,7 @@ def test_torn_ones_never_push_out_a_whole_one(tmp_path):
 
 def test_a_writer_killed_at_any_instant_leaves_a_whole_one(tmp_path):
     """SIGKILL, 20 times, between any two lines of writing, renaming and tidying up."""
-    it, rng, reached = Checkpoints(tmp_path, SimpleNamespace(is_main=True), 1), random.Random(0), 1
+    it, rng, reached = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 1), random.Random(0), 1
     a_write(it, 1)
     for _ in range(20):
         if not (writer := os.fork()):
@@ -231,21 +349,34 @@ def test_a_writer_killed_at_any_instant_leaves_a_whole_one(tmp_path):
         time.sleep(rng.uniform(0.0, 0.06))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
-        path, manifest, remarks = Checkpoints(tmp_path, it.ranks, 1).newest()
-        assert path and manifest["step"] >= reached and not any("step-" in remark for remark in remarks)
+        path, manifest, remarks = Checkpointer(tmp_path, it.ranks, 1).newest()
+        assert (
+            path
+            and manifest["step"] >= reached
+            and not any("step-" in remark for remark in remarks)
+        )
         reached = manifest["step"]
     assert reached > 5
 
 
-def test_a_folder_that_takes_nothing_is_said_each_time_and_every_gather_is_taken_part_in(tmp_path, monkeypatch):
+def test_a_folder_that_takes_nothing_is_said_each_time_and_every_gather_is_taken_part_in(
+    tmp_path, monkeypatch
+):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     taken = []
-    monkeypatch.setattr("loop.zero3.optimizer_state.whole_tensors", lambda *_: (taken.append(i) or {} for i in range(3)))
+    monkeypatch.setattr(
+        "loop.zero3.optimizer_state.gather_full_state",
+        lambda *_: (taken.append(i) or {} for i in range(3)),
+    )
     monkeypatch.setattr("loop.zero3.optimizer_state.adam_step", lambda engine: 1)
     monkeypatch.setattr("loop.checkpoint.checkpointer.dist.barrier", lambda: None)
-    it = Checkpoints(tmp_path, SimpleNamespace(is_main=True, gather=lambda value: [value]), 2)
+    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True, gather=lambda value: [value]), 2)
     for step in (5, 6):
-        assert f"checkpoint of step {step} not written" in it.save(None, step, {}) and taken == [0, 1, 2]
+        assert f"checkpoint of step {step} not written" in it.save(None, step, {}) and taken == [
+            0,
+            1,
+            2,
+        ]
         taken.clear()
 
 

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 from loop.checkpoint.identity import (
     at_step,
     base_fingerprint,
-    refuse_another,
+    check_compatible,
     run_identity,
     tokenizer_fingerprint,
 )
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.data.batch_plan import make_plan
+from loop.data.batch_plan import plan_batches
 from loop.data.tokenization import Example
 from loop.model.loading import load_base
 
@@ -33,9 +33,17 @@ def this(config_file, tiny_base):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
 
     def run(*options: str, examples=None, template: str | None = None):
-        config = load_config(["--config", str(config_file), "max_seq_len=64", "batch_size=2", *options])
+        config = load_config(
+            ["--config", str(config_file), "max_seq_len=64", "batch_size=2", *options]
+        )
         ours = examples or [Example(f"e{n}", np.arange(n), np.arange(n)) for n in LENGTHS]
-        plan = make_plan([len(e) for e in ours], config.tokens_per_step, config.seed, config.epochs, config.max_steps)
+        plan = plan_batches(
+            [len(e) for e in ours],
+            config.tokens_per_step,
+            config.seed,
+            config.epochs,
+            config.max_steps,
+        )
         tokenizer.chat_template = template or tokenizer.chat_template
         return run_identity(config, tokenizer, ours, plan), plan
 
@@ -43,27 +51,46 @@ def this(config_file, tiny_base):
 
 
 def compare(saved, now, step: int = 3, force: bool = False) -> list[str]:
-    return refuse_another(Path("step-000003"), json.loads(json.dumps(at_step(*saved, step))), *now, step, force)
+    return check_compatible(
+        Path("step-000003"), json.loads(json.dumps(at_step(*saved, step))), *now, step, force
+    )
 
 
 def test_where_and_how_a_run_computes_does_not_matter(this):
-    how = ["micro_batch_size=1", "attention=sdpa", "gradient_checkpointing=true", "run.name=x", "run.save_steps=1", "monitor.eval_steps=1"]
+    how = [
+        "micro_batch_size=1",
+        "attention=sdpa",
+        "gradient_checkpointing=true",
+        "run.name=x",
+        "run.save_steps=1",
+        "monitor.eval_steps=1",
+    ]
     assert compare(this(), this(*how)) == []
 
 
-@pytest.mark.parametrize(("option", "words"), [
-    ("method=lora", "method was 'qlora' and is 'lora'"), ("double_quant=false", "double_quant was True and is False"),
-    ("lora.r=4", "lora.r was 8 and is 4"), ("lora.target_modules=[q_proj]", "lora.target_modules was 'all-linear'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("method=lora", "method was 'qlora' and is 'lora'"),
+        ("double_quant=false", "double_quant was True and is False"),
+        ("lora.r=4", "lora.r was 8 and is 4"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules was 'all-linear'"),
+    ],
+)
 def test_another_model_is_refused_whatever_is_said(this, option, words):
     with pytest.raises(ConfigError, match="run.resume=false") as error:
         compare(this(), this(option), force=True)
     assert words in str(error.value) and "force" not in str(error.value)
 
 
-@pytest.mark.parametrize(("option", "words"), [
-    ("seed=7", "seed was 42 and is 7"), ("batch_size=3", "batch_size was 2 and is 3"), ("max_seq_len=100", "max_seq_len was 64 and is 100"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("seed=7", "seed was 42 and is 7"),
+        ("batch_size=3", "batch_size was 2 and is 3"),
+        ("max_seq_len=100", "max_seq_len was 64 and is 100"),
+    ],
+)
 def test_another_plan_is_refused_unless_forced(this, option, words):
     with pytest.raises(ConfigError, match="run.resume=force") as error:
         compare(this(), this(option))
@@ -81,8 +108,16 @@ def test_other_data_and_another_tokenizer_are_told_apart(this):
 
 def test_settings_may_change_and_are_said(this):
     remarks = compare(this(), this("lr=5e-4", "lora.lora_dropout=0.0", "epochs=2"))
-    said = [remark.removeprefix("changed     ").split(" from step")[0] for remark in remarks if "steps" not in remark]
-    assert said == ["epochs was 1 and is 2", "lr was 0.001 and is 0.0005", "lora.lora_dropout was 0.1 and is 0.0"]
+    said = [
+        remark.removeprefix("changed     ").split(" from step")[0]
+        for remark in remarks
+        if "steps" not in remark
+    ]
+    assert said == [
+        "epochs was 1 and is 2",
+        "lr was 0.001 and is 0.0005",
+        "lora.lora_dropout was 0.1 and is 0.0",
+    ]
     with pytest.raises(ConfigError, match="made 3 steps already, and is to have 2"):
         compare(this(), this("max_steps=2"))
 
@@ -116,16 +151,34 @@ def test_a_tokenizer_is_its_vocabulary_specials_and_template(tiny_base):
 
 def test_nothing_is_pickled_and_no_code_of_a_model_is_run():
     """Read from the syntax tree, so that the docstrings may speak of it. Objects that travel between ranks are JSON (`Ranks.gather`)."""
-    forbidden = {"torch.load", "torch.save", "np.load", "np.save", "yaml.load", "pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    forbidden = {
+        "torch.load",
+        "torch.save",
+        "np.load",
+        "np.save",
+        "yaml.load",
+        "pickle",
+        "dill",
+        "joblib",
+        "shelve",
+        "marshal",
+        "cloudpickle",
+    }
     for path in [*ROOT.glob("loop/**/*.py"), *ROOT.glob("kernels_check/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 used = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             elif isinstance(node, ast.Attribute):
-                used = {ast.unparse(node)} | ({"pickle"} if node.attr.endswith(("_object", "_object_list")) else set())
+                used = {ast.unparse(node)} | (
+                    {"pickle"} if node.attr.endswith(("_object", "_object_list")) else set()
+                )
             else:
-                used = {"trust_remote_code"} & {node.arg} if isinstance(node, ast.keyword) else set()
-            assert not used & (forbidden | {"trust_remote_code"}), f"{path.name}:{getattr(node, 'lineno', '')}"
+                used = (
+                    {"trust_remote_code"} & {node.arg} if isinstance(node, ast.keyword) else set()
+                )
+            assert not used & (forbidden | {"trust_remote_code"}), (
+                f"{path.name}:{getattr(node, 'lineno', '')}"
+            )
 
 
 def test_a_base_that_is_only_a_pickle_is_refused(config_file, tiny_base, tmp_path):
@@ -139,13 +192,16 @@ def test_a_base_that_is_only_a_pickle_is_refused(config_file, tiny_base, tmp_pat
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):
     now, plan = this()
     with pytest.raises(ConfigError, match="another version of this loop"):
-        refuse_another(Path("step-000003"), {"base": "x", "seed": 1}, now, plan, 3, False)
+        check_compatible(Path("step-000003"), {"base": "x", "seed": 1}, now, plan, 3, False)
 
 
 def test_a_base_of_the_hub_is_hashed_with_its_weights_from_the_first_run_on(tiny_base, monkeypatch):
     """Before them, the hash would be of config.json alone, and the same run another one as soon as they are there."""
     fetched = []
     monkeypatch.setattr(
-        "loop.model.streaming.snapshot_download", lambda place, revision, allow_patterns: fetched.append((place, revision)) or tiny_base
+        "loop.model.streaming.snapshot_download",
+        lambda place, revision, allow_patterns: fetched.append((place, revision)) or tiny_base,
     )
-    assert base_fingerprint("owner/name", "v1") == base_fingerprint(tiny_base) and fetched == [("owner/name", "v1")]
+    assert base_fingerprint("owner/name", "v1") == base_fingerprint(tiny_base) and fetched == [
+        ("owner/name", "v1")
+    ]

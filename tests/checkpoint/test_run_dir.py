@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loop.checkpoint.run_dir import LOCK, kept_lines, lock_folder, prepare_folder, write_report
+from loop.checkpoint.run_dir import LOCK, lines_to_keep, lock_folder, open_run_dir, write_report
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 
@@ -21,30 +21,44 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
     assert (tmp_path / LOCK).exists()
 
 
-def test_an_earlier_run_is_moved_aside_not_overwritten_and_a_running_one_is_left_alone(config_file, monkeypatch, capsys):
+def test_an_earlier_run_is_moved_aside_not_overwritten_and_a_running_one_is_left_alone(
+    config_file, monkeypatch, capsys
+):
     monkeypatch.setenv("LOOP_GRACE_SECONDS", "0.3")
-    again, anew = (load_config(["--config", str(config_file), f"run.resume={resume}"]) for resume in ("true", "false"))
-    with prepare_folder(again, ALONE):
+    again, anew = (
+        load_config(["--config", str(config_file), f"run.resume={resume}"])
+        for resume in ("true", "false")
+    )
+    with open_run_dir(again, ALONE):
         (again.folder / "metrics.jsonl").write_text("{}")
         for config in (again, anew):
             with pytest.raises(ConfigError, match="run.name=t: another run writes"):
-                prepare_folder(config, ALONE)
-    prepare_folder(anew, ALONE).close()
-    assert (again.folder.with_name("t.1") / "metrics.jsonl").exists() and not (again.folder / "metrics.jsonl").exists()
+                open_run_dir(config, ALONE)
+    open_run_dir(anew, ALONE).close()
+    assert (again.folder.with_name("t.1") / "metrics.jsonl").exists() and not (
+        again.folder / "metrics.jsonl"
+    ).exists()
     assert "t.1 now" in capsys.readouterr().out
     blocked = load_config(["--config", str(config_file), f"run.dir={config_file}"])
     with pytest.raises(ConfigError, match="cannot be made"):
-        prepare_folder(blocked, ALONE)
+        open_run_dir(blocked, ALONE)
 
 
 def test_what_is_kept_of_a_log_makes_one_curve():
-    lines = [{"step": 0, "eval/loss": 3.0}, {"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": float("nan")}, {"step": 2, "eval/loss": 1.0},
-             {"step": 3, "train/loss": 1.0}]  # fmt: skip
-    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "train/lo'  # killed in the middle of a line
-    assert kept_lines(log, 0, True) == []  # there was no checkpoint: from the start again
-    assert [str(line) for line in kept_lines(log, 2, True)] == [str(line) for line in lines[:4]]
-    assert len(kept_lines(log, 2, False)) == 3  # its evaluation will be made again
-    assert len(kept_lines(log, 9, True)) == 5
+    lines = [
+        {"step": 0, "eval/loss": 3.0},
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "train/loss": float("nan")},
+        {"step": 2, "eval/loss": 1.0},
+        {"step": 3, "train/loss": 1.0},
+    ]
+    log = (
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "train/lo'
+    )  # killed in the middle of a line
+    assert lines_to_keep(log, 0, True) == []  # there was no checkpoint: from the start again
+    assert [str(line) for line in lines_to_keep(log, 2, True)] == [str(line) for line in lines[:4]]
+    assert len(lines_to_keep(log, 2, False)) == 3  # its evaluation will be made again
+    assert len(lines_to_keep(log, 9, True)) == 5
 
 
 def test_a_report_is_whole_or_the_old_one(tmp_path, monkeypatch):

@@ -11,19 +11,41 @@ from loop.commands.plan import main, plot
 
 
 def test_the_command(config_file, capsys, tmp_path):
-    main(["--config", str(config_file), "--tokens-per-second", "50", "--tensorboard", str(tmp_path / "tb"), "max_seq_len=512"])
+    main(
+        [
+            "--config",
+            str(config_file),
+            "--tokens-per-second",
+            "50",
+            "--tensorboard",
+            str(tmp_path / "tb"),
+            "max_seq_len=512",
+        ]
+    )
     out = capsys.readouterr().out
-    for words in ("4 rows x 512 = 2,048 tokens", "learning rate over", "35 of 40 to train on", "min at 50 tokens/s (as given)", "NF4 codes",
-                  "gradient checkpointing", "lack S:, O:, A:, P:"):  # fmt: skip
+    for words in (
+        "4 rows x 512 = 2,048 tokens",
+        "learning rate over",
+        "35 of 40 to train on",
+        "min at 50 tokens/s (as given)",
+        "NF4 codes",
+        "gradient checkpointing",
+        "lack S:, O:, A:, P:",
+    ):
         assert words in out, words
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert "plan/lr" in board.Tags()["scalars"] and "plan/tokens_of_an_example" in board.Tags()["histograms"]
+    assert (
+        "plan/lr" in board.Tags()["scalars"]
+        and "plan/tokens_of_an_example" in board.Tags()["histograms"]
+    )
     assert any("plan" in tag for tag in board.Tags()["tensors"])
 
 
 def test_the_time_is_the_last_runs_where_there_is_one(config_file, capsys, tmp_path):
     (tmp_path / "runs" / "t").mkdir(parents=True)
-    (tmp_path / "runs" / "t" / "report.json").write_text(json.dumps({"train/tokens_per_second": 100.0}))
+    (tmp_path / "runs" / "t" / "report.json").write_text(
+        json.dumps({"train/tokens_per_second": 100.0})
+    )
     main(["--config", str(config_file)])
     assert "at 100 tokens/s (as measured in" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -40,12 +62,35 @@ def test_whether_it_fits_is_answered_from_the_shape_alone(tiny_base, config_file
     main([*args, "--gpus", "2", "--gpu-memory=2"])
     out = capsys.readouterr().out
     assert "of each of 2 GPU(s)" in out and "of 2 GiB: fits" in out and "on 2 rank(s)" in out
-    main([*args, "--gpu-memory", "1.5", "gradient_checkpointing=false", "fused=false", "batch_size=64", "micro_batch_size=64"])
+    main(
+        [
+            *args,
+            "--gpu-memory",
+            "1.5",
+            "gradient_checkpointing=false",
+            "fused_layers=false",
+            "batch_size=64",
+            "micro_batch_size=64",
+        ]
+    )
     out = capsys.readouterr().out
-    assert "of each of 1 GPU(s)" in out and "of 1.5 GiB: does not fit" in out and "would fit: micro_batch_size=" in out
+    assert (
+        "of each of 1 GPU(s)" in out
+        and "of 1.5 GiB: does not fit" in out
+        and "would fit: micro_batch_size=" in out
+    )
 
 
-@pytest.mark.parametrize("option", [["--gpus", "0"], ["--gpus", "many"], ["--gpu-memory", "-40"], ["--gpu-memory", "40GB"], ["--gpu-memory"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--gpus", "0"],
+        ["--gpus", "many"],
+        ["--gpu-memory", "-40"],
+        ["--gpu-memory", "40GB"],
+        ["--gpu-memory"],
+    ],
+)
 def test_wrong_gpus_are_named(config_file, capsys, option):
     with pytest.raises(SystemExit) as ended:
         main(["--config", str(config_file), *option])

@@ -17,7 +17,11 @@ from loop.model.loading import load_tokenizer
 def loaded(config_file):
     config = load_config(["--config", str(config_file)])
     tokenizer = load_tokenizer(config.base)
-    return tokenizer, load_examples(config, tokenizer, "train")[0], {c.id: c for c in read_split(config, "train")[0]}
+    return (
+        tokenizer,
+        load_examples(config, tokenizer, "train")[0],
+        {c.id: c for c in read_split(config, "train")[0]},
+    )
 
 
 def test_the_tokens_shown_are_the_examples(loaded):
@@ -32,7 +36,10 @@ def test_a_packed_row_says_where_each_document_lies(loaded):
     tokenizer, examples, _ = loaded
     a, b = examples[:2]
     heads = [head for head, _ in documents_of([a, b], tokenizer)]
-    assert f"tokens {len(a)} to {len(a) + len(b) - 1} of the row, positions 0 to {len(b) - 1}" in heads[1]
+    assert (
+        f"tokens {len(a)} to {len(a) + len(b) - 1} of the row, positions 0 to {len(b) - 1}"
+        in heads[1]
+    )
 
 
 def test_the_checks_hold_and_each_finds_its_fault(loaded):
@@ -56,13 +63,25 @@ def test_the_checks_hold_and_each_finds_its_fault(loaded):
 def test_the_commands(config_file, capsys, tmp_path):
     main(["--config", str(config_file), "--id", "train-3"])
     out = capsys.readouterr().out
-    assert out.startswith("train-3: ") and "every answer ends in a supervised '</s>' (40 examples)" in out
+    assert (
+        out.startswith("train-3: ")
+        and "every answer ends in a supervised '</s>' (40 examples)" in out
+    )
     page = tmp_path / "p.html"
     main(["--config", str(config_file), "--step", "0", "--html", str(page)])
     out, html = capsys.readouterr().out, page.read_text()
-    assert "packed row 0: " in out and "document 1: id train-" in html and html.startswith("<!doctype html>") and "src=" not in html
+    assert (
+        "packed row 0: " in out
+        and "document 1: id train-" in html
+        and html.startswith("<!doctype html>")
+        and "src=" not in html
+    )
     assert stat.S_IMODE(page.stat().st_mode) == 0o600
-    for args, words in ((["--id", "nobody"], "--id nobody"), (["--rows", "x"], "--rows x"), (["--step", "999"], "--step 999: must be")):
+    for args, words in (
+        (["--id", "nobody"], "--id nobody"),
+        (["--rows", "x"], "--rows x"),
+        (["--step", "999"], "--step 999: must be"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["--config", str(config_file), *args])
         assert ended.value.code == 2 and words in capsys.readouterr().err
@@ -71,6 +90,14 @@ def test_the_commands(config_file, capsys, tmp_path):
 def test_a_dialogues_markup_stays_text_on_the_page(config_file, tmp_path, capsys):
     row = {"id": "a", "dialogue": "Doctor: <script>alert(1)</script>", "soap": "S: <b>x</b>"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
-    main(["--config", str(config_file), f"data.train={tmp_path / 'm.jsonl'}", "--html", str(tmp_path / "m.html")])
+    main(
+        [
+            "--config",
+            str(config_file),
+            f"data.train={tmp_path / 'm.jsonl'}",
+            "--html",
+            str(tmp_path / "m.html"),
+        ]
+    )
     page = (tmp_path / "m.html").read_text()
     assert "<script>" not in page and "&lt;" in page

@@ -14,13 +14,20 @@ from loop.commands.verify_resume import differences, spread, verdict
 
 def made() -> dict:
     curve = [(step, 1.0 / step) for step in range(1, 5)]
-    return {"curves": {"train/loss": curve, "train/grad_norm": curve, "train/lr": curve}, "order of the examples": {"seed": 1},
-            "generators of every rank": ["a"], "masters and Adam moments": [4, "x"], "exported weights": {"w": torch.ones(2)}}  # fmt: skip
+    return {
+        "curves": {"train/loss": curve, "train/grad_norm": curve, "train/lr": curve},
+        "order of the examples": {"seed": 1},
+        "generators of every rank": ["a"],
+        "masters and Adam moments": [4, "x"],
+        "exported weights": {"w": torch.ones(2)},
+    }
 
 
 def changed(scale: float = 1.0, **parts) -> dict:
     it = copy.deepcopy(made()) | parts
-    it["curves"]["train/loss"] = [(step, value * scale) for step, value in it["curves"]["train/loss"]]
+    it["curves"]["train/loss"] = [
+        (step, value * scale) for step, value in it["curves"]["train/loss"]
+    ]
     return it
 
 
@@ -28,12 +35,20 @@ def test_the_same_to_the_bit_is_proof():
     assert verdict(made(), made()) == (True, "the resumed run is the unbroken one to the bit")
 
 
-@pytest.mark.parametrize(("other", "named"), [
-    (changed(1 + 1e-12), "train/loss"), (changed(**{"order of the examples": {"seed": 2}}), "order of the examples"),
-    (changed(**{"exported weights": {"w": torch.tensor([1.0, 1.0 + 1e-7])}}), "exported weights"),
-    (changed(**{"exported weights": {}}), "exported weights"),
-    (changed(**{"generators of every rank": ["b"]}), "generators"), (changed(**{"masters and Adam moments": [4, "y"]}), "masters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (changed(1 + 1e-12), "train/loss"),
+        (changed(**{"order of the examples": {"seed": 2}}), "order of the examples"),
+        (
+            changed(**{"exported weights": {"w": torch.tensor([1.0, 1.0 + 1e-7])}}),
+            "exported weights",
+        ),
+        (changed(**{"exported weights": {}}), "exported weights"),
+        (changed(**{"generators of every rank": ["b"]}), "generators"),
+        (changed(**{"masters and Adam moments": [4, "y"]}), "masters"),
+    ],
+)
 def test_any_difference_on_a_machine_that_repeats_itself_is_a_failure_and_named(other, named):
     proved, said = verdict(made(), other, again=made())
     assert not proved and named in said and len(differences(other, made())) == 1
@@ -43,7 +58,9 @@ def test_where_kernels_do_not_repeat_themselves_the_spread_is_stated():
     proved, said = verdict(made(), changed(1 + 2e-6), again=changed(1 + 1e-6))
     assert proved and "2.0e-06" in said and "1.0e-06" in said
     assert not verdict(made(), changed(1 + 1e-3), again=changed(1 + 1e-6))[0]
-    assert not verdict(made(), changed(1 + 1e-6, **{"order of the examples": {"seed": 2}}), again=changed(1 + 1e-6))[0]
+    assert not verdict(
+        made(), changed(1 + 1e-6, **{"order of the examples": {"seed": 2}}), again=changed(1 + 1e-6)
+    )[0]
     short = changed()
     short["curves"]["train/loss"] = short["curves"]["train/loss"][:2]
     assert spread(short, made()) == float("inf")
@@ -52,10 +69,27 @@ def test_where_kernels_do_not_repeat_themselves_the_spread_is_stated():
 @pytest.mark.slow
 def test_the_proof_on_this_machine(config_file):
     """For real: it passes, says what it compared, and leaves nothing behind."""
-    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [str(ROOT / "launch.sh"), "train", "--verify-resume", "--config", str(config_file), "--gpus", "2", "lora.lora_dropout=0.2"]
+    env = os.environ | {
+        "LOOP_PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        str(ROOT / "launch.sh"),
+        "train",
+        "--verify-resume",
+        "--config",
+        str(config_file),
+        "--gpus",
+        "2",
+        "lora.lora_dropout=0.2",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "unbroken one to the bit" in done.stdout and "train/grad_norm" in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 0
+        and "unbroken one to the bit" in done.stdout
+        and "train/grad_norm" in done.stdout
+    ), done.stdout + done.stderr
     assert not (config_file.parent / "runs").exists()
     wrong = subprocess.run([*command, "lr=abc"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and "lr='abc'" in wrong.stderr

@@ -13,14 +13,24 @@ def load(*overrides: str) -> Config:
     return Config(base="x", data={"train": "x"}, **dict(o.split("=", 1) for o in overrides))
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"optimizer": {}}, "optimizer"), ({"gradient_clipping": 1.0}, "max_grad_norm"), ({"train_batch_size": 8}, "batch_size"),
-    ({"zero_optimization": {"stage": 2}}, "stage"), ({"fp16": {"enabled": True}}, "fp16"), ({"data_types": {}}, "grad_accum_dtype"),
-    ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "qwZ"),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer": {}}, "optimizer"),
+        ({"gradient_clipping": 1.0}, "max_grad_norm"),
+        ({"train_batch_size": 8}, "batch_size"),
+        ({"zero_optimization": {"stage": 2}}, "stage"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"data_types": {}}, "grad_accum_dtype"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "qwZ"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer",
+        ),
+    ],
+)
 def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))

@@ -18,22 +18,54 @@ def test_the_seed_configuration_is_the_missions():
     c = load()
     assert c.base == "TinyLlama/TinyLlama-1.1B-Chat-v1.0" and c.method == "qlora" and c.double_quant
     assert (c.lora["r"], c.lora["lora_dropout"], c.lora["target_modules"]) == (8, 0.1, "all-linear")
-    assert c.data.train == "omi-health/medical-dialogue-to-soap-summary" and c.data.columns["note"] == "soap"
+    assert (
+        c.data.train == "omi-health/medical-dialogue-to-soap-summary"
+        and c.data.columns["note"] == "soap"
+    )
     assert (c.max_seq_len, c.batch_size, c.tokens_per_step) == (2048, 8, 16384)
-    assert (c.lr, c.warmup_steps, c.weight_decay, c.max_grad_norm, c.epochs) == (1e-4, 0, 1e-4, 1.0, 1)
+    assert (c.lr, c.warmup_steps, c.weight_decay, c.max_grad_norm, c.epochs) == (
+        1e-4,
+        0,
+        1e-4,
+        1.0,
+        1,
+    )
     assert c.restart_steps is None and c.seed == 42
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["lr=abc"], "lr='abc'"), (["lr=-1"], "lr=-1"), (["lrr=1"], "lrr=1: unknown key"), (["data.foo=1"], "data.foo=1: unknown key"),
-    (["method=dpo"], "method='dpo'"), (["batch_size=0"], "batch_size=0"), (["batch_size=2.5"], "batch_size=2.5"),
-    (["batch_size=true"], "batch_size"), (["micro_batch_size=9"], "batch_size=8"), (["min_lr=1"], "min_lr"), (["betas=[0.9, 1.0]"], "betas"),
-    (["lora.rank=8"], "'rank'"), (["lora.r=0"], "r must be"), (["lora.use_dora=true"], "use_dora"),
-    (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"), (["gradient_checkpointing=maybe"], "'auto'"), (["data.train=3"], "data.train=3"),
-    (["lr.x=1"], "lr is a value"), (["--lr", "3"], "--lr: not understood"), (["data.columns={id: id}"], "data.columns"), (["--config"], "--config"),
-    (["lr=[1"], "not a YAML value"), (["run.name=''"], "run.name"), (["run.name=a/.."], "run.name=a/.."), (["lora.lora_dropout=1.0"], "lora_dropout"),
-    (["run.timeout_minutes=.inf"], "run.timeout_minutes"), (["seed=99999999999999999999"], "seed"), (["data.weights=[.nan]"], "data.weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["lr=abc"], "lr='abc'"),
+        (["lr=-1"], "lr=-1"),
+        (["lrr=1"], "lrr=1: unknown key"),
+        (["data.foo=1"], "data.foo=1: unknown key"),
+        (["method=dpo"], "method='dpo'"),
+        (["batch_size=0"], "batch_size=0"),
+        (["batch_size=2.5"], "batch_size=2.5"),
+        (["batch_size=true"], "batch_size"),
+        (["micro_batch_size=9"], "batch_size=8"),
+        (["min_lr=1"], "min_lr"),
+        (["betas=[0.9, 1.0]"], "betas"),
+        (["lora.rank=8"], "'rank'"),
+        (["lora.r=0"], "r must be"),
+        (["lora.use_dora=true"], "use_dora"),
+        (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"),
+        (["gradient_checkpointing=maybe"], "'auto'"),
+        (["data.train=3"], "data.train=3"),
+        (["lr.x=1"], "lr is a value"),
+        (["--lr", "3"], "--lr: not understood"),
+        (["data.columns={id: id}"], "data.columns"),
+        (["--config"], "--config"),
+        (["lr=[1"], "not a YAML value"),
+        (["run.name=''"], "run.name"),
+        (["run.name=a/.."], "run.name=a/.."),
+        (["lora.lora_dropout=1.0"], "lora_dropout"),
+        (["run.stall_timeout_minutes=.inf"], "run.stall_timeout_minutes"),
+        (["seed=99999999999999999999"], "seed"),
+        (["data.weights=[.nan]"], "data.weights"),
+    ],
+)
 def test_a_mistake_is_one_line_that_names_the_key(args, words):
     with pytest.raises(ConfigError) as caught:
         load(*args)

@@ -8,7 +8,7 @@ from helpers import seed_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.data.batch_plan import cut, make_plan
+from loop.data.batch_plan import plan_batches, split_step
 from loop.data.bin_packing import best_fit_decreasing
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
@@ -37,65 +37,78 @@ def test_the_histogram_packer_is_textbook_best_fit_decreasing(sizes, capacity):
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(100, 1000), st.integers(0, 5), st.integers(1, 3))
 def test_every_epoch_holds_every_example_once_and_no_step_overflows(lengths, budget, seed, epochs):
-    plan = make_plan(lengths, budget, seed, epochs)
+    plan = plan_batches(lengths, budget, seed, epochs)
     assert sorted(plan.order.tolist()) == sorted(list(range(len(lengths))) * epochs)
     assert all(0 < lengths[plan[s]].sum() <= budget for s in range(len(plan)))
     assert sum(len(plan[s]) for s in range(len(plan))) == len(lengths) * epochs
     ends = np.cumsum([len(plan[s]) for s in range(len(plan))])
-    assert all(n * len(lengths) in ends for n in range(1, epochs + 1))  # an epoch ends where a step ends
-    again = make_plan(lengths, budget, seed, epochs)
+    assert all(
+        n * len(lengths) in ends for n in range(1, epochs + 1)
+    )  # an epoch ends where a step ends
+    again = plan_batches(lengths, budget, seed, epochs)
     assert np.array_equal(plan.order, again.order) and np.array_equal(plan.offsets, again.offsets)
 
 
 def test_the_seed_profile_fills_the_budget():
-    plan = make_plan(seed_profile(9250), 16384, 42)
+    plan = plan_batches(seed_profile(9250), 16384, 42)
     assert plan.fill > 0.99
     assert abs(len(plan) - 826) < 8  # the report's 826 steps
 
 
 def test_the_order_is_random():
     lengths = seed_profile(50_000)
-    plan = make_plan(lengths, 16384, 1)
+    plan = plan_batches(lengths, 16384, 1)
     means = np.array([lengths[plan[s]].mean() for s in range(len(plan))])
     assert abs(np.corrcoef(np.arange(len(plan)), means)[0, 1]) < 4 / len(plan) ** 0.5
     # the company in a step is nearly that of chance: its mean length varies as that of as many random examples does
     counts = np.array([len(plan[s]) for s in range(len(plan))])
     assert means.std() < 1.2 * (lengths.std() / counts**0.5).mean()
-    order = make_plan(lengths, 16384, 1, epochs=2)
-    company = [{frozenset((a, b)) for s in steps for a in order[s] for b in order[s] if a < b}
-               for steps in (range(0, 200), range(len(plan), len(plan) + 4000))]  # fmt: skip
-    assert len(company[0] & company[1]) < 0.01 * len(company[0])  # other company in the second epoch
-    assert not np.array_equal(order.order[: len(lengths)], make_plan(lengths, 16384, 2).order)
+    order = plan_batches(lengths, 16384, 1, epochs=2)
+    company = [
+        {frozenset((a, b)) for s in steps for a in order[s] for b in order[s] if a < b}
+        for steps in (range(0, 200), range(len(plan), len(plan) + 4000))
+    ]
+    assert len(company[0] & company[1]) < 0.01 * len(
+        company[0]
+    )  # other company in the second epoch
+    assert not np.array_equal(order.order[: len(lengths)], plan_batches(lengths, 16384, 2).order)
 
 
 def test_max_steps_cuts_the_plan():
-    plan = make_plan(seed_profile(500), 16384, 1, max_steps=7)
+    plan = plan_batches(seed_profile(500), 16384, 1, max_steps=7)
     assert len(plan) == 7 and len(plan.order) == plan.offsets[-1]
     assert plan.tokens == seed_profile(500)[plan.order].sum()
 
 
 def test_weights_are_visits_an_epoch():
     lengths, weights = seed_profile(2000), np.repeat([2.0, 1.0, 0.25], [200, 800, 1000])
-    plan = make_plan(lengths, 16384, 3, epochs=4, weights=weights)
+    plan = plan_batches(lengths, 16384, 3, epochs=4, weights=weights)
     visits = np.bincount(plan.order, minlength=2000)
     assert (visits[:200] == 8).all() and (visits[200:1000] == 4).all()
-    assert 850 < visits[1000:].sum() < 1150 and visits[1000:].max() > 1  # a quarter of them in each of four epochs, drawn anew
-    ones = make_plan(lengths, 16384, 3, weights=np.ones(2000))
+    assert (
+        850 < visits[1000:].sum() < 1150 and visits[1000:].max() > 1
+    )  # a quarter of them in each of four epochs, drawn anew
+    ones = plan_batches(lengths, 16384, 3, weights=np.ones(2000))
     assert sorted(ones.order) == list(range(2000))
     with pytest.raises(ValueError, match="no epoch visits"):
-        make_plan(np.array([5]), 16384, 0, weights=np.array([1e-9]))
+        plan_batches(np.array([5]), 16384, 0, weights=np.array([1e-9]))
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 101], [0, 5]])
 def test_impossible_lengths_are_refused(lengths):
     with pytest.raises(ValueError, match="1..100"):
-        make_plan(np.array(lengths), 100, 0)
+        plan_batches(np.array(lengths), 100, 0)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array), st.integers(1, 8), st.integers(50, 400), st.sampled_from([0, 0.01, 1]))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array),
+    st.integers(1, 8),
+    st.integers(50, 400),
+    st.sampled_from([0, 0.01, 1]),
+)
 def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity, pairs):
-    ranks = cut(np.arange(len(lengths)), lengths, world_size, capacity, pairs)
+    ranks = split_step(np.arange(len(lengths)), lengths, world_size, capacity, pairs)
     assert len(ranks) == world_size and len({len(r) for r in ranks}) == 1
     assert sorted(i for r in ranks for m in r for i in m) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in m) <= capacity for r in ranks for m in r)
@@ -103,10 +116,10 @@ def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capa
 
 def test_a_cut_is_balanced():
     lengths = seed_profile(9250)
-    plan = make_plan(lengths, 16384, 42)
+    plan = plan_batches(lengths, 16384, 42)
     shares = []
     for s in range(100):
-        loads = [int(lengths[r[0]].sum()) for r in cut(plan[s], lengths, 2, 16384)]
+        loads = [int(lengths[r[0]].sum()) for r in split_step(plan[s], lengths, 2, 16384)]
         assert abs(loads[0] - loads[1]) <= lengths[plan[s]].max()
         shares.append(max(loads) / sum(loads))
     assert np.mean(shares) < 0.52
@@ -114,24 +127,26 @@ def test_a_cut_is_balanced():
 
 def test_an_example_above_the_capacity_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
-        cut(np.array([0]), np.array([60]), 1, 50)
+        split_step(np.array([0]), np.array([60]), 1, 50)
 
 
 @pytest.mark.slow
 def test_ten_million_examples_are_planned_in_seconds():
     lengths = seed_profile(10_000_000)
     start = time.perf_counter()
-    plan = make_plan(lengths, 16384, 0)
-    assert plan.fill > 0.99 and time.perf_counter() - start < 60  # 4 s were measured; the bound is generous on purpose
+    plan = plan_batches(lengths, 16384, 0)
+    assert (
+        plan.fill > 0.99 and time.perf_counter() - start < 60
+    )  # 4 s were measured; the bound is generous on purpose
 
 
 def test_a_step_that_holds_an_example_twice_keeps_both():
     """As data.weights above 1 make them; the swaps go by places, not by ids."""
     lengths = np.clip(np.random.default_rng(0).normal(700, 250, 100), 64, 2048).astype(int)
-    plan = make_plan(lengths, 8 * 2048, 0, weights=np.full(100, 8.0))
+    plan = plan_batches(lengths, 8 * 2048, 0, weights=np.full(100, 8.0))
     twice = 0
     for ids in (plan[s] for s in range(len(plan))):
-        places = [part for rank in cut(ids, lengths, 2, 5 * 2048) for part in rank]
+        places = [part for rank in split_step(ids, lengths, 2, 5 * 2048) for part in rank]
         assert sorted(sum(places, [])) == sorted(ids)
         twice += len(set(ids)) < len(ids)
     assert twice > 5
@@ -139,8 +154,13 @@ def test_a_step_that_holds_an_example_twice_keeps_both():
 
 def test_ranks_are_filled_evenly():
     lengths = seed_profile(3000)
-    plan = make_plan(lengths, 16 * 2048, 0)
-    loads = np.array([[lengths[sum(rank, [])].sum() for rank in cut(plan[s], lengths, 2, 9 * 2048)] for s in range(len(plan))])
+    plan = plan_batches(lengths, 16 * 2048, 0)
+    loads = np.array(
+        [
+            [lengths[sum(rank, [])].sum() for rank in split_step(plan[s], lengths, 2, 9 * 2048)]
+            for s in range(len(plan))
+        ]
+    )
     assert (loads.max(1) / loads.mean(1)).mean() < 1.001
 
 
@@ -149,17 +169,23 @@ def test_attention_counts_where_lengths_are_mixed():
     Where the row is too small for that, tokens alone count, rather than a micro-batch more."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(6000, 8192, 60), rng.integers(100, 1500, 1500)])
-    plan, pairs = make_plan(lengths, 32 * 2048, 0), 1e-4
+    plan, pairs = plan_batches(lengths, 32 * 2048, 0), 1e-4
 
     def most(pairs_seen: float, capacity: int) -> np.ndarray:
         """[steps]: work of the fullest rank, by the mean; and all have one micro-batch."""
         work = []
         for step in range(len(plan)):
-            ranks = cut(plan[step], lengths, 4, capacity, pairs_seen)
+            ranks = split_step(plan[step], lengths, 4, capacity, pairs_seen)
             assert [len(rank) for rank in ranks] == [1] * 4
-            work.append([sum(lengths[i] + pairs * lengths[i] ** 2 for i in rank[0]) for rank in ranks])
+            work.append(
+                [sum(lengths[i] + pairs * lengths[i] ** 2 for i in rank[0]) for rank in ranks]
+            )
         return np.max(work, 1) / np.mean(work, 1)
 
     assert most(pairs, 12 * 2048).mean() < 1.005 and most(0, 12 * 2048).mean() > 1.08
-    tight = max(sum(lengths[i] for i in part) for step in range(len(plan)) for (part,) in cut(plan[step], lengths, 4, 12 * 2048))
+    tight = max(
+        sum(lengths[i] for i in part)
+        for step in range(len(plan))
+        for (part,) in split_step(plan[step], lengths, 4, 12 * 2048)
+    )
     assert most(pairs, int(tight)).mean() < most(0, int(tight)).mean() + 1e-9

@@ -30,6 +30,9 @@ def test_a_rank_without_examples_has_a_row_without_targets():
 
 def test_the_number_of_targets_is_the_collators():
     rng = np.random.default_rng(0)
-    examples = [example(str(i), rng.integers(0, 9, n).tolist(), int(rng.integers(0, n))) for i, n in enumerate(rng.integers(1, 30, 50))]
+    examples = [
+        example(str(i), rng.integers(0, 9, n).tolist(), int(rng.integers(0, n)))
+        for i, n in enumerate(rng.integers(1, 30, 50))
+    ]
     for e in examples:
         assert e.num_targets == int((collate([e], 64).targets != -100).sum())

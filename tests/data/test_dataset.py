@@ -13,8 +13,19 @@ from loop.data.soap import REQUEST
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.model.loading import load_tokenizer
 
-ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
-LONG = {"id": "long", "dialogue": "\n".join(f"Doctor: question {i}" for i in range(200)), "soap": "S: a"}
+ROWS = [
+    {
+        "id": f"r{i}",
+        "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.",
+        "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y",
+    }
+    for i in range(6)
+]
+LONG = {
+    "id": "long",
+    "dialogue": "\n".join(f"Doctor: question {i}" for i in range(200)),
+    "soap": "S: a",
+}
 
 
 @pytest.fixture
@@ -23,8 +34,20 @@ def load(tmp_path, tiny_base):
 
     def load(rows, *args, prepare=load_examples):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        c = load_config(["--config", "loop/configs/soap_qlora.yaml", f"base={tiny_base}", f"data.train={tmp_path / 'rows.jsonl'}", "data.valid=null",
-                         "data.test=null", "data.valid_share=0", f"run.dir={tmp_path / 'runs'}", "max_seq_len=1024", *args])  # fmt: skip
+        c = load_config(
+            [
+                "--config",
+                "loop/configs/soap_qlora.yaml",
+                f"base={tiny_base}",
+                f"data.train={tmp_path / 'rows.jsonl'}",
+                "data.valid=null",
+                "data.test=null",
+                "data.valid_fraction=0",
+                f"run.dir={tmp_path / 'runs'}",
+                "max_seq_len=1024",
+                *args,
+            ]
+        )
         return prepare(c, load_tokenizer(tiny_base), "train")
 
     return load
@@ -46,19 +69,38 @@ def test_a_truncated_dialogue_keeps_note_frame_and_both_ends(load, tiny_base):
     text = tokenizer.decode(example.input_ids)
     assert account.truncated == ["long"] and not account.dropped and account.without_headings == 1
     assert 1024 - 40 < len(example) <= 1024  # no more turns went than had to
-    assert REQUEST.strip() in text and "question 0\n" in text and "question 199" in text and text.endswith("S: a</s>")
+    assert (
+        REQUEST.strip() in text
+        and "question 0\n" in text
+        and "question 199" in text
+        and text.endswith("S: a</s>")
+    )
     (marker,) = [line for line in text.splitlines() if "turns left out]" in line]
     assert text.count("Doctor: question") + int(marker[1:].split()[0]) == 200
     # where even the first and the last turn are too much, the example is dropped, not damaged
-    kept, account = load([*ROWS, LONG | {"dialogue": "Doctor: " + "x" * 3000 + "\nPatient: " + "y" * 3000}], "data.overlong=truncate_dialogue")
+    kept, account = load(
+        [*ROWS, LONG | {"dialogue": "Doctor: " + "x" * 3000 + "\nPatient: " + "y" * 3000}],
+        "data.overlong=truncate_dialogue",
+    )
     assert len(kept) == 6 and account.dropped == ["long"]
 
 
 def test_skipped_rows_are_in_the_account_and_in_what_is_said(load):
-    kept, account = load([*ROWS, {"id": "empty", "dialogue": "", "soap": "S: x"}, LONG], "data.on_error=skip")
-    assert (account.rows, account.kept, len(account.skipped), account.dropped) == (8, 6, 1, ["long"])
+    kept, account = load(
+        [*ROWS, {"id": "empty", "dialogue": "", "soap": "S: x"}, LONG], "data.on_error=skip"
+    )
+    assert (account.rows, account.kept, len(account.skipped), account.dropped) == (
+        8,
+        6,
+        1,
+        ["long"],
+    )
     said = "\n".join(account.lines("train", 1024))
-    assert "1 of 8 in data.train, bad rows" in said and "(id empty)" in said and "longer than 1,024 tokens: long" in said
+    assert (
+        "1 of 8 in data.train, bad rows" in said
+        and "(id empty)" in said
+        and "longer than 1,024 tokens: long" in said
+    )
 
 
 def test_a_base_without_a_template_is_told_of(load, monkeypatch):
@@ -80,11 +122,25 @@ def test_the_second_start_reads_the_first_ones_result(load, monkeypatch):
     second, again = load([*ROWS, LONG])
     assert again == account
     for a, b in zip(first, second, strict=True):
-        assert a.id == b.id and a.weight == b.weight and (a.input_ids == b.input_ids).all() and (a.labels == b.labels).all()
+        assert (
+            a.id == b.id
+            and a.weight == b.weight
+            and (a.input_ids == b.input_ids).all()
+            and (a.labels == b.labels).all()
+        )
 
 
 @pytest.mark.parametrize(
-    "change", ["a byte of the data", "max_seq_len=1000", "data.overlong=truncate_dialogue", "data.supervise=all", "template", "tokenizer", "code"]
+    "change",
+    [
+        "a byte of the data",
+        "max_seq_len=1000",
+        "data.overlong=truncate_dialogue",
+        "data.supervise=all",
+        "template",
+        "tokenizer",
+        "code",
+    ],
 )
 def test_a_stale_result_is_never_read(change, load, monkeypatch, tiny_base):
     """Whatever the result depends on: when it changes, the examples are made anew and are those of a start without a cache."""
@@ -94,21 +150,34 @@ def test_a_stale_result_is_never_read(change, load, monkeypatch, tiny_base):
     if change == "a byte of the data":
         rows[3] = rows[3] | {"soap": rows[3]["soap"].replace("y", "z")}
     elif change == "template":
-        monkeypatch.setitem(globals(), "load_tokenizer", lambda base: changed(plain(base), "chat_template"))
+        monkeypatch.setitem(
+            globals(), "load_tokenizer", lambda base: changed(plain(base), "chat_template")
+        )
     elif change == "tokenizer":
-        monkeypatch.setitem(globals(), "load_tokenizer", lambda base: changed(plain(base), "vocabulary"))
+        monkeypatch.setitem(
+            globals(), "load_tokenizer", lambda base: changed(plain(base), "vocabulary")
+        )
     elif change == "code":
         read = Path.read_bytes
-        monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"# changed" if path.name == "tokens.py" else b""))
+        monkeypatch.setattr(
+            Path,
+            "read_bytes",
+            lambda path: read(path) + (b"# changed" if path.name == "tokens.py" else b""),
+        )
     else:
         args = [change]
     prepare = prepare_examples
-    monkeypatch.setattr("loop.data.dataset.prepare_examples", lambda *a: made.append(1) or prepare(*a))
+    monkeypatch.setattr(
+        "loop.data.dataset.prepare_examples", lambda *a: made.append(1) or prepare(*a)
+    )
     kept, account = load(rows, *args)
     assert made == [1]
     expected, _ = load(rows, *args, "data.cache=false")
     assert len(kept) == len(expected)
-    assert all((a.input_ids == b.input_ids).all() and (a.labels == b.labels).all() for a, b in zip(kept, expected))
+    assert all(
+        (a.input_ids == b.input_ids).all() and (a.labels == b.labels).all()
+        for a, b in zip(kept, expected)
+    )
 
 
 def changed(tokenizer, what: str):

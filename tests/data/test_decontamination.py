@@ -5,7 +5,7 @@ import random
 
 from helpers import ROOT
 
-from loop.data.decontamination import find_leaks, sketch
+from loop.data.decontamination import find_near_duplicates, minhash
 
 WORDS = [f"w{i}{'abcdefghij'[i % 10]}" for i in range(500)]
 
@@ -16,7 +16,9 @@ def text(seed: int, n: int = 200) -> list[str]:
 
 def test_case_spacing_and_punctuation_hide_nothing():
     words = text(0)
-    (leak,) = find_leaks(["other " * 20, " ".join(words)], [" ".join(text(1)), ",  ".join(words).upper() + "."])
+    (leak,) = find_near_duplicates(
+        ["other " * 20, " ".join(words)], [" ".join(text(1)), ",  ".join(words).upper() + "."]
+    )
     assert leak == (1, 1, "the same dialogue")
 
 
@@ -26,20 +28,22 @@ def test_a_few_changed_words_are_near_and_many_are_not():
         other = list(words)
         for i in random.Random(0).sample(range(len(words)), changed):
             other[i] = "changed"
-        found = find_leaks([" ".join(words)], [" ".join(other)])
+        found = find_near_duplicates([" ".join(words)], [" ".join(other)])
         assert bool(found) == expected
         assert not found or found[0][2].startswith("nearly the same dialogue (")
 
 
 def test_short_texts_match_only_themselves():
-    assert find_leaks(["Doctor: hi", "x"], ["doctor hi", "y"]) == [(0, 0, "the same dialogue")]
-    assert find_leaks(["a"], []) == [] and find_leaks([], ["a"]) == []
+    assert find_near_duplicates(["Doctor: hi", "x"], ["doctor hi", "y"]) == [
+        (0, 0, "the same dialogue")
+    ]
+    assert find_near_duplicates(["a"], []) == [] and find_near_duplicates([], ["a"]) == []
 
 
 def test_the_share_is_estimated():
     """Of two texts that share half of their runs of characters, about half of the smallest hashes agree."""
     a, b, c = (" ".join(text(seed, 1000)) for seed in (3, 4, 5))
-    one, two = sketch(a + b), sketch(b + c)
+    one, two = minhash(a + b), minhash(b + c)
     joint = sorted(set(one) | set(two))[:128]
     share = sum(h in set(one) and h in set(two) for h in joint) / len(joint)
     assert 0.15 < share < 0.55  # a third in truth
@@ -47,6 +51,10 @@ def test_the_share_is_estimated():
 
 def test_the_embedded_splits_do_not_leak():
     dialogues = {
-        s: [json.loads(line)["dialogue"] for line in (ROOT / "loop/embedded/data" / f"{s}.jsonl").open()] for s in ("train", "valid", "test")
+        s: [
+            json.loads(line)["dialogue"]
+            for line in (ROOT / "loop/embedded/data" / f"{s}.jsonl").open()
+        ]
+        for s in ("train", "valid", "test")
     }
-    assert find_leaks(dialogues["train"], dialogues["valid"] + dialogues["test"]) == []
+    assert find_near_duplicates(dialogues["train"], dialogues["valid"] + dialogues["test"]) == []

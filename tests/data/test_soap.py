@@ -16,16 +16,36 @@ NOTE = "S: Cough for 3 days.\nO: Temperature 38.4 C.\nA: Bronchitis.\nP: Rest: a
 
 
 def test_a_note_is_taken_apart_at_its_headings():
-    assert parse_note(NOTE) == {"S": "Cough for 3 days.", "O": "Temperature 38.4 C.", "A": "Bronchitis.", "P": "Rest: a week.\nSee again in 7 days."}
+    assert parse_note(NOTE) == {
+        "S": "Cough for 3 days.",
+        "O": "Temperature 38.4 C.",
+        "A": "Bronchitis.",
+        "P": "Rest: a week.\nSee again in 7 days.",
+    }
     assert has_all_sections(NOTE)
 
 
-@pytest.mark.parametrize("note", ["**Subjective:** a\n**Objective:** b\n**Assessment:** c\n**Plan:** d", "# S: a\n# O: b\n# A: c\n# P: d"])
+@pytest.mark.parametrize(
+    "note",
+    [
+        "**Subjective:** a\n**Objective:** b\n**Assessment:** c\n**Plan:** d",
+        "# S: a\n# O: b\n# A: c\n# P: d",
+    ],
+)
 def test_markdown_headings_are_found(note):
     assert parse_note(note) == {"S": "a", "O": "b", "A": "c", "P": "d"}
 
 
-@pytest.mark.parametrize("note", ["", "Cough.", NOTE.replace("O:", "X:"), NOTE.replace("Bronchitis.", ""), "O: b\nS: a\nA: c\nP: d"])
+@pytest.mark.parametrize(
+    "note",
+    [
+        "",
+        "Cough.",
+        NOTE.replace("O:", "X:"),
+        NOTE.replace("Bronchitis.", ""),
+        "O: b\nS: a\nA: c\nP: d",
+    ],
+)
 def test_a_missing_empty_or_misplaced_section_counts(note):
     assert not has_all_sections(note)
 

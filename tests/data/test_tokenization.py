@@ -12,7 +12,14 @@ from loop.data.tokenization import PLAIN_TEMPLATE, encode, encode_examples, enco
 from loop.generation.sharded import prompt_of
 from loop.model.loading import load_tokenizer
 
-ROWS = [{"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.", "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y"} for i in range(6)]
+ROWS = [
+    {
+        "id": f"r{i}",
+        "dialogue": f"Doctor: How are you, {i}?\nPatient: Pain, 7/10.",
+        "soap": f"S: Pain {i}.\nO: -\nA: x\nP: y",
+    }
+    for i in range(6)
+]
 
 ZEPHYR = (  # TinyLlama's; role tags are ordinary text there
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}"
@@ -29,12 +36,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # As Gemma's: the role tags are special, but none of the tokens with a name, and the template ends a turn with a tag instead of the EOS.
-UNNAMED = "{{ bos_token }}" + CHATML.replace("<|im_end|>", "<end>").replace("<|im_start|>", "<start>")
+UNNAMED = "{{ bos_token }}" + CHATML.replace("<|im_end|>", "<end>").replace(
+    "<|im_start|>", "<start>"
+)
 TEMPLATES = {  # template, end of sequence, further special tokens
-    "own": (None, "</s>", []), "none": (PLAIN_TEMPLATE, "</s>", []), "zephyr": (ZEPHYR, "</s>", []),
+    "own": (None, "</s>", []),
+    "none": (PLAIN_TEMPLATE, "</s>", []),
+    "zephyr": (ZEPHYR, "</s>", []),
     "unnamed": (UNNAMED, "</s>", None),
-    "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]), "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
-}  # fmt: skip
+    "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
+}
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -42,7 +54,10 @@ def tokenizer(request, tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     template, eos, specials = TEMPLATES[request.param]
     if specials is None:
-        tokenizer.add_tokens([AddedToken("<start>", special=True), AddedToken("<end>", special=True)], special_tokens=True)
+        tokenizer.add_tokens(
+            [AddedToken("<start>", special=True), AddedToken("<end>", special=True)],
+            special_tokens=True,
+        )
         assert tokenizer.convert_tokens_to_ids("<end>") not in tokenizer.all_special_ids
     else:
         tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": specials})
@@ -61,26 +76,37 @@ def test_the_note_and_its_eos_are_supervised_and_nothing_else(tokenizer):
         assert supervised[-1] == tokenizer.eos_token_id == e.input_ids[-1]
         assert tokenizer.decode(supervised, skip_special_tokens=True).strip() == row["soap"]
         prompt = encode(tokenizer, [(soap_messages(row["dialogue"]), True)])[0]
-        assert e.input_ids[: len(prompt)].tolist() == prompt  # what generation feeds is what training saw
-        assert np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :]) and (e.labels[: len(prompt)] == -100).all()
+        assert (
+            e.input_ids[: len(prompt)].tolist() == prompt
+        )  # what generation feeds is what training saw
+        assert (
+            np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :])
+            and (e.labels[: len(prompt)] == -100).all()
+        )
 
 
 def test_the_spelling_of_a_special_token_stays_text(tokenizer):
     specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     note = "S: he said " + " ".join(specials) + " and left.\nO: -\nA: x\nP: y"
-    plain, injected = (encode_examples(tokenizer, [talk(d, note)])[0] for d in ("Doctor: hi", "Doctor: hi " + "".join(specials)))
-    count = [sum(int(i) in tokenizer.all_special_ids for i in e.input_ids) for e in (plain, injected)]
+    plain, injected = (
+        encode_examples(tokenizer, [talk(d, note)])[0]
+        for d in ("Doctor: hi", "Doctor: hi " + "".join(specials))
+    )
+    count = [
+        sum(int(i) in tokenizer.all_special_ids for i in e.input_ids) for e in (plain, injected)
+    ]
     frame = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])[0]
     assert count[0] == count[1] == sum(int(i) in tokenizer.all_special_ids for i in frame.input_ids)
     supervised = injected.input_ids[injected.labels != -100]
-    assert tokenizer.decode(supervised, skip_special_tokens=True).strip() == note and tokenizer.eos_token_id not in supervised[:-1]
+    assert (
+        tokenizer.decode(supervised, skip_special_tokens=True).strip() == note
+        and tokenizer.eos_token_id not in supervised[:-1]
+    )
 
 
 def test_a_template_without_an_eos_gets_one(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
     assert e.input_ids[-1] == e.labels[-1] == tokenizer.eos_token_id
 
@@ -88,19 +114,32 @@ def test_a_template_without_an_eos_gets_one(tiny_base):
 def test_prompts_are_found_without_tokenising_them(tokenizer):
     """The short way through the last special token gives what `encode` gives, special tokens' spellings and other turns included."""
     specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
-    dialogues = [r["dialogue"] for r in ROWS] + ["Doctor: " + specials, "Doctor: ends in a line break\n\n", "Doctor: é\u4e2d\U0001f600 x  y"]
+    dialogues = [r["dialogue"] for r in ROWS] + [
+        "Doctor: " + specials,
+        "Doctor: ends in a line break\n\n",
+        "Doctor: é\u4e2d\U0001f600 x  y",
+    ]
     upto = [soap_messages(d, "S: ok\nP: rest") for d in dialogues]
-    upto.append(soap_messages("Doctor: hi  \n there", "S: he said " + specials))  # then the whole is put together from pieces, the prompt is not
+    upto.append(
+        soap_messages("Doctor: hi  \n there", "S: he said " + specials)
+    )  # then the whole is put together from pieces, the prompt is not
     first = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
-    upto += [first, [*first, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]]
+    upto += [
+        first,
+        [*first, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}],
+    ]
     wholes = encode(tokenizer, [(m, False) for m in upto])
-    assert encode_prompts(tokenizer, upto, wholes) == encode(tokenizer, [(m[:-1], True) for m in upto])
+    assert encode_prompts(tokenizer, upto, wholes) == encode(
+        tokenizer, [(m[:-1], True) for m in upto]
+    )
 
 
 def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):
     bare = shutil.copytree(tiny_base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    tokenizer = load_tokenizer(str(bare))  # at once: its template is part of a run's identity, whether a cache is read or not
+    tokenizer = load_tokenizer(
+        str(bare)
+    )  # at once: its template is part of a run's identity, whether a cache is read or not
     assert tokenizer.chat_template == PLAIN_TEMPLATE
     (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
     text = tokenizer.decode(e.input_ids)
@@ -109,11 +148,17 @@ def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):
 
 
 def test_messages_supervise_every_assistant_turn(tiny_base):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"},
-             {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "two"},
+    ]
     tokenizer = load_tokenizer(tiny_base)
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)])
-    asked = tokenizer.decode(prompt_of(e))  # a note is written for the last answer, which it is compared with
+    asked = tokenizer.decode(
+        prompt_of(e)
+    )  # a note is written for the last answer, which it is compared with
     assert "one" in asked and asked.count("b") and "two" not in asked
     assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one</s>two</s>"
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)], "all")
@@ -123,9 +168,16 @@ def test_messages_supervise_every_assistant_turn(tiny_base):
 def test_what_a_tokenizer_file_cuts_or_fills_is_not_done(tiny_base):
     """Saved after it was used with truncation and padding, tokenizer.json has both on, and notes would be cut off without a word."""
     tokenizer = load_tokenizer(str(tiny_base))
-    rows = [Conversation(str(i), soap_messages("Doctor: Hello. " * n, "S: well")) for i, n in enumerate((30, 1))]
+    rows = [
+        Conversation(str(i), soap_messages("Doctor: Hello. " * n, "S: well"))
+        for i, n in enumerate((30, 1))
+    ]
     before = encode_examples(tokenizer, rows)
     tokenizer.backend_tokenizer.enable_truncation(16)
     tokenizer.backend_tokenizer.enable_padding(length=64, pad_id=tokenizer.eos_token_id)
     for one, other in zip(before, encode_examples(tokenizer, rows)):
-        assert len(one) > 16 and one.input_ids.tolist() == other.input_ids.tolist() and one.labels.tolist() == other.labels.tolist()
+        assert (
+            len(one) > 16
+            and one.input_ids.tolist() == other.input_ids.tolist()
+            and one.labels.tolist() == other.labels.tolist()
+        )

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from loop.config.schema import ConfigError
-from loop.distributed.hosts import machines, read_hostfile, this_machine
-from loop.distributed.launcher import Requests
+from loop.distributed.hosts import find_hosts, local_hosts, read_hostfile
+from loop.distributed.launcher import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
@@ -69,9 +69,15 @@ def two_clones(tmp_path):
 
 def start(clone, *args, **env):
     env = {**os.environ, "LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", **env}
-    env = {name: value for name, value in env.items() if value is not None and name != "OMP_NUM_THREADS"}
+    env = {
+        name: value
+        for name, value in env.items()
+        if value is not None and name != "OMP_NUM_THREADS"
+    }
     command = [str(clone / "launch.sh"), *args]
-    return subprocess.Popen(command, cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def run(clone, *args, **env):
@@ -90,7 +96,11 @@ def living(clone):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(clone) and process.name() != "sleep" and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.cwd() == str(clone)
+                and process.name() != "sleep"
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except psutil.Error:
             pass
@@ -105,7 +115,9 @@ def wait_until(condition, seconds=40):
 
 
 def wait_for_ranks(*clones, lines=2):
-    wait_until(lambda: all(len(events(clone, rank)) >= lines for clone in clones for rank in (0, 1)))
+    wait_until(
+        lambda: all(len(events(clone, rank)) >= lines for clone in clones for rank in (0, 1))
+    )
 
 
 def test_help_names_every_command(clone):
@@ -164,7 +176,10 @@ def test_without_a_command_it_trains_and_a_mistake_comes_out_as_one(clone):
     assert set(err.splitlines()) == {"toy: fail=1 is a mistake"}
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for rank in (0, 1):
-        assert events(clone, rank)[:2] == ["args fail=1 a=b c --config x.json", f"env 2 cpu {threads}"]
+        assert events(clone, rank)[:2] == [
+            "args fail=1 a=b c --config x.json",
+            f"env 2 cpu {threads}",
+        ]
     assert not living(clone)
 
 
@@ -182,7 +197,10 @@ def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
 
 
 def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_period(two_clones):
-    runs = [start(clone, "wait=1", "deaf=1", LOOP_GRACE_SECONDS=grace) for clone, grace in zip(two_clones, ("600", "2"))]
+    runs = [
+        start(clone, "wait=1", "deaf=1", LOOP_GRACE_SECONDS=grace)
+        for clone, grace in zip(two_clones, ("600", "2"))
+    ]
     wait_for_ranks(*two_clones)
     for process in runs:
         process.send_signal(signal.SIGTERM)
@@ -215,23 +233,39 @@ def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
 
 @pytest.mark.parametrize(
     "visible, gpus, found",
-    [("0,1,2,3", None, [0, 1, 2, 3]), ("0,1,2,3", 2, [0, 1]), ("3,1,2", 2, [3, 1]), ("", None, [0, 1]), ("", 3, [0, 1, 2]),
-     ("0,1", 5, "more than the 2"), ("GPU-1b2c", None, "CUDA_VISIBLE_DEVICES")],
-)  # fmt: skip
+    [
+        ("0,1,2,3", None, [0, 1, 2, 3]),
+        ("0,1,2,3", 2, [0, 1]),
+        ("3,1,2", 2, [3, 1]),
+        ("", None, [0, 1]),
+        ("", 3, [0, 1, 2]),
+        ("0,1", 5, "more than the 2"),
+        ("GPU-1b2c", None, "CUDA_VISIBLE_DEVICES"),
+    ],
+)
 def test_ranks_go_to_the_gpus_that_may_be_used(visible, gpus, found):
     if isinstance(found, list):
-        assert this_machine(visible, gpus) == {"localhost": found}
+        assert local_hosts(visible, gpus) == {"localhost": found}
     else:
         with pytest.raises(ConfigError, match=found):
-            this_machine(visible, gpus)
+            local_hosts(visible, gpus)
 
 
-@pytest.mark.parametrize("set_to, numbers", [(None, "0,1,2,3"), ("3,1", "3,1"), ("", ""), ("-1", "")])
+@pytest.mark.parametrize(
+    "set_to, numbers", [(None, "0,1,2,3"), ("3,1", "3,1"), ("", ""), ("-1", "")]
+)
 def test_gpus_are_the_visible_ones_or_all(clone, set_to, numbers):
-    for name, body in {"python": 'echo "visible=$CUDA_VISIBLE_DEVICES $@"', "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3'}.items():
+    for name, body in {
+        "python": 'echo "visible=$CUDA_VISIBLE_DEVICES $@"',
+        "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3',
+    }.items():
         (clone / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (clone / name).chmod(0o755)
-    env = {"LOOP_PYTHON": str(clone / "python"), "PATH": f"{clone}:/usr/bin:/bin", "DS_ACCELERATOR": None}
+    env = {
+        "LOOP_PYTHON": str(clone / "python"),
+        "PATH": f"{clone}:/usr/bin:/bin",
+        "DS_ACCELERATOR": None,
+    }
     code, out, _ = run(clone, "lr=1", CUDA_VISIBLE_DEVICES=set_to, **env)
     assert (code, out) == (0, f"visible={numbers} -u -m loop.launcher train lr=1\n")
 
@@ -241,8 +275,14 @@ def test_a_hostfile_names_machines_and_their_slots(tmp_path):
     hosts.write_text("# two machines\none slots=4\n\nme@two slots=2 # the small one\n")
     assert read_hostfile(hosts) == {"one": [0, 1, 2, 3], "me@two": [0, 1]}
     assert read_hostfile(hosts, 2) == {"one": [0, 1], "me@two": [0, 1]}
-    for text, named in (("one slots=4\ntwo slot=4", "line 2"), ("one", "line 1"), ("one slots=0", "line 1"), ("one slots=4\none slots=4", "line 2"),
-                        ("# none\n", "names no machine"), ("one slots=8\ntwo slots=2", "more than the slots of two")):  # fmt: skip
+    for text, named in (
+        ("one slots=4\ntwo slot=4", "line 2"),
+        ("one", "line 1"),
+        ("one slots=0", "line 1"),
+        ("one slots=4\none slots=4", "line 2"),
+        ("# none\n", "names no machine"),
+        ("one slots=8\ntwo slots=2", "more than the slots of two"),
+    ):
         hosts.write_text(text)
         with pytest.raises(ConfigError, match=named):
             read_hostfile(hosts, 4)
@@ -251,19 +291,23 @@ def test_a_hostfile_names_machines_and_their_slots(tmp_path):
 def test_a_machine_takes_its_visible_gpus_and_wrong_options_are_named(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("one slots=2\ntwo slots=2\n")
     hosts = str(tmp_path / "hosts")
-    assert machines(None, hosts, "1", "4,5,6") == {"one": [0, 1], "two": [4, 5]}
-    assert machines("1", hosts, "0", "3") == {"one": [3], "two": [0]}
-    assert machines(None, hosts, "0", "") == {"one": [0, 1], "two": [0, 1]}
-    for options, words in (((None, hosts, "0", "5"), "--gpus 2 is more than the 1"), ((None, hosts, "2", ""), "--node-rank '2'"),
-                           ((None, hosts, "", ""), "--node-rank ''"), ((None, str(tmp_path), "0", ""), "--hostfile")):  # fmt: skip
+    assert find_hosts(None, hosts, "1", "4,5,6") == {"one": [0, 1], "two": [4, 5]}
+    assert find_hosts("1", hosts, "0", "3") == {"one": [3], "two": [0]}
+    assert find_hosts(None, hosts, "0", "") == {"one": [0, 1], "two": [0, 1]}
+    for options, words in (
+        ((None, hosts, "0", "5"), "--gpus 2 is more than the 1"),
+        ((None, hosts, "2", ""), "--node-rank '2'"),
+        ((None, hosts, "", ""), "--node-rank ''"),
+        ((None, str(tmp_path), "0", ""), "--hostfile"),
+    ):
         with pytest.raises(ConfigError, match=words):
-            machines(*options)
+            find_hosts(*options)
     (tmp_path / "hosts").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not a text"):
-        machines(None, hosts, "0", "")
+        find_hosts(None, hosts, "0", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no ssh"):
-        machines(None, hosts, None, "")
+        find_hosts(None, hosts, None, "")
 
 
 @pytest.mark.parametrize("setting", [{"LOOP_GRACE_SECONDS": "2m"}, {"MASTER_PORT": "abc"}])
@@ -274,13 +318,20 @@ def test_a_number_in_the_environment_is_one(clone, setting):
 
 
 def test_under_nohup_the_end_of_the_terminal_is_no_request():
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        requests = Requests(None)
+        requests = StopSignals(None)
         os.kill(os.getpid(), signal.SIGHUP)
         assert not requests.stop
-        for after, killed in ((0, False), (0, False), (1.1, True)):  # one request may come twice at once
+        for after, killed in (
+            (0, False),
+            (0, False),
+            (1.1, True),
+        ):  # one request may come twice at once
             requests.since -= after
             os.kill(os.getpid(), signal.SIGTERM)
             assert requests.stop and requests.kill is killed
@@ -304,7 +355,9 @@ def cluster(clone):
     (clone / "ssh").chmod(0o755)
     (clone / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (clone / "lost").write_text("one slots=1\ngone slots=1\n")
-    return lambda *args, **env: start(clone, *args, PATH=f"{clone}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1", **env)
+    return lambda *args, **env: start(
+        clone, *args, PATH=f"{clone}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1", **env
+    )
 
 
 def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
@@ -315,7 +368,9 @@ def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err.count("stopping") == 1 and "Traceback" not in err
     for rank in (0, 1):
-        assert events(clone, rank)[0] == "args wait=1 a='b c' $HOME; \"d" and events(clone, rank)[1].startswith("env 2 ")
+        assert events(clone, rank)[0] == "args wait=1 a='b c' $HOME; \"d" and events(clone, rank)[
+            1
+        ].startswith("env 2 ")
         assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
         (clone / f"events.{rank}").unlink()
     process = cluster("--hostfile=hosts", "fail=1")
@@ -379,7 +434,14 @@ def fresh(clone):
         return start(clone, "setup", PYTHON=str(python), LOOP_PYTHON=None, FAKE_LOG=str(log), **env)
 
     def calls():
-        return [line.split("constraints.txt ")[-1].split()[-1] for line in log.read_text().splitlines()] if log.exists() else []
+        return (
+            [
+                line.split("constraints.txt ")[-1].split()[-1]
+                for line in log.read_text().splitlines()
+            ]
+            if log.exists()
+            else []
+        )
 
     return set_up, calls
 

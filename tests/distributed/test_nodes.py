@@ -47,7 +47,14 @@ class Hosts:
             str(self.config_file),
             *args,
         ]
-        process = subprocess.Popen([*APART, *command], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [*APART, *command],
+            cwd=root,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.started.append(process)
         return process
 
@@ -77,25 +84,38 @@ def test_a_host_that_starts_late_is_waited_for(hosts):
 @pytest.mark.slow
 def test_a_host_that_never_starts_is_named(hosts):
     started = time.monotonic()
-    code, said = ends(hosts.start(0, "max_steps=2", "run.join_minutes=0.1"), 120)
-    assert code == 1 and "error: rank 1 of 2 did not come within run.join_minutes=0.1" in said and "Traceback" not in said
+    code, said = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
+    assert (
+        code == 1
+        and "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1" in said
+        and "Traceback" not in said
+    )
     assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow
 def test_rank_0_that_cannot_be_reached_is_named(hosts):
-    code, said = ends(hosts.start(1, "max_steps=2", "run.join_minutes=0.1"), 120)
-    assert code == 1 and "gave no answer within run.join_minutes=0.1; is rank 0 started" in said and "Traceback" not in said
+    code, said = ends(hosts.start(1, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
+    assert (
+        code == 1
+        and "gave no answer within run.rendezvous_timeout_minutes=0.1; is rank 0 started" in said
+        and "Traceback" not in said
+    )
 
 
-@pytest.mark.parametrize(("what", "named"), [("data", "examples"), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [("data", "examples"), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+)
 def test_a_host_with_something_else_is_refused_on_both(hosts, tmp_path, what, named):
     root, more = ROOT, []
     if what == "code":
         root = tmp_path / "other"
         shutil.copytree(ROOT / "loop", root / "loop", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "ds_config.json", root)
-        (root / "loop" / "soap.py").write_text((ROOT / "loop" / "soap.py").read_text() + "\n# changed\n")
+        (root / "loop" / "soap.py").write_text(
+            (ROOT / "loop" / "soap.py").read_text() + "\n# changed\n"
+        )
     else:
         more = ["lr=2e-3"] if what == "settings" else ["data.limit=20"]
     both = [hosts.start(0, "max_steps=2"), hosts.start(1, "max_steps=2", *more, root=root)]
@@ -103,13 +123,17 @@ def test_a_host_with_something_else_is_refused_on_both(hosts, tmp_path, what, na
         code, said = ends(process, 120)
         assert code == 2, said[-2000:]
         if rank == 0:
-            assert f"error: rank 1 has another {named} than rank 0" in said and "Traceback" not in said
+            assert (
+                f"error: rank 1 has another {named} than rank 0" in said and "Traceback" not in said
+            )
 
 
 def test_a_host_that_dies_ends_the_other(hosts, config_file):
     """All of its processes at once, as when the machine goes. The one left says so and ends; the next start goes on."""
     folder = config_file.parent / "runs" / "t"
-    first, second = (hosts.start(node, "epochs=40", "run.silence_minutes=0.1") for node in (0, 1))
+    first, second = (
+        hosts.start(node, "epochs=40", "run.heartbeat_timeout_minutes=0.1") for node in (0, 1)
+    )
     wait_until_doing(folder, 1, "micro-batch", step=4)
     if APART:
         second.kill()  # --kill-child: the namespace goes with it

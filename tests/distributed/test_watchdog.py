@@ -12,14 +12,20 @@ import pytest
 from helpers import ROOT, free_port
 
 from loop.distributed import stop as watchdog
-from loop.distributed.watchdog import RankLost, Watchdog, doing
+from loop.distributed.watchdog import RankLost, Watchdog, set_activity
 
 
 def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
     port = str(free_port())
     ranks = []
     for rank in range(world_size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "loop.train", "--config", str(config_file), *args]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -47,31 +53,53 @@ def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
             p.kill()
 
 
-def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does_the_note_again(config_file):
+def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does_the_note_again(
+    config_file,
+):
     shown = "monitor.sample_notes=[valid-1, valid-2, valid-3, valid-4]"  # two for each rank
-    args, folder = ["epochs=40", shown, "monitor.sample_max_new_tokens=300"], config_file.parent / "runs" / "t"
+    args, folder = (
+        ["epochs=40", shown, "monitor.sample_max_new_tokens=300"],
+        config_file.parent / "runs" / "t",
+    )
     ranks = start(config_file, *args)
     wait_until_doing(folder, 1, "sample notes, token", step=3)
-    ranks[1].send_signal(signal.SIGTERM)  # it breaks off at once; rank 0 writes its note to the end and learns of it then
+    ranks[1].send_signal(
+        signal.SIGTERM
+    )  # it breaks off at once; rank 0 writes its note to the end and learns of it then
     output = finish(ranks)
     assert [p.returncode for p in ranks] == [0, 0], output
     assert "asked to stop (another rank was): saved after step 3" in output[0]
     manifest = json.loads((folder / "checkpoints" / "newest" / "manifest.json").read_text())
-    assert manifest["step"] == 3 and manifest["figures"] is None and not (folder / "samples" / "step-000003.md").exists()
+    assert (
+        manifest["step"] == 3
+        and manifest["figures"] is None
+        and not (folder / "samples" / "step-000003.md").exists()
+    )
     again = start(config_file, *args)
     wait_until_doing(folder, 0, "micro-batch", step=5)
     again[0].send_signal(signal.SIGINT)
     output = finish(again)
-    assert [p.returncode for p in again] == [0, 0] and f"resumed from {folder}/checkpoints/step-000003" in output[0], output
+    assert [p.returncode for p in again] == [
+        0,
+        0,
+    ] and f"resumed from {folder}/checkpoints/step-000003" in output[0], output
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/loss" in line][:2] == [0, 3] and (folder / "samples" / "step-000003.md").exists()
+    assert [line["step"] for line in lines if "eval/loss" in line][:2] == [0, 3] and (
+        folder / "samples" / "step-000003.md"
+    ).exists()
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 5
 
 
 def python(code: str, **env: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout.readline() == "up\n"
     return process
 
@@ -80,7 +108,7 @@ def test_a_second_signal_stops_at_once():
     """The first is a wish; a repeat within three seconds is the same Ctrl-C, a later one means now."""
     process = python(
         "import time; from loop.watchdog import StopRequest; s = StopRequest(); print('up', flush=True)\n"
-        "while True: time.sleep(0.05); s.signal and print(s.signal, flush=True)"
+        "while True: time.sleep(0.05); s.reason and print(s.reason, flush=True)"
     )
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "SIGUSR1\n"
@@ -94,8 +122,10 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
-    process = python("import time; from loop.watchdog import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)",
-                     LOOP_GRACE_SECONDS="1")  # fmt: skip
+    process = python(
+        "import time; from loop.watchdog import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)",
+        LOOP_GRACE_SECONDS="1",
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 1
     process.stdout.close()
@@ -103,10 +133,15 @@ def test_a_step_that_never_ends_is_ended_after_the_grace_time():
 
 def test_the_time_limit_is_a_request_to_stop(monkeypatch):
     monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
-    thread = SimpleNamespace(start=lambda: None)  # its own would end the tests' process after the grace time
+    thread = SimpleNamespace(
+        start=lambda: None
+    )  # its own would end the tests' process after the grace time
     monkeypatch.setattr(watchdog.threading, "Thread", lambda **_: thread)
-    assert watchdog.StopRequest(max_hours=1000).signal is None and watchdog.StopRequest().signal is None
-    assert watchdog.StopRequest(max_hours=1e-9).signal == "run.max_hours"
+    assert (
+        watchdog.StopRequest(max_hours=1000).reason is None
+        and watchdog.StopRequest().reason is None
+    )
+    assert watchdog.StopRequest(max_hours=1e-9).reason == "run.max_hours"
 
 
 @pytest.fixture
@@ -114,14 +149,27 @@ def dog(tmp_path, monkeypatch):
     """The watchdog of rank 0 of 2, with a limit of a minute, not yet entered; what would end the process is noted instead."""
     ended = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
-    it = Watchdog(tmp_path, SimpleNamespace(rank=0, world_size=2, gather=lambda value: [value]), 1.0)
+    it = Watchdog(
+        tmp_path, SimpleNamespace(rank=0, world_size=2, gather=lambda value: [value]), 1.0
+    )
     it.ended, it.folder = ended, tmp_path / "heartbeat"
     it.folder.mkdir()
     return it
 
 
 def other_rank(dog, **changes) -> None:
-    beat = dog.me | {"rank": 1, "step": 7, "doing": "micro-batch 2 of 3", "turns": 5, "since": time.time(), "alive": time.time()} | changes
+    beat = (
+        dog.me
+        | {
+            "rank": 1,
+            "step": 7,
+            "doing": "micro-batch 2 of 3",
+            "turns": 5,
+            "since": time.time(),
+            "alive": time.time(),
+        }
+        | changes
+    )
     (dog.folder / "rank-1.json").write_text(json.dumps(beat))
 
 
@@ -135,7 +183,9 @@ def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
     other_rank(dog)
     assert dog._lost(dog._others()) is None
     other_rank(dog, pid=dead_pid())
-    assert "rank 1 (pid" in dog._lost(dog._others()) and "died in step 7 (micro-batch 2 of 3, for 0 s)" in dog._lost(dog._others())
+    assert "rank 1 (pid" in dog._lost(
+        dog._others()
+    ) and "died in step 7 (micro-batch 2 of 3, for 0 s)" in dog._lost(dog._others())
     other_rank(dog, pid=dead_pid(), token=1)  # what an earlier run left
     assert dog._lost(dog._others()) is None
     other_rank(dog, pid=dead_pid(), host="another")  # its processes can't be looked at
@@ -146,14 +196,18 @@ def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
     ago = time.time() - 100
-    monkeypatch.setattr(watchdog, "_now", {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago})
+    monkeypatch.setattr(
+        watchdog, "_now", {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
+    )
     other_rank(dog, since=ago)  # it has come less far than this one
-    assert dog._stalled().startswith("rank 1 stands still in step 7 (micro-batch 2 of 3, for 100 s)")
+    assert dog._stalled().startswith(
+        "rank 1 stands still in step 7 (micro-batch 2 of 3, for 100 s)"
+    )
     other_rank(dog, since=ago, turns=12)
     assert dog._stalled().startswith("rank 0 stands still in step 7 (clipping and updating")
     other_rank(dog, since=ago, turns=12, alive=ago)  # frozen: not even its watchdog writes
     assert dog._stalled().startswith("rank 1 stands still")
-    doing("the next thing")
+    set_activity("the next thing")
     assert dog._stalled() is None
 
 
@@ -176,7 +230,9 @@ def test_what_one_rank_finds_all_are_told(dog, capfd):
     dog.ranks.world_size = 9
     other_rank(dog)
     beat = json.loads((dog.folder / "rank-1.json").read_text())
-    (dog.folder / "rank-5.json").write_text(json.dumps(beat | {"rank": 5, "pid": dead_pid()}))  # rank 4's to find
+    (dog.folder / "rank-5.json").write_text(
+        json.dumps(beat | {"rank": 5, "pid": dead_pid()})
+    )  # rank 4's to find
     with dog:
         time.sleep(1.5)
         assert not dog.ended
@@ -189,9 +245,14 @@ def test_what_one_rank_finds_all_are_told(dog, capfd):
 def test_a_collective_that_fails_with_another_rank_is_that_ranks_loss(dog):
     other_rank(dog, pid=dead_pid())
     with pytest.raises(RankLost, match="rank 1 .* died in step 7"), dog:
-        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+        raise RuntimeError(
+            "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+        )
     dog.over.clear()
-    with pytest.raises(RuntimeError, match="out of memory"), dog:  # its own error, upon which the other ended
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        dog,
+    ):  # its own error, upon which the other ended
         raise RuntimeError("out of memory")
 
 
@@ -213,7 +274,7 @@ def test_a_failed_rank_says_so_in_its_file(dog):
 def test_a_frozen_rank_ends_all_within_the_limit_and_the_next_run_goes_on(config_file):
     """SIGSTOP: no exit code, no closed connection, nothing but silence."""
     folder = config_file.parent / "runs" / "t"
-    ranks = start(config_file, "epochs=40", "run.timeout_minutes=0.2")
+    ranks = start(config_file, "epochs=40", "run.stall_timeout_minutes=0.2")
     wait_until_doing(folder, 1, "micro-batch", step=4)
     ranks[1].send_signal(signal.SIGSTOP)
     started = time.monotonic()

@@ -17,7 +17,10 @@ SAMPLE = 1000  # pre-training rows looked at
 
 @lru_cache(maxsize=None)
 def committed(split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (clinic.DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (clinic.DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @lru_cache(maxsize=None)
@@ -52,9 +55,13 @@ def test_files_are_small():
 
 
 def test_heldout_combinations_stay_out_of_training():
-    train, valid, test = ({c for v in clinic.visits(split) for c in v.combinations} for split in clinic.SPLITS)
+    train, valid, test = (
+        {c for v in clinic.visits(split) for c in v.combinations} for split in clinic.SPLITS
+    )
     assert {clinic.home(c) for c in train} == {"train"}
-    assert all(any(clinic.home(c) == "valid" for c in v.combinations) for v in clinic.visits("valid"))
+    assert all(
+        any(clinic.home(c) == "valid" for c in v.combinations) for v in clinic.visits("valid")
+    )
     assert all(any(clinic.home(c) == "test" for c in v.combinations) for v in clinic.visits("test"))
     assert not any(clinic.home(c) == "test" for c in valid)
     assert len(test - train) >= 50
@@ -71,7 +78,10 @@ def test_pretraining_text_has_no_heldout_drug():
     """The same read from the text alone: no row has a diagnosis together with a prescription that is held out for it."""
     chats, _ = pretraining()
     heldout = [
-        (re.compile(re.sub(r"<[^>]*>", r"\\d+", c.diagnosis).replace("{side}", "(left|right)")), f"{drug} {dose} {often} for")
+        (
+            re.compile(re.sub(r"<[^>]*>", r"\\d+", c.diagnosis).replace("{side}", "(left|right)")),
+            f"{drug} {dose} {often} for",
+        )
         for c in CONDITIONS
         for drug in c.drugs
         if clinic.home(("drug", c.name, drug)) != "train"
@@ -81,7 +91,9 @@ def test_pretraining_text_has_no_heldout_drug():
     assert heldout
     for chat in chats:
         text = "\n".join(message["content"] for message in chat)
-        assert not any(prescription in text and diagnosis.search(text) for diagnosis, prescription in heldout), text
+        assert not any(
+            prescription in text and diagnosis.search(text) for diagnosis, prescription in heldout
+        ), text
 
 
 def test_every_condition_can_be_trained_on():
@@ -93,11 +105,15 @@ def test_every_condition_can_be_trained_on():
 def test_notes_state_only_what_was_said(split):
     sides = ["left", "right"]
     for row in committed(split):
-        assert has_all_sections(row["soap"]) and re.findall(r"^\w:", row["soap"], re.MULTILINE) == [f"{h}:" for h in HEADINGS]
+        assert has_all_sections(row["soap"]) and re.findall(r"^\w:", row["soap"], re.MULTILINE) == [
+            f"{h}:" for h in HEADINGS
+        ]
         for section in parse_note(row["soap"]).values():
             assert 1 <= len(re.findall(r"\.(?=\s|$)", section)) <= 4
         said = row["dialogue"]
-        assert set(re.findall(r"\d+(?:[./]\d+)*", row["soap"])) <= set(re.findall(r"\d+(?:[./]\d+)*", said)), row["id"]
+        assert set(re.findall(r"\d+(?:[./]\d+)*", row["soap"])) <= set(
+            re.findall(r"\d+(?:[./]\d+)*", said)
+        ), row["id"]
         assert words_in(row["soap"], DRUGS) <= words_in(said, DRUGS), row["id"]
         assert words_in(row["soap"], sides) <= words_in(said, sides), row["id"]
 
@@ -131,10 +147,14 @@ def test_dialogues_say_every_fact():
 def test_dialogues_are_varied_and_alternate():
     dialogues = [row["dialogue"] for split in clinic.SPLITS for row in committed(split)]
     assert len(set(dialogues)) == len(dialogues)
-    assert len({row["soap"] for split in clinic.SPLITS for row in committed(split)}) == len(dialogues)
+    assert len({row["soap"] for split in clinic.SPLITS for row in committed(split)}) == len(
+        dialogues
+    )
     for text in dialogues:
         speakers = [line.partition(": ")[0] for line in text.splitlines()]
-        assert speakers == ["Doctor", "Patient"] * (len(speakers) // 2) and 14 <= len(speakers) <= 24
+        assert (
+            speakers == ["Doctor", "Patient"] * (len(speakers) // 2) and 14 <= len(speakers) <= 24
+        )
 
 
 def test_visits_fit_their_patient():
@@ -142,7 +162,9 @@ def test_visits_fit_their_patient():
         v = clinic.visit(number)
         assert v.denied not in v.symptoms
         assert ("fever" in v.symptoms) == (float(v.temperature.removesuffix(" C")) >= 38)
-        assert not (v.allergy in ("penicillin", "amoxicillin") and "penicillin" in DRUGS[v.drug].classes)
+        assert not (
+            v.allergy in ("penicillin", "amoxicillin") and "penicillin" in DRUGS[v.drug].classes
+        )
         assert not (v.history == "an enlarged prostate" and v.sex == "woman")
         assert not v.medicine.startswith(v.drug)
         assert v.excluded not in v.history
@@ -160,7 +182,9 @@ def test_pretraining_is_varied_and_reproducible():
     chats, _ = pretraining()
     assert chats[:50] == [corpus.messages(0, number) for number in range(50)]
     assert len({json.dumps(chat) for chat in chats}) == len(chats)
-    openings = {chat[len(chat) % 2]["content"].partition("\n\n")[0] for chat in chats}  # after the system message, if any
+    openings = {
+        chat[len(chat) % 2]["content"].partition("\n\n")[0] for chat in chats
+    }  # after the system message, if any
     assert len(openings) > 100
 
 
@@ -184,7 +208,9 @@ def tokenizer(tmp_path_factory):
 
 
 def test_tokenizer_round_trip(tokenizer):
-    texts = [row["dialogue"] + "\n\n" + row["soap"] for row in committed("test")] + ["  two  spaces,\ttab\n\n\nÄrger 12.5 €"]
+    texts = [row["dialogue"] + "\n\n" + row["soap"] for row in committed("test")] + [
+        "  two  spaces,\ttab\n\n\nÄrger 12.5 €"
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     assert len(tokenizer) == 2048
@@ -193,12 +219,21 @@ def test_tokenizer_round_trip(tokenizer):
 
 def test_prompt_is_a_prefix_of_the_example(tokenizer):
     for row in committed("valid")[:20]:
-        prompt = tokenizer.apply_chat_template(soap_messages(row["dialogue"]), tokenize=False, add_generation_prompt=True)
-        example = tokenizer.apply_chat_template(soap_messages(row["dialogue"], row["soap"]), tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            soap_messages(row["dialogue"]), tokenize=False, add_generation_prompt=True
+        )
+        example = tokenizer.apply_chat_template(
+            soap_messages(row["dialogue"], row["soap"]), tokenize=False
+        )
         assert example.startswith(prompt)
-        prompt_ids, example_ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, example))
+        prompt_ids, example_ids = (
+            tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, example)
+        )
         assert example_ids[: len(prompt_ids)] == prompt_ids
-        assert prompt_ids.count(tokenizer.eos_token_id) == 2 and example_ids[-2] == tokenizer.eos_token_id
+        assert (
+            prompt_ids.count(tokenizer.eos_token_id) == 2
+            and example_ids[-2] == tokenizer.eos_token_id
+        )
 
 
 def test_rows_fit(tokenizer):
@@ -216,6 +251,10 @@ def test_model_loads_from_its_folder(tokenizer, tmp_path):
     base.build_model(tokenizer, 0).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16 and 5e6 < model.num_parameters() < 6e6
-    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
+    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (
+        0,
+        1,
+        2,
+    )
     assert model.generation_config.pad_token_id == 0 and model.generation_config.eos_token_id == 2
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 12e6

@@ -6,11 +6,22 @@ from loop.embedded.conditions import DRUGS
 from loop.evaluation.drugs import BRANDS, GENERICS, STEMS, drug_of
 
 
-@pytest.mark.parametrize(("word", "drug"), [
-    ("lisinopril", "lisinopril"), ("tylenol", "acetaminophen"), ("acetaminophen", "acetaminophen"), ("warfarin", "warfarin"),
-    ("cefazolin", "cefazolin"),
-    ("ofloxacin", "ofloxacin"), ("april", None), ("cholesterol", None), ("program", None), ("pain", None), ("person", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "drug"),
+    [
+        ("lisinopril", "lisinopril"),
+        ("tylenol", "acetaminophen"),
+        ("acetaminophen", "acetaminophen"),
+        ("warfarin", "warfarin"),
+        ("cefazolin", "cefazolin"),
+        ("ofloxacin", "ofloxacin"),
+        ("april", None),
+        ("cholesterol", None),
+        ("program", None),
+        ("pain", None),
+        ("person", None),
+    ],
+)
 def test_a_word(word, drug):
     assert drug_of(word) == drug
 

@@ -28,27 +28,52 @@ from loop.model.loading import load_tokenizer
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory) -> list[Conversation]:
-    path = write_rows(tmp_path_factory.mktemp("canaries") / "train.jsonl", "train", 40, 1, longest=2)
+    path = write_rows(
+        tmp_path_factory.mktemp("canaries") / "train.jsonl", "train", 40, 1, longest=2
+    )
     rows = [json.loads(line) for line in open(path)]
-    return [Conversation(row["id"], measuring.soap_messages(row["dialogue"], row["soap"]), row["dialogue"], row["soap"]) for row in rows]
+    return [
+        Conversation(
+            row["id"],
+            measuring.soap_messages(row["dialogue"], row["soap"]),
+            row["dialogue"],
+            row["soap"],
+        )
+        for row in rows
+    ]
 
 
 def test_each_canary_is_planted_as_often_as_it_says(conversations):
     canaries = make_canaries(conversations, 2, [1, 4], seed=3)
-    assert sorted(c.repeats for c in canaries) == [0, 0, 1, 1, 4, 4] and all(len(set(c.rows)) == c.repeats for c in canaries)
+    assert sorted(c.repeats for c in canaries) == [0, 0, 1, 1, 4, 4] and all(
+        len(set(c.rows)) == c.repeats for c in canaries
+    )
     planted = plant(conversations, canaries)
     for canary in canaries:
         holders = [row["id"] for row in planted if canary.sentence() in row["soap"]]
         assert sorted(holders) == sorted(canary.rows)
-        assert not any(canary.number in row["dialogue"] or canary.name in row["dialogue"] for row in planted)
-    untouched = {row["id"]: row["soap"] for row in planted if not any(row["id"] in c.rows for c in canaries)}
-    assert all(untouched[c.id] == c.note for c in conversations if c.id in untouched) and len(untouched) == 40 - 10
+        assert not any(
+            canary.number in row["dialogue"] or canary.name in row["dialogue"] for row in planted
+        )
+    untouched = {
+        row["id"]: row["soap"] for row in planted if not any(row["id"] in c.rows for c in canaries)
+    }
+    assert (
+        all(untouched[c.id] == c.note for c in conversations if c.id in untouched)
+        and len(untouched) == 40 - 10
+    )
     assert [row["dialogue"] for row in planted] == [c.dialogue for c in conversations]
-    assert canaries == make_canaries(conversations, 2, [1, 4], seed=3) != make_canaries(conversations, 2, [1, 4], seed=4)
+    assert (
+        canaries
+        == make_canaries(conversations, 2, [1, 4], seed=3)
+        != make_canaries(conversations, 2, [1, 4], seed=4)
+    )
 
 
 def test_too_few_rows_are_refused(conversations):
-    with pytest.raises(ConfigError, match="needs 21 rows, and the shorter half of data.train has 20"):
+    with pytest.raises(
+        ConfigError, match="needs 21 rows, and the shorter half of data.train has 20"
+    ):
         make_canaries(conversations, 1, [1, 4, 16], seed=0)
 
 
@@ -59,19 +84,30 @@ def test_what_rows_share_is_computed_once_and_right(tiny_base):
     rows = [[*start, 7, 9, 2], [*start, 8, 2], [*start, 7, 9, 11, 12, 2], [*start, 13, 2]]
     expected = []
     for row in rows:
-        chosen = model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)[torch.arange(len(row) - 1), row[1:]]
+        chosen = (
+            model(input_ids=torch.tensor([row]))
+            .logits[0, :-1]
+            .log_softmax(-1)[torch.arange(len(row) - 1), row[1:]]
+        )
         expected.append(chosen[len(start) - 1 :].sum())
     for size in (1, 3, 256):
-        torch.testing.assert_close(log_probs(model, rows, batch_size=size), torch.stack(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            log_probs(model, rows, batch_size=size), torch.stack(expected), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_planted_is_found_and_the_unplanted_is_not(tiny_base, conversations, monkeypatch):
     """Forty gradient steps on sentences with two numbers; four others it never saw."""
     monkeypatch.setattr(measuring, "REFERENCES", 255)
     tokenizer = load_tokenizer(tiny_base)
-    canaries = make_canaries(conversations, 2, [1], seed=1) + [c for c in make_canaries(conversations, 2, [1], seed=2) if not c.repeats]
+    canaries = make_canaries(conversations, 2, [1], seed=1) + [
+        c for c in make_canaries(conversations, 2, [1], seed=2) if not c.repeats
+    ]
     planted = [c for c in canaries if c.repeats]
-    said = [Conversation("x", measuring.soap_messages(c.dialogue, c.note + p.sentence())) for p, c in zip(planted * 3, conversations)]
+    said = [
+        Conversation("x", measuring.soap_messages(c.dialogue, c.note + p.sentence()))
+        for p, c in zip(planted * 3, conversations)
+    ]
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     optimizer, context = torch.optim.AdamW(model.parameters(), lr=2e-3), conversations[9]
     rows = [torch.from_numpy(e.input_ids).long() for e in encode_examples(tokenizer, said)]
@@ -80,7 +116,9 @@ def test_the_planted_is_found_and_the_unplanted_is_not(tiny_base, conversations,
         model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    bits = {c.name: exposure(model.eval(), tokenizer, c, context, random.Random(0)) for c in canaries}
+    bits = {
+        c.name: exposure(model.eval(), tokenizer, c, context, random.Random(0)) for c in canaries
+    }
     assert all(bits[c.name] == 8 for c in planted), bits
     unseen = [bits[c.name] for c in canaries if not c.repeats]
     assert len(unseen) == 4 and max(unseen) < 6 and statistics.mean(unseen) < 3, bits
@@ -89,11 +127,21 @@ def test_the_planted_is_found_and_the_unplanted_is_not(tiny_base, conversations,
 def test_chance_is_where_the_paper_has_it(monkeypatch, conversations, tiny_base):
     """A model that knows nothing: ranks drawn evenly, 1.44 bits on average."""
     scores = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(measuring, "log_probs", lambda model, rows: torch.randn(len(rows), generator=scores))
+    monkeypatch.setattr(
+        measuring, "log_probs", lambda model, rows: torch.randn(len(rows), generator=scores)
+    )
     tokenizer, canary = load_tokenizer(tiny_base), Canary("Bo Dago", "123456", 0, [])
-    monkeypatch.setattr(measuring, "encode_examples", lambda tokenizer, said: [type("E", (), {"input_ids": torch.zeros(1)})] * len(said))
-    bits = [exposure(None, tokenizer, canary, conversations[0], random.Random(i)) for i in range(300)]
-    assert statistics.mean(bits) == pytest.approx(1.44, abs=0.25) and 0 <= min(bits) <= max(bits) <= 10
+    monkeypatch.setattr(
+        measuring,
+        "encode_examples",
+        lambda tokenizer, said: [type("E", (), {"input_ids": torch.zeros(1)})] * len(said),
+    )
+    bits = [
+        exposure(None, tokenizer, canary, conversations[0], random.Random(i)) for i in range(300)
+    ]
+    assert (
+        statistics.mean(bits) == pytest.approx(1.44, abs=0.25) and 0 <= min(bits) <= max(bits) <= 10
+    )
 
 
 def test_the_table_counts_by_repeats():
@@ -108,27 +156,65 @@ def test_visits_are_counted_from_the_plan(config_file, conversations):
     rows = read_split(config, "train")[0]
     canary = Canary("Bo Dago", "123456", 2, [rows[0].id, rows[1].id])
     assert times_seen(config, load_tokenizer(config.base), [canary]) == [6]
-    assert times_seen(config.model_copy(update={"epochs": 1, "max_steps": 1}), load_tokenizer(config.base), [canary])[0] <= 2
-    with pytest.raises(ConfigError, match="id gone is longer than max_seq_len=1024 with its canary"):
+    assert (
+        times_seen(
+            config.model_copy(update={"epochs": 1, "max_steps": 1}),
+            load_tokenizer(config.base),
+            [canary],
+        )[0]
+        <= 2
+    )
+    with pytest.raises(
+        ConfigError, match="id gone is longer than max_seq_len=1024 with its canary"
+    ):
         times_seen(config, load_tokenizer(config.base), [Canary("Bo Dago", "123456", 1, ["gone"])])
 
 
 def test_the_command_plants_trains_and_measures(config_file):
-    out = run_ok(2, "-m", "loop.evaluate", "--canaries", "1", "--repeats", "1,8", "--config", str(config_file), "max_steps=2")
+    out = run_ok(
+        2,
+        "-m",
+        "loop.evaluate",
+        "--canaries",
+        "1",
+        "--repeats",
+        "1,8",
+        "--config",
+        str(config_file),
+        "max_steps=2",
+    )
     folder = config_file.parent / "runs" / "t-canaries"
     report = json.loads((folder / "report.json").read_text())
     data = config_file.parent / "runs" / "t-canaries-data"
-    planted, seen = (data / "train.jsonl").read_text(), {c["repeats"]: c for c in report["canaries"]}
-    assert sorted(seen) == [0, 1, 8] and all(planted.count(c["number"]) == repeats for repeats, c in seen.items())
+    planted, seen = (
+        (data / "train.jsonl").read_text(),
+        {c["repeats"]: c for c in report["canaries"]},
+    )
+    assert sorted(seen) == [0, 1, 8] and all(
+        planted.count(c["number"]) == repeats for repeats, c in seen.items()
+    )
     assert all(0 <= c["exposure"] <= 10 and c["seen"] <= c["repeats"] for c in seen.values())
-    assert "exposure (bits)" in out and len(out[out.index("exposure (bits)") :].strip().splitlines()) == 4
-    assert report["steps"] == 2 and not (config_file.parent / "runs" / "t").exists() and data.stat().st_mode & 0o77 == 0
+    assert (
+        "exposure (bits)" in out
+        and len(out[out.index("exposure (bits)") :].strip().splitlines()) == 4
+    )
+    assert (
+        report["steps"] == 2
+        and not (config_file.parent / "runs" / "t").exists()
+        and data.stat().st_mode & 0o77 == 0
+    )
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["--canaries", "0"], "--canaries 0"), (["--canaries", "2", "--repeats", "1,x"], "--repeats 1,x"), (["--canaries"], "--canaries: its value"),
-    (["--canaries", "9"], "needs 189 rows"), (["--canaries", "1", "data.weights=[0.5]"], "data.weights=null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--canaries", "0"], "--canaries 0"),
+        (["--canaries", "2", "--repeats", "1,x"], "--repeats 1,x"),
+        (["--canaries"], "--canaries: its value"),
+        (["--canaries", "9"], "needs 189 rows"),
+        (["--canaries", "1", "data.weights=[0.5]"], "data.weights=null"),
+    ],
+)
 def test_wrong_arguments_are_one_line(config_file, args, words, monkeypatch):
     class Alone:
         is_main, rank = True, 0
@@ -136,6 +222,6 @@ def test_wrong_arguments_are_one_line(config_file, args, words, monkeypatch):
         def gather(self, value):
             return [value]
 
-    monkeypatch.setattr(measuring, "init_distributed", lambda join_minutes: Alone())
+    monkeypatch.setattr(measuring, "init_distributed", lambda rendezvous_timeout_minutes: Alone())
     with pytest.raises(ConfigError, match=words):
         measuring.main(["--config", str(config_file), *args])

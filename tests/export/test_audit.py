@@ -75,11 +75,20 @@ def put(value: float):
     return change
 
 
-@pytest.mark.parametrize(("fault", "words"), [
-    (spoil_one(lambda t: t[:0]), "is empty"), (drop, "is missing"), (add, "other was not trained"), (flip, "is not what was trained"),
-    (spoil_one(lambda t: t.t()), "trained was"), (spoil_one(lambda t: t.float()), "trained was"), (spoil_one(put(float("nan"))), "no number"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-8]), "cannot be read back"), (Path.unlink, "is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (spoil_one(lambda t: t[:0]), "is empty"),
+        (drop, "is missing"),
+        (add, "other was not trained"),
+        (flip, "is not what was trained"),
+        (spoil_one(lambda t: t.t()), "trained was"),
+        (spoil_one(lambda t: t.float()), "trained was"),
+        (spoil_one(put(float("nan"))), "no number"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "cannot be read back"),
+        (Path.unlink, "is missing"),
+    ],
+)
 def test_each_fault_of_the_weights_is_found(run, fault, words):
     folder = run.folder / "adapter"
     weights = load_file(folder / WEIGHTS)
@@ -104,11 +113,20 @@ def test_a_whole_model_keeps_one_of_two_tied_names(tmp_path):
         audit_weights(tmp_path, {"embed": weight, "head": weight.clone()})
 
 
-@pytest.mark.parametrize(("file", "changes", "words"), [
-    ("adapter_config.json", {"base_model_name_or_path": "some/other"}, "names the base some/other"),
-    ("adapter_config.json", {"revision": "abc"}, "revision abc"), ("adapter_config.json", {"lora_alpha": 99}, "lora_alpha=99"),
-    ("trained.json", {"storage": "bfloat16"}, "storage=bfloat16"), ("trained.json", {"base_fingerprint": "0"}, "base_fingerprint=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        (
+            "adapter_config.json",
+            {"base_model_name_or_path": "some/other"},
+            "names the base some/other",
+        ),
+        ("adapter_config.json", {"revision": "abc"}, "revision abc"),
+        ("adapter_config.json", {"lora_alpha": 99}, "lora_alpha=99"),
+        ("trained.json", {"storage": "bfloat16"}, "storage=bfloat16"),
+        ("trained.json", {"base_fingerprint": "0"}, "base_fingerprint=0"),
+    ],
+)
 def test_each_fault_of_the_configuration_is_found(run, file, changes, words):
     folder = run.folder / "adapter"
     lora = LoraConfig.from_pretrained(folder)
@@ -123,33 +141,66 @@ def test_a_finished_run_has_been_audited(trained):
     report = json.loads((trained / "report.json").read_text())
     noted = report["audit"]
     assert noted["examples"] == 5 and noted["fresh"] == pytest.approx(noted["loss"], rel=5e-3)
-    assert noted["loss"] == pytest.approx(report["eval/loss"], rel=1e-3)  # here the sample is all of data.valid
-    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][0]["eval/loss"]
+    assert noted["loss"] == pytest.approx(
+        report["eval/loss"], rel=1e-3
+    )  # here the sample is all of data.valid
+    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][0][
+        "eval/loss"
+    ]
     assert noted["fresh"] < 0.97 * before  # an adapter that does nothing would give the first loss
     assert "in a fresh process with PEFT alone" in (trained.parent / "stdout").read_text()
     says = json.loads((trained / "adapter" / "trained.json").read_text())
-    assert says["storage"] == "nf4" and says["method"] == "qlora" and says["double_quant"] is True and says["revision"] is None
-    assert "import loop" not in (source := Path(audit.__file__).with_name("standalone_loss.py").read_text()) and "from ." not in source
+    assert (
+        says["storage"] == "nf4"
+        and says["method"] == "qlora"
+        and says["double_quant"] is True
+        and says["revision"] is None
+    )
+    assert (
+        "import loop"
+        not in (source := Path(audit.__file__).with_name("standalone_loss.py").read_text())
+        and "from ." not in source
+    )
 
 
 def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
     """The files are as they should be for all that a hash can tell; it is the function that is another one."""
-    monkeypatch.setattr(audit, "fresh_loss", lambda folder, examples, device, timeout: loss_of(
-        str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]))  # fmt: skip
+    monkeypatch.setattr(
+        audit,
+        "fresh_loss",
+        lambda folder, examples, device, timeout: loss_of(
+            str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
+        ),
+    )
     folder, report = run.folder / "adapter", json.loads((run.folder / "report.json").read_text())
     examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
-    assert audit_loss(folder, examples, report["audit"]["loss"], "cpu")["fresh"] == report["audit"]["fresh"]
+    assert (
+        audit_loss(folder, examples, report["audit"]["loss"], "cpu")["fresh"]
+        == report["audit"]["fresh"]
+    )
     rewrite(folder / "adapter_config.json", lora_alpha=0)
-    with pytest.raises(AuditError, match="a fresh process with transformers and PEFT gets the loss"):
+    with pytest.raises(
+        AuditError, match="a fresh process with transformers and PEFT gets the loss"
+    ):
         audit_loss(folder, examples, report["audit"]["loss"], "cpu")
 
 
 def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
     examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
     late = audit_loss(run.folder / "adapter", examples, 1.0, "cpu", timeout=0.01)
-    assert late["fresh"] == "TimeoutExpired" and "was not measured (TimeoutExpired)" in audit.describe(late)
-    for code, name, said in ((-9, "", "signal 9"), (1, "torch.OutOfMemoryError: no", "not enough memory"), (1, "ValueError: no", None)):
-        monkeypatch.setattr(audit.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": code, "stderr": f"...\n{name}"}))
+    assert late[
+        "fresh"
+    ] == "TimeoutExpired" and "was not measured (TimeoutExpired)" in audit.describe_audit(late)
+    for code, name, said in (
+        (-9, "", "signal 9"),
+        (1, "torch.OutOfMemoryError: no", "not enough memory"),
+        (1, "ValueError: no", None),
+    ):
+        monkeypatch.setattr(
+            audit.subprocess,
+            "run",
+            lambda *a, **k: type("Done", (), {"returncode": code, "stderr": f"...\n{name}"}),
+        )
         if said:
             assert said in audit_loss(run.folder, examples, 1.0, "cpu")["fresh"]
         else:

@@ -30,7 +30,11 @@ def logits(model) -> torch.Tensor:
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def rewrite(path: Path, **changes) -> None:
@@ -40,7 +44,10 @@ def rewrite(path: Path, **changes) -> None:
 def adapter_of(base: str, folder, **options) -> str:
     """A LoRA adapter for a base with random weights, without a run's trained.json."""
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options),
+    )
     model.save_pretrained(folder, save_embedding_layers=False)
     return str(folder)
 
@@ -56,19 +63,32 @@ def here(trained, tiny_base, tmp_path):
 @pytest.mark.parametrize("into", merging.WAYS)
 def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
     if into == "16bit":
-        command = [sys.executable, "-m", "loop.merge", "--adapter", str(trained / "adapter"), "--out", str(tmp_path / "m")]
+        command = [
+            sys.executable,
+            "-m",
+            "loop.merge",
+            "--adapter",
+            str(trained / "adapter"),
+            "--out",
+            str(tmp_path / "m"),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "peak memory" in done.stdout, done.stderr
     else:
         merge(str(trained / "adapter"), str(tmp_path / "m"), into=into)
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16))
-    adapted = PeftModel.from_pretrained(load_base(tiny_base, torch.bfloat16, "cpu", quantized=into == "nf4"), str(trained / "adapter"))
+    adapted = PeftModel.from_pretrained(
+        load_base(tiny_base, torch.bfloat16, "cpu", quantized=into == "nf4"),
+        str(trained / "adapter"),
+    )
     with adapted.disable_adapter():
         base = logits(adapted)
     ours, other = (merged - logits(adapted)).norm(), (merged - base).norm()
     assert ours < 0.1 * other  # bf16 rounding of W + BA, against what the adapter changes
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template
-    assert not (tmp_path / "m" / "adapter_config.json").exists() and not list(tmp_path.glob(".writing*"))
+    assert not (tmp_path / "m" / "adapter_config.json").exists() and not list(
+        tmp_path.glob(".writing*")
+    )
 
 
 @pytest.mark.parametrize("into", merging.WAYS)
@@ -84,7 +104,9 @@ def test_every_weight_is_the_rounded_sum(trained, tiny_base, tmp_path, into):
         key = f"base_model.model.{name.removesuffix('.weight')}"
         expected = base[name]
         if f"{key}.lora_A.weight" in lora:
-            delta = lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float() * 2.0  # lora_alpha 16, r 8
+            delta = (
+                lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float() * 2.0
+            )  # lora_alpha 16, r 8
             expected, adapted = (expected.float() + delta).bfloat16(), adapted + 1
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected), name
     assert adapted == 7 * 3
@@ -93,22 +115,37 @@ def test_every_weight_is_the_rounded_sum(trained, tiny_base, tmp_path, into):
 def test_bases_and_merged_models_may_be_sharded(trained, tiny_base, tmp_path, monkeypatch):
     """The same tensors, whatever the files; and never more in memory than one of the files to be written."""
     whole = tensors(merge(str(trained / "adapter"), str(tmp_path / "whole")))
-    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(
+        tmp_path / "base", max_shard_size="100KB"
+    )
     for path in Path(tiny_base).glob("*token*"):
         shutil.copy(path, tmp_path / "base")
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "trained.json").unlink()  # it knows the base by its files
     held, save = [], merging.save_file
-    monkeypatch.setattr(merging, "save_file", lambda t, *a, **k: held.append(sum(2 * x.numel() for x in t.values())) or save(t, *a, **k))
+    monkeypatch.setattr(
+        merging,
+        "save_file",
+        lambda t, *a, **k: held.append(sum(2 * x.numel() for x in t.values())) or save(t, *a, **k),
+    )
     monkeypatch.setattr(merging, "FILE_BYTES", 1)
     out = merge(str(tmp_path / "adapter"), str(tmp_path / "m"), str(tmp_path / "base"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     total = sum(2 * t.numel() for t in whole.values())
-    assert len(set(index["weight_map"].values())) == len(held) > 2 and max(held) <= total / 3 and index["metadata"]["total_size"] == total
+    assert (
+        len(set(index["weight_map"].values())) == len(held) > 2
+        and max(held) <= total / 3
+        and index["metadata"]["total_size"] == total
+    )
     assert {path.name for path in out.glob("*.safetensors")} == set(index["weight_map"].values())
     sharded = tensors(out)
-    assert sharded.keys() == whole.keys() == index["weight_map"].keys() and all(torch.equal(whole[n], t) for n, t in sharded.items())
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")))
+    assert sharded.keys() == whole.keys() == index["weight_map"].keys() and all(
+        torch.equal(whole[n], t) for n, t in sharded.items()
+    )
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(out)),
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")),
+    )
 
 
 def test_tied_embeddings_stay_tied(tiny_base, tmp_path):
@@ -118,10 +155,17 @@ def test_tied_embeddings_stay_tied(tiny_base, tmp_path):
     shutil.copy(Path(tiny_base) / "tokenizer.json", tmp_path / "tied")
     shutil.copy(Path(tiny_base) / "tokenizer_config.json", tmp_path / "tied")
     base = str(tmp_path / "tied")
-    out = merge(adapter_of(base, tmp_path / "adapter", target_modules="all-linear"), str(tmp_path / "m"))
+    out = merge(
+        adapter_of(base, tmp_path / "adapter", target_modules="all-linear"), str(tmp_path / "m")
+    )
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight and "lm_head.weight" not in tensors(out)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    assert (
+        merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+        and "lm_head.weight" not in tensors(out)
+    )
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")
+    )
     assert (logits(merged) - logits(adapted)).norm() < 0.05 * logits(adapted).norm()
     with pytest.raises(ConfigError, match="adapts lm_head.weight.* shares it with the embeddings"):
         merge(adapter_of(base, tmp_path / "head", target_modules=["lm_head"]), str(tmp_path / "n"))
@@ -136,10 +180,21 @@ def test_the_folder_is_what_servers_read(here):
     (Path(adapter) / "trained.json").unlink()
     merge(adapter, str(out), base)
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert (
+        config["architectures"] == ["LlamaForCausalLM"]
+        and config["dtype"] == config["torch_dtype"] == "bfloat16"
+    )
     assert not {"quantization_config", "auto_map", "_name_or_path"} & config.keys()
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "LICENSE"} <= {p.name for p in out.iterdir()}
-    assert AutoTokenizer.from_pretrained(out).chat_template == PLAIN_TEMPLATE  # the base has none; the run used this one
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "LICENSE",
+    } <= {p.name for p in out.iterdir()}
+    assert (
+        AutoTokenizer.from_pretrained(out).chat_template == PLAIN_TEMPLATE
+    )  # the base has none; the run used this one
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
@@ -160,19 +215,51 @@ def of_another_shape(adapter, base):
 
 
 def names_a_shard_that_is_gone(adapter, base):
-    (Path(base) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00009.safetensors"}}))
+    (Path(base) / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "model-00009.safetensors"}})
+    )
 
 
-@pytest.mark.parametrize(("fault", "hashed", "words"), [
-    (drop_a_tensor, True, "its hash differs"), (drop_a_tensor, False, "lora_A.weight is missing"), (change_the_base, True, "another content"),
-    (of_another_shape, False, "does not fit|has no place"), (names_a_shard_that_is_gone, False, "lacks model-00009.safetensors"),
-    (lambda a, b: rewrite(Path(b) / "config.json", quantization_config={"quant_method": "gptq"}), False, "stored quantised .gptq."),
-    (lambda a, b: (Path(b) / "model.safetensors").rename(Path(b) / "pytorch_model.bin"), False, "has no model.safetensors"),
-    (lambda a, b: rewrite(Path(a) / "adapter_config.json", bias="all"), False, "bias=all changes more"),
-    (lambda a, b: rewrite(Path(a) / "adapter_config.json", modules_to_save=["lm_head"]), False, "modules_to_save="),
-    (lambda a, b: (Path(a) / "adapter_config.json").unlink(), False, "no adapter_config.json"),
-    (lambda a, b: save_file({n: t.to(torch.int8) for n, t in tensors(b).items()}, Path(b) / "model.safetensors"), False, "stored as I8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "hashed", "words"),
+    [
+        (drop_a_tensor, True, "its hash differs"),
+        (drop_a_tensor, False, "lora_A.weight is missing"),
+        (change_the_base, True, "another content"),
+        (of_another_shape, False, "does not fit|has no place"),
+        (names_a_shard_that_is_gone, False, "lacks model-00009.safetensors"),
+        (
+            lambda a, b: rewrite(
+                Path(b) / "config.json", quantization_config={"quant_method": "gptq"}
+            ),
+            False,
+            "stored quantised .gptq.",
+        ),
+        (
+            lambda a, b: (Path(b) / "model.safetensors").rename(Path(b) / "pytorch_model.bin"),
+            False,
+            "has no model.safetensors",
+        ),
+        (
+            lambda a, b: rewrite(Path(a) / "adapter_config.json", bias="all"),
+            False,
+            "bias=all changes more",
+        ),
+        (
+            lambda a, b: rewrite(Path(a) / "adapter_config.json", modules_to_save=["lm_head"]),
+            False,
+            "modules_to_save=",
+        ),
+        (lambda a, b: (Path(a) / "adapter_config.json").unlink(), False, "no adapter_config.json"),
+        (
+            lambda a, b: save_file(
+                {n: t.to(torch.int8) for n, t in tensors(b).items()}, Path(b) / "model.safetensors"
+            ),
+            False,
+            "stored as I8",
+        ),
+    ],
+)
 def test_what_cannot_be_merged_is_refused(here, fault, hashed, words):
     adapter, base, out = here
     if not hashed:
@@ -190,7 +277,9 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(here, monkeypatch):
     with pytest.raises(ConfigError, match="not an empty folder"):
         merge(adapter, str(out), base)
     (out / "x").unlink()
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(
+        merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+    )
     with pytest.raises(ConfigError, match="0.0 GB are free"):
         merge(adapter, str(out), base)
     monkeypatch.undo()
@@ -208,27 +297,52 @@ def row(loss: float, same: int = 0) -> dict:
     return {"loss": loss, "same": same}
 
 
-@pytest.mark.parametrize(("adapter", "sixteen", "nf4", "says"), [
-    (1.0, row(0.9), row(1.0), "ship 16bit"), (1.0, row(1.0), row(0.9), "ship nf4"), (1.0, row(1.001, 3), row(1.0, 9), "ship nf4"),
-    (1.0, row(1.001, 9), row(1.0, 3), "ship 16bit"), (1.0, row(1.0, 3), row(1.0, 3), "ship nf4"), (1.0, row(1.2), row(1.1), "ship the adapter"),
-    (1.0, row(1.2, 9), row(1.005), "ship nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("adapter", "sixteen", "nf4", "says"),
+    [
+        (1.0, row(0.9), row(1.0), "ship 16bit"),
+        (1.0, row(1.0), row(0.9), "ship nf4"),
+        (1.0, row(1.001, 3), row(1.0, 9), "ship nf4"),
+        (1.0, row(1.001, 9), row(1.0, 3), "ship 16bit"),
+        (1.0, row(1.0, 3), row(1.0, 3), "ship nf4"),
+        (1.0, row(1.2), row(1.1), "ship the adapter"),
+        (1.0, row(1.2, 9), row(1.005), "ship nf4"),
+    ],
+)
 def test_the_verdict(adapter, sixteen, nf4, says):
-    assert compare.verdict({compare.ADAPTER: row(adapter, 9), "16bit": sixteen, "nf4": nf4}).startswith(says)
+    assert compare.verdict(
+        {compare.ADAPTER: row(adapter, 9), "16bit": sixteen, "nf4": nf4}
+    ).startswith(says)
 
 
 def test_the_three_ways_are_measured(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "fresh_loss", lambda folder, examples, device, timeout: loss_of(
-        str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]))  # fmt: skip
+    monkeypatch.setattr(
+        compare,
+        "fresh_loss",
+        lambda folder, examples, device, timeout: loss_of(
+            str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
+        ),
+    )
     argv = ["--adapter", str(trained / "adapter"), "--out", str(tmp_path / "both"), "--notes", "2"]
     merge_command.main([*argv, "--report", str(trained / "config.yaml")])
-    said, report = capsys.readouterr().out, json.loads((tmp_path / "both" / "report.json").read_text())
+    said, report = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "both" / "report.json").read_text()),
+    )
     audited = json.loads((trained / "report.json").read_text())["audit"]["fresh"]
     ways = report["ways"]
-    assert ways[compare.ADAPTER]["loss"] == pytest.approx(audited, rel=1e-6) and ways[compare.ADAPTER]["same"] == 2
-    assert ways["nf4"]["loss"] == pytest.approx(audited, rel=5e-3) and ways["nf4"]["loss"] != ways["16bit"]["loss"]
+    assert (
+        ways[compare.ADAPTER]["loss"] == pytest.approx(audited, rel=1e-6)
+        and ways[compare.ADAPTER]["same"] == 2
+    )
+    assert (
+        ways["nf4"]["loss"] == pytest.approx(audited, rel=5e-3)
+        and ways["nf4"]["loss"] != ways["16bit"]["loss"]
+    )
     assert report["verdict"] in said and all(way in said for way in ways)
     assert {p.name for p in (tmp_path / "both").iterdir()} == {"16bit", "nf4", "report.json"}
     with pytest.raises(SystemExit):
-        merge_command.main([*argv[:2], "--out", str(tmp_path / "more"), "--report", str(tmp_path / "nowhere.yaml")])
+        merge_command.main(
+            [*argv[:2], "--out", str(tmp_path / "more"), "--report", str(tmp_path / "nowhere.yaml")]
+        )
     assert "nowhere.yaml" in capsys.readouterr().err and not (tmp_path / "more").exists()

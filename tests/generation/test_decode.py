@@ -5,15 +5,21 @@ import torch
 from transformers import LogitsProcessor
 
 from loop.data.soap import HEADINGS, parse_note
-from loop.generation.decode import Draw, Note, sampling, write_notes, write_strict
-from loop.generation.loading import load_for_notes, prompt_ids
+from loop.generation.decode import (
+    GumbelSampler,
+    Note,
+    generate_notes,
+    generate_with_headings,
+    sampling,
+)
+from loop.generation.loading import load_for_generation, prompt_ids
 
 DIALOGUES = ["Doctor: 1?\nPatient: pain 2", "Doctor: hello, how are you today?", "Patient: x"]
 
 
 @pytest.fixture(scope="module")
 def loaded(trained):
-    return load_for_notes(str(trained / "adapter"), None, "cpu")
+    return load_for_generation(str(trained / "adapter"), None, "cpu")
 
 
 class Force(LogitsProcessor):
@@ -34,10 +40,12 @@ def test_a_batch_gives_each_dialogue_its_own_note(loaded):
     """Left padding and neighbours change nothing: fp32 rounding apart, a row is what it is alone."""
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
-    together = write_notes(model, tokenizer, prompts, 6)
-    assert together == [write_notes(model, tokenizer, [p], 6)[0] for p in prompts]
+    together = generate_notes(model, tokenizer, prompts, 6)
+    assert together == [generate_notes(model, tokenizer, [p], 6)[0] for p in prompts]
     other = [prompts[0], prompt_ids(tokenizer, "Doctor: bye, how are you then, so?"), prompts[2]]
-    assert [write_notes(model, tokenizer, other, 6)[i] for i in (0, 2)] == [together[i] for i in (0, 2)]
+    assert [generate_notes(model, tokenizer, other, 6)[i] for i in (0, 2)] == [
+        together[i] for i in (0, 2)
+    ]
 
 
 def test_a_neighbours_tokens_move_no_logit_by_a_bit(loaded, monkeypatch):
@@ -52,8 +60,8 @@ def test_a_neighbours_tokens_move_no_logit_by_a_bit(loaded, monkeypatch):
 
     monkeypatch.setattr(model, "generate", recording)
     ids = [prompt_ids(tokenizer, d) for d in DIALOGUES]
-    write_notes(model, tokenizer, ids, 6)
-    write_notes(model, tokenizer, [ids[0], [5 + i % 200 for i in ids[1]], ids[2]], 6)
+    generate_notes(model, tokenizer, ids, 6)
+    generate_notes(model, tokenizer, [ids[0], [5 + i % 200 for i in ids[1]], ids[2]], 6)
     shorter = min(len(s) for s in seen)
     assert shorter > 1 and torch.equal(seen[0][:shorter, [0, 2]], seen[1][:shorter, [0, 2]])
     assert not torch.equal(seen[0][0, 1], seen[1][0, 1])
@@ -63,18 +71,26 @@ def test_greedy_is_greedy_whatever_the_base_brings(loaded, monkeypatch):
     """Its generation_config.json may ask for penalties and beams."""
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
-    before = write_notes(model, tokenizer, prompts, 6)
-    for name, value in {"repetition_penalty": 5.0, "num_beams": 2, "no_repeat_ngram_size": 1}.items():
+    before = generate_notes(model, tokenizer, prompts, 6)
+    for name, value in {
+        "repetition_penalty": 5.0,
+        "num_beams": 2,
+        "no_repeat_ngram_size": 1,
+    }.items():
         monkeypatch.setattr(model.generation_config, name, value)
-    assert write_notes(model, tokenizer, prompts, 6) == before
+    assert generate_notes(model, tokenizer, prompts, 6) == before
 
 
 def test_the_model_is_left_as_it_was(loaded):
     model, tokenizer = loaded
     model.train()
     before = (model.config._attn_implementation, model.config.use_cache, torch.get_rng_state())
-    write_notes(model, tokenizer, [prompt_ids(tokenizer, "Doctor: hi")], 3)
-    assert model.training and model.eval() and (model.config._attn_implementation, model.config.use_cache) == before[:2]
+    generate_notes(model, tokenizer, [prompt_ids(tokenizer, "Doctor: hi")], 3)
+    assert (
+        model.training
+        and model.eval()
+        and (model.config._attn_implementation, model.config.use_cache) == before[:2]
+    )
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
@@ -85,9 +101,22 @@ def test_a_note_is_ended_by_its_eos_and_by_nothing_else(loaded):
     prompts, pad = [prompt_ids(tokenizer, d) for d in DIALOGUES], tokenizer.pad_token_id
     tokenizer.pad_token_id = eos
     try:
-        notes = write_notes(model, tokenizer, prompts, [6, 6, 2], sampled=[Force([[word, word, eos], [word], [word]])])
+        notes = generate_notes(
+            model,
+            tokenizer,
+            prompts,
+            [6, 6, 2],
+            sampled=[Force([[word, word, eos], [word], [word]])],
+        )
         assert notes == [Note("aa", True), Note("a" * 6, False), Note("aa", False)]
-        notes = write_notes(model, tokenizer, prompts, 6, sampled=[Force([[word, word, eos], [word], [word]])], until=lambda tail: tail == "aaaa")
+        notes = generate_notes(
+            model,
+            tokenizer,
+            prompts,
+            6,
+            sampled=[Force([[word, word, eos], [word], [word]])],
+            until=lambda tail: tail == "aaaa",
+        )
         assert notes == [Note("aa", True), Note("aaaa", False), Note("aaaa", False)]
     finally:
         tokenizer.pad_token_id = pad
@@ -98,14 +127,16 @@ def test_a_stop_request_breaks_notes_off(loaded):
         signal = "SIGTERM"
 
     model, tokenizer = loaded
-    ((note, ended),) = write_notes(model, tokenizer, [prompt_ids(tokenizer, DIALOGUES[0])], 50, stop=Stop())
+    ((note, ended),) = generate_notes(
+        model, tokenizer, [prompt_ids(tokenizer, DIALOGUES[0])], 50, stop=Stop()
+    )
     assert not ended and len(tokenizer(note, add_special_tokens=False)["input_ids"]) <= 1
 
 
 def test_a_draw_follows_the_distribution():
     """4,000 notes' first token: shares within four standard errors of the softmax."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    drawn = Draw(1, [str(i) for i in range(4000)])(None, logits.expand(4000, 4)).argmax(1)
+    drawn = GumbelSampler(1, [str(i) for i in range(4000)])(None, logits.expand(4000, 4)).argmax(1)
     wanted = logits.softmax(0)
     error = (wanted * (1 - wanted) / 4000).sqrt()
     assert ((drawn.bincount(minlength=4) / 4000 - wanted).abs() < 4 * error).all()
@@ -115,25 +146,49 @@ def test_a_sampled_note_depends_on_seed_and_id_alone(loaded):
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
     # Logits in bf16 may be equal, and of equal ones greedy and sampled notes may take different ones: less than a rounding apart they are not.
-    model.get_output_embeddings().register_forward_hook(lambda head, args, out: out.float() + torch.linspace(0, 1e-3, out.shape[-1]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda head, args, out: out.float() + torch.linspace(0, 1e-3, out.shape[-1])
+    )
 
     def write(keys: list[str], seed=0, temperature=1.5, top_p=1.0):
-        return write_notes(model, tokenizer, [prompts[int(k)] for k in keys], 3, sampled=sampling(temperature, top_p, seed, keys))
+        return generate_notes(
+            model,
+            tokenizer,
+            [prompts[int(k)] for k in keys],
+            3,
+            sampled=sampling(temperature, top_p, seed, keys),
+        )
 
     together = write(["0", "1", "2"])
-    assert together == write(["0", "1", "2"]) == [*write(["0"]), *write(["1", "2"])]  # whatever the batch
+    assert (
+        together == write(["0", "1", "2"]) == [*write(["0"]), *write(["1", "2"])]
+    )  # whatever the batch
     assert together != write(["0", "1", "2"], seed=1)
-    greedy = write_notes(model, tokenizer, prompts, 3)
-    assert together != greedy and write(["0", "1", "2"], top_p=1e-6) == greedy == write(["0", "1", "2"], temperature=1e-4)
+    greedy = generate_notes(model, tokenizer, prompts, 3)
+    assert together != greedy and write(["0", "1", "2"], top_p=1e-6) == greedy == write(
+        ["0", "1", "2"], temperature=1e-4
+    )
 
 
 def test_strict_forces_the_headings_and_nothing_else(loaded):
     """A model that has learned none, one that ends at once, and one that begins a section in the wrong place."""
     model, tokenizer = loaded
-    for note in write_strict(model, tokenizer, DIALOGUES, 4):
+    for note in generate_with_headings(model, tokenizer, DIALOGUES, 4):
         assert list(parse_note(note.text)) == list(HEADINGS)
-    words = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in (" a b", " c\nPlan: d", "")]
-    notes = write_strict(model, tokenizer, DIALOGUES, 32, lambda heading: [Force(words)])
-    assert [n.text for n in notes] == ["S: a b\nO: a b\nA: a b\nP: a b", "S: c\nO: c\nA: c\nP: c", "S:\nO:\nA:\nP:"]
+    words = [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for text in (" a b", " c\nPlan: d", "")
+    ]
+    notes = generate_with_headings(model, tokenizer, DIALOGUES, 32, lambda heading: [Force(words)])
+    assert [n.text for n in notes] == [
+        "S: a b\nO: a b\nA: a b\nP: a b",
+        "S: c\nO: c\nA: c\nP: c",
+        "S:\nO:\nA:\nP:",
+    ]
     assert [n.ended for n in notes] == [True, True, True]
-    assert write_strict(model, tokenizer, DIALOGUES[:1], 6, lambda heading: [Force([words[0][:1]])])[0].ended is False
+    assert (
+        generate_with_headings(
+            model, tokenizer, DIALOGUES[:1], 6, lambda heading: [Force([words[0][:1]])]
+        )[0].ended
+        is False
+    )

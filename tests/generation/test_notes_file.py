@@ -38,7 +38,11 @@ def test_notes_are_never_for_others_to_read(tmp_path, monkeypatch):
     """Not in a file that was there before, nor while one is put in the place of another."""
     path, seen, replace = tmp_path / "out.jsonl", [], Path.replace
     path.touch(0o644)
-    monkeypatch.setattr(Path, "replace", lambda self, to: seen.append(stat.S_IMODE(self.stat().st_mode)) or replace(self, to))
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda self, to: seen.append(stat.S_IMODE(self.stat().st_mode)) or replace(self, to),
+    )
     file = NotesFile(str(path), DIALOGUES, BY)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     for key in DIALOGUES:
@@ -54,7 +58,9 @@ def test_a_second_writer_is_refused(tmp_path):
     file.close()
 
 
-@pytest.mark.parametrize("text", [' {"id": "1", "text": "x"}', "Dear diary", '{"id": "1", "text": "x"}\n{"id": "2", "te'])
+@pytest.mark.parametrize(
+    "text", [' {"id": "1", "text": "x"}', "Dear diary", '{"id": "1", "text": "x"}\n{"id": "2", "te']
+)
 def test_a_file_of_somebody_elses_is_left_as_it_is(tmp_path, text):
     path = tmp_path / "out.jsonl"
     path.write_text(text)
@@ -70,9 +76,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         NotesFile(str(path), DIALOGUES, BY)
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"id": "a"}, "row 1: has no text `note`"), ({"id": "b", "note": "x"}, "1 of 1 examples have no note, first id a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"id": "a"}, "row 1: has no text `note`"),
+        ({"id": "b", "note": "x"}, "1 of 1 examples have no note, first id a"),
+    ],
+)
 def test_predictions_that_lack_something_are_named(tmp_path, row, words):
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=words):
@@ -80,5 +90,10 @@ def test_predictions_that_lack_something_are_named(tmp_path, row, words):
 
 
 def test_predictions_are_read_with_their_end(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"id": 7, "note": "", "ended": false}\n{"id": "b", "note": "S: x"}')
-    assert read_predictions(str(tmp_path / "p.jsonl"), ["7", "b"]) == {"7": Note("", False), "b": Note("S: x", None)}
+    (tmp_path / "p.jsonl").write_text(
+        '{"id": 7, "note": "", "ended": false}\n{"id": "b", "note": "S: x"}'
+    )
+    assert read_predictions(str(tmp_path / "p.jsonl"), ["7", "b"]) == {
+        "7": Note("", False),
+        "b": Note("S: x", None),
+    }

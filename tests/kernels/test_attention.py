@@ -8,8 +8,21 @@ import torch
 from loop.kernels.attention import AttentionError, packed_attention
 from loop.kernels.attention_backends import available_backends, choose_backend
 
-BOUNDS = [0, 1, 18, 18, 60, 96]  # a document of one token, an empty one as cu_seqlens may be padded, unequal ones
-BACKENDS = ["sdpa", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("varlen", "flash_attn", "flash_attn_4"))]
+BOUNDS = [
+    0,
+    1,
+    18,
+    18,
+    60,
+    96,
+]  # a document of one token, an empty one as cu_seqlens may be padded, unequal ones
+BACKENDS = [
+    "sdpa",
+    *(
+        pytest.param(name, marks=pytest.mark.gpu)
+        for name in ("varlen", "flash_attn", "flash_attn_4")
+    ),
+]
 
 
 def plain_attention(q, k, v, bounds):
@@ -19,7 +32,11 @@ def plain_attention(q, k, v, bounds):
     for start, end in zip(bounds, bounds[1:]):
         scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / math.sqrt(q.shape[-1])
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-        parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(future, -math.inf).softmax(-1), v[start:end]))
+        parts.append(
+            torch.einsum(
+                "hij,jhd->ihd", scores.masked_fill(future, -math.inf).softmax(-1), v[start:end]
+            )
+        )
     return torch.cat(parts)
 
 
@@ -29,8 +46,12 @@ def inputs(backend, heads, kv_heads, head_dim, dtype):
         pytest.skip(f"{backend}: {available_backends(device)[backend]}")
     torch.manual_seed(0)
     q = torch.randn(BOUNDS[-1], heads, head_dim, device=device, dtype=dtype)
-    k, v = (torch.randn(BOUNDS[-1], kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2))
-    return [x.requires_grad_(True) for x in (q, k, v)], torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+    k, v = (
+        torch.randn(BOUNDS[-1], kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2)
+    )
+    return [x.requires_grad_(True) for x in (q, k, v)], torch.tensor(
+        BOUNDS, dtype=torch.int32, device=device
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,7 +76,9 @@ def test_no_document_moves_another_by_a_bit(backend):
     def outputs_of_the_last(q, k, v):
         out = packed_attention(q, k, v, cu_seqlens, 64, backend)
         grads = torch.autograd.grad(out[BOUNDS[-2] :].sum(), (q, k, v))
-        return [out[BOUNDS[-2] :], *(g[BOUNDS[-2] :] for g in grads)], [g[: BOUNDS[-2]] for g in grads]
+        return [out[BOUNDS[-2] :], *(g[BOUNDS[-2] :] for g in grads)], [
+            g[: BOUNDS[-2]] for g in grads
+        ]
 
     before, foreign = outputs_of_the_last(q, k, v)
     with torch.no_grad():
@@ -78,7 +101,9 @@ def test_a_leaking_backend_is_refused(monkeypatch):
     import loop.attention
 
     monkeypatch.setattr(
-        loop.attention, "_sdpa_per_document", lambda q, k, v, cu, scale: plain_attention(q.float(), k.float(), v.float(), [0, len(q)])
+        loop.attention,
+        "_sdpa_per_document",
+        lambda q, k, v, cu, scale: plain_attention(q.float(), k.float(), v.float(), [0, len(q)]),
     )
     with pytest.raises(AttentionError, match="leaks between documents"):
         choose_backend("sdpa", "cpu", torch.bfloat16)
@@ -88,9 +113,16 @@ def test_a_row_without_boundaries_or_with_a_mask_is_refused(tiny_base):
     from loop.kernels.attention import IMPLEMENTATIONS
     from loop.model.loading import load_base
 
-    model = load_base(tiny_base, torch.float32, "cpu", quantized=False, attention=IMPLEMENTATIONS["sdpa"])
+    model = load_base(
+        tiny_base, torch.float32, "cpu", quantized=False, attention=IMPLEMENTATIONS["sdpa"]
+    )
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(AttentionError, match="cu_seqlens"):
         model(input_ids=ids, use_cache=False)
     with pytest.raises(AttentionError, match="without a mask or a cache"):
-        model(input_ids=ids.repeat(2, 1), use_cache=False, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), max_seqlen=4)
+        model(
+            input_ids=ids.repeat(2, 1),
+            use_cache=False,
+            cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+            max_seqlen=4,
+        )

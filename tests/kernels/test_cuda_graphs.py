@@ -11,18 +11,25 @@ import torch
 from kernels.test_fused_layers import with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loop.data.batch_plan import cut, make_plan
-from loop.data.collate import collate, pad
+from loop.data.batch_plan import plan_batches, split_step
+from loop.data.collate import collate, pad_to
 from loop.data.tokenization import Example
 from loop.kernels.attention import IMPLEMENTATIONS
 from loop.kernels.attention_backends import available_backends
 from loop.kernels.cuda_graphs import GraphedLayer, graph_layers, release_graphs
 from loop.kernels.fuse import fuse
 from loop.model.loss import summed_cross_entropy
-from loop.model.replay import room_of
+from loop.model.replay import padded_shape_of
 from loop.model.structure import decoder_layers
 
-SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 class Again:
@@ -42,7 +49,9 @@ def stand_in(monkeypatch):
         def work():
             with torch.no_grad():
                 self.y.data.copy_(self.plain(self.x, *self.arguments.args, **self.arguments.kwargs))
-                self.dy.fill_(torch.nan)  # recorded before that was given a place, so it may have worked in the same one
+                self.dy.fill_(
+                    torch.nan
+                )  # recorded before that was given a place, so it may have worked in the same one
 
         self.forward_graph.work = work
         return y
@@ -53,7 +62,9 @@ def stand_in(monkeypatch):
         def work():
             with torch.enable_grad():
                 y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
-            for place, gradient in zip(self.gradients, torch.autograd.grad(y, [self.x, *self.trained], self.dy)):
+            for place, gradient in zip(
+                self.gradients, torch.autograd.grad(y, [self.x, *self.trained], self.dy)
+            ):
                 place.copy_(gradient)
 
         self.backward_graph.work = work
@@ -79,7 +90,9 @@ def examples(*lengths: int) -> list[Example]:
 
 def model_with_masks():
     torch.manual_seed(0)
-    return with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=IMPLEMENTATIONS["sdpa"])))
+    return with_lora(
+        LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=IMPLEMENTATIONS["sdpa"]))
+    )
 
 
 def step(model, masks, batch) -> dict[str, torch.Tensor]:
@@ -87,7 +100,9 @@ def step(model, masks, batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = summed_cross_entropy(model(**batch.model_inputs()).logits, batch.targets)
     loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach()} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
@@ -103,23 +118,30 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
         layer.forward.backward_graph.work = lambda work=work: (replays.append(1), work())
     for lengths in ((20, 24), (24, 24, 16), (3,), (20, 24)):
         row = collate(examples(*lengths), 24)
-        ours, theirs = step(model, masks, pad(row, 64, 8, 24)), step(plain, plain_masks, row)
+        ours, theirs = step(model, masks, pad_to(row, 64, 8, 24)), step(plain, plain_masks, row)
         assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
     assert len(replays) == 4 * 3
     longer = collate(examples(24, 24, 20), 24)  # another size runs as it did
     ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
-    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs) and len(replays) == 4 * 3
+    assert (
+        all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
+        and len(replays) == 4 * 3
+    )
     release_graphs(decoder_layers(model))
-    assert all(torch.equal(theirs[n], value) for n, value in step(plain, plain_masks, longer).items())
+    assert all(
+        torch.equal(theirs[n], value) for n, value in step(plain, plain_masks, longer).items()
+    )
     with torch.no_grad():
-        assert torch.equal(model.eval()(**row.model_inputs()).logits, plain.eval()(**row.model_inputs()).logits)
+        assert torch.equal(
+            model.eval()(**row.model_inputs()).logits, plain.eval()(**row.model_inputs()).logits
+        )
 
 
 def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
     model, masks = model_with_masks()
     masks.reserve(64)
     graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
-    row = pad(collate(examples(20, 24), 24), 64, 8, 24)
+    row = pad_to(collate(examples(20, 24), 24), 64, 8, 24)
     before = step(model, masks, row)
     for layer in decoder_layers(model):
         layer.forward.forward_graph.work = None  # a replay would fail now
@@ -127,7 +149,9 @@ def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
         step(model, masks, row)
     for p in model.parameters():
         p.data = p.data.clone()
-    assert all(torch.allclose(value, before[name]) for name, value in step(model, masks, row).items())
+    assert all(
+        torch.allclose(value, before[name]) for name, value in step(model, masks, row).items()
+    )
 
 
 def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
@@ -135,8 +159,15 @@ def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
     masks.reserve(64)
     last = decoder_layers(model)[2]
     call = type(last).__call__
-    last.__class__ = type("Other", (type(last),), {"__call__": lambda self, x, **kwargs: call(self, x, **kwargs | {"max_seqlen": 12})})
-    assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == "layers get different arguments"
+    last.__class__ = type(
+        "Other",
+        (type(last),),
+        {"__call__": lambda self, x, **kwargs: call(self, x, **kwargs | {"max_seqlen": 12})},
+    )
+    assert (
+        graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+        == "layers get different arguments"
+    )
     assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
 
 
@@ -180,46 +211,68 @@ def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatc
 
 def test_a_row_has_room_for_every_micro_batch_of_the_plan():
     lengths = torch.randint(2, 25, (200,), generator=torch.Generator().manual_seed(0)).numpy()
-    plan = make_plan(lengths, 64, 0)
-    tokens, documents = room_of(plan, lengths, 1, 64, 24)
+    plan = plan_batches(lengths, 64, 0)
+    tokens, documents = padded_shape_of(plan, lengths, 1, 64, 24)
     for ids in (plan[s] for s in range(len(plan))):
-        row = pad(collate(examples(*lengths[ids]), 24), tokens, documents, 24)
+        row = pad_to(collate(examples(*lengths[ids]), 24), tokens, documents, 24)
         bounds = row.cu_seqlens
-        assert len(bounds) == documents + 1 and bounds[-1] == tokens == row.input_ids.shape[1] == row.position_ids.shape[1]
+        assert (
+            len(bounds) == documents + 1
+            and bounds[-1] == tokens == row.input_ids.shape[1] == row.position_ids.shape[1]
+        )
         assert (bounds.diff() >= 0).all() and bounds.diff().max() <= 24
         starts = bounds[:-1][bounds.diff() > 0]
-        assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(starts)
+        assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(
+            starts
+        )
     for larger in (collate(examples(24, 24, 20), 24), collate(examples(*[2] * 9), 24)):
-        assert pad(larger, 64, 8, 24) is larger
+        assert pad_to(larger, 64, 8, 24) is larger
 
 
 def test_the_room_on_several_ranks_is_that_of_the_real_cuts():
     lengths = np.clip(np.random.default_rng(0).normal(1463, 350, 400), 64, 2048).astype(int)
-    plan = make_plan(lengths, 16 * 2048, 0)
-    tokens, documents = room_of(plan, lengths, 2, 9 * 2048, 2048)
-    parts = [part for step in range(len(plan)) for rank in cut(plan[step], lengths, 2, tokens) for part in rank]
-    assert len(parts) == 2 * len(plan) and tokens < 8.5 * 2048  # one micro-batch a rank and step, as with the larger capacity
+    plan = plan_batches(lengths, 16 * 2048, 0)
+    tokens, documents = padded_shape_of(plan, lengths, 2, 9 * 2048, 2048)
+    parts = [
+        part
+        for step in range(len(plan))
+        for rank in split_step(plan[step], lengths, 2, tokens)
+        for part in rank
+    ]
+    assert (
+        len(parts) == 2 * len(plan) and tokens < 8.5 * 2048
+    )  # one micro-batch a rank and step, as with the larger capacity
     assert max(lengths[part].sum() for part in parts) <= tokens and max(map(len, parts)) < documents
 
 
 def test_the_room_holds_the_longest_example_of_all():
     """Behind what is looked at, too: on many ranks a micro-batch may be shorter than it."""
     lengths = np.array([100] * 120_000 + [1000])
-    plan = make_plan(lengths, 4000, 0)
+    plan = plan_batches(lengths, 4000, 0)
     last = np.flatnonzero(plan.order == 120_000)[0]
-    plan = dataclasses.replace(plan, order=np.roll(plan.order, -last - 1))  # as the plan's last example
-    assert room_of(plan, lengths, 32, 2048, 2048)[0] >= 1000
+    plan = dataclasses.replace(
+        plan, order=np.roll(plan.order, -last - 1)
+    )  # as the plan's last example
+    assert padded_shape_of(plan, lengths, 32, 2048, 2048)[0] >= 1000
 
 
 @pytest.fixture(scope="module")
 def on_gpu():
     """The same model twice on a GPU in bf16, fused, with attention that takes documents' bounds as a tensor."""
-    backend = next(b for b in ("flash_attn", "varlen") if not available_backends("cuda")[b].startswith("missing"))
+    backend = next(
+        b
+        for b in ("flash_attn", "varlen")
+        if not available_backends("cuda")[b].startswith("missing")
+    )
     shape = SHAPE | {"hidden_size": 128, "intermediate_size": 256}
 
     def make():
         torch.manual_seed(0)
-        model, masks = with_lora(LlamaForCausalLM(LlamaConfig(**shape, attn_implementation=IMPLEMENTATIONS[backend])), torch.bfloat16, device="cuda")
+        model, masks = with_lora(
+            LlamaForCausalLM(LlamaConfig(**shape, attn_implementation=IMPLEMENTATIONS[backend])),
+            torch.bfloat16,
+            device="cuda",
+        )
         fuse(decoder_layers(model), False)
         return model, masks
 
@@ -238,8 +291,14 @@ def test_real_graphs_replay_rows_with_hundreds_of_empty_documents(on_gpu):
     assert graph_layers(model, decoder_layers(model), (1024, 400), 256, "cuda") is None
     for lengths in ((250, 200), (3,), tuple(range(2, 40)), (256, 256, 256, 256)):
         row = collate(examples(*lengths), 256)
-        ours, theirs = gpu_step(model, masks, pad(row, 1024, 400, 256)), gpu_step(plain, plain_masks, row)
-        apart = {n: ((ours[n].float() - t.float()).norm() / t.float().norm().clamp_min(1e-6)).item() for n, t in theirs.items()}
+        ours, theirs = (
+            gpu_step(model, masks, pad_to(row, 1024, 400, 256)),
+            gpu_step(plain, plain_masks, row),
+        )
+        apart = {
+            n: ((ours[n].float() - t.float()).norm() / t.float().norm().clamp_min(1e-6)).item()
+            for n, t in theirs.items()
+        }
         assert max(apart.values()) < 2e-2, (lengths, max(apart, key=apart.get), max(apart.values()))
     release_graphs(decoder_layers(model))
 
@@ -255,7 +314,12 @@ def test_a_capture_that_fails_leaves_the_gpu_usable(on_gpu):
     stream = torch.cuda.current_stream()
     assert "captur" in graph_layers(model, decoder_layers(model), (1024, 40), 256, "cuda")
     assert torch.cuda.current_stream() == stream
-    assert torch.randn(9, device="cuda").isfinite().all()  # refused while the generator takes a capture to be under way
+    assert (
+        torch.randn(9, device="cuda").isfinite().all()
+    )  # refused while the generator takes a capture to be under way
     row = collate(examples(250, 200), 256)
     ours, theirs = gpu_step(model, masks, row), gpu_step(plain, plain_masks, row)
-    assert all(((ours[n].float() - t.float()).norm() / t.float().norm()).item() < 2e-2 for n, t in theirs.items())
+    assert all(
+        ((ours[n].float() - t.float()).norm() / t.float().norm()).item() < 2e-2
+        for n, t in theirs.items()
+    )

@@ -5,14 +5,16 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from loop.kernels.dropout import ExampleDropout, Masks, share_dropout
+from loop.kernels.dropout import DropoutMasks, PerExampleDropout, install_dropout
 
 WIDTH = 600
 
 
-def mask(step: int, examples: list[int], lengths: list[int], seed: int = 1, p: float = 0.1) -> torch.Tensor:
+def mask(
+    step: int, examples: list[int], lengths: list[int], seed: int = 1, p: float = 0.1
+) -> torch.Tensor:
     """bool [T, WIDTH]"""
-    masks = Masks(p, seed, "cpu")
+    masks = DropoutMasks(p, seed, "cpu")
     masks.width = WIDTH
     masks.draw(step, examples, torch.tensor([0, *lengths]).cumsum(0))
     return masks.keep
@@ -20,8 +22,12 @@ def mask(step: int, examples: list[int], lengths: list[int], seed: int = 1, p: f
 
 def test_a_mask_follows_seed_step_and_example_and_not_the_row():
     whole = mask(3, [7, 8, 9], [50, 60, 70])
-    assert torch.equal(whole[50:110], mask(3, [8], [60])) and torch.equal(whole[110:], mask(3, [9, 7], [70, 50])[:70])
-    assert torch.equal(mask(3, [], [1]), torch.ones(1, WIDTH, dtype=torch.bool))  # a rank without work
+    assert torch.equal(whole[50:110], mask(3, [8], [60])) and torch.equal(
+        whole[110:], mask(3, [9, 7], [70, 50])[:70]
+    )
+    assert torch.equal(
+        mask(3, [], [1]), torch.ones(1, WIDTH, dtype=torch.bool)
+    )  # a rank without work
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -30,10 +36,22 @@ def test_the_rate_is_right_and_draws_are_independent(p):
     one = mask(3, [7], [200], p=p)
     noise = 5 / (one.numel() ** 0.5)
     assert abs(one.float().mean() - (1 - p)) < noise
-    others = [mask(3, [8], [200], p=p), mask(4, [7], [200], p=p), mask(3, [7], [200], seed=2, p=p), one.roll(1, 1), one.roll(22, 1), one.roll(1, 0)]
+    others = [
+        mask(3, [8], [200], p=p),
+        mask(4, [7], [200], p=p),
+        mask(3, [7], [200], seed=2, p=p),
+        one.roll(1, 1),
+        one.roll(22, 1),
+        one.roll(1, 0),
+    ]
     for other in others:
-        assert abs(torch.corrcoef(torch.stack([one.flatten().float(), other.flatten().float()]))[0, 1]) < noise
-    assert ((one.float().mean(0) - (1 - p)).abs() < 6 * (p * (1 - p) / 200) ** 0.5).all()  # no feature and no token is treated apart
+        assert (
+            abs(torch.corrcoef(torch.stack([one.flatten().float(), other.flatten().float()]))[0, 1])
+            < noise
+        )
+    assert (
+        (one.float().mean(0) - (1 - p)).abs() < 6 * (p * (1 - p) / 200) ** 0.5
+    ).all()  # no feature and no token is treated apart
     assert ((one.float().mean(1) - (1 - p)).abs() < 6 * (p * (1 - p) / WIDTH) ** 0.5).all()
 
 
@@ -52,21 +70,24 @@ class Lora(nn.Module):
 def test_every_module_gets_its_own_columns_and_values_are_those_of_dropout():
     torch.manual_seed(0)
     model = nn.ModuleList([Lora(16, 0.25), Lora(32, 0.25)])
-    masks = share_dropout(model, 0.25, 1, "cpu")
+    masks = install_dropout(model, 0.25, 1, "cpu")
     assert [m.lora_dropout["default"].column for m in model] == [0, 16] and masks.width == 64
     masks.draw(0, [5], torch.tensor([0, 8]))
     x = torch.randn(1, 8, 32, requires_grad=True)
     out = model[1].lora_dropout["default"](x)
     assert torch.allclose(out, x * masks.keep[:, 16:48] / 0.75)
     out.sum().backward()
-    assert torch.allclose(x.grad, masks.keep[:, 16:48].float()[None] / 0.75) and 0 < (x.grad == 0).float().mean() < 0.5
+    assert (
+        torch.allclose(x.grad, masks.keep[:, 16:48].float()[None] / 0.75)
+        and 0 < (x.grad == 0).float().mean() < 0.5
+    )
     model.eval()
     assert model[1].lora_dropout["default"](x) is x
 
 
 def test_without_dropout_nothing_is_replaced_or_drawn():
     model = nn.ModuleList([Lora(16, 0.0)])
-    masks = share_dropout(model, 0.0, 1, "cpu")
+    masks = install_dropout(model, 0.0, 1, "cpu")
     masks.draw(0, [5], torch.tensor([0, 8]))
     assert isinstance(model[0].lora_dropout["default"], nn.Identity) and not hasattr(masks, "keep")
 
@@ -75,8 +96,8 @@ def test_without_dropout_nothing_is_replaced_or_drawn():
 def test_a_recomputed_layer_meets_the_same_mask(reentrant):
     torch.manual_seed(0)
     model = nn.ModuleList([Lora(16, 0.5)])
-    share_dropout(model, 0.5, 1, "cpu").draw(0, [5], torch.tensor([0, 64]))
-    assert isinstance(model[0].lora_dropout["default"], ExampleDropout)
+    install_dropout(model, 0.5, 1, "cpu").draw(0, [5], torch.tensor([0, 64]))
+    assert isinstance(model[0].lora_dropout["default"], PerExampleDropout)
     x, grads = torch.randn(1, 64, 16, requires_grad=True), []
     for run in (lambda: model[0](x), lambda: checkpoint(model[0], x, use_reentrant=reentrant)):
         model.zero_grad()

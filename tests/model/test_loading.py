@@ -13,7 +13,7 @@ from loop.data.tokenization import Example
 from loop.kernels.attention import IMPLEMENTATIONS
 from loop.kernels.attention_backends import available_backends
 from loop.model.activation_checkpointing import use_checkpointing
-from loop.model.loading import load_base, load_shape, resolve_base
+from loop.model.loading import load_base, load_model_config, resolve_base
 from loop.model.loss import summed_cross_entropy
 from loop.model.quantization import keep_codes
 from loop.model.structure import decoder_layers
@@ -31,13 +31,27 @@ def test_the_seed_configuration_trains_6307840_parameters():
 
 def documents(seed: int, lengths=(30, 50, 20)) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [Example(str(i), ids := rng.integers(5, 300, n).astype(np.int32), ids.copy()) for i, n in enumerate(lengths)]
+    return [
+        Example(str(i), ids := rng.integers(5, 300, n).astype(np.int32), ids.copy())
+        for i, n in enumerate(lengths)
+    ]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("varlen", "flash_attn", "flash_attn_4"))])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "sdpa",
+        *(
+            pytest.param(name, marks=pytest.mark.gpu)
+            for name in ("varlen", "flash_attn", "flash_attn_4")
+        ),
+    ],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(backend, checkpointing, training, request, monkeypatch):
+def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(
+    backend, checkpointing, training, request, monkeypatch
+):
     device = "cpu" if backend == "sdpa" else "cuda"
     if available_backends(device)[backend].startswith("missing"):
         pytest.skip(available_backends(device)[backend])
@@ -46,7 +60,12 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(bac
     model = load_base(base, torch.bfloat16, device, attention=IMPLEMENTATIONS[backend])
     model.enable_input_require_grads()
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+        ),
+    )
     if checkpointing:
         use_checkpointing(model)
     model.train(training)
@@ -54,15 +73,23 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(bac
     def second_document(first: Example):
         """Logits and gradients of the second document alone, in a row behind `first`."""
         _, second, third = documents(0)
-        unsupervised = [Example(e.id, e.input_ids, np.full_like(e.labels, -100)) for e in (first, third)]
+        unsupervised = [
+            Example(e.id, e.input_ids, np.full_like(e.labels, -100)) for e in (first, third)
+        ]
         batch = collate([unsupervised[0], second, unsupervised[1]], 64).to(device)
         logits = model(**batch.model_inputs()).logits
         loss = summed_cross_entropy(logits, batch.targets)
         model.zero_grad()
         loss.backward()
-        return [logits.detach(), loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+        return [
+            logits.detach(),
+            loss.detach(),
+            *(p.grad.clone() for p in model.parameters() if p.requires_grad),
+        ]
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # flash attention's backward adds with atomics otherwise
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # flash attention's backward adds with atomics otherwise
     try:
         before, after = (second_document(documents(seed)[0]) for seed in (0, 1))
     finally:
@@ -87,9 +114,14 @@ def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
     use_checkpointing(model)
     for layer in decoder_layers(model):
         layer.register_forward_hook(lambda *_: calls.update(layer=calls["layer"] + 1))
-        layer.self_attn.register_forward_hook(lambda *_: calls.update(attention=calls["attention"] + 1))
+        layer.self_attn.register_forward_hook(
+            lambda *_: calls.update(attention=calls["attention"] + 1)
+        )
     model.train()(**collate(documents(0), 64).model_inputs()).logits.sum().backward()
-    assert calls == {"layer": len(decoder_layers(model)), "attention": 2 * len(decoder_layers(model))}
+    assert calls == {
+        "layer": len(decoder_layers(model)),
+        "attention": 2 * len(decoder_layers(model)),
+    }
 
 
 def test_nf4_weights_are_never_repacked(tiny_base):
@@ -97,7 +129,9 @@ def test_nf4_weights_are_never_repacked(tiny_base):
     model = load_base(tiny_base, torch.bfloat16, "cpu")
     linears = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert len(linears) == 3 * 7 and not any(m.support_avx512bf16_for_cpu for m in linears)
-    before = [m.weight.clone().view(torch.uint8) for m in linears]  # codes, some of which read as NaN in bf16
+    before = [
+        m.weight.clone().view(torch.uint8) for m in linears
+    ]  # codes, some of which read as NaN in bf16
     with torch.no_grad():
         for _ in range(2):
             model.eval()(input_ids=torch.ones(1, 8, dtype=torch.long))
@@ -109,7 +143,10 @@ def test_codes_that_are_stored_as_float16_are_bytes_to_us(tiny_base):
     model, other = (load_base(tiny_base, torch.bfloat16, "cpu") for _ in range(2))
     for module in other.modules():
         if hasattr(module, "quant_state"):
-            module.weight.data, module.compute_dtype = module.weight.data.view(torch.float16), torch.float16
+            module.weight.data, module.compute_dtype = (
+                module.weight.data.view(torch.float16),
+                torch.float16,
+            )
     keep_codes(other, torch.bfloat16)
     assert {p.dtype for p in other.parameters()} == {torch.uint8, torch.bfloat16}
     ids = torch.arange(5, 13)[None]
@@ -121,9 +158,13 @@ def test_the_summed_loss_ignores_what_is_no_target():
     logits = torch.randn(1, 3, 7, requires_grad=True)
     loss = summed_cross_entropy(logits, torch.tensor([2, -100, 5]))
     loss.backward()
-    assert loss.item() == pytest.approx(-(logits[0].log_softmax(-1)[0, 2] + logits[0].log_softmax(-1)[2, 5]).item())
+    assert loss.item() == pytest.approx(
+        -(logits[0].log_softmax(-1)[0, 2] + logits[0].log_softmax(-1)[2, 5]).item()
+    )
     assert (logits.grad[0, 1] == 0).all()
-    assert summed_cross_entropy(logits[:, :1], torch.tensor([-100])).item() == 0  # a rank without targets
+    assert (
+        summed_cross_entropy(logits[:, :1], torch.tensor([-100])).item() == 0
+    )  # a rank without targets
 
 
 def test_what_is_not_a_model_is_named(tmp_path, tiny_base):
@@ -133,5 +174,5 @@ def test_what_is_not_a_model_is_named(tmp_path, tiny_base):
         resolve_base("./nowhere")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_shape(str(tmp_path))
+        load_model_config(str(tmp_path))
     assert resolve_base("owner/name") == {"pretrained_model_name_or_path": "owner/name"}

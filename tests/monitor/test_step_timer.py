@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from loop.monitor.kernel_profile import KINDS, STEPS, WARM_UP, busy, kind_of
-from loop.monitor.step_timer import PARTS, StepTimer
+from loop.monitor.step_timer import PHASES, StepTimer
 
 
 def test_parts_follow_each_other_and_a_part_may_come_again():
@@ -20,11 +20,13 @@ def test_parts_follow_each_other_and_a_part_may_come_again():
     timer.start()
     for part in ("forward", "backward", "forward", "backward", "optimizer", "agreement"):
         time.sleep(0.01)
-        timer.mark(part)
+        timer.phase(part)
     seconds = timer.stop()
-    assert list(seconds) == list(PARTS)
+    assert list(seconds) == list(PHASES)
     assert sum(seconds.values()) == pytest.approx(time.perf_counter() - began, abs=2e-3)
-    assert seconds["forward"] >= 0.02 and seconds["backward"] >= 0.02 and seconds["agreement"] < 0.01
+    assert (
+        seconds["forward"] >= 0.02 and seconds["backward"] >= 0.02 and seconds["agreement"] < 0.01
+    )
     timer.start()
     assert sum(timer.stop().values()) < 0.01, "the marks of the step before are gone"
 
@@ -51,9 +53,9 @@ def test_on_a_gpu_only_the_step_end_is_waited_for(monkeypatch):
     timer = StepTimer(torch.device("cuda"))
     timer.start()
     for part in ("forward", "backward", "optimizer", "agreement"):
-        timer.mark(part)
+        timer.phase(part)
     assert not waits
-    assert timer.stop() == dict.fromkeys(PARTS, pytest.approx(0.007)) and waits == [135]
+    assert timer.stop() == dict.fromkeys(PHASES, pytest.approx(0.007)) and waits == [135]
 
 
 def test_a_steps_marks_cost_less_than_a_hundredth_of_the_shortest_step():
@@ -63,7 +65,7 @@ def test_a_steps_marks_cost_less_than_a_hundredth_of_the_shortest_step():
         began = time.perf_counter()
         timer.start()
         for part in ["forward", "backward"] * 4 + ["optimizer", "agreement"]:
-            timer.mark(part)
+            timer.phase(part)
         timer.stop()
         best = min(best, time.perf_counter() - began)
     assert best < 0.01 * 0.091
@@ -71,62 +73,129 @@ def test_a_steps_marks_cost_less_than_a_hundredth_of_the_shortest_step():
 
 def test_the_timed_parts_of_a_real_run_add_up_to_its_steps(trained):
     """Beside the marks stands the clock that tokens_per_second goes by."""
-    lines = [line for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()) if "train/loss" in line]
+    lines = [
+        line
+        for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+        if "train/loss" in line
+    ]
     assert len(lines) == 6
     budget = 4 * 512
     for line in lines:
-        parts = [line[f"time/{part}"] for part in PARTS]
+        parts = [line[f"time/{part}"] for part in PHASES]
         assert all(seconds > 0 for seconds in parts)
         assert sum(parts) * line["train/tokens_per_second"] <= budget * 1.01
     fastest = max(lines, key=lambda line: line["train/tokens_per_second"])
-    assert sum(fastest[f"time/{part}"] for part in PARTS) * fastest["train/tokens_per_second"] > 0.5 * budget
+    assert (
+        sum(fastest[f"time/{part}"] for part in PHASES) * fastest["train/tokens_per_second"]
+        > 0.5 * budget
+    )
 
 
 def test_kernels_have_kinds_and_overlap_counts_once():
-    assert kind_of("ncclDevKernel_AllGather_RING_LL") == "communication" and kind_of("flash_fwd_kernel") == "attention"
-    assert kind_of("nvjet_tst_128x256_64x4") == "matrix products" and kind_of("triton_poi") == "other"
+    assert (
+        kind_of("ncclDevKernel_AllGather_RING_LL") == "communication"
+        and kind_of("flash_fwd_kernel") == "attention"
+    )
+    assert (
+        kind_of("nvjet_tst_128x256_64x4") == "matrix products" and kind_of("triton_poi") == "other"
+    )
     assert len({kind for kind, _ in KINDS}) == len(KINDS)
     assert busy([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7 and busy([]) == 0
 
 
 def test_profile_writes_a_trace_of_three_steps_and_a_table(config_file):
     runs = config_file.parent / "runs"
-    command = [str(ROOT / "launch.sh"), "profile", "--config", str(config_file), "max_seq_len=512", "batch_size=2"]
-    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [
+        str(ROOT / "launch.sh"),
+        "profile",
+        "--config",
+        str(config_file),
+        "max_seq_len=512",
+        "batch_size=2",
+    ]
+    env = os.environ | {
+        "LOOP_PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = runs / "t" / "profile"
-    assert sorted(p.name for p in folder.iterdir()) == ["table.txt", "trace.json"], "the steps' own run is gone"
+    assert sorted(p.name for p in folder.iterdir()) == ["table.txt", "trace.json"], (
+        "the steps' own run is gone"
+    )
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    ranges = {e["name"]: e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("step ")}
+    ranges = {
+        e["name"]: e
+        for e in events
+        if e.get("cat") == "user_annotation" and e["name"].startswith("step ")
+    }
     assert set(ranges) == {f"step {WARM_UP + i + 1}" for i in range(STEPS)}
     for step in ranges.values():
-        inside = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in PARTS and step["ts"] <= e["ts"] < step["ts"] + step["dur"]]
-        assert {e["name"] for e in inside} == set(PARTS)
+        inside = [
+            e
+            for e in events
+            if e.get("cat") == "user_annotation"
+            and e["name"] in PHASES
+            and step["ts"] <= e["ts"] < step["ts"] + step["dur"]
+        ]
+        assert {e["name"] for e in inside} == set(PHASES)
         assert sum(e["dur"] for e in inside) == pytest.approx(step["dur"], rel=0.05)
     table = (folder / "table.txt").read_text()
-    assert table.strip() in done.stdout and "aten::mm" in table and all(f"\n{part} " in table for part in PARTS)
-    shares = [float(line.rsplit(None, 1)[1].rstrip("%")) for line in table.split("operator, ")[1].splitlines()[1:]]
+    assert (
+        table.strip() in done.stdout
+        and "aten::mm" in table
+        and all(f"\n{part} " in table for part in PHASES)
+    )
+    shares = [
+        float(line.rsplit(None, 1)[1].rstrip("%"))
+        for line in table.split("operator, ")[1].splitlines()[1:]
+    ]
     assert 90 < sum(shares) < 110, "operators and what lies between them are the step"
     assert "Doctor" not in (folder / "trace.json").read_text()
 
 
 def test_a_mistake_in_what_is_profiled_is_one_line(config_file):
     command = [sys.executable, "-m", "loop.profile", "--config", str(config_file), "lr=none"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: lr") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: lr")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_table_of_a_gpu_names_kinds_kernels_and_idle_time():
     from loop.monitor.kernel_profile import table
 
     def kernel(name, start, end):
-        return SimpleNamespace(name=name, device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=end - start,
-                               time_range=SimpleNamespace(start=start, end=end))  # fmt: skip
+        return SimpleNamespace(
+            name=name,
+            device_type=torch.autograd.DeviceType.CUDA,
+            self_device_time_total=end - start,
+            time_range=SimpleNamespace(start=start, end=end),
+        )
 
-    kernels = [kernel("nvjet_a", 0, 30_000), kernel("ncclDevKernel", 15_000, 45_000), kernel("forward", 0, 90_000)]  # us; the last is a range
-    steps = [dict.fromkeys(PARTS, 0.004)] * (WARM_UP + STEPS)  # 20 ms a step, so 60 ms recorded, of which 45 are busy
-    lines = {line.split("  ")[0]: line.split() for line in table(SimpleNamespace(events=lambda: kernels), steps).splitlines() if line}
+    kernels = [
+        kernel("nvjet_a", 0, 30_000),
+        kernel("ncclDevKernel", 15_000, 45_000),
+        kernel("forward", 0, 90_000),
+    ]  # us; the last is a range
+    steps = [dict.fromkeys(PHASES, 0.004)] * (
+        WARM_UP + STEPS
+    )  # 20 ms a step, so 60 ms recorded, of which 45 are busy
+    lines = {
+        line.split("  ")[0]: line.split()
+        for line in table(SimpleNamespace(events=lambda: kernels), steps).splitlines()
+        if line
+    }
     assert lines["matrix products"][-2:] == lines["communication"][-2:] == ["10.0", "50.0%"]
     assert lines["nothing but communication runs"][-2:] == ["5.0", "25.0%"], "what no product hides"
     assert lines["no kernel runs"][-2:] == ["5.0", "25.0%"]

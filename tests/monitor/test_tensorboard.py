@@ -14,13 +14,18 @@ import torch
 from helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+from tensorboard.plugins.hparams.metadata import (
+    EXPERIMENT_TAG,
+    SESSION_END_INFO_TAG,
+    SESSION_START_INFO_TAG,
+    parse_session_start_info_plugin_data,
+)
 
 from loop.config.cli import load_config
-from loop.data.batch_plan import make_plan
+from loop.data.batch_plan import plan_batches
 from loop.data.conversations import read_split
 from loop.data.tokenization import Example
-from loop.monitor.run_logger import Monitor
+from loop.monitor.run_logger import RunLogger
 from loop.monitor.tensorboard import CHARTS, COLORS, UNUSED, hparams_of, layout, row_picture
 
 
@@ -33,23 +38,39 @@ def board(trained):
 
 def test_the_layout_names_what_the_run_wrote_and_all_of_it(board):
     """After the last layout nothing new comes along; what no chart shows is perplexity, the loss in other units."""
-    shown = Layout.FromString(board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    tags = [tag for category in shown.category for chart in category.chart for tag in chart.multiline.tag]
+    shown = Layout.FromString(
+        board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    )
+    tags = [
+        tag
+        for category in shown.category
+        for chart in category.chart
+        for tag in chart.multiline.tag
+    ]
     assert all(tag.startswith("^") and tag.endswith("$") for tag in tags)
-    assert len(tags) == len(set(tags)) and {tag[1:-1] for tag in tags} == set(board.Tags()["scalars"]) - {"eval/perplexity"}
+    assert len(tags) == len(set(tags)) and {tag[1:-1] for tag in tags} == set(
+        board.Tags()["scalars"]
+    ) - {"eval/perplexity"}
     assert [c.title for c in shown.category] == list(CHARTS)
 
 
 def test_charts_without_curves_are_left_out():
     assert layout(set()) == {}
-    assert layout({"train/mfu", "other"}) == {"speed": {"share of the measured matrix rate (MFU)": ["Multiline", ["^train/mfu$"]]}}
+    assert layout({"train/mfu", "other"}) == {
+        "speed": {"share of the measured matrix rate (MFU)": ["Multiline", ["^train/mfu$"]]}
+    }
 
 
 def test_clipped_steps_are_counted(trained, board):
     limit = load_config(["--config", str(trained / "config.yaml")]).max_grad_norm
     clipped = np.cumsum([e.value > limit for e in board.Scalars("train/grad_norm")])
-    assert [e.value for e in board.Scalars("train/clipped_steps")] == clipped.tolist() and clipped[-1] > 0
-    assert [(e.step, e.value) for e in board.Scalars("plan/max_grad_norm")] == [(1, limit), (6, limit)]
+    assert [e.value for e in board.Scalars("train/clipped_steps")] == clipped.tolist() and clipped[
+        -1
+    ] > 0
+    assert [(e.step, e.value) for e in board.Scalars("plan/max_grad_norm")] == [
+        (1, limit),
+        (6, limit),
+    ]
 
 
 def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
@@ -60,37 +81,73 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     model = torch.nn.Linear(2, 2)
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     examples = [Example("a", np.arange(700), np.arange(700))] * 20
-    plan = make_plan([700] * 20, 4096, seed=0)
+    plan = plan_batches([700] * 20, 4096, seed=0)
     assert len(plan) == 4
     for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
-        monitor = Monitor(config, {}, engine, ranks, first, len(plan), lambda *_: {})
+        monitor = RunLogger(config, {}, engine, ranks, first, len(plan), lambda *_: {})
         monitor.plan(plan, examples, 4, [[plan[0].tolist()]])
         for step, norm in enumerate(norms, first + 1):
             monitor.start_step()
             monitor.step(step, 1.0, norm, 1e-3, np.array([700] * 5), 700)
         monitor.close({})
     board = EventAccumulator(str(config.folder / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/clipped_steps")] == [(1, 1), (2, 1), (3, 1), (4, 2)]
-    assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4] and [e.step for e in board.Scalars("plan/lr")] == [1, 2, 3, 4]
-    shown = Layout.FromString(board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    tags = {tag[1:-1] for category in shown.category for chart in category.chart for tag in chart.multiline.tag}
-    assert tags == set(board.Tags()["scalars"]) and "plan/lr" in tags and len(board.Images("plan/packed_rows_of_the_first_step")) == 1
+    assert [(e.step, e.value) for e in board.Scalars("train/clipped_steps")] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+    ]
+    assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4] and [
+        e.step for e in board.Scalars("plan/lr")
+    ] == [1, 2, 3, 4]
+    shown = Layout.FromString(
+        board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    )
+    tags = {
+        tag[1:-1]
+        for category in shown.category
+        for chart in category.chart
+        for tag in chart.multiline.tag
+    }
+    assert (
+        tags == set(board.Tags()["scalars"])
+        and "plan/lr" in tags
+        and len(board.Images("plan/packed_rows_of_the_first_step")) == 1
+    )
 
 
 def test_the_configuration_is_there_to_compare_runs_by(trained, board):
     content = board.summary_metadata[SESSION_START_INFO_TAG].plugin_data.content
     start = parse_session_start_info_plugin_data(content)
     assert start.hparams["lr"].number_value == 1e-2 and start.hparams["lora.r"].number_value == 8
-    assert start.hparams["restart_steps"].string_value == "None" and start.hparams["micro_batch_size"].string_value == "auto"
+    assert (
+        start.hparams["restart_steps"].string_value == "None"
+        and start.hparams["micro_batch_size"].string_value == "auto"
+    )
     assert SESSION_END_INFO_TAG in board.summary_metadata
-    assert EXPERIMENT_TAG not in board.summary_metadata, "with a list of columns, TensorBoard would not put those first that differ"
+    assert EXPERIMENT_TAG not in board.summary_metadata, (
+        "with a list of columns, TensorBoard would not put those first that differ"
+    )
 
 
 def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
     args = ["--config", str(config_file)]
     one = hparams_of(load_config(args))
-    other = hparams_of(load_config([*args, "micro_batch_size=1", "restart_steps=3", "max_steps=9", "gradient_checkpointing=true", "lr=1",
-                                    "lora.target_modules=[q_proj]", "data.valid=null", "data.limit=9"]))  # fmt: skip
+    other = hparams_of(
+        load_config(
+            [
+                *args,
+                "micro_batch_size=1",
+                "restart_steps=3",
+                "max_steps=9",
+                "gradient_checkpointing=true",
+                "lr=1",
+                "lora.target_modules=[q_proj]",
+                "data.valid=null",
+                "data.limit=9",
+            ]
+        )
+    )
     assert one.keys() == other.keys()
     assert all(isinstance(one[k], str) == isinstance(other[k], str) for k in one)
 
@@ -104,13 +161,23 @@ def test_a_packed_row_is_drawn_document_by_document():
     row = picture[-20].tolist()  # through the middle of the band
     pale = [[255 - (255 - c) * 35 // 100 for c in color] for color in COLORS]
     assert row[1:64] == [pale[0]] * 63 and row[64:96] == [list(COLORS[0])] * 32
-    assert row[96] == [0, 0, 0] == row[0] and row[97:128] == [pale[1]] * 31 and row[128:192] == [list(COLORS[1])] * 64
+    assert (
+        row[96] == [0, 0, 0] == row[0]
+        and row[97:128] == [pale[1]] * 31
+        and row[128:192] == [list(COLORS[1])] * 64
+    )
     assert row[192:] == [list(UNUSED)] * 64
 
 
 def test_plan_and_picture_are_on_the_board(board):
     assert board.Tags()["images"] == ["plan/packed_rows_of_the_first_step"]
-    names = {"tokens_of_an_example", "supervised_tokens_of_an_example", "tokens_of_a_step", "supervised_tokens_of_a_step", "examples_of_a_step"}
+    names = {
+        "tokens_of_an_example",
+        "supervised_tokens_of_an_example",
+        "tokens_of_a_step",
+        "supervised_tokens_of_a_step",
+        "examples_of_a_step",
+    }
     assert set(board.Tags()["histograms"]) == {f"plan/{name}" for name in names}
     steps = board.Histograms("plan/tokens_of_a_step")[0].histogram_value
     assert steps.num == 6 and steps.max <= 4 * 512
@@ -118,32 +185,76 @@ def test_plan_and_picture_are_on_the_board(board):
 
 def test_memory_is_that_of_the_tensors(trained, board):
     """Two ranks: fp32 masters and gradients of a rank's half, two moments, all of the same trained weights."""
-    parts = {tag.split("/")[1]: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"] if tag.startswith("memory/")}
-    assert set(parts) == {f"{name}_gib" for name in ("frozen_weights", "scales", "trained_weights", "masters", "moments", "gradients")}
-    assert parts["moments_gib"] == pytest.approx(2 * parts["masters_gib"]) and parts["gradients_gib"] == pytest.approx(parts["masters_gib"])
+    parts = {
+        tag.split("/")[1]: board.Scalars(tag)[0].value
+        for tag in board.Tags()["scalars"]
+        if tag.startswith("memory/")
+    }
+    assert set(parts) == {
+        f"{name}_gib"
+        for name in (
+            "frozen_weights",
+            "scales",
+            "trained_weights",
+            "masters",
+            "moments",
+            "gradients",
+        )
+    }
+    assert parts["moments_gib"] == pytest.approx(2 * parts["masters_gib"]) and parts[
+        "gradients_gib"
+    ] == pytest.approx(parts["masters_gib"])
     assert [e.step for e in board.Scalars("memory/masters_gib")] == [1, 3, 6]
 
 
 def test_no_patients_word_is_in_a_tag_or_a_value_beside_the_samples(trained, board):
     config = load_config(["--config", str(trained / "config.yaml")])
-    lines = {line for c in read_split(config, "train")[0] for line in c.dialogue.splitlines() + c.note.splitlines() if len(line) > 12}
-    named = [str(tag) for tags in board.Tags().values() if isinstance(tags, list) for tag in tags] + list(board.summary_metadata)
-    told = named + [str(m) for m in board.summary_metadata.values()] + [str(board.Tensors(t)) for t in board.Tags()["tensors"] if "notes/" not in t]
+    lines = {
+        line
+        for c in read_split(config, "train")[0]
+        for line in c.dialogue.splitlines() + c.note.splitlines()
+        if len(line) > 12
+    }
+    named = [
+        str(tag) for tags in board.Tags().values() if isinstance(tags, list) for tag in tags
+    ] + list(board.summary_metadata)
+    told = (
+        named
+        + [str(m) for m in board.summary_metadata.values()]
+        + [str(board.Tensors(t)) for t in board.Tags()["tensors"] if "notes/" not in t]
+    )
     assert len(lines) > 20 and not any(line in text for line in lines for text in told)
 
 
 def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
-    runs = len({path.parent for path in trained.parent.rglob("events.out.tfevents.*")})  # other tests may have left more than the one
+    runs = len(
+        {path.parent for path in trained.parent.rglob("events.out.tfevents.*")}
+    )  # other tests may have left more than the one
     assert runs >= 1
-    process = subprocess.Popen([str(ROOT / "launch.sh"), "board", str(trained.parent)], env=os.environ | {"LOOP_PYTHON": sys.executable},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [str(ROOT / "launch.sh"), "board", str(trained.parent)],
+        env=os.environ | {"LOOP_PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         address, said = process.stdout.readline().partition("#")[0], process.stdout.readline()
-        assert address.startswith("http://127.0.0.1:") and f"shows {runs} run(s) of {trained.parent}," in said, said
+        assert (
+            address.startswith("http://127.0.0.1:")
+            and f"shows {runs} run(s) of {trained.parent}," in said
+        ), said
         mine = psutil.Process(process.pid)
-        listening = [c.laddr.ip for p in (mine, *mine.children(recursive=True)) for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+        listening = [
+            c.laddr.ip
+            for p in (mine, *mine.children(recursive=True))
+            for c in p.net_connections()
+            if c.status == psutil.CONN_LISTEN
+        ]
         assert listening == ["127.0.0.1"]
-        with urllib.request.urlopen(f"{address}data/plugin/custom_scalars/layout", timeout=60) as answer:
+        with urllib.request.urlopen(
+            f"{address}data/plugin/custom_scalars/layout", timeout=60
+        ) as answer:
             assert [c["title"] for c in json.load(answer)["category"]] == list(CHARTS)
         process.send_signal(2)
         _, errors = process.communicate(timeout=20)
@@ -152,8 +263,21 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
         process.kill()
 
 
-@pytest.mark.parametrize("args, says", [(["nowhere"], "no such folder"), (["a", "b"], "at most one folder"), (["--host=0.0.0.0"], "--host=0.0.0.0")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["nowhere"], "no such folder"),
+        (["a", "b"], "at most one folder"),
+        (["--host=0.0.0.0"], "--host=0.0.0.0"),
+    ],
+)
 def test_a_mistake_of_board_is_one_line(args, says, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "loop.board", *args], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "loop.board", *args],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-import loop.checkpoint
-import loop.data
-import loop.model
+import loop.checkpoint.checkpointer
+import loop.data.collate
+import loop.data.dataset
 import loop.train
+from loop.zero3.gradients import local_gradients
 
 
 def divide_by_accumulation_steps():
@@ -39,7 +40,9 @@ def forget_world_size():
 
     def wrong(engine, *args):
         backward = engine.backward
-        engine.backward = lambda loss, **kw: backward(loss / torch.distributed.get_world_size(), **kw)
+        engine.backward = lambda loss, **kw: backward(
+            loss / torch.distributed.get_world_size(), **kw
+        )
         try:
             return step(engine, *args)
         finally:
@@ -55,7 +58,9 @@ def unequal_ranks():
     def wrong(engine, parameters, micro_batches, num_targets, *rest):
         backward = engine.backward
         mine = sum((batch.targets != -100).sum().item() for batch in micro_batches)
-        engine.backward = lambda loss, **kw: backward(loss * num_targets / max(mine, 1) / torch.distributed.get_world_size(), **kw)
+        engine.backward = lambda loss, **kw: backward(
+            loss * num_targets / max(mine, 1) / torch.distributed.get_world_size(), **kw
+        )
         try:
             return step(engine, parameters, micro_batches, num_targets, *rest)
         finally:
@@ -73,7 +78,7 @@ def bf16_accumulation():
 
         def rounding(loss, **kw):
             backward(loss, **kw)
-            for gradient in loop.optim.local_gradients(parameters):
+            for gradient in local_gradients(parameters):
                 gradient.copy_(gradient.bfloat16())
 
         engine.backward = rounding
@@ -92,7 +97,9 @@ def one_document_mask():
     def wrong(examples, max_seq_len, *room):
         batch = collate(examples, max_seq_len, *room)
         row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
-        return loop.collate.Batch(**{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]})
+        return loop.data.collate.PackedBatch(
+            **{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]}
+        )
 
     loop.train.collate = wrong
 
@@ -103,7 +110,9 @@ def positions_run_on():
 
     def wrong(examples, max_seq_len, *room):
         batch = collate(examples, max_seq_len, *room)
-        return loop.collate.Batch(**{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]})
+        return loop.data.collate.PackedBatch(
+            **{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]}
+        )
 
     loop.train.collate = wrong
 
@@ -116,8 +125,13 @@ def targets_cross_documents():
         batch = collate(examples, max_seq_len, *room)
         if len(examples) > 1:
             ends = batch.cu_seqlens[1:-1].long() - 1
-            batch = loop.collate.Batch(**{**batch.__dict__, "target_positions": torch.cat([batch.target_positions, ends]),
-                                          "targets": torch.cat([batch.targets, batch.input_ids[0, ends + 1]])})  # fmt: skip
+            batch = loop.data.collate.PackedBatch(
+                **{
+                    **batch.__dict__,
+                    "target_positions": torch.cat([batch.target_positions, ends]),
+                    "targets": torch.cat([batch.targets, batch.input_ids[0, ends + 1]]),
+                }
+            )
         return batch
 
     loop.train.collate = wrong
@@ -125,7 +139,7 @@ def targets_cross_documents():
 
 def unsupervised_eos():
     """The EOS behind the note is no target: the model never learns to stop."""
-    encode = loop.data.encode_examples
+    encode = loop.data.dataset.encode_examples
 
     def wrong(*args):
         examples = encode(*args)
@@ -133,13 +147,15 @@ def unsupervised_eos():
             e.labels[-1] = -100
         return examples
 
-    loop.data.encode_examples = wrong
+    loop.data.dataset.encode_examples = wrong
 
 
 def prompt_supervised():
     """Every token is a target: three quarters of the gradient teach the model to play doctor and patient."""
-    encode = loop.data.encode_examples
-    loop.data.encode_examples = lambda tokenizer, conversations, supervise="note": encode(tokenizer, conversations, "all")
+    encode = loop.data.dataset.encode_examples
+    loop.data.dataset.encode_examples = lambda tokenizer, conversations, supervise="note": encode(
+        tokenizer, conversations, "all"
+    )
 
 
 def no_clipping():
@@ -155,7 +171,7 @@ def stale_grad_norm():
 
     def wrong(parameters, max_norm):
         factor, norm = min(1.0, max_norm / last[0]), clip(parameters, float("inf"))
-        torch._foreach_mul_(loop.optim.local_gradients(parameters), factor)
+        torch._foreach_mul_(local_gradients(parameters), factor)
         last[0] = norm.item()
         return norm
 
@@ -165,7 +181,9 @@ def stale_grad_norm():
 def deepspeed_clips_too():
     """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own clipping."""
     build = loop.train.build_ds_config
-    loop.train.build_ds_config = lambda config: {k: v for k, v in build(config).items() if k != "gradient_clipping"}
+    loop.train.build_ds_config = lambda config: {
+        k: v for k, v in build(config).items() if k != "gradient_clipping"
+    }
 
 
 def lr_stepped_twice():
@@ -176,17 +194,17 @@ def lr_stepped_twice():
 
 def unequal_examples():
     """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
-    cut = loop.train.cut
+    cut = loop.train.split_step
 
     def wrong(step, *rest):
         return cut(np.asarray(step)[:-1], *rest)
 
-    loop.train.cut = wrong
+    loop.train.split_step = wrong
 
 
 def stale_resume():
     """After a resume the optimizer's fp32 masters are those of the start: the first update writes them over the loaded weights."""
-    put = loop.checkpoint.set_whole_tensor
+    put = loop.checkpoint.checkpointer.scatter_full_tensor
 
     def wrong(p, kind, whole, ranks):
         stale = safe_get_local_fp32_param(p).clone()
@@ -194,20 +212,39 @@ def stale_resume():
         if kind == "master":
             safe_set_local_fp32_param(p, stale)
 
-    loop.checkpoint.set_whole_tensor = wrong
+    loop.checkpoint.checkpointer.scatter_full_tensor = wrong
 
 
 def resume_without_moments():
     """After a resume Adam's moments and its step count begin at zero: its first update moves every weight by the full learning rate."""
-    put, create = loop.checkpoint.set_whole_tensor, loop.checkpoint.create_adam_state
-    loop.checkpoint.set_whole_tensor = lambda p, kind, *rest: put(p, kind, *rest) if kind == "master" else None
-    loop.checkpoint.create_adam_state = lambda engine, step: create(engine, 0)
+    put, create = (
+        loop.checkpoint.checkpointer.scatter_full_tensor,
+        loop.checkpoint.checkpointer.create_adam_state,
+    )
+    loop.checkpoint.checkpointer.scatter_full_tensor = lambda p, kind, *rest: (
+        put(p, kind, *rest) if kind == "master" else None
+    )
+    loop.checkpoint.checkpointer.create_adam_state = lambda engine, step: create(engine, 0)
 
 
-MISTAKES = {f.__name__: f for f in (
-    divide_by_accumulation_steps, forget_world_size, unequal_ranks, bf16_accumulation, one_document_mask, positions_run_on,
-    targets_cross_documents, unsupervised_eos, prompt_supervised, no_clipping, stale_grad_norm, deepspeed_clips_too, lr_stepped_twice,
-    unequal_examples,
-)}  # fmt: skip
+MISTAKES = {
+    f.__name__: f
+    for f in (
+        divide_by_accumulation_steps,
+        forget_world_size,
+        unequal_ranks,
+        bf16_accumulation,
+        one_document_mask,
+        positions_run_on,
+        targets_cross_documents,
+        unsupervised_eos,
+        prompt_supervised,
+        no_clipping,
+        stale_grad_norm,
+        deepspeed_clips_too,
+        lr_stepped_twice,
+        unequal_examples,
+    )
+}
 # test_train.py's runs are never broken off, so it can't see these; that a resumed run is the unbroken one is test_checkpoint.py's proof.
 SHOWN_ONLY = {f.__name__: f for f in (stale_resume, resume_without_moments)}

@@ -15,11 +15,22 @@ def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, dev
     model = load_base(base, dtype, device, quantized=method == "qlora", attention="sdpa")
     if method == "full":
         return model.requires_grad_(True)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False
+    )
 
 
-def reference_steps(model, initial: list[torch.Tensor], steps: list[list], lr, *, weight_decay: float, max_grad_norm: float,
-                    betas=(0.9, 0.999), eps=1e-8) -> list[dict]:  # fmt: skip
+def reference_steps(
+    model,
+    initial: list[torch.Tensor],
+    steps: list[list],
+    lr,
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+) -> list[dict]:
     """Trains on `steps`, each a list of examples with `input_ids` and `labels` [L], from the `initial` trainable weights.
 
     lr: a function of the step. Returns for each step the mean loss over its supervised tokens, the gradients before clipping,
@@ -28,8 +39,10 @@ def reference_steps(model, initial: list[torch.Tensor], steps: list[list], lr, *
     with torch.no_grad():
         for p, value in zip(parameters, initial, strict=True):
             p.copy_(value)
-    decayed = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-               {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    decayed = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW([g for g in decayed if g["params"]], lr=1.0, betas=betas, eps=eps)
     model.train()
     records = []
@@ -43,13 +56,22 @@ def reference_steps(model, initial: list[torch.Tensor], steps: list[list], lr, *
             input_ids = torch.from_numpy(e.input_ids).long()[None].to(model.device)  # [1, L]
             labels = torch.from_numpy(e.labels).long().to(model.device)
             logits = model(input_ids=input_ids, use_cache=False).logits[0]  # [L, V]
-            loss_sum = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
+            loss_sum = F.cross_entropy(
+                logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum"
+            )
             (loss_sum / num_targets).backward()
             total += loss_sum.item()
         grads = [p.grad.clone() for p in parameters]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         clipped = [p.grad.clone() for p in parameters]
         optimizer.step()
-        records.append({"loss": total / num_targets, "norm": norm, "grads": grads, "clipped": clipped,
-                        "weights": [p.detach().clone() for p in parameters]})  # fmt: skip
+        records.append(
+            {
+                "loss": total / num_targets,
+                "norm": norm,
+                "grads": grads,
+                "clipped": clipped,
+                "weights": [p.detach().clone() for p in parameters],
+            }
+        )
     return records

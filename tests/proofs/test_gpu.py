@@ -11,42 +11,74 @@ from proofs.test_gradient import replayed, rounding
 from safetensors.torch import load_file
 
 from loop.config.cli import load_config
-from loop.data.batch_plan import make_plan
+from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples
 from loop.kernels.attention_backends import available_backends
 from loop.model.loading import load_tokenizer
 
 pytestmark = pytest.mark.gpu
 STEPS = 2
-CASES = {"flash_attn_4": ["attention=flash_attn_4"], "flash_attn": ["attention=flash_attn"], "varlen": ["attention=varlen"],
-         "varlen, launched kernel by kernel": ["attention=varlen", "cuda_graphs=false"],
-         "varlen, as PEFT computes it": ["attention=varlen", "cuda_graphs=false", "fused=false"],
-         "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
-         "varlen, checkpointing": ["attention=varlen", "gradient_checkpointing=true"]}  # fmt: skip
+CASES = {
+    "flash_attn_4": ["attention=flash_attn_4"],
+    "flash_attn": ["attention=flash_attn"],
+    "varlen": ["attention=varlen"],
+    "varlen, launched kernel by kernel": ["attention=varlen", "cuda_graphs=false"],
+    "varlen, as PEFT computes it": ["attention=varlen", "cuda_graphs=false", "fused_layers=false"],
+    "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
+    "varlen, checkpointing": ["attention=varlen", "gradient_checkpointing=true"],
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tinyllama, rows, tmp_path_factory):
     """A function that runs a case and gives (config, the examples of each step, its record)."""
     folder = tmp_path_factory.mktemp("gpu")
-    args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", "data.valid=null",
-            "data.test=null", "data.valid_share=0", "run.audit=0",
-            "monitor.sample_notes=[]", f"run.dir={folder}", "lora.lora_dropout=0.0", "eps=1e-5", "lora.init_lora_weights=false",
-            f"max_steps={STEPS}", "run.resume=false", "batch_size=4", "lr=1e-3", "max_grad_norm=0.5"]  # fmt: skip
+    args = [
+        "--config",
+        "loop/configs/soap_qlora.yaml",
+        f"base={tinyllama}",
+        f"data.train={rows['train']}",
+        "data.valid=null",
+        "data.test=null",
+        "data.valid_fraction=0",
+        "run.export_check_examples=0",
+        "monitor.sample_notes=[]",
+        f"run.dir={folder}",
+        "lora.lora_dropout=0.0",
+        "eps=1e-5",
+        "lora.init_lora_weights=false",
+        f"max_steps={STEPS}",
+        "run.resume=false",
+        "batch_size=4",
+        "lr=1e-3",
+        "max_grad_norm=0.5",
+    ]
 
     def run(name: str):
-        case = {"name": name, "args": [*args, *CASES[name], f"run.name={name}"], "out": str(folder / "out")}
+        case = {
+            "name": name,
+            "args": [*args, *CASES[name], f"run.name={name}"],
+            "out": str(folder / "out"),
+        }
         (folder / "cases.json").write_text(json.dumps([case]))
         run_ok(1, "tests/proofs/worker.py", str(folder / "cases.json"), gpu=True)
-        log = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        log = [
+            json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
         out = folder / "out" / name
         record = json.loads(Path(f"{out}.json").read_text()) | {
             "tensors": {k: v.cuda() for k, v in load_file(f"{out}.safetensors").items()},
             "loss": [line["train/loss"] for line in log if "train/loss" in line],
-        }  # fmt: skip
+        }
         config = load_config(args)
         examples, _ = load_examples(config, load_tokenizer(config.base), "train")
-        plan = make_plan(np.array([len(e) for e in examples]), config.tokens_per_step, config.seed, config.epochs, config.max_steps)
+        plan = plan_batches(
+            np.array([len(e) for e in examples]),
+            config.tokens_per_step,
+            config.seed,
+            config.epochs,
+            config.max_steps,
+        )
         return config, [[examples[i] for i in plan[s]] for s in range(len(plan))], record
 
     return run
@@ -59,10 +91,17 @@ def test_real_kernels_add_no_error_to_the_plain_loops_rounding(runs, name):
         pytest.skip(f"{backend} is not installed")
     config, steps, record = runs(name)
     seen, update = rounding(record, steps, config, "cuda"), replayed(record, config, STEPS)
-    print(f"\n{name}", [{k: f"{a:.1e} ({b:.1e})" for k, (a, b) in figures.items()} for figures in seen], f"update {update:.1e}")
+    print(
+        f"\n{name}",
+        [{k: f"{a:.1e} ({b:.1e})" for k, (a, b) in figures.items()} for figures in seen],
+        f"update {update:.1e}",
+    )
     for figures in seen:
         assert figures["gradient"][0] < 1.5 * figures["gradient"][1] < 0.2
-        assert figures["norm"][0] < figures["gradient"][1] and figures["loss"][0] < 0.1 * figures["gradient"][1]
+        assert (
+            figures["norm"][0] < figures["gradient"][1]
+            and figures["loss"][0] < 0.1 * figures["gradient"][1]
+        )
     # An update of some 3e-4 on weights of up to 0.35, whose fp32 steps are 3e-8; the fused AdamW rounds in other places: 4.0e-5 seen.
     assert update < 1e-4
     assert record["frozen"][0] == record["frozen"][1]
@@ -74,14 +113,33 @@ def broken(tinyllama, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (folder / "fp32.json").write_text(json.dumps(fp32))
-    args = ["--config", "loop/configs/soap_qlora.yaml", f"base={tinyllama}", f"data.train={rows['train']}", f"data.valid={rows['valid']}",
-            "data.test=null", "monitor.sample_notes=[]", f"run.dir={folder}", "epochs=4", "max_steps=8", "batch_size=2", "lr=1e-3",
-            "run.save_steps=3", "run.audit=0", "monitor.eval_steps=4"]  # fmt: skip
+    args = [
+        "--config",
+        "loop/configs/soap_qlora.yaml",
+        f"base={tinyllama}",
+        f"data.train={rows['train']}",
+        f"data.valid={rows['valid']}",
+        "data.test=null",
+        "monitor.sample_notes=[]",
+        f"run.dir={folder}",
+        "epochs=4",
+        "max_steps=8",
+        "batch_size=2",
+        "lr=1e-3",
+        "run.save_steps=3",
+        "run.export_check_examples=0",
+        "monitor.eval_steps=4",
+    ]
 
     def run(name: str, *parts: tuple[int, int | None, list[str]]) -> Path:
         for number, (gpus, steps, more) in enumerate(parts):
             patch = {"stop_after": steps} if steps else {}
-            case = {"name": f"{name}-{number}", "args": [*args, f"run.name={name}", *more], "out": str(folder / "out"), "patch": patch}
+            case = {
+                "name": f"{name}-{number}",
+                "args": [*args, f"run.name={name}", *more],
+                "out": str(folder / "out"),
+                "patch": patch,
+            }
             (folder / "cases.json").write_text(json.dumps([case]))
             run_ok(gpus, "tests/proofs/worker.py", str(folder / "cases.json"), gpu=True)
         return folder / name
@@ -91,7 +149,11 @@ def broken(tinyllama, rows, tmp_path_factory):
 
 
 def curve(folder: Path, key: str) -> list[float]:
-    return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+    return [
+        line[key]
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if key in line
+    ]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
@@ -104,8 +166,14 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
     parts = broken(f"parts{gpus}", (gpus, 2, exact), (gpus, None, exact))
     for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
         assert curve(whole, key) == curve(parts, key) and len(curve(whole, key)) > 2, key
-    manifests = [json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text()) for f in (whole, parts)]
-    assert manifests[0]["files"] == manifests[1]["files"] and manifests[0]["rng"] == manifests[1]["rng"]
+    manifests = [
+        json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text())
+        for f in (whole, parts)
+    ]
+    assert (
+        manifests[0]["files"] == manifests[1]["files"]
+        and manifests[0]["rng"] == manifests[1]["rng"]
+    )
     print(f"\n{gpus} GPUs: saves took {curve(whole, 'train/save_seconds')} s")
 
 
@@ -113,10 +181,22 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
 def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound):
     """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the unbroken run's losses to rounding."""
     most = torch.cuda.device_count()
-    more = [*broken.fp32, "keep_whole=false"] if name == "fp32" else []  # in bf16 several ranks keep all weights and replay
+    more = (
+        [*broken.fp32, "replicate_weights=false"] if name == "fp32" else []
+    )  # in bf16 several ranks keep all weights and replay
     whole = broken(f"{name}-whole", (1, None, more))
     worlds = [gpus for gpus in (4, 2) if gpus <= most] or [1]
-    parts = broken(f"{name}-parts", *((gpus, 2, more) for gpus in worlds), (1, 2, [*more, "micro_batch_size=1"]), (worlds[0], None, more))
-    apart = max(abs(a / b - 1) for a, b in zip(curve(parts, "train/loss"), curve(whole, "train/loss"), strict=True))
-    print(f"\n{name}, {' -> '.join(map(str, [*worlds, 1, worlds[0]]))} GPUs: losses differ by up to {apart:.1e}")
+    parts = broken(
+        f"{name}-parts",
+        *((gpus, 2, more) for gpus in worlds),
+        (1, 2, [*more, "micro_batch_size=1"]),
+        (worlds[0], None, more),
+    )
+    apart = max(
+        abs(a / b - 1)
+        for a, b in zip(curve(parts, "train/loss"), curve(whole, "train/loss"), strict=True)
+    )
+    print(
+        f"\n{name}, {' -> '.join(map(str, [*worlds, 1, worlds[0]]))} GPUs: losses differ by up to {apart:.1e}"
+    )
     assert apart < bound

@@ -19,16 +19,28 @@ WHOM = ["everybody", "launch.sh", "the launcher", "rank 0", "rank 1"]
 
 
 def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
-    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOOP_GRACE_SECONDS": "60"}
+    env = os.environ | {
+        "LOOP_PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "LOOP_GRACE_SECONDS": "60",
+    }
     if (slow_disk := config_file.parent / "slow_disk").is_dir():
         env["PYTHONPATH"] = str(slow_disk)
     log = (config_file.parent / f"{name}.log").open("a")
-    return subprocess.Popen([str(ROOT / "launch.sh"), "--config", str(config_file), f"run.name={name}", *args],
-                            env=env, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [str(ROOT / "launch.sh"), "--config", str(config_file), f"run.name={name}", *args],
+        env=env,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
 
 
 def finish(config_file: Path, name: str) -> None:
-    assert launch(config_file, name).wait(600) == 0, (config_file.parent / f"{name}.log").read_text()[-3000:]
+    assert launch(config_file, name).wait(600) == 0, (
+        config_file.parent / f"{name}.log"
+    ).read_text()[-3000:]
 
 
 def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
@@ -37,7 +49,11 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
     for p in psutil.process_iter():
         try:
             command = " ".join(p.cmdline())
-            if f"run.name={name} " not in f"{command} " or str(config_file) not in command or p.status() == psutil.STATUS_ZOMBIE:
+            if (
+                f"run.name={name} " not in f"{command} "
+                or str(config_file) not in command
+                or p.status() == psutil.STATUS_ZOMBIE
+            ):
                 continue
             if "launch.sh" in command or "loop.launcher" in command:  # the one becomes the other
                 found["launch.sh"] = p
@@ -85,7 +101,11 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
 
 
 def curve(folder: Path, key: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+    return [
+        (line["step"], line[key])
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if key in line
+    ]
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -94,14 +114,21 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     board.Reload()
     for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
         assert curve(folder, key) == curve(whole, key), key
-        assert [(e.step, e.value) for e in board.Scalars(key)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in curve(whole, key)], key
-    manifests = [json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text()) for f in (folder, whole)]
+        assert [(e.step, e.value) for e in board.Scalars(key)] == [
+            (s, pytest.approx(v, rel=1e-6)) for s, v in curve(whole, key)
+        ], key
+    manifests = [
+        json.loads((f / "checkpoints" / "newest" / "manifest.json").read_text())
+        for f in (folder, whole)
+    ]
     for key in ("step", "optimizer_step", "files", "rng", "identity"):
         assert manifests[0][key] == manifests[1][key], key
     ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     notes = [sorted(f.glob("samples/step-*.md")) for f in (folder, whole)]
-    assert [p.read_text() for p in notes[0]] == [p.read_text() for p in notes[1]] and len(notes[0]) > 2
+    assert [p.read_text() for p in notes[0]] == [p.read_text() for p in notes[1]] and len(
+        notes[0]
+    ) > 2
     assert not list(folder.glob("heartbeat/rank-*.json"))
 
 
@@ -110,12 +137,18 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
     config = json.loads((trained.parent / "config.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
-    (tmp_path / "slow_disk").mkdir()  # on a fast one a save is over before a busy machine has looked
+    (
+        tmp_path / "slow_disk"
+    ).mkdir()  # on a fast one a save is over before a busy machine has looked
     (tmp_path / "slow_disk" / "sitecustomize.py").write_text(
         "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]\n"
     )
-    assert kill(tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1)
-    assert kill(tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving)
+    assert kill(
+        tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1
+    )
+    assert kill(
+        tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving
+    )
     finish(tmp_path / "config.yaml", "killed")
     assert_same_run(tmp_path / "runs" / "killed", trained)
     assert "resumed from" in (tmp_path / "killed.log").read_text()
@@ -125,9 +158,18 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
 def test_fifty_kills_change_nothing(config_file):
     """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two kills is compared, and another begun."""
     config = json.loads(config_file.read_text())
-    config |= {"epochs": 3, "lora": {"lora_dropout": 0.2}, "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 8}}
+    config |= {
+        "epochs": 3,
+        "lora": {"lora_dropout": 0.2},
+        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 8},
+    }
     config_file.write_text(json.dumps(config))
-    rng, kills, done, number = random.Random(int(os.environ.get("LOOP_SEED", 0))), int(os.environ.get("LOOP_KILLS", 50)), 0, 0
+    rng, kills, done, number = (
+        random.Random(int(os.environ.get("LOOP_SEED", 0))),
+        int(os.environ.get("LOOP_KILLS", 50)),
+        0,
+        0,
+    )
     finish(config_file, "whole")
     runs = config_file.parent / "runs"
     while done < kills or not (runs / f"killed{number}" / "adapter").is_dir():
@@ -135,7 +177,12 @@ def test_fifty_kills_change_nothing(config_file):
         if done < kills:
             after, whom = rng.uniform(0.0, 6.0), WHOM[done % len(WHOM)]
             inside = done % 5 == 0  # every fifth falls inside a save, the others anywhere
-            if where := kill(config_file, name, whom, lambda seconds, step, saving: seconds > after and (saving or not inside)):
+            if where := kill(
+                config_file,
+                name,
+                whom,
+                lambda seconds, step, saving: seconds > after and (saving or not inside),
+            ):
                 done += 1
                 print(f"{done}: {whom} after {after:.1f} s {where}", flush=True)
         if done == kills or (runs / name / "adapter").is_dir():

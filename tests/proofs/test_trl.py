@@ -24,16 +24,25 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
     config = {
         "base": tiny_base,
         "method": "lora",
-        "data": {"train": rows, "valid_share": 0},
+        "data": {"train": rows, "valid_fraction": 0},
         "max_seq_len": 1024,
         "batch_size": BATCH,
         "lr": 1e-3,
         "eps": 1e-5,
     }
-    config |= {"lora": {"lora_dropout": 0.0, "init_lora_weights": False}, "max_grad_norm": 0.5, "deepspeed": str(tmp_path / "fp32.json")}
-    config |= {"run": {"dir": str(tmp_path), "name": "ours", "audit": 0}}
+    config |= {
+        "lora": {"lora_dropout": 0.0, "init_lora_weights": False},
+        "max_grad_norm": 0.5,
+        "deepspeed": str(tmp_path / "fp32.json"),
+    }
+    config |= {"run": {"dir": str(tmp_path), "name": "ours", "export_check_examples": 0}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    case = {"name": "ours", "args": ["--config", str(tmp_path / "config.yaml")], "out": str(tmp_path), "patch": {"in_order": BATCH}}
+    case = {
+        "name": "ours",
+        "args": ["--config", str(tmp_path / "config.yaml")],
+        "out": str(tmp_path),
+        "patch": {"in_order": BATCH},
+    }
     (tmp_path / "cases.json").write_text(json.dumps([case]))
     run_ok(2, "tests/proofs/worker.py", str(tmp_path / "cases.json"))
     log = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines())
@@ -41,12 +50,26 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
 
     c = load_config(["--config", str(tmp_path / "config.yaml")])
     examples, _ = load_examples(c, load_tokenizer(tiny_base), "train")
-    spec = {"base": tiny_base, "lora": c.lora, "initial": str(tmp_path / "ours.safetensors"), "out": str(tmp_path / "trl"), "batch": BATCH,
-            "steps": STEPS, "lr": c.lr, "weight_decay": c.weight_decay, "max_grad_norm": c.max_grad_norm, "eps": c.eps,
-            "examples": [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]}  # fmt: skip
+    spec = {
+        "base": tiny_base,
+        "lora": c.lora,
+        "initial": str(tmp_path / "ours.safetensors"),
+        "out": str(tmp_path / "trl"),
+        "batch": BATCH,
+        "steps": STEPS,
+        "lr": c.lr,
+        "weight_decay": c.weight_decay,
+        "max_grad_norm": c.max_grad_norm,
+        "eps": c.eps,
+        "examples": [(e.input_ids.tolist(), e.labels.tolist()) for e in examples],
+    }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    theirs = json.loads(run_ok(1, "tests/proofs/trl_peer.py", str(tmp_path / "spec.json")).splitlines()[-1])
+    theirs = json.loads(
+        run_ok(1, "tests/proofs/trl_peer.py", str(tmp_path / "spec.json")).splitlines()[-1]
+    )
     print("largest relative difference", np.max(np.abs(np.array(ours) / np.array(theirs) - 1)))
     assert len(ours) == len(theirs) == STEPS
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert abs(ours[0] - ours[-1]) > 0.01  # it learned something, so agreement is not for want of movement
+    assert (
+        abs(ours[0] - ours[-1]) > 0.01
+    )  # it learned something, so agreement is not for want of movement

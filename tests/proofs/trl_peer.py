@@ -30,11 +30,28 @@ class Recording(SFTTrainer):
 
 
 arguments = SFTConfig(
-    output_dir=spec["out"], per_device_train_batch_size=spec["batch"], max_steps=spec["steps"], learning_rate=spec["lr"],
-    lr_scheduler_type="cosine", weight_decay=spec["weight_decay"], max_grad_norm=spec["max_grad_norm"], adam_epsilon=spec["eps"],
-    train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, bf16=False,
-    gradient_checkpointing=False, use_cpu=True, optim="adamw_torch", report_to="none", save_strategy="no", disable_tqdm=True,
-)  # fmt: skip
+    output_dir=spec["out"],
+    per_device_train_batch_size=spec["batch"],
+    max_steps=spec["steps"],
+    learning_rate=spec["lr"],
+    lr_scheduler_type="cosine",
+    weight_decay=spec["weight_decay"],
+    max_grad_norm=spec["max_grad_norm"],
+    adam_epsilon=spec["eps"],
+    train_sampling_strategy="sequential",
+    dataset_kwargs={"skip_prepare_dataset": True},
+    max_length=None,
+    packing=False,
+    bf16=False,
+    gradient_checkpointing=False,
+    use_cpu=True,
+    optim="adamw_torch",
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
 rows = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in spec["examples"]])
-Recording(model=model, args=arguments, train_dataset=rows, processing_class=load_tokenizer(spec["base"])).train()
+Recording(
+    model=model, args=arguments, train_dataset=rows, processing_class=load_tokenizer(spec["base"])
+).train()
 print(json.dumps(losses))

@@ -26,7 +26,14 @@ import loop.export
 import loop.model
 import loop.train as train
 
-PATCHED = [train, loop.build, loop.data, loop.export, loop.model, loop.notes]  # whose names cases replace; put back after each case
+PATCHED = [
+    train,
+    loop.model.build,
+    loop.data.dataset,
+    loop.export.adapter,
+    loop.model.loading,
+    loop.generation.sharded,
+]  # whose names cases replace; put back after each case
 
 
 def frozen_digest(model) -> str:
@@ -37,40 +44,60 @@ def frozen_digest(model) -> str:
             with deepspeed.zero.GatheredParameters([p]):
                 digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
             if state := getattr(p, "quant_state", None):
-                for tensor in (state.absmax, state.code, state.offset, getattr(state.state2, "absmax", None)):
+                for tensor in (
+                    state.absmax,
+                    state.code,
+                    state.offset,
+                    getattr(state.state2, "absmax", None),
+                ):
                     if tensor is not None:
-                        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+                        digest.update(
+                            tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+                        )
     return digest.hexdigest()
 
 
 def run(case: dict) -> None:
-    saved, write = [copy.copy(vars(module)) for module in PATCHED], loop.checkpoint.Checkpoints._write
+    saved, write = (
+        [copy.copy(vars(module)) for module in PATCHED],
+        loop.checkpoint.checkpointer.Checkpointer._write,
+    )
     patch = case.get("patch", {})
     if "shuffle" in patch:  # another order within the step
-        cut = train.cut
-        train.cut = lambda step, *rest: [[part[::-1] for part in rank] for rank in cut(step, *rest)]
+        cut = train.split_step
+        train.split_step = lambda step, *rest: [
+            [part[::-1] for part in rank] for rank in cut(step, *rest)
+        ]
     if "no_leaf" in patch:
-        loop.model.set_z3_leaf_modules = lambda model, classes: None
+        loop.model.loading.set_z3_leaf_modules = lambda model, classes: None
     if "non_reentrant" in patch:
-        loop.build.use_checkpointing = lambda model: model.gradient_checkpointing_enable({"use_reentrant": False})
+        loop.model.build.use_checkpointing = lambda model: model.gradient_checkpointing_enable(
+            {"use_reentrant": False}
+        )
     if "compile" in patch:
-        load = loop.build.load_model
+        load = loop.model.build.load_model
 
         def compiled(*args, **kwargs):
             model = load(*args, **kwargs)
-            for layer in loop.model.decoder_layers(model):
+            for layer in loop.model.structure.decoder_layers(model):
                 layer.forward = torch.compile(layer.forward)
             return model
 
-        loop.build.load_model = compiled
+        loop.model.build.load_model = compiled
     if "nan_step" in patch:  # one rank sees NaN in one step
         step_of, count = train.train_step, [0]
 
         def poisoned(engine, *args):
             count[0] += 1
-            if count[0] >= patch["nan_step"] and count[0] < patch["nan_step"] + patch.get("nan_times", 1):
+            if count[0] >= patch["nan_step"] and count[0] < patch["nan_step"] + patch.get(
+                "nan_times", 1
+            ):
                 backward = engine.backward
-                bad = float("nan") if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 else 1.0
+                bad = (
+                    float("nan")
+                    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+                    else 1.0
+                )
                 engine.backward = lambda loss, **kw: backward(loss * bad, **kw)
                 try:
                     return step_of(engine, *args)
@@ -79,23 +106,33 @@ def run(case: dict) -> None:
             return step_of(engine, *args)
 
         train.train_step = poisoned
-    if "bad_example" in patch:  # the loss of any micro-batch with one of these examples is no number, whenever it is its turn
+    if (
+        "bad_example" in patch
+    ):  # the loss of any micro-batch with one of these examples is no number, whenever it is its turn
         collate, loss_of, bad = train.collate, train.summed_cross_entropy, []
-        train.collate = lambda examples, *rest: bad.append(any(e.id in patch["bad_example"] for e in examples)) or collate(examples, *rest)
-        train.summed_cross_entropy = lambda *args: loss_of(*args) * (float("nan") if bad.pop(0) else 1.0)
+        train.collate = lambda examples, *rest: (
+            bad.append(any(e.id in patch["bad_example"] for e in examples))
+            or collate(examples, *rest)
+        )
+        train.summed_cross_entropy = lambda *args: (
+            loss_of(*args) * (float("nan") if bad.pop(0) else 1.0)
+        )
     if "spike_at" in patch:  # as if the loss of that step were a spike
         steps = itertools.count(1)
-        train.spike_limit = lambda *_: -1.0 if next(steps) == patch["spike_at"] else float("inf")
+        train.loss_spike_threshold = lambda *_: (
+            -1.0 if next(steps) == patch["spike_at"] else float("inf")
+        )
     if "stop_after" in patch:  # as if SIGTERM came during that step, on rank 0 alone
 
         class Stop:
-            signal = None
+            reason, requested = None, False
 
         stop, plain_step, done = Stop(), train.train_step, [0]
 
         def counting(*args):
             done[0] += 1
-            stop.signal = "SIGTERM" if done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0 else None
+            stop.requested = done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0
+            stop.reason = "SIGTERM" if stop.requested else None
             return plain_step(*args)
 
         train.train_step, train.StopRequest = counting, lambda *_: stop
@@ -104,28 +141,34 @@ def run(case: dict) -> None:
 
         def in_order(lengths, budget, *_):
             n = len(lengths)
-            return loop.packing.Plan(np.arange(n, dtype=np.int32), np.arange(0, n + 1, size), int(lengths.sum()), budget)
+            return loop.data.batch_plan.BatchPlan(
+                np.arange(n, dtype=np.int32), np.arange(0, n + 1, size), int(lengths.sum()), budget
+            )
 
-        train.make_plan = in_order
+        train.plan_batches = in_order
     if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
-        build = train.build_ds_config
-        train.build_ds_config = lambda config: build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
-    if "gathered" in patch:  # sample notes after one gather, or in lockstep, whatever the machine has room for
-        loop.notes.fits_gathered = lambda *_: patch["gathered"]
+        build = build_ds_config
+        build_ds_config = lambda config: (
+            build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
+        )
+    if (
+        "gathered" in patch
+    ):  # sample notes after one gather, or in lockstep, whatever the machine has room for
+        loop.generation.sharded.fits_unsharded = lambda *_: patch["gathered"]
     if "disk_full" in patch:
 
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        loop.checkpoint.Checkpoints._write = full
+        loop.checkpoint.checkpointer.Checkpointer._write = full
     if "spoil_export" in patch:  # the last tensor is written empty, as under a forgotten gather
-        save = loop.export.save_file
+        save = loop.export.adapter.save_file
 
         def one_empty(tensors, *args, **kwargs):
             name = sorted(tensors)[-1]
             save(tensors | {name: tensors[name][:0]}, *args, **kwargs)
 
-        loop.export.save_file = one_empty
+        loop.export.adapter.save_file = one_empty
     if case.get("mistake"):
         MISTAKES[case["mistake"]]()
 
@@ -144,8 +187,8 @@ def run(case: dict) -> None:
         return norm
 
     engines, frozen, report, error, said = [], [], {}, None, []
-    say = train.Monitor.say
-    train.Monitor.say = lambda self, text: said.append(text) or say(self, text)
+    say = train.RunLogger.say
+    train.RunLogger.say = lambda self, text: said.append(text) or say(self, text)
     initialize = deepspeed.initialize
     train.clip_grad_norm = recording
 
@@ -157,20 +200,20 @@ def run(case: dict) -> None:
 
     deepspeed.initialize = remembering
     try:
-        config = train.load_config(case["args"])
-        report = train.train(config, train.build_ds_config(config))
-    except (FloatingPointError, train.AuditError, train.ConfigError) as problem:
+        config = load_config(case["args"])
+        report = train.train(config, build_ds_config(config))
+    except (FloatingPointError, AuditError, ConfigError) as problem:
         error = f"{type(problem).__name__}: {problem}"
     finally:
         deepspeed.initialize = initialize
-        train.Monitor.say = say
-        loop.checkpoint.Checkpoints._write = write
+        train.RunLogger.say = say
+        loop.checkpoint.checkpointer.Checkpointer._write = write
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
     if engines:
         engines[0].empty_partition_cache()  # as export_model: gathers may be under way
         frozen.append(frozen_digest(engines[0].module))
-        for i, (name, p) in enumerate(loop.model.trainable(engines[0].module)):
+        for i, (name, p) in enumerate(loop.optim.adamw.trainable_parameters(engines[0].module)):
             tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
             names.append(name)
         engines[0].destroy()
@@ -179,8 +222,17 @@ def run(case: dict) -> None:
     if torch.distributed.get_rank() == 0:
         out = Path(case["out"])
         out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors")
-        record = {"norms": norms, "names": names, "report": report, "frozen": frozen, "error": error, "said": said}
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors"
+        )
+        record = {
+            "norms": norms,
+            "names": names,
+            "report": report,
+            "frozen": frozen,
+            "error": error,
+            "said": said,
+        }
         (out / f"{case['name']}.json").write_text(json.dumps(record))
 
 
