@@ -27,10 +27,11 @@ from .export.audit import describe_audit
 from .generation.sharded import generate_sharded, prompt_of
 from .memory.measure import PeakMemory
 from .model.build import build_model
+from .model.flops import attention_pair_cost
 from .model.loading import load_model_config, load_tokenizer
 from .model.loss import summed_cross_entropy
 from .model.replay import release_graphs, replay_layers
-from .monitor.mfu import pair_cost, utilisation
+from .monitor.mfu import utilisation
 from .monitor.run_logger import RunLogger
 from .optim.adamw import build_optimizer, trainable_parameters
 from .optim.schedule import cosine_lr, set_lr
@@ -182,7 +183,7 @@ def _train(
     )
     mfu = utilisation(engine.module, shape, ranks)
     # Ranks wait for each other: attention counts where they have rows of their own sizes. Rows that are filled up should be short instead.
-    pairs = pair_cost(engine.module, shape) if ranks.world_size > 1 and not room else 0.0
+    pairs = attention_pair_cost(engine.module, shape) if ranks.world_size > 1 and not room else 0.0
     monitor = make_monitor(
         config, chosen.ds, engine, ranks, first_step, len(plan), mfu, evaluated=figures is not None
     )

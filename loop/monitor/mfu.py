@@ -12,32 +12,7 @@ from transformers import PreTrainedModel
 
 from ..distributed.world import Ranks
 from ..kernels import check_results
-
-
-def operations(model: PreTrainedModel | PeftModel, shape) -> tuple[int, int, int]:
-    """Of a step for (a token, a supervised one's output layer besides, a pair of tokens of a document). shape: the base's configuration.
-
-    Two for each weight and token forward, two for the gradient of the input, and two for that of a weight that is trained. Causal attention:
-    half of the two products of a document with itself, three times."""
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    costs = {
-        m: (6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears
-    }
-    a_target = sum(
-        costs.pop(m) for m in model.get_output_embeddings().modules() if m in costs
-    )  # PEFT may have wrapped it
-    return (
-        sum(costs.values()),
-        a_target,
-        6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim,
-    )
-
-
-def pair_cost(model: PreTrainedModel | PeftModel, shape) -> float:
-    """How long attention between two tokens takes, in the time of a token's other work. Its kernels make fewer operations a second than products:
-    by 1.5 in a trace of TinyLlama on an H200, by 1.9 in one of Llama-3-8B."""
-    a_token, _, a_pair = operations(model, shape)
-    return 1.7 * a_pair / a_token
+from ..model.flops import count_step_flops
 
 
 def utilisation(
@@ -54,13 +29,13 @@ def utilisation(
         * 1e12
         * ranks.world_size
     )
-    a_token, a_target, a_pair = operations(model, shape)
+    flops_of = count_step_flops(model, shape)
 
     def mfu(lengths: np.ndarray, num_targets: int, seconds: float) -> dict[str, float]:
         flops = (
-            a_token * lengths.sum()
-            + a_target * num_targets
-            + a_pair * np.square(lengths, dtype=np.float64).sum()
+            flops_of.per_token * lengths.sum()
+            + flops_of.per_target * num_targets
+            + flops_of.per_token_pair * np.square(lengths, dtype=np.float64).sum()
         )
         return {"train/mfu": flops / seconds / ceiling}
 
