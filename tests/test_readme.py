@@ -16,7 +16,7 @@ from helpers import ROOT, seed_profile
 
 from loop.config.cli import load_config
 from loop.config.schema import Config, ConfigError, Section
-from loop.data.batch_plan import plan_batches, split_step
+from loop.data.batch_plan import PackingSpec, plan_batches, split_step
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -298,7 +298,8 @@ def test_the_batch_arithmetic():
     )
     assert f"{len(plan[0])} examples" in said and f"{lengths[plan[0]].sum():,} tokens" in said
     for world_size, size, cuts in rows:
-        found = split_step(plan[0], lengths, int(world_size), int(size) * 2048)
+        packing = PackingSpec(int(size) * 2048, 2048)
+        found = split_step(plan[0], lengths, int(world_size), packing)
         assert cuts == " / ".join(
             ", ".join(f"{lengths[part].sum():,}" for part in rank) for rank in found
         )

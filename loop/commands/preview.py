@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config.cli import load_config, take_options
 from ..config.schema import ConfigError
-from ..data.batch_plan import plan_batches, split_step
+from ..data.batch_plan import PackingSpec, plan_batches, split_step
 from ..data.conversations import Conversation, read_split
 from ..data.dataset import load_examples, weights_of
 from ..data.tokenization import IGNORE, Example, encode
@@ -171,9 +171,8 @@ def main(argv: list[str] | None = None) -> None:
             size = (
                 config.batch_size if config.micro_batch_size == "auto" else config.micro_batch_size
             )
-            (mine,) = split_step(
-                plan[int(options["--step"])], lengths, 1, size * config.max_seq_len
-            )
+            packing = PackingSpec(size * config.max_seq_len, config.max_seq_len)
+            (mine,) = split_step(plan[int(options["--step"])], lengths, 1, packing)
             chosen, rows = [], [[examples[i] for i in part] for part in mine]
         conversations = {c.id: c for c in read_split(config, "train")[0]}
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -12,6 +12,10 @@ import heapq
 import numpy as np
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Puts items into bins, largest first, each where it leaves the least room. sizes: int [n], none above capacity.
     Returns the bin of each item, int64 [n].

@@ -1,4 +1,8 @@
-"""Micro-batches: several whole examples end to end in one row, with the bounds between them and the places of what is supervised."""
+"""Micro-batches: several complete examples end to end in one row.
+
+The bounds between the documents and the positions of the supervised tokens travel with the row. The
+names are those of variable-length attention (cu_seqlens, max_seqlen).
+"""
 
 import dataclasses
 from typing import Any
@@ -6,30 +10,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batch_plan import PackingSpec
+from .tokenization import IGNORE, Example
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: whole examples end to end in one row of T tokens."""
+    """One micro-batch: complete examples end to end in one row of T tokens."""
 
     input_ids: torch.Tensor  # [1, T] int64
     position_ids: torch.Tensor  # [1, T] int64, from 0 in every document
     cu_seqlens: torch.Tensor  # [documents + 1] int32, where documents begin and end
     max_seqlen: int  # an upper bound of the documents' lengths
-    target_positions: (
-        torch.Tensor
-    )  # [N] int64: the places of the row whose next token is supervised
+    target_positions: torch.Tensor  # [N] int64: positions whose next token is supervised
     targets: torch.Tensor  # [N] int64: those next tokens
 
     def to(self, device) -> "PackedBatch":
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-            for k, v in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        """The batch with its tensors on `device`; the copy does not wait for the GPU."""
+        fields: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=True)
+            fields[name] = value
+        return PackedBatch(**fields)
 
     def model_inputs(self) -> dict:
-        """What the model takes. Logits are computed where there is a target and nowhere else: a dialogue is three quarters of
-        the row, and its [T, vocabulary] logits would be the largest tensor of the step."""
+        """The keyword arguments of the model's forward pass.
+
+        Logits are computed only at the target positions: a dialogue is three quarters of the row,
+        and its [T, vocabulary] logits would be the largest tensor of the step.
+        """
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -40,42 +50,55 @@ class PackedBatch:
         }
 
 
-def collate(examples: list, max_seq_len: int, room: tuple[int, int] | None = None) -> PackedBatch:
-    """Packs examples (each with `input_ids` and `labels`, int [L], -100 where not supervised) into one row, filled up to `room` = (tokens,
-    documents) if given.
+def collate(examples: list[Example], packing: PackingSpec) -> PackedBatch:
+    """Packs examples into one row, filled up to `packing.padded_shape` if that is set.
 
-    Without examples it gives a row of one unsupervised token: a rank without work still takes part in every collective."""
-    ids = [e.input_ids for e in examples] or [np.zeros(1, np.int64)]
-    labels = [e.labels for e in examples] or [np.full(1, -100)]
-    # Token t predicts token t + 1 of its own document: shift inside each document, so none predicts its neighbour's first token.
-    following = np.concatenate([np.append(label[1:], -100) for label in labels])
-    positions = np.flatnonzero(following != -100)
-    # An empty index would give empty logits and no gradient at all; one dummy target, ignored by the loss, keeps the graph whole.
-    keep = positions if len(positions) else np.zeros(1, np.int64)
+    Without examples the row is one unsupervised token: a rank without work still takes part in
+    every collective.
+    """
+    ids = [example.input_ids for example in examples] or [np.zeros(1, np.int64)]
+    labels = [example.labels for example in examples] or [np.full(1, IGNORE)]
+    # Token t predicts token t + 1 of its own document: shift inside each document, so that none
+    # predicts its neighbour's first token.
+    next_labels = np.concatenate([np.append(label[1:], IGNORE) for label in labels])
+    positions = np.flatnonzero(next_labels != IGNORE)
+    if len(positions) == 0:
+        # An empty index would give empty logits and no gradient at all. One dummy target, which the
+        # loss ignores, keeps the graph connected.
+        positions = np.zeros(1, np.int64)
     batch = PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
-        max_seqlen=max_seq_len,
-        target_positions=torch.from_numpy(keep),
-        targets=torch.from_numpy(following[keep].astype(np.int64)),
+        max_seqlen=packing.max_seq_len,
+        target_positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(next_labels[positions].astype(np.int64)),
     )
-    return pad_to(batch, *room, max_seq_len) if room else batch
+    if packing.padded_shape is None:
+        return batch
+    tokens, documents = packing.padded_shape
+    return pad_to(batch, tokens, documents, packing.max_seq_len)
 
 
 def pad_to(batch: PackedBatch, tokens: int, documents: int, max_seq_len: int) -> PackedBatch:
-    """The batch as a row of exactly so many tokens and documents, for kernels that were recorded for that size. The fill has documents of its
-    own, without targets; what is still lacking in documents is empty ones at the end. A batch that is larger stays as it is."""
-    start, count = batch.input_ids.shape[1], len(batch.cu_seqlens) - 1
-    ends = [*range(start + max_seq_len, tokens, max_seq_len), tokens] if start < tokens else []
-    empty = documents - count - len(ends)
-    if tokens < start or empty < 0:
+    """The batch as a row of exactly `tokens` tokens and `documents` documents.
+
+    CUDA graphs are captured for one such size. The added tokens form documents of at most
+    `max_seq_len`, without targets. Documents that are then still missing are empty ones at the end.
+    A batch that exceeds the size is returned as it is.
+    """
+    start = batch.input_ids.shape[1]
+    ends: list[int] = []  # of the added documents
+    if start < tokens:
+        ends = [*range(start + max_seq_len, tokens, max_seq_len), tokens]
+    num_empty = documents - (len(batch.cu_seqlens) - 1) - len(ends)
+    if tokens < start or num_empty < 0:
         return batch
-    fill = (torch.arange(tokens - start) % max_seq_len)[None]
-    bounds = torch.tensor(ends + [tokens] * empty, dtype=torch.int32)
+    positions = (torch.arange(tokens - start) % max_seq_len)[None]
+    bounds = torch.tensor(ends + [tokens] * num_empty, dtype=torch.int32)
     return dataclasses.replace(
         batch,
-        input_ids=torch.cat([batch.input_ids, torch.zeros_like(fill)], 1),
-        position_ids=torch.cat([batch.position_ids, fill], 1),
+        input_ids=torch.cat([batch.input_ids, torch.zeros_like(positions)], 1),
+        position_ids=torch.cat([batch.position_ids, positions], 1),
         cu_seqlens=torch.cat([batch.cu_seqlens, bounds]),
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..data.batch_plan import PackingSpec
 from ..data.collate import collate
 
 
@@ -153,7 +154,8 @@ def capture(
     ]
     try:
         with torch.no_grad():
-            model(**collate([], max_seq_len, room).to(device).model_inputs())
+            packing = PackingSpec(room[0], max_seq_len, padded_shape=room)
+            model(**collate([], packing).to(device).model_inputs())
     finally:
         for hook in hooks:
             hook.remove()

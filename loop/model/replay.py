@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn as nn
 
 from ..config.schema import Config
-from ..data.batch_plan import BatchPlan, split_step
+from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 from ..distributed.world import Ranks
 from ..kernels import cuda_graphs
 from ..kernels.cuda_graphs import graph_layers
@@ -61,7 +61,7 @@ def padded_shape_of(
     parts = [
         part
         for step in steps
-        for rank in split_step(plan[step], lengths, world_size, capacity)
+        for rank in split_step(plan[step], lengths, world_size, PackingSpec(capacity, max_seq_len))
         for part in rank
     ]
     tokens = max(int(lengths[plan.order].max()), *(int(lengths[part].sum()) for part in parts))

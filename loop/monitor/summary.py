@@ -1,4 +1,9 @@
-"""The run in words: in advance, as `./launch.sh plan` shows it and each run says it before its first step, and what it came to."""
+"""A run in words: its plan before the first step, and its result after the last.
+
+`./launch.sh plan` shows the plan; each run prints it as well and writes it to TensorBoard.
+"""
+
+from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -15,54 +20,79 @@ def describe_plan(
     world_size: int,
     micro_batch_size: int,
 ) -> str:
-    """The batch arithmetic, before the first step."""
-    first = range(min(len(plan), 50))
-    rounds = np.mean(
-        [
-            len(split_step(plan[s], lengths, world_size, micro_batch_size * config.max_seq_len)[0])
-            for s in first
-        ]
+    """Three lines: what a step is, what the run is, how long the examples are.
+
+    Args:
+        lengths: int [n], tokens of each example.
+        targets: int [n], supervised tokens of each example.
+        micro_batch_size: rows of max_seq_len tokens that a micro-batch holds.
+    """
+    capacity = micro_batch_size * config.max_seq_len
+    sample = range(min(len(plan), 50))
+    micro_batches = np.mean(
+        [len(split_step(plan[step], lengths, world_size, capacity)[0]) for step in sample]
     )
-    n = len(plan.order)
-    return "\n".join(
-        [
-            f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of whole examples, on {world_size} rank(s) "
-            f"in {rounds:.1f} micro-batch(es) on average of at most {micro_batch_size} x {config.max_seq_len:,} tokens",
-            f"the run     {len(plan):,} steps, {n:,} examples, {n / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
-            f"{int(targets[plan.order].sum()):,} of them supervised; the budget is filled to {plan.fill:.1%}",
-            f"lengths     mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,} tokens",
-        ]
+    num_examples = len(plan.order)
+    supervised = int(targets[plan.order].sum())
+    return (
+        f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of "
+        f"whole examples, on {world_size} rank(s) in {micro_batches:.1f} micro-batch(es) on average "
+        f"of at most {micro_batch_size} x {config.max_seq_len:,} tokens\n"
+        f"the run     {len(plan):,} steps, {num_examples:,} examples, "
+        f"{num_examples / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
+        f"{supervised:,} of them supervised; the budget is filled to {plan.fill:.1%}\n"
+        f"lengths     mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, "
+        f"longest {lengths.max():,} tokens"
     )
 
 
 def write_plan(
     board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int = 0
 ) -> None:
-    """What `./launch.sh plan` shows, in TensorBoard. After a resume only what it has dropped from `first_step` on."""
+    """Writes to TensorBoard what `./launch.sh plan` shows, and the learning rate of the whole run.
+
+    Args:
+        text: what `describe_plan` returned.
+        lengths: int [n], tokens of each example.
+        lr: the learning rate of each step.
+        first_step: where a resumed run starts. Earlier steps are on the board already.
+    """
     if not first_step:
-        board.add_text("plan", "    " + text.replace("\n", "\n    "), 0)
+        board.add_text("plan", markdown_block(text), 0)
         board.add_histogram("plan/tokens_of_an_example", lengths, 0)
-    for step in range(0, len(lr), -(-len(lr) // 1000)):  # a thousand points show any curve
+    stride = -(-len(lr) // 1000)  # a thousand points show any curve
+    for step in range(0, len(lr), stride):
         if step >= first_step:
             board.add_scalar("plan/lr", lr[step], step + 1)
 
 
+def markdown_block(text: str) -> str:
+    """`text` with four blanks before each line: Markdown shows such a block as it is."""
+    return "    " + text.replace("\n", "\n    ")
+
+
 def show_summary(config: Config, report: dict) -> None:
-    """What the run came to, the sample notes before and after it, and where to look further."""
-    samples = sorted((config.folder / "samples").glob("step-*.md"))
-    if len(samples) > 1:
-        titles = ["a held-out conversation", "before training", "after"]
-        for title, path in zip(
-            titles, [config.folder / "samples" / "prompts.md", samples[0], samples[-1]]
-        ):
-            print(f"\n--- {title} ({path}) ---\n{path.read_text()}")
+    """Prints the sample notes before and after the run, its losses, and what to do next."""
+    folder = config.folder
+    notes = sorted((folder / "samples").glob("step-*.md"))
+    if len(notes) > 1:
+        _show_file("a held-out conversation", folder / "samples" / "prompts.md")
+        _show_file("before training", notes[0])
+        _show_file("after", notes[-1])
     option = "--base" if config.method == "full" else "--adapter"
-    evaluated = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
+    validation = f", validation loss {report['eval/loss']:.4f}" if "eval/loss" in report else ""
+    exported = report["exported"]
     print(
-        f"\n{report['steps']} of {report['planned_steps']} steps: training loss {report.get('train/loss_first', 0):.4f} -> "
-        f"{report.get('train/loss_last', 0):.4f}{evaluated}, {report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
-        f"  written to        {report['exported']}\n"
+        f"\n{report['steps']} of {report['planned_steps']} steps: "
+        f"training loss {report.get('train/loss_first', 0):.4f} -> "
+        f"{report.get('train/loss_last', 0):.4f}{validation}, "
+        f"{report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
+        f"  written to        {exported}\n"
         f"  look at curves    ./launch.sh board {config.run.dir}\n"
-        f"  write a note      ./launch.sh generate {option} {report['exported']} --dialogue FILE\n"
-        f"  score it          ./launch.sh evaluate --config {config.folder}/config.yaml"
+        f"  write a note      ./launch.sh generate {option} {exported} --dialogue FILE\n"
+        f"  score it          ./launch.sh evaluate --config {folder}/config.yaml"
     )
+
+
+def _show_file(title: str, path: Path) -> None:
+    print(f"\n--- {title} ({path}) ---\n{path.read_text()}")

@@ -8,7 +8,7 @@ from helpers import seed_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.data.batch_plan import plan_batches, split_step
+from loop.data.batch_plan import PackingSpec, plan_batches, split_step
 from loop.data.bin_packing import best_fit_decreasing
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
@@ -107,8 +107,10 @@ def test_impossible_lengths_are_refused(lengths):
     st.integers(50, 400),
     st.sampled_from([0, 0.01, 1]),
 )
-def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity, pairs):
-    ranks = split_step(np.arange(len(lengths)), lengths, world_size, capacity, pairs)
+def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity, pair_cost):
+    ranks = split_step(
+        np.arange(len(lengths)), lengths, world_size, PackingSpec(capacity, 50, pair_cost)
+    )
     assert len(ranks) == world_size and len({len(r) for r in ranks}) == 1
     assert sorted(i for r in ranks for m in r for i in m) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in m) <= capacity for r in ranks for m in r)
@@ -119,7 +121,10 @@ def test_a_cut_is_balanced():
     plan = plan_batches(lengths, 16384, 42)
     shares = []
     for s in range(100):
-        loads = [int(lengths[r[0]].sum()) for r in split_step(plan[s], lengths, 2, 16384)]
+        loads = [
+            int(lengths[r[0]].sum())
+            for r in split_step(plan[s], lengths, 2, PackingSpec(16384, 2048))
+        ]
         assert abs(loads[0] - loads[1]) <= lengths[plan[s]].max()
         shares.append(max(loads) / sum(loads))
     assert np.mean(shares) < 0.52
@@ -127,7 +132,7 @@ def test_a_cut_is_balanced():
 
 def test_an_example_above_the_capacity_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
-        split_step(np.array([0]), np.array([60]), 1, 50)
+        split_step(np.array([0]), np.array([60]), 1, PackingSpec(50, 50))
 
 
 @pytest.mark.slow
@@ -146,7 +151,11 @@ def test_a_step_that_holds_an_example_twice_keeps_both():
     plan = plan_batches(lengths, 8 * 2048, 0, weights=np.full(100, 8.0))
     twice = 0
     for ids in (plan[s] for s in range(len(plan))):
-        places = [part for rank in split_step(ids, lengths, 2, 5 * 2048) for part in rank]
+        places = [
+            part
+            for rank in split_step(ids, lengths, 2, PackingSpec(5 * 2048, 2048))
+            for part in rank
+        ]
         assert sorted(sum(places, [])) == sorted(ids)
         twice += len(set(ids)) < len(ids)
     assert twice > 5
@@ -157,7 +166,10 @@ def test_ranks_are_filled_evenly():
     plan = plan_batches(lengths, 16 * 2048, 0)
     loads = np.array(
         [
-            [lengths[sum(rank, [])].sum() for rank in split_step(plan[s], lengths, 2, 9 * 2048)]
+            [
+                lengths[sum(rank, [])].sum()
+                for rank in split_step(plan[s], lengths, 2, PackingSpec(9 * 2048, 2048))
+            ]
             for s in range(len(plan))
         ]
     )
@@ -175,7 +187,7 @@ def test_attention_counts_where_lengths_are_mixed():
         """[steps]: work of the fullest rank, by the mean; and all have one micro-batch."""
         work = []
         for step in range(len(plan)):
-            ranks = split_step(plan[step], lengths, 4, capacity, pairs_seen)
+            ranks = split_step(plan[step], lengths, 4, PackingSpec(capacity, 8192, pairs_seen))
             assert [len(rank) for rank in ranks] == [1] * 4
             work.append(
                 [sum(lengths[i] + pairs * lengths[i] ** 2 for i in rank[0]) for rank in ranks]
@@ -186,6 +198,6 @@ def test_attention_counts_where_lengths_are_mixed():
     tight = max(
         sum(lengths[i] for i in part)
         for step in range(len(plan))
-        for (part,) in split_step(plan[step], lengths, 4, 12 * 2048)
+        for (part,) in split_step(plan[step], lengths, 4, PackingSpec(12 * 2048, 8192))
     )
     assert most(pairs, int(tight)).mean() < most(0, int(tight)).mean() + 1e-9

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from loop.data.batch_plan import PackingSpec
 from loop.data.collate import collate
 from loop.data.tokenization import Example
 
@@ -14,7 +15,9 @@ def example(key: str, ids: list[int], supervised_from: int) -> Example:
 
 
 def test_a_row_keeps_documents_apart():
-    batch = collate([example("a", [5, 6, 7, 8], 2), example("b", [1, 2, 3], 0)], 16)
+    batch = collate(
+        [example("a", [5, 6, 7, 8], 2), example("b", [1, 2, 3], 0)], PackingSpec(16, 16)
+    )
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 3]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
@@ -24,7 +27,7 @@ def test_a_row_keeps_documents_apart():
 
 
 def test_a_rank_without_examples_has_a_row_without_targets():
-    batch = collate([], 16)
+    batch = collate([], PackingSpec(16, 16))
     assert batch.input_ids.shape == (1, 1) and batch.targets.tolist() == [-100]
 
 
@@ -35,4 +38,4 @@ def test_the_number_of_targets_is_the_collators():
         for i, n in enumerate(rng.integers(1, 30, 50))
     ]
     for e in examples:
-        assert e.num_targets == int((collate([e], 64).targets != -100).sum())
+        assert e.num_targets == int((collate([e], PackingSpec(64, 64)).targets != -100).sum())

@@ -11,7 +11,7 @@ import torch
 from kernels.test_fused_layers import with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loop.data.batch_plan import plan_batches, split_step
+from loop.data.batch_plan import PackingSpec, plan_batches, split_step
 from loop.data.collate import collate, pad_to
 from loop.data.tokenization import Example
 from loop.kernels.attention import IMPLEMENTATIONS
@@ -82,6 +82,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
+PACKING = PackingSpec(64, 24)
+
+
 def examples(*lengths: int) -> list[Example]:
     generator = torch.Generator().manual_seed(int(sum(lengths)))
     ids = [torch.randint(1, 64, (int(n),), generator=generator).numpy() for n in lengths]
@@ -117,11 +120,11 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
         work = layer.forward.backward_graph.work
         layer.forward.backward_graph.work = lambda work=work: (replays.append(1), work())
     for lengths in ((20, 24), (24, 24, 16), (3,), (20, 24)):
-        row = collate(examples(*lengths), 24)
+        row = collate(examples(*lengths), PACKING)
         ours, theirs = step(model, masks, pad_to(row, 64, 8, 24)), step(plain, plain_masks, row)
         assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
     assert len(replays) == 4 * 3
-    longer = collate(examples(24, 24, 20), 24)  # another size runs as it did
+    longer = collate(examples(24, 24, 20), PACKING)  # another size runs as it did
     ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
     assert (
         all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
@@ -141,7 +144,7 @@ def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
     model, masks = model_with_masks()
     masks.reserve(64)
     graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
-    row = pad_to(collate(examples(20, 24), 24), 64, 8, 24)
+    row = pad_to(collate(examples(20, 24), PACKING), 64, 8, 24)
     before = step(model, masks, row)
     for layer in decoder_layers(model):
         layer.forward.forward_graph.work = None  # a replay would fail now
@@ -214,7 +217,7 @@ def test_a_row_has_room_for_every_micro_batch_of_the_plan():
     plan = plan_batches(lengths, 64, 0)
     tokens, documents = padded_shape_of(plan, lengths, 1, 64, 24)
     for ids in (plan[s] for s in range(len(plan))):
-        row = pad_to(collate(examples(*lengths[ids]), 24), tokens, documents, 24)
+        row = pad_to(collate(examples(*lengths[ids]), PACKING), tokens, documents, 24)
         bounds = row.cu_seqlens
         assert (
             len(bounds) == documents + 1
@@ -225,7 +228,7 @@ def test_a_row_has_room_for_every_micro_batch_of_the_plan():
         assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(
             starts
         )
-    for larger in (collate(examples(24, 24, 20), 24), collate(examples(*[2] * 9), 24)):
+    for larger in (collate(examples(24, 24, 20), PACKING), collate(examples(*[2] * 9), PACKING)):
         assert pad_to(larger, 64, 8, 24) is larger
 
 
@@ -236,7 +239,7 @@ def test_the_room_on_several_ranks_is_that_of_the_real_cuts():
     parts = [
         part
         for step in range(len(plan))
-        for rank in split_step(plan[step], lengths, 2, tokens)
+        for rank in split_step(plan[step], lengths, 2, PackingSpec(tokens, 2048))
         for part in rank
     ]
     assert (
@@ -290,7 +293,7 @@ def test_real_graphs_replay_rows_with_hundreds_of_empty_documents(on_gpu):
     masks.reserve(1024)
     assert graph_layers(model, decoder_layers(model), (1024, 400), 256, "cuda") is None
     for lengths in ((250, 200), (3,), tuple(range(2, 40)), (256, 256, 256, 256)):
-        row = collate(examples(*lengths), 256)
+        row = collate(examples(*lengths), PackingSpec(1024, 256))
         ours, theirs = (
             gpu_step(model, masks, pad_to(row, 1024, 400, 256)),
             gpu_step(plain, plain_masks, row),
@@ -317,7 +320,7 @@ def test_a_capture_that_fails_leaves_the_gpu_usable(on_gpu):
     assert (
         torch.randn(9, device="cuda").isfinite().all()
     )  # refused while the generator takes a capture to be under way
-    row = collate(examples(250, 200), 256)
+    row = collate(examples(250, 200), PackingSpec(1024, 256))
     ours, theirs = gpu_step(model, masks, row), gpu_step(plain, plain_masks, row)
     assert all(
         ((ours[n].float() - t.float()).norm() / t.float().norm()).item() < 2e-2

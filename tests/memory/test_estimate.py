@@ -171,6 +171,7 @@ def worker(base: str) -> None:
     import numpy as np
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    from loop.data.batch_plan import PackingSpec
     from loop.data.collate import collate
     from loop.data.tokenization import Example
     from loop.distributed.seeding import seed_everything
@@ -232,7 +233,8 @@ def worker(base: str) -> None:
         if ranks.world_size == 1:
             replicate_weights(engine, ranks)
         ids = np.arange(TOKENS, dtype=np.int32) % 900 + 5
-        batch = collate([Example("a", ids, np.where(ids < 5 + TARGETS, ids, -100))], TOKENS)
+        example = Example("a", ids, np.where(ids < 5 + TARGETS, ids, -100))
+        batch = collate([example], PackingSpec(TOKENS, TOKENS))
         gathered = [0]
 
         def most(*_):

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from loop.config.schema import Config, ConfigError
+from loop.data.batch_plan import PackingSpec
 from loop.data.collate import collate
 from loop.data.tokenization import Example
 from loop.kernels.attention import IMPLEMENTATIONS
@@ -19,6 +20,7 @@ from loop.model.quantization import keep_codes
 from loop.model.structure import decoder_layers
 
 PLAIN = {"base": "x", "data": {"train": "x"}}
+PACKING = PackingSpec(max_tokens=256, max_seq_len=64)
 
 
 def test_the_seed_configuration_trains_6307840_parameters():
@@ -76,7 +78,7 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(
         unsupervised = [
             Example(e.id, e.input_ids, np.full_like(e.labels, -100)) for e in (first, third)
         ]
-        batch = collate([unsupervised[0], second, unsupervised[1]], 64).to(device)
+        batch = collate([unsupervised[0], second, unsupervised[1]], PACKING).to(device)
         logits = model(**batch.model_inputs()).logits
         loss = summed_cross_entropy(logits, batch.targets)
         model.zero_grad()
@@ -102,8 +104,8 @@ def test_a_row_gives_what_its_documents_give_alone(tiny_base):
     model = load_base(tiny_base, torch.float32, "cpu", attention=IMPLEMENTATIONS["sdpa"]).eval()
     examples = documents(0)
     with torch.no_grad():
-        row = model(**collate(examples, 64).model_inputs()).logits[0]
-        alone = torch.cat([model(**collate([e], 64).model_inputs()).logits[0] for e in examples])
+        row = model(**collate(examples, PACKING).model_inputs()).logits[0]
+        alone = torch.cat([model(**collate([e], PACKING).model_inputs()).logits[0] for e in examples])
     assert torch.allclose(row, alone, atol=1e-4)
 
 
@@ -117,7 +119,7 @@ def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
         layer.self_attn.register_forward_hook(
             lambda *_: calls.update(attention=calls["attention"] + 1)
         )
-    model.train()(**collate(documents(0), 64).model_inputs()).logits.sum().backward()
+    model.train()(**collate(documents(0), PACKING).model_inputs()).logits.sum().backward()
     assert calls == {
         "layer": len(decoder_layers(model)),
         "attention": 2 * len(decoder_layers(model)),
