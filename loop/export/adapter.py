@@ -1,4 +1,4 @@
-"""What a run hands out: the adapter in PEFT's own format, or with method=full the model in the hub's layout."""
+"""What a run exports: an adapter in PEFT's own format, or with method=full a model folder."""
 
 import json
 import shutil
@@ -11,11 +11,56 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..config.schema import Config
+from ..data.batch_plan import PackingSpec
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
+from ..evaluation.loss import evaluate_loss
+from ..model.replay import release_graphs
 from ..optim.adamw import trainable_parameters
-from .audit import WEIGHTS, AuditError, audit_config, audit_loss, audit_weights, provenance
+from ..zero3.optimizer_state import adam_step
+from .audit import (
+    WEIGHTS,
+    AuditError,
+    audit_config,
+    audit_loss,
+    audit_weights,
+    describe_audit,
+    provenance,
+)
+
+
+def export_result(
+    engine, config: Config, tokenizer, data, execution, stopping: bool, logger
+) -> dict:
+    """Exports what a finished or interrupted run has trained, audits it, and says so.
+
+    Returns {"exported": folder, "audit": result of the audit} for the run's report; {} when no step
+    has changed a weight. Every rank must call it. Raises what `export_model` raises.
+
+    Args:
+        data: the run's TrainingData.
+        execution: the `Execution` that the model was built for.
+        stopping: the run was asked to stop, so there is no time to measure the loss.
+        logger: the run's RunLogger.
+    """
+    ranks = logger.ranks
+    release_graphs(engine.module)  # the audit's process needs their memory
+    if not adam_step(engine):  # the adapter is still the random one from the start
+        logger.say("no adapter  no step has changed a weight, so there is nothing to hand out")
+        return {}
+    sample = []
+    if not stopping:
+        sample = (data.valid or data.train)[: config.run.export_check_examples]
+    loss = 0.0
+    if sample:
+        packing = PackingSpec(execution.capacity, config.max_seq_len)
+        loss = evaluate_loss(engine, sample, packing, ranks)["eval/loss"]
+    folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
+    logger.say(describe_audit(audit))
+    if audit:
+        audit = audit | {"split": "valid" if data.valid else "train"}
+    return {"exported": str(folder), "audit": audit}
 
 
 def export_model(
@@ -27,59 +72,92 @@ def export_model(
     sample: list[Example],
     loss: float,
 ) -> tuple[Path, dict]:
-    """Writes what was trained: `adapter/` in PEFT's format, or with method=full `model/` in the hub's layout, each with the tokenizer.
-    Every rank must call it: under ZeRO-3 a tensor that is not gathered would be saved empty (trl#4416). It is written aside, audited, and
-    renamed, so that nobody finds half of it, or what was not trained: the files are read from disk again, and with a `sample` of examples
-    a fresh process must get the run's `loss` on them. Returns the folder, and what audit_loss gave ({} on other ranks than 0). Raises
-    on all ranks AuditError when the audit fails, OSError when nothing can be written."""
+    """Writes what was trained: `adapter/` in PEFT's format, or `model/` in the hub's layout.
+
+    `model/` is written with method=full. Both come with the tokenizer. Every rank must call it:
+    under ZeRO-3 a tensor that is not gathered would be saved empty (trl#4416).
+
+    The files are written to a temporary folder, audited, and renamed. So nobody ever finds half a
+    model, or one that was not trained: the audit reads the files from disk again, and with a
+    `sample` of examples a standalone process must get the run's `loss` on them.
+
+    Returns (the folder, the result of `audit_loss`); the result is {} on other ranks than 0.
+    Raises on all ranks AuditError when the audit fails, OSError when nothing can be written.
+
+    Args:
+        folder: the run's folder.
+        sample: examples for the audit's loss; []: only the files are audited.
+        loss: the trained weights' loss on `sample`, in nats per supervised token.
+    """
     set_activity("writing the result")
-    engine.empty_partition_cache()  # a GPU may still be prefetching for a step that won't come; what is in flight can't be gathered
-    state = gathered_weights(engine.module, ranks)
+    # A GPU may still be prefetching for a step that won't come. What is in flight can't be gathered.
+    engine.empty_partition_cache()
+    state = gather_trained_weights(engine.module, ranks)
     target = folder / ("model" if config.method == "full" else "adapter")
-    problem, figures = None, {}
+    audit: dict = {}
+    write_error = audit_error = None
     if ranks.is_main:
-        aside = folder / f".writing-{target.name}"
+        temporary = folder / f".writing-{target.name}"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            tokenizer.save_pretrained(aside)
-            write_model(engine.module, state, config, aside)
-            if sample:
-                set_activity("waiting for the loss of a fresh process")
-                if ranks.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                figures = audit_loss(
-                    aside, sample, loss, ranks.device, timeout=30 * config.run.stall_timeout_minutes
-                )
+            audit = write_and_audit(
+                engine.module, state, tokenizer, config, temporary, sample, loss, ranks.device
+            )
             shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            temporary.rename(target)
         except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-            problem = [
-                "",
-                f"{target} cannot be written: {error}. The run's last checkpoint stays; the same command writes it again",
-            ]
+            write_error = (
+                f"{target} cannot be written: {error}. The run's last checkpoint stays; the same "
+                "command writes it again"
+            )
         except AuditError as error:
-            problem = [
-                "audit",
-                f"the audit of what was to become {target} failed: {error}. It lies in {aside}; the run's last checkpoint "
-                "stays, and the same command writes it again",
-            ]
-    if problem := ranks.all_gather_json(problem)[
-        0
-    ]:  # on all ranks alike, or some would wait for the others
-        raise (AuditError if problem[0] else OSError)(problem[1])
-    return target, figures
+            audit_error = (
+                f"the audit of what was to become {target} failed: {error}. It lies in "
+                f"{temporary}; the run's last checkpoint stays, and the same command writes it "
+                "again"
+            )
+    # On all ranks alike, or some would wait for the others.
+    write_error, audit_error = ranks.all_gather_json([write_error, audit_error])[0]
+    if audit_error:
+        raise AuditError(audit_error)
+    if write_error:
+        raise OSError(write_error)
+    return target, audit
 
 
-def gathered_weights(model, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """All trained weights, whole, in the engine's dtype, on rank 0's CPU; {} on the other ranks. Every rank must call it."""
+def write_and_audit(
+    model, state: dict, tokenizer, config: Config, folder: Path, sample, loss: float, device
+) -> dict:
+    """Writes weights and tokenizer to a new `folder` and audits them. Returns the loss's audit.
+
+    Without a `sample` only the files are audited, and the result is {}. state: of
+    `gather_trained_weights`. Raises AuditError, OSError and SafetensorError.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    write_model(model, state, config, folder)
+    if not sample:
+        return {}
+    set_activity("waiting for the loss of a fresh process")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    timeout = 30 * config.run.stall_timeout_minutes
+    return audit_loss(folder, sample, loss, device, timeout)
+
+
+def gather_trained_weights(model, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """All trained weights, unsharded, in the engine's dtype, on rank 0's CPU; {} on other ranks.
+
+    Every rank must call it. Raises RuntimeError when a weight's gathered shape is not its own.
+    """
     state = {}
     for name, p in trainable_parameters(model):
         with deepspeed.zero.GatheredParameters([p]):
-            whole = p.ds_shape  # type: ignore[attr-defined]  # which ZeRO-3 gives each
-            if p.shape != whole:
+            full_shape = p.ds_shape  # type: ignore[attr-defined]  # ZeRO-3 adds it
+            if p.shape != full_shape:
                 raise RuntimeError(
-                    f"{name} has the shape {tuple(p.shape)} after gathering, not {tuple(whole)}; nothing was written"
+                    f"{name} has the shape {tuple(p.shape)} after gathering, not "
+                    f"{tuple(full_shape)}; nothing was written"
                 )
             if ranks.is_main:
                 state[name] = p.detach().cpu().clone().contiguous()
@@ -87,18 +165,39 @@ def gathered_weights(model, ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def write_model(model, state: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
-    """Writes gathered weights and holds what is on the disk then against them. Raises AuditError."""
-    if not isinstance(model, PeftModel):
-        for a, b in getattr(model, "all_tied_weights_keys", {}).items():
-            state.setdefault(a, state[b]) if b in state else state.setdefault(b, state[a])
-        model.save_pretrained(folder, state_dict=state)
-        return audit_weights(folder, state)
+    """Writes gathered weights, reads them back and compares. Raises AuditError."""
+    if isinstance(model, PeftModel):
+        write_adapter(model, state, config, folder)
+    else:
+        write_full_model(model, state, folder)
+
+
+def write_full_model(model, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes all weights in the hub's layout and audits them. Raises AuditError."""
+    # Tied weights are one parameter, gathered under one of their two names.
+    for first, second in getattr(model, "all_tied_weights_keys", {}).items():
+        if second in state:
+            state.setdefault(first, state[second])
+        else:
+            state.setdefault(second, state[first])
+    model.save_pretrained(folder, state_dict=state)
+    audit_weights(folder, state)
+
+
+def write_adapter(
+    model: PeftModel, state: dict[str, torch.Tensor], config: Config, folder: Path
+) -> None:
+    """Writes LoRA's weights, PEFT's configuration and trained.json, and audits all three.
+
+    Raises AuditError.
+    """
     tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     if len(tensors) != len(state):
         raise AuditError(f"PEFT keeps {len(tensors)} of the {len(state)} trained tensors")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     peft_config = model.peft_config["default"]
-    peft_config.inference_mode, peft_config.revision = True, config.revision
+    peft_config.inference_mode = True
+    peft_config.revision = config.revision
     peft_config.save_pretrained(str(folder))
     trained = provenance(config, next(iter(state.values())).dtype, folder / WEIGHTS)
     (folder / "trained.json").write_text(json.dumps(trained, indent=1))
