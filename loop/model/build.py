@@ -23,25 +23,25 @@ from .structure import decoder_layers, heads_of
 
 @dataclass
 class Execution:
-    """What was chosen for a model, equal on all ranks."""
+    """How the model is run: what was chosen for this machine, equal on all ranks."""
 
-    ds: dict  # for deepspeed.initialize
+    ds_config: dict  # for deepspeed.initialize
     dropout: DropoutMasks  # LoRA's
-    capacity: int  # tokens that a micro-batch may have
-    whole: bool  # each rank keeps all weights
-    replayed: bool  # its layers shall be recorded and replayed
-    predicted: Callable[
-        [int], dict[str, int]
-    ]  # the ledger for micro-batches of so many tokens: bytes on a GPU
-    described: str
-    remarks: list[str]  # what a person should know: what was passed over, and why
+    max_tokens: int  # of a micro-batch
+    replicated: bool  # each rank holds all weights
+    use_cuda_graphs: bool  # capture the decoder layers and replay them
+    # Takes the tokens of a micro-batch, returns {component: bytes on a GPU}.
+    estimate_memory: Callable[[int], dict[str, int]]
+    description: str  # for the log's line about the machine
+    warnings: list[str]  # what was asked for or expected and is not used, and why
 
 
 def build_model(
-    config: Config, ds: dict, shape, supervised: float, ranks: Ranks
+    config: Config, ds_config: dict, model_config, supervised_fraction: float, ranks: Ranks
 ) -> tuple[nn.Module, Execution]:
-    """The base with its LoRA. ds: DeepSpeed's configuration; shape: the base's; supervised: the share of the tokens that have logits. Every rank
+    """The base with its LoRA. supervised_fraction: the fraction of the tokens that have logits. Every rank
     must call it. Raises AttentionError or ConfigError where what was asked for can't run here."""
+    ds, shape, supervised = ds_config, model_config, supervised_fraction
     backend, attention = choose_backend(
         config.attention, ranks.device, dtype_of(ds), heads_of(shape)
     )
@@ -62,8 +62,8 @@ def build_model(
     )
     keep_dense, stayed, replayed = False, set(), can_replay(config, whole, ranks, backend)
     if fused:
-        keep_dense = not ranks.any(
-            not choose_dequantized(config, decoder_layers(model), free(), replayed)
+        keep_dense = ranks.all(
+            choose_dequantized(config, decoder_layers(model), free(), replayed)
         )
         if stayed := fuse(decoder_layers(model), keep_dense):
             layers = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
