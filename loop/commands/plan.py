@@ -11,7 +11,7 @@ from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import plan_batches
-from ..data.dataset import load_examples, weights_of
+from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
 from ..memory.report import describe_memory, read_gpus
 from ..model.loading import load_model_config, load_tokenizer
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             config.seed,
             config.epochs,
             config.max_steps,
-            weights_of(examples),
+            visit_weights(examples),
         )
         shape = load_model_config(config.base, config.revision)
         memory, answer = describe_memory(

@@ -11,7 +11,7 @@ from ..config.cli import load_config, take_options
 from ..config.schema import ConfigError
 from ..data.batch_plan import PackingSpec, plan_batches, split_step
 from ..data.conversations import Conversation, read_split
-from ..data.dataset import load_examples, weights_of
+from ..data.dataset import load_examples, visit_weights
 from ..data.tokenization import IGNORE, Example, encode
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
 from ..model.loading import load_tokenizer
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
                 config.seed,
                 config.epochs,
                 config.max_steps,
-                weights_of(examples),
+                visit_weights(examples),
             )
             if not options["--step"].isdigit() or int(options["--step"]) >= len(plan):
                 raise ConfigError(

@@ -1,4 +1,9 @@
-"""The examples of a run: sources, tokens and labels put together, with an account of every row, and kept for the next start."""
+"""The cache of token ids: what the ranks of a machine share, and what the next run reads.
+
+A file is found by a hash of all that its content depends on: every byte of the data, the settings,
+the tokenizer and the source code of this package. So no outdated file is ever read. A cache that
+can't be written costs time and nothing else.
+"""
 
 import contextlib
 import dataclasses
@@ -6,7 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,68 +25,95 @@ from .readers import digest_sources
 from .report import DatasetReport
 from .tokenization import Example
 
+MAX_FILES = 8  # the oldest ones above this number are removed
+
+
+def cache_key(config: Config, tokenizer, split: str) -> str:
+    """24 hex digits that change with the data, the settings, the tokenizer or the code.
+
+    Raises OSError when a file of the data can't be read, ConfigError when a source is missing.
+    """
+    settings = [split, config.data.model_dump(), config.max_seq_len, tokenizer.chat_template]
+    digest = hashlib.sha256(digest_sources(config))
+    digest.update(json.dumps(settings).encode())
+    digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(source_digest("loop/data").encode())
+    return digest.hexdigest()[:24]
+
 
 @contextlib.contextmanager
-def _cached(config: Config, tokenizer, split: str):
-    """The file for the token ids of exactly this data, template, tokenizer and code, locked; None without a cache."""
-    folder, lock = Path(config.run.dir) / ".tokens", None
-    try:
-        if config.data.cache and getattr(tokenizer, "is_fast", False):
-            digest = hashlib.sha256(digest_sources(config))
-            digest.update(
-                json.dumps(
-                    [split, config.data.model_dump(), config.max_seq_len, tokenizer.chat_template]
-                ).encode()
-            )
-            digest.update(
-                repr(sorted(tokenizer.special_tokens_map.items())).encode()
-                + tokenizer.backend_tokenizer.to_str().encode()
-            )
-            digest.update(source_digest("loop/data").encode())
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            lock = (folder / f"{digest.hexdigest()[:24]}.lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # a folder that can't be written costs time, not the run
-        lock = None
+def cached_path(config: Config, tokenizer, split: str) -> Iterator[Path | None]:
+    """The path of the cache file of a split, locked inside the `with` block; None without a cache.
+
+    The file need not exist. Of several ranks, one holds the lock and the others wait for it.
+    """
+    lock = _acquire_lock(config, tokenizer, split)
     try:
         yield Path(lock.name).with_suffix(".safetensors") if lock else None
     finally:
-        lock.close() if lock else None
+        if lock:
+            lock.close()
 
 
-def _read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
+def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
+    """The open and locked lock file; None where nothing is cached."""
+    if not (config.data.cache and getattr(tokenizer, "is_fast", False)):
+        return None
+    folder = Path(config.run.dir) / ".tokens"
+    try:
+        key = cache_key(config, tokenizer, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # the dialogues are patients'
+        lock = (folder / f"{key}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return None
+    return lock
+
+
+def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
+    """The examples and their report; None where the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
             about = json.loads(file.metadata()["about"])
-            input_ids, labels, ends = (
-                file.get_tensor(name) for name in ("input_ids", "labels", "ends")
-            )
+            input_ids = file.get_tensor("input_ids")
+            labels = file.get_tensor("labels")
+            ends = file.get_tensor("ends")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return None  # not there, or not whole: made anew
-    os.utime(path)
-    parts = zip(
-        about["ids"], np.split(input_ids, ends[:-1]), np.split(labels, ends[:-1]), about["weights"]
+        return None
+    os.utime(path)  # the files used last are the ones that stay
+    columns = zip(
+        about["ids"],
+        np.split(input_ids, ends[:-1]),
+        np.split(labels, ends[:-1]),
+        about["weights"],
     )
-    return [Example(*part) for part in parts], DatasetReport(**about["account"])
+    return [Example(*column) for column in columns], DatasetReport(**about["report"])
 
 
-def _write_cache(path: Path, examples: list[Example], account: DatasetReport) -> None:
+def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> None:
+    """Writes the examples and their report, and removes the files used longest ago.
+
+    Without examples nothing is written; where the file can't be written, nothing happens.
+    """
+    if not examples:
+        return
     about = {
         "ids": [e.id for e in examples],
         "weights": [e.weight for e in examples],
-        "account": dataclasses.asdict(account),
+        "report": dataclasses.asdict(report),
     }
-    if not examples:
-        return
     tensors = {
         "input_ids": np.concatenate([e.input_ids for e in examples]),
         "labels": np.concatenate([e.labels for e in examples]),
         "ends": np.cumsum([len(e) for e in examples]),
     }
+    unfinished = path.with_suffix(".writing")
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, path.with_suffix(".writing"), metadata={"about": json.dumps(about)})
-        path.with_suffix(".writing").rename(path)
-        for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-8]:
+        save_file(tensors, unfinished, metadata={"about": json.dumps(about)})
+        unfinished.rename(path)
+        by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+        for old in by_age[:-MAX_FILES]:
             old.unlink()
             old.with_suffix(".lock").unlink()

@@ -1,99 +1,165 @@
-"""The examples of a run: sources, tokens and labels put together, with an account of every row, and kept for the next start."""
+"""The examples of a run: its sources read, rendered, tokenised and labelled.
+
+`load_training_data` is what the loop calls; `load_examples` gives one split, from the cache where
+that has it. No row is lost without an entry in the `DatasetReport`.
+"""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from ..config.schema import Config, ConfigError
 from . import soap
-from .cache import _cached, _read_cache, _write_cache
+from .cache import cached_path, read_cache, write_cache
 from .conversations import Conversation, read_split
 from .report import DatasetReport
 from .tokenization import PLAIN_TEMPLATE, Example, encode_examples
+
+CHUNK = 1024  # conversations that are tokenised together
+
+
+@dataclasses.dataclass
+class TrainingData:
+    """What a run learns from and is validated on."""
+
+    train: list[Example]
+    valid: list[Example]
+    samples: list[Example]  # the examples of `valid` that sample notes are written for
+    lengths: np.ndarray  # int64 [train], tokens
+    num_targets: np.ndarray  # int64 [train], supervised tokens
+    weights: np.ndarray | None  # float64 [train], visits an epoch; None: one each
+    reports: dict[str, DatasetReport]  # of "train" and "valid"
+
+    @property
+    def supervised_fraction(self) -> float:
+        """The fraction of the training tokens that are supervised."""
+        return float(self.num_targets.sum() / self.lengths.sum())
+
+
+def load_training_data(config: Config, tokenizer) -> TrainingData:
+    """The training and validation examples of a run. Raises ConfigError for what is wrong."""
+    train, train_report = load_examples(config, tokenizer, "train")
+    valid, valid_report = load_examples(config, tokenizer, "valid")
+    samples = [e for e in valid if e.id in config.monitor.sample_notes]
+    missing = set(config.monitor.sample_notes) - {e.id for e in samples}
+    if missing:
+        raise ConfigError(
+            f"monitor.sample_notes: {sorted(missing)[0]} is not an id of data.valid, or is longer "
+            "than max_seq_len"
+        )
+    return TrainingData(
+        train=train,
+        valid=valid,
+        samples=samples,
+        lengths=np.array([len(e) for e in train]),
+        num_targets=np.array([e.num_targets for e in train]),
+        weights=visit_weights(train),
+        reports={"train": train_report, "valid": valid_report},
+    )
+
+
+def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], DatasetReport]:
+    """The examples of a split ("train", "valid", "test") and the report on all its rows.
+
+    Of several ranks on a machine, one prepares the examples and the others read its result. So does
+    the next run, until a byte of the data, the code or the tokenizer changes. Raises ConfigError
+    when no example is left.
+    """
+    with cached_path(config, tokenizer, split) as path:
+        prepared = read_cache(path) if path else None
+        if prepared is None:
+            prepared = prepare_examples(config, tokenizer, split)
+            if path:
+                write_cache(path, *prepared)
+    examples, report = prepared
+    if not examples and (report.rows or getattr(config.data, split)):
+        too_long = f"{len(report.dropped)} are longer than max_seq_len={config.max_seq_len}"
+        reason = report.skipped[0] if report.skipped else too_long
+        raise ConfigError(f"data.{split}: no example is left ({reason})")
+    return examples, report
+
+
+def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], DatasetReport]:
+    """The examples of a split, made from its sources, without the cache.
+
+    Raises ConfigError for a bad row where data.on_error is stop, and for a long example where
+    data.overlong is error.
+    """
+    conversations, bad_rows = read_split(config, split)
+    examples: list[Example] = []
+    report = DatasetReport(
+        rows=len(conversations) + len(bad_rows),
+        kept=0,
+        skipped=bad_rows,
+        dropped=[],
+        truncated=[],
+        without_headings=0,
+        plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
+    )
+    supervise = config.data.supervise
+    for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
+        if len(example) > config.max_seq_len:
+            if config.data.overlong == "error":
+                raise ConfigError(
+                    f"data.{split}, id {example.id}: {len(example)} tokens, more than "
+                    f"max_seq_len={config.max_seq_len}; raise it, "
+                    "or set data.overlong to drop or truncate_dialogue"
+                )
+            shorter = None
+            if config.data.overlong == "truncate_dialogue":
+                shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len, supervise)
+            if shorter is None:
+                report.dropped.append(example.id)
+                continue
+            report.truncated.append(example.id)
+            example = shorter
+        if conversation.note is not None and not soap.has_all_sections(conversation.note):
+            report.without_headings += 1
+        examples.append(example)
+    report.kept = len(examples)
+    return examples, report
+
+
+def _encode_in_chunks(
+    tokenizer, conversations: list[Conversation], supervise: str
+) -> Iterator[tuple[Conversation, Example]]:
+    for start in range(0, len(conversations), CHUNK):
+        chunk = conversations[start : start + CHUNK]
+        yield from zip(chunk, encode_examples(tokenizer, chunk, supervise))
 
 
 def shorten_to_fit(
     tokenizer, conversation: Conversation, max_seq_len: int, supervise: str
 ) -> Example | None:
-    """The example without as few turns from the middle of its dialogue as make it fit; None where even the first and last turn don't.
-    The note and the prompt's frame stay whole."""
+    """The example with as few turns removed from the middle of its dialogue as make it fit.
 
-    def encoded(dialogue: str) -> Example:
-        shorter = dataclasses.replace(
-            conversation, messages=soap.soap_messages(dialogue, conversation.note)
-        )
+    The note and the prompt's frame stay complete. None where even the first and the last turn are
+    too long, and for a row of messages, which has no dialogue.
+
+    Args:
+        conversation: the row, longer than `max_seq_len` tokens.
+        max_seq_len: tokens that the example may have.
+        supervise: as data.supervise.
+    """
+    if not conversation.dialogue:
+        return None
+
+    def encode_with(dialogue: str) -> Example:
+        messages = soap.soap_messages(dialogue, conversation.note)
+        shorter = dataclasses.replace(conversation, messages=messages)
         return encode_examples(tokenizer, [shorter], supervise)[0]
 
-    fitted = (
-        soap.fit_dialogue(
-            conversation.dialogue, lambda dialogue: len(encoded(dialogue)), max_seq_len
-        )
-        if conversation.dialogue
-        else None
+    fitted = soap.fit_dialogue(
+        conversation.dialogue, lambda dialogue: len(encode_with(dialogue)), max_seq_len
     )
-    return encoded(fitted[0]) if fitted else None
+    if fitted is None:
+        return None
+    dialogue, _ = fitted
+    return encode_with(dialogue)
 
 
-def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], DatasetReport]:
-    """The examples of a split from its sources. Raises ConfigError for bad rows and long examples where data.on_error and data.overlong say so."""
-    conversations, skipped = read_split(config, split)
-    kept: list[Example] = []
-    account = DatasetReport(
-        len(conversations) + len(skipped),
-        0,
-        skipped,
-        [],
-        [],
-        0,
-        tokenizer.chat_template == PLAIN_TEMPLATE,
-    )
-    for start in range(0, len(conversations), 1024):
-        chunk = conversations[start : start + 1024]
-        for conversation, example in zip(
-            chunk, encode_examples(tokenizer, chunk, config.data.supervise)
-        ):
-            if len(example) > config.max_seq_len:
-                if config.data.overlong == "error":
-                    raise ConfigError(
-                        f"data.{split}, id {example.id}: {len(example)} tokens, more than max_seq_len={config.max_seq_len}; raise it, "
-                        "or set data.overlong to drop or truncate_dialogue"
-                    )
-                shorter = None
-                if config.data.overlong == "truncate_dialogue":
-                    shorter = shorten_to_fit(
-                        tokenizer, conversation, config.max_seq_len, config.data.supervise
-                    )
-                (account.truncated if shorter else account.dropped).append(example.id)
-                if shorter is None:
-                    continue
-                example = shorter
-            account.without_headings += conversation.note is not None and not soap.has_all_sections(
-                conversation.note
-            )
-            kept.append(example)
-    account.kept = len(kept)
-    return kept, account
-
-
-def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example], DatasetReport]:
-    """The examples of a split ("train", "valid", "test") and what became of every row. Of several ranks on a machine one does the work and
-    the others read its result; so does the next run, as long as not a byte of data, code or tokenizer has changed."""
-    with _cached(config, tokenizer, split) as path:
-        found = _read_cache(path) if path else None
-        if found is None:
-            found = prepare_examples(config, tokenizer, split)
-            _write_cache(path, *found) if path else None
-    examples, account = found
-    if not examples and (account.rows or getattr(config.data, split)):
-        first = (
-            account.skipped
-            or [f"{len(account.dropped)} are longer than max_seq_len={config.max_seq_len}"]
-        )[0]
-        raise ConfigError(f"data.{split}: no example is left ({first})")
-    return examples, account
-
-
-def weights_of(examples: list[Example]) -> np.ndarray | None:
+def visit_weights(examples: list[Example]) -> np.ndarray | None:
     """How often an epoch visits each example, float [n]; None where all are visited once."""
     weights = np.array([e.weight for e in examples])
     return None if (weights == 1).all() else weights

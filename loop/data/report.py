@@ -1,6 +1,8 @@
-"""The examples of a run: sources, tokens and labels put together, with an account of every row, and kept for the next start."""
+"""The dataset report: how many rows were read, and which became no example and why."""
 
 import dataclasses
+
+MAX_LISTED = 8  # rows or ids that a line names
 
 
 @dataclasses.dataclass
@@ -9,36 +11,41 @@ class DatasetReport:
 
     rows: int
     kept: int
-    skipped: list[str]  # bad rows, each with its place and what to do about it
+    skipped: list[str]  # bad rows, each with its file, row, id and remedy
     dropped: list[str]  # ids of examples longer than max_seq_len
     truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
-    without_headings: int  # notes, among those kept, that lack S, O, A and P in order
-    plain_template: bool  # the base brings no chat template, so the project's own was used
+    without_headings: int  # notes of kept examples that lack S, O, A and P in order
+    plain_template: bool  # the base has no chat template, so the project's own was used
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
-        """What to say of it: nothing left out, nothing said."""
-        told = []
-        for what, ids in (
-            ("skipped", self.skipped),
-            ("dropped", self.dropped),
-            ("truncated", self.truncated),
-        ):
-            if ids:
-                why = {
-                    "skipped": "bad rows",
-                    "dropped": f"longer than {max_seq_len:,} tokens",
-                    "truncated": "dialogues shortened to fit",
-                }[what]
-                joint = "\n            " if what == "skipped" else ", "
-                told.append(
-                    f"{what:11} {len(ids):,} of {self.rows:,} in data.{split}, {why}: {joint.join(ids[:8])}{' ...' if len(ids) > 8 else ''}"
-                )
+        """The report as lines of a run's output; [] where every row became an example."""
+        lines = []
+        if self.skipped:
+            lines.append(self._line("skipped", "bad rows", self.skipped, split, "\n            "))
+        if self.dropped:
+            reason = f"longer than {max_seq_len:,} tokens"
+            lines.append(self._line("dropped", reason, self.dropped, split))
+        if self.truncated:
+            reason = "dialogues shortened to fit"
+            lines.append(self._line("truncated", reason, self.truncated, split))
         if self.without_headings:
-            told.append(
-                f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} lack S:, O:, A:, P: in this order"
+            lines.append(
+                f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
+                "lack S:, O:, A:, P: in this order"
             )
         if self.plain_template:
-            told.append(
-                "template    the base has no chat template; the project's plain one is used, in training and generation"
+            lines.append(
+                "template    the base has no chat template; the project's plain one is used, "
+                "in training and generation"
             )
-        return told
+        return lines
+
+    def _line(
+        self, title: str, reason: str, names: list[str], split: str, separator: str = ", "
+    ) -> str:
+        """How many rows that were, and the first of them."""
+        listed = separator.join(names[:MAX_LISTED])
+        more = " ..." if len(names) > MAX_LISTED else ""
+        return (
+            f"{title:11} {len(names):,} of {self.rows:,} in data.{split}, {reason}: {listed}{more}"
+        )

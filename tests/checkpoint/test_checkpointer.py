@@ -20,7 +20,7 @@ from loop.checkpoint.checkpointer import Checkpointer
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.batch_plan import plan_batches
-from loop.data.dataset import load_examples, weights_of
+from loop.data.dataset import load_examples, visit_weights
 from loop.model.loading import load_tokenizer
 
 STEPS = 6
@@ -56,7 +56,7 @@ def runs(tiny_base, tmp_path_factory):
         loaded.tokens_per_step,
         loaded.seed,
         max_steps=STEPS,
-        weights=weights_of(examples),
+        weights=visit_weights(examples),
     )
     bad = [examples[plan[step - 1][0]].id for step in (2, 4)]
     (folder / "bad.json").write_text(json.dumps([bad, [len(plan[step - 1]) for step in (2, 4)]]))

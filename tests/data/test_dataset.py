@@ -162,7 +162,7 @@ def test_a_stale_result_is_never_read(change, load, monkeypatch, tiny_base):
         monkeypatch.setattr(
             Path,
             "read_bytes",
-            lambda path: read(path) + (b"# changed" if path.name == "tokens.py" else b""),
+            lambda path: read(path) + (b"# changed" if path.name == "tokenization.py" else b""),
         )
     else:
         args = [change]
