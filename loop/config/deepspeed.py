@@ -53,7 +53,7 @@ def build_ds_config(config: Config) -> dict[str, Any]:
             f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our clipping gets copies of them only"
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if zero.get(key) and config.method == "qlora":
+        if zero.get(key) and config.quantization:
             raise ConfigError(
                 f"{path.name}: {key} (qwZ) would round NF4 codes as if they were numbers"
             )

@@ -233,5 +233,10 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     @property
+    def quantization(self) -> str | None:
+        """How the frozen base is stored, by its name in `QUANTIZATIONS`; None: as plain weights."""
+        return "nf4" if self.method == "qlora" else None
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.max_seq_len
