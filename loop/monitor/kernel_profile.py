@@ -1,7 +1,8 @@
-"""`./launch.sh profile`: where a step's time goes. A trace of three steps for Perfetto (https://ui.perfetto.dev) and a table.
+"""The profiler behind `./launch.sh profile`: it records a few steps of a run and tabulates them.
 
-The loop runs as `train` runs it, on as many ranks; only what sees its steps is another. The first steps compile kernels and find
-allocations, so they pass unrecorded; after the third recorded one the run ends, and nothing is evaluated or saved.
+`ProfilingLogger` takes the logger's place in the loop, so the loop runs as `train` runs it. The
+first steps compile kernels and find allocations; they pass unrecorded. After the last recorded step
+the logger ends the run by raising `Finished`, and `write_profile` writes a trace and a table.
 """
 
 import re
@@ -29,70 +30,86 @@ KINDS = [  # of GPU kernels: the first pattern that is in the name
     ("element by element", r"elementwise|vectorized|unrolled|add|mul"),
 ]
 
-
-def kind_of(kernel: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
-
-
-def by_kind(kernels: list) -> Counter:
-    """Milliseconds of the profiler's GPU events by kind."""
-    kinds: Counter = Counter()
-    for e in kernels:
-        kinds[kind_of(e.name)] += e.self_device_time_total / 1e3
-    return kinds
+TableRow = tuple[
+    str, int | None, float
+]  # name, calls (None: not counted), ms; of all recorded steps
 
 
-def busy(intervals: list[tuple[float, float]]) -> float:
-    """How long at least one of them was running: kernels of several queues overlap."""
-    total, end = 0.0, float("-inf")
-    for a, b in sorted(intervals):
-        total, end = total + max(0.0, b - max(a, end)), max(b, end)
+def kernel_kind(kernel: str) -> str:
+    """The kind of a GPU kernel by its name, "other" if no pattern is in it."""
+    for kind, pattern in KINDS:
+        if re.search(pattern, kernel):
+            return kind
+    return "other"
+
+
+def by_kind(kernels: list) -> Counter[str]:
+    """Milliseconds of the profiler's GPU events by kind of kernel."""
+    milliseconds: Counter = Counter()
+    for event in kernels:
+        milliseconds[kernel_kind(event.name)] += event.self_device_time_total / 1e3
+    return milliseconds
+
+
+def busy_time(intervals: list[tuple[float, float]]) -> float:
+    """The length of the union of (start, end) intervals: kernels of several queues overlap."""
+    total = 0.0
+    covered_until = float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(end, covered_until)
     return total
 
 
 class Finished(Exception):
-    """The recorded steps are done; all ranks raise it after the same one. Its arguments: the profiler, the parts of all steps."""
+    """The recorded steps are done. All ranks raise it after the same step.
+
+    Its arguments are the profiler and the seconds of the phases of every step, see `StepTimer`.
+    """
 
 
 class TracedTimer(StepTimer):
-    """Its steps and parts are ranges of the trace as well."""
+    """A step timer whose steps and phases are ranges of the profiler's trace as well."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.steps: list[dict[str, float]] = []  # what `stop` gave
-        self.ranges: list[record_function] = []
+        self.steps: list[dict[str, float]] = []  # what `stop` returned
+        self.open_ranges: list[record_function] = []  # the step, then its phase
 
     def start(self) -> None:
-        self._open(f"step {len(self.steps) + 1}")
+        self._open_range(f"step {len(self.steps) + 1}")
         super().start()
 
-    def phase(self, part: str) -> None:
-        if len(self.ranges) > 1:
-            self.ranges.pop().__exit__(None, None, None)
-        if part:
-            self._open(part)
-        super().phase(part)
+    def phase(self, name: str) -> None:
+        if len(self.open_ranges) > 1:
+            self._close_range()
+        if name:
+            self._open_range(name)
+        super().phase(name)
 
     def stop(self) -> dict[str, float]:
         self.steps.append(super().stop())
-        self.ranges.pop().__exit__(None, None, None)
+        self._close_range()
         return self.steps[-1]
 
-    def _open(self, name: str) -> None:
-        self.ranges.append(record_function(name))
-        self.ranges[-1].__enter__()
+    def _open_range(self, name: str) -> None:
+        self.open_ranges.append(record_function(name))
+        self.open_ranges[-1].__enter__()
+
+    def _close_range(self) -> None:
+        self.open_ranges.pop().__exit__(None, None, None)
 
 
 class ProfilingLogger(RunLogger):
-    """A run's monitor that records steps on rank 0 and then ends the run."""
+    """A run's logger that records steps on rank 0 and then ends the run."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.timer: TracedTimer = TracedTimer(self.ranks.device)
-        gpu = self.ranks.device.type == "cuda"
-        self.profiler = torch.profiler.profile(
-            activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
-        )
+        activities = [ProfilerActivity.CPU]
+        if self.ranks.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=activities)
 
     def start_step(self) -> None:
         if self.on and len(self.timer.steps) == WARM_UP:
@@ -109,88 +126,106 @@ class ProfilingLogger(RunLogger):
             raise Finished(self.profiler, self.timer.steps)
 
 
-def table(profiler, steps: list[dict[str, float]]) -> str:
-    """Where the recorded steps' time went, in ms a step: by part; then by kind of kernel on a GPU, by operator on a CPU."""
+def profile_table(profiler, steps: list[dict[str, float]]) -> str:
+    """Where the recorded steps' time went on rank 0, as text with ms a step.
+
+    First by phase; then by kind of kernel on a GPU, by operator on a CPU. steps: the seconds of the
+    phases of all steps, those before the recorded ones included.
+    """
     recorded = steps[-STEPS:]
-    whole = sum(sum(parts.values()) for parts in recorded) / STEPS * 1e3
+    step_ms = sum(sum(phases.values()) for phases in recorded) / STEPS * 1e3
+    before_ms = sum(steps[WARM_UP - 1].values()) * 1e3
     lines = [
-        f"a step on rank 0: {whole:,.1f} ms while it was recorded, {sum(steps[WARM_UP - 1].values()) * 1e3:,.1f} ms before that"
+        f"a step on rank 0: {step_ms:,.1f} ms while it was recorded, "
+        f"{before_ms:,.1f} ms before that"
     ]
-    lines += rows(
-        "part",
-        [(part, None, sum(parts[part] for parts in recorded) * 1e3) for part in PHASES],
-        whole,
-    )
+    phase_rows = [(name, None, sum(phases[name] for phases in recorded) * 1e3) for name in PHASES]
+    lines += format_table("part", phase_rows, step_ms)
     ranges = {*PHASES, *(f"step {i + 1}" for i in range(len(steps)))}
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [
-        e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))
-    ]  # ranges lie around kernels
+    kernels = _gpu_kernels(profiler, ranges)
     if kernels:
-        kinds, counts, names, calls = (
-            by_kind(kernels),
-            Counter(kind_of(e.name) for e in kernels),
-            Counter[str](),
-            Counter(e.name for e in kernels),
-        )
-        for e in kernels:
-            names[e.name] += e.self_device_time_total / 1e3
-        spans = [(e.time_range.start, e.time_range.end) for e in kernels]
-        others = [span for e, span in zip(kernels, spans) if kind_of(e.name) != "communication"]
-        some, work = busy(spans) / 1e3, busy(others) / 1e3
-        lines += rows(
-            "kind of kernel (several queues may overlap)",
-            [(k, counts[k], ms) for k, ms in kinds.most_common()],
-            whole,
-        )
-        lines += rows(
-            "",
-            [
-                ("nothing but communication runs", None, some - work),
-                ("no kernel runs", None, STEPS * whole - some),
-            ],
-            whole,
-        )[2:]
-        lines += rows(
-            "slowest kernels",
-            [(name, calls[name], ms) for name, ms in names.most_common(15)],
-            whole,
-        )
+        lines += _kernel_tables(kernels, step_ms)
     else:
-        found = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-        named = [
-            (
-                f"outside of operators, in {e.key}: Python, waiting for other ranks"
-                if e.key in ranges
-                else e.key,
-                e.count,
-                e.self_cpu_time_total / 1e3,
-            )
-            for e in found
-        ]
-        rest = (
-            f"{len(named[20:])} others",
-            sum(count for _, count, _ in named[20:]),
-            sum(ms for _, _, ms in named[20:]),
-        )
-        lines += rows("operator, without those that it calls", [*named[:20], rest], whole)
+        lines += _operator_table(profiler, ranges, step_ms)
     return "\n".join(lines)
 
 
-def rows(title: str, found: list[tuple[str, int | None, float]], whole: float) -> list[str]:
-    """Lines of a table under a title. found: (name, how often or None, ms), both of all recorded steps; whole: ms of one step."""
-    lines = ["", f"{title:84} {'a step':>9} {'ms':>9} {'share':>6}"]
-    for name, count, ms in found:
-        lines.append(
-            f"{name[:84]:84} {'' if count is None else f'{count / STEPS:,.0f}':>9} {ms / STEPS:>9,.1f} {ms / STEPS / whole:>6.1%}"
-        )
+def _gpu_kernels(profiler, ranges: set[str]) -> list:
+    """The profiler's events on the GPU without the ranges that lie around kernels."""
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e for e in events if not (e.name in ranges or getattr(e, "is_user_annotation", False))]
+
+
+def _kernel_tables(kernels: list, step_ms: float) -> list[str]:
+    """Time by kind of kernel, time without a kernel, and the 15 slowest kernels."""
+    calls_of_kind = Counter(kernel_kind(e.name) for e in kernels)
+    kinds = [(kind, calls_of_kind[kind], ms) for kind, ms in by_kind(kernels).most_common()]
+
+    working = [e for e in kernels if kernel_kind(e.name) != "communication"]
+    any_ms = _busy_milliseconds(kernels)
+    working_ms = _busy_milliseconds(working)
+    idle = [
+        ("nothing but communication runs", None, any_ms - working_ms),
+        ("no kernel runs", None, STEPS * step_ms - any_ms),
+    ]
+
+    calls = Counter(e.name for e in kernels)
+    milliseconds = Counter[str]()
+    for e in kernels:
+        milliseconds[e.name] += e.self_device_time_total / 1e3
+    slowest = [(name, calls[name], ms) for name, ms in milliseconds.most_common(15)]
+
+    return [
+        *format_table("kind of kernel (several queues may overlap)", kinds, step_ms),
+        *format_rows(idle, step_ms),
+        *format_table("slowest kernels", slowest, step_ms),
+    ]
+
+
+def _busy_milliseconds(kernels: list) -> float:
+    return busy_time([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e3
+
+
+def _operator_table(profiler, ranges: set[str], step_ms: float) -> list[str]:
+    """Time of the 20 slowest operators on the CPU, and of all others together."""
+    rows = []
+    for event in sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total):
+        name = event.key
+        if name in ranges:
+            name = f"outside of operators, in {name}: Python, waiting for other ranks"
+        rows.append((name, event.count, event.self_cpu_time_total / 1e3))
+    slowest, others = rows[:20], rows[20:]
+    calls = sum(count for _, count, _ in others)
+    others_ms = sum(ms for _, _, ms in others)
+    slowest.append((f"{len(others)} others", calls, others_ms))
+    return format_table("operator, without those that it calls", slowest, step_ms)
+
+
+def format_table(title: str, rows: list[TableRow], step_ms: float) -> list[str]:
+    """The lines of a table under a title. step_ms: of one step, which is 100 %."""
+    return ["", f"{title:84} {'a step':>9} {'ms':>9} {'share':>6}", *format_rows(rows, step_ms)]
+
+
+def format_rows(rows: list[TableRow], step_ms: float) -> list[str]:
+    """A line a row: name, calls a step, ms a step, and its fraction of a step."""
+    lines = []
+    for name, count, total_ms in rows:
+        calls = "" if count is None else f"{count / STEPS:,.0f}"
+        ms = total_ms / STEPS
+        lines.append(f"{name[:84]:84} {calls:>9} {ms:>9,.1f} {ms / step_ms:>6.1%}")
     return lines
 
 
-def write(folder: Path, profiler, steps: list[dict[str, float]]) -> str:
-    """Writes trace and table, and returns what to say. Neither holds a word of an example: operators and kernels have names, not values."""
+def write_profile(folder: Path, profiler, steps: list[dict[str, float]]) -> str:
+    """Writes trace.json and table.txt into `folder` and returns what to print.
+
+    Neither holds a word of an example: operators and kernels have names, not values.
+    """
     folder.parent.chmod(0o700)  # like any run's folder
     profiler.export_chrome_trace(str(folder / "trace.json"))
-    text = table(profiler, steps)
-    (folder / "table.txt").write_text(text + "\n")
-    return f"\n{text}\n\nwritten to {folder}/trace.json (open it at https://ui.perfetto.dev, which reads it in the browser) and table.txt"
+    table = profile_table(profiler, steps)
+    (folder / "table.txt").write_text(table + "\n")
+    return (
+        f"\n{table}\n\nwritten to {folder}/trace.json (open it at https://ui.perfetto.dev, which "
+        "reads it in the browser) and table.txt"
+    )

@@ -1,6 +1,8 @@
-"""Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B): what the model's products need, by what the machine was seen to do.
+"""Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B).
 
-The ceiling is the bf16 matrix rate that `./launch.sh check` measured here, or one product before the run, not a data sheet's.
+It is the rate of the operations that the model needs, divided by the rate that the machine reaches.
+That ceiling is a measured bf16 matrix rate, not a data sheet's: the one of `./launch.sh check` on
+this machine or, without it, of one product before the run.
 """
 
 from collections.abc import Callable
@@ -16,26 +18,27 @@ from ..model.flops import count_step_flops
 
 
 def utilisation(
-    model: PreTrainedModel | PeftModel, shape, ranks: Ranks
+    model: PreTrainedModel | PeftModel, model_config, ranks: Ranks
 ) -> Callable[[np.ndarray, int, float], dict[str, float]]:
-    """A function of (lengths of the step's examples, its supervised tokens, seconds) -> {"train/mfu": 0..1}; {} on a CPU, whose cores
-    the ranks share with everything else.
+    """A function of a step that returns {"train/mfu": 0..1}.
 
-    The output layer sees supervised tokens only. What gradient checkpointing computes twice counts once. `shape`: the base's configuration."""
+    It takes the lengths of the step's examples, the step's supervised tokens and its seconds. On a
+    CPU it returns {}, because ranks share the cores with everything else. The output layer counts
+    supervised tokens only. What gradient checkpointing computes twice counts once.
+    """
     if ranks.device.type == "cpu":
         return lambda lengths, num_targets, seconds: {}
-    ceiling = (
-        (check_results.measured_speedup("bf16 matrix product") or matrix_rate(ranks.device))
-        * 1e12
-        * ranks.world_size
-    )
-    flops_of = count_step_flops(model, shape)
+    teraflops = check_results.measured_speedup("bf16 matrix product")
+    if not teraflops:
+        teraflops = matrix_rate(ranks.device)
+    ceiling = teraflops * 1e12 * ranks.world_size
+    cost = count_step_flops(model, model_config)
 
     def mfu(lengths: np.ndarray, num_targets: int, seconds: float) -> dict[str, float]:
         flops = (
-            flops_of.per_token * lengths.sum()
-            + flops_of.per_target * num_targets
-            + flops_of.per_token_pair * np.square(lengths, dtype=np.float64).sum()
+            cost.per_token * lengths.sum()
+            + cost.per_target * num_targets
+            + cost.per_token_pair * np.square(lengths, dtype=np.float64).sum()
         )
         return {"train/mfu": flops / seconds / ceiling}
 
@@ -43,14 +46,19 @@ def utilisation(
 
 
 def matrix_rate(device: torch.device, size: int = 8192) -> float:
-    """TFLOP/s of a square bf16 product on this GPU, the fastest of five: 10 ms of work on an H200."""
-    generator, times = torch.Generator(device).manual_seed(0), []  # the run's own stays as it is
+    """TFLOP/s of a square bf16 product on this GPU, the fastest of five.
+
+    It takes 10 ms on an H200. The run's random generator is left as it is.
+    """
+    generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16, generator=generator)
-    for _ in range(6):  # the first one makes cuBLAS's handle
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    milliseconds = []
+    for _ in range(6):
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         torch.mm(a, a)
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * size**3 / min(times[1:]) / 1e9
+        milliseconds.append(begin.elapsed_time(end))
+    return 2 * size**3 / min(milliseconds[1:]) / 1e9  # the first one makes cuBLAS's handle

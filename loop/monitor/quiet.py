@@ -1,4 +1,4 @@
-"""What a person sees of a run: a few lines before it, a progress bar, TensorBoard, `metrics.jsonl`, a summary."""
+"""Libraries print only what is wrong, so that the lines of a run stay readable."""
 
 import logging
 import os
@@ -8,10 +8,14 @@ import transformers
 
 
 def quiet_libraries() -> None:
-    """Libraries speak when something is wrong; their news about themselves would bury the lines that matter."""
+    """Turns off the libraries' warnings, informational messages and progress bars.
+
+    Their errors are still logged.
+    """
     warnings.filterwarnings("ignore")
     for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "torch", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # it is imported late, where it is needed
+    # An environment variable, because `datasets` is imported late, where it is needed.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

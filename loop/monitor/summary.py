@@ -35,9 +35,9 @@ def describe_plan(
     num_examples = len(plan.order)
     supervised = int(targets[plan.order].sum())
     return (
-        f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens of "
-        f"whole examples, on {world_size} rank(s) in {micro_batches:.1f} micro-batch(es) on average "
-        f"of at most {micro_batch_size} x {config.max_seq_len:,} tokens\n"
+        f"a step      {config.batch_size} rows x {config.max_seq_len:,} = {plan.budget:,} tokens "
+        f"of whole examples, on {world_size} rank(s) in {micro_batches:.1f} micro-batch(es) "
+        f"on average of at most {micro_batch_size} x {config.max_seq_len:,} tokens\n"
         f"the run     {len(plan):,} steps, {num_examples:,} examples, "
         f"{num_examples / max(1, len(plan)):.1f} a step; {plan.tokens:,} tokens, "
         f"{supervised:,} of them supervised; the budget is filled to {plan.fill:.1%}\n"

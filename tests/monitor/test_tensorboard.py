@@ -26,7 +26,14 @@ from loop.data.batch_plan import plan_batches
 from loop.data.conversations import read_split
 from loop.data.tokenization import Example
 from loop.monitor.run_logger import RunLogger
-from loop.monitor.tensorboard import CHARTS, COLORS, UNUSED, hparams_of, layout, row_picture
+from loop.monitor.tensorboard import (
+    CHARTS,
+    COLORS,
+    UNUSED,
+    chart_layout,
+    draw_packed_rows,
+    flatten_hparams,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def board(trained):
 
 
 def test_the_layout_names_what_the_run_wrote_and_all_of_it(board):
-    """After the last layout nothing new comes along; what no chart shows is perplexity, the loss in other units."""
+    """No tag comes after the last layout. No chart shows perplexity, the loss in other units."""
     shown = Layout.FromString(
         board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     )
@@ -55,10 +62,15 @@ def test_the_layout_names_what_the_run_wrote_and_all_of_it(board):
 
 
 def test_charts_without_curves_are_left_out():
-    assert layout(set()) == {}
-    assert layout({"train/mfu", "other"}) == {
+    assert chart_layout(set()) == {}
+    assert chart_layout({"train/mfu", "other"}) == {
         "speed": {"share of the measured matrix rate (MFU)": ["Multiline", ["^train/mfu$"]]}
     }
+
+
+def test_the_phases_of_earlier_versions_are_still_shown():
+    (chart,) = chart_layout({"time/agreement", "time/data"})["speed"].values()
+    assert chart == ["Multiline", ["^time/data$", "^time/agreement$"]]
 
 
 def test_clipped_steps_are_counted(trained, board):
@@ -74,7 +86,7 @@ def test_clipped_steps_are_counted(trained, board):
 
 
 def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
-    """Four steps, and on from the checkpoint after the second, with other norms: what TensorBoard then shows is one run."""
+    """Four steps, then a resume after the second with other norms: TensorBoard shows one run."""
     config = load_config(["--config", str(config_file), "data.valid=null"])
     config.folder.mkdir(parents=True)
     ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
@@ -132,8 +144,8 @@ def test_the_configuration_is_there_to_compare_runs_by(trained, board):
 
 def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
     args = ["--config", str(config_file)]
-    one = hparams_of(load_config(args))
-    other = hparams_of(
+    one = flatten_hparams(load_config(args))
+    other = flatten_hparams(
         load_config(
             [
                 *args,
@@ -153,10 +165,13 @@ def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
 
 
 def test_a_packed_row_is_drawn_document_by_document():
-    """Two documents in a row of 64 tokens, four pixels a token: 16 tokens of prompt and 8 of note, 8 of prompt and 16 of note, 16 unused."""
+    """Two documents in a row of 64 tokens, four pixels a token.
+
+    One has 16 tokens of prompt and 8 of note, the other 8 and 16; 16 tokens are unused.
+    """
     first = Example("a", np.arange(24), np.array([-100] * 16 + [1] * 8))
     second = Example("b", np.arange(24), np.array([-100] * 8 + [1] * 16))
-    picture = row_picture([("rank 0", [first, second])], capacity=64, width=256)
+    picture = draw_packed_rows([("rank 0", [first, second])], capacity=64, width=256)
     assert picture.dtype == np.uint8 and picture.shape[1:] == (256, 3)
     row = picture[-20].tolist()  # through the middle of the band
     pale = [[255 - (255 - c) * 35 // 100 for c in color] for color in COLORS]
@@ -184,7 +199,7 @@ def test_plan_and_picture_are_on_the_board(board):
 
 
 def test_memory_is_that_of_the_tensors(trained, board):
-    """Two ranks: fp32 masters and gradients of a rank's half, two moments, all of the same trained weights."""
+    """Two ranks: each has masters, gradients and two moments in fp32 of its half of the weights."""
     parts = {
         tag.split("/")[1]: board.Scalars(tag)[0].value
         for tag in board.Tags()["scalars"]
@@ -273,7 +288,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
 )
 def test_a_mistake_of_board_is_one_line(args, says, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "loop.board", *args],
+        [sys.executable, "-m", "loop.commands.board", *args],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
