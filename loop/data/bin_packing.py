@@ -1,9 +1,7 @@
-"""The one idea of this loop: an optimizer step is a set of whole examples, planned in advance.
+"""Bin packing: items of given sizes into bins of a capacity, or into a number of equally full bins.
 
-`make_plan` is a pure function of (lengths, budget, seed, epochs): for each step of the run the example ids that fill the step's
-token budget. `cut` is a pure function of (a step, ranks, micro-batch capacity): which rank computes which examples when.
-How a step is cut changes memory and speed and nothing else, so a run may be continued on another number of GPUs, every
-rank knows the step's number of targets without asking, and ranks always agree on the number of micro-batches, so nothing hangs.
+`best_fit_decreasing` packs examples into the steps of an epoch; `lpt_partition` spreads those of one
+step over micro-batches. Both are deterministic: every rank finds the same packing.
 """
 
 import bisect
@@ -16,87 +14,129 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class _OpenBins:
+    """Bins that still have free space, grouped by how much that is."""
+
+    def __init__(self) -> None:
+        self.free_spaces: list[int] = []  # those that occur, ascending
+        self.bins: dict[int, list[np.ndarray]] = {}  # free space -> ids of the bins that have it
+
+    def add(self, free: int, ids: np.ndarray) -> None:
+        """Adds bins with `free` space each; full bins are forgotten."""
+        if free == 0 or len(ids) == 0:
+            return
+        if free not in self.bins:
+            bisect.insort(self.free_spaces, free)
+            self.bins[free] = []
+        self.bins[free].append(ids)
+
+    def pop_best_fit(self, size: int) -> tuple[int, np.ndarray] | None:
+        """Removes all bins with the least free space that holds `size`: (free space, their ids)."""
+        at = bisect.bisect_left(self.free_spaces, size)
+        if at == len(self.free_spaces):
+            return None
+        free = self.free_spaces.pop(at)
+        return free, np.concatenate(self.bins.pop(free))
+
+
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Puts items into bins, largest first, each where it leaves the least room. sizes: int [n], none above capacity.
-    Returns the bin of each item, int64 [n].
+    """Packs items into bins: largest item first, each into the bin with the least sufficient space.
 
-    Exact best-fit-decreasing over histograms: items of one size and bins with one amount of room are moved together, so the
-    Python loop takes some thousand turns whatever n is (the item-by-item version needs a minute for 10 million)."""
-    by_size = np.argsort(-sizes, kind="stable")
-    values, starts = np.unique(-sizes[by_size], return_index=True)
-    bins = np.empty(len(sizes), np.int64)
-    rooms: list[int] = []  # the amounts of room that occur, ascending
-    holders: dict[int, list[np.ndarray]] = {}  # room -> ids of the bins that have it
-    opened = 0
+    sizes: int [n], from 1 to `capacity`. Returns the bin of each item, int64 [n].
 
-    def put(room: int, ids: np.ndarray) -> None:
-        if room and len(ids):
-            if room not in holders:
-                bisect.insort(rooms, room)
-                holders[room] = []
-            holders[room].append(ids)
-
-    for size, start, end in zip(-values, starts, [*starts[1:], len(sizes)]):
+    The result is that of the textbook, but items of one size and bins with one amount of free space
+    are handled together. So the Python loop runs some thousand times, whatever n is; item by item,
+    10 million items take a minute.
+    """
+    by_size = np.argsort(-sizes, kind="stable")  # the largest first
+    negated, starts = np.unique(-sizes[by_size], return_index=True)
+    ends = [*starts[1:], len(sizes)]
+    bin_of_item = np.empty(len(sizes), np.int64)
+    open_bins = _OpenBins()
+    num_bins = 0
+    for size, start, end in zip(-negated, starts, ends):  # items start..end have this size
         while start < end:
-            at = bisect.bisect_left(rooms, size)
-            if at < len(rooms):
-                room = rooms.pop(at)
-                ids = np.concatenate(holders.pop(room))
+            found = open_bins.pop_best_fit(size)
+            if found:
+                free, bins = found
             else:
-                room = capacity
-                ids = np.arange(
-                    opened, opened + -(-(end - start) // (capacity // size))
-                )  # as many as are needed
-                opened += len(ids)
-            each = room // size  # best fit stays with a bin until its room is below the size
-            used = min(len(ids), -(-(end - start) // each))
-            take = min(end - start, used * each)
-            bins[by_size[start : start + take]] = np.repeat(ids[:used], each)[:take]
-            start += take
-            full = take // each
-            put(room - each * size, ids[:full])
-            put(
-                room - (take - full * each) * size, ids[full:used]
-            )  # the last bin may have got fewer
-            put(room, ids[used:])
+                free = capacity
+                num_new = ceil_div(end - start, capacity // size)
+                bins = np.arange(num_bins, num_bins + num_new)
+                num_bins += num_new
+            # Best fit stays with a bin until its free space is below the size.
+            per_bin = free // size
+            num_used = min(len(bins), ceil_div(end - start, per_bin))
+            num_items = min(end - start, num_used * per_bin)
+            items = by_size[start : start + num_items]
+            bin_of_item[items] = np.repeat(bins[:num_used], per_bin)[:num_items]
+            start += num_items
+            num_complete = num_items // per_bin  # bins that got `per_bin` items; the last may not
+            in_last = num_items - num_complete * per_bin
+            open_bins.add(free - per_bin * size, bins[:num_complete])
+            open_bins.add(free - in_last * size, bins[num_complete:num_used])
+            open_bins.add(free, bins[num_used:])
+    return bin_of_item
+
+
+def lpt_partition(items: list[int], sizes: dict[int, int], num_bins: int) -> list[list[int]]:
+    """Partitions items into `num_bins` bins with about equal sums of sizes.
+
+    Graham's LPT (longest processing time) rule: each item goes to the emptiest bin, which works
+    best when the largest come first. Then `rebalance` swaps items. items: ids, the largest first.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    by_load = [(0, number) for number in range(num_bins)]  # a heap
+    for item in items:
+        load, number = heapq.heappop(by_load)
+        bins[number].append(item)
+        heapq.heappush(by_load, (load + sizes[item], number))
+    rebalance(bins, sizes)
     return bins
 
 
-def lpt_partition(examples: list[int], sizes: dict[int, int], number: int) -> list[list[int]]:
-    """So many places with about equal sums of sizes. examples: the largest first."""
-    places: list[list[int]] = [[] for _ in range(number)]
-    heap = [(0, place) for place in range(number)]
-    for example in examples:
-        load, place = heapq.heappop(heap)
-        places[place].append(example)
-        heapq.heappush(heap, (load + sizes[example], place))
-    rebalance(places, sizes)
-    return places
+def rebalance(bins: list[list[int]], sizes: dict[int, int]) -> None:
+    """Swaps items of the fullest and the emptiest bin while that narrows the gap between them.
 
-
-def rebalance(places: list[list[int]], sizes: dict[int, int]) -> None:
-    """Swaps examples of the fullest and the emptiest place, or moves one, as long as that brings the two nearer to each other."""
-    loads = [sum(sizes[i] for i in place) for place in places]
-    for _ in range(
-        8 * len(places) if len(places) > 1 else 0
-    ):  # two or three turns a place are enough
-        full, empty = loads.index(max(loads)), loads.index(min(loads))
-        gap, out, back = loads[full] - loads[empty], places[full], places[empty]
-        given = np.array([sizes[i] for i in out])
-        others = np.array([*(sizes[i] for i in back), 0])  # the last: nothing comes back
-        order = np.argsort(others, kind="stable")
-        # Moving d leaves a gap of |gap - 2 d|. So for an example the best partner is one of the two next to its size - gap / 2.
-        above = np.searchsorted(others[order], given - gap / 2).clip(0, len(back))
-        pairs = [(a, order[at]) for a, end in enumerate(above) for at in {end, max(0, end - 1)}]
-        new_gap, a, b, moved = (
-            min((abs(gap - 2 * (d := int(given[a] - others[b]))), a, int(b), d) for a, b in pairs)
-            if pairs
-            else (gap, 0, 0, 0)
-        )
-        if new_gap >= gap:
+    Changes `bins` in place. A swap may also move one item without another in return.
+    """
+    if len(bins) < 2:
+        return
+    loads = [sum(sizes[item] for item in items) for items in bins]
+    for _ in range(8 * len(bins)):  # a bound; two or three swaps a bin are enough
+        fullest = loads.index(max(loads))
+        emptiest = loads.index(min(loads))
+        full = bins[fullest]
+        empty = bins[emptiest]
+        swap = _best_swap([sizes[item] for item in full], [sizes[item] for item in empty])
+        if swap is None:
             break
-        places[full], places[empty] = (
-            out[:a] + out[a + 1 :] + back[b : b + 1],
-            back[:b] + back[b + 1 :] + [out[a]],
-        )
-        loads[full], loads[empty] = loads[full] - moved, loads[empty] + moved
+        i, j, moved = swap
+        bins[fullest] = full[:i] + full[i + 1 :] + empty[j : j + 1]
+        bins[emptiest] = empty[:j] + empty[j + 1 :] + [full[i]]
+        loads[fullest] -= moved
+        loads[emptiest] += moved
+
+
+def _best_swap(full: list[int], empty: list[int]) -> tuple[int, int, int] | None:
+    """The swap of two items that brings the loads of two bins closest to each other.
+
+    full, empty: the sizes of the bins' items. Returns (index in `full`, index in `empty`, by how
+    much the load of `full` shrinks). The index len(empty) means that no item comes back. None where
+    no swap narrows the gap. Ties go to the lower indices.
+    """
+    gap = sum(full) - sum(empty)
+    given = np.array(full)
+    returned = np.array([*empty, 0])  # the last: no item comes back
+    by_size = np.argsort(returned, kind="stable")
+    # Moving d leaves a gap of |gap - 2 d|. So the best item to get back for one of size s is one of
+    # the two whose sizes are next to s - gap / 2.
+    above = np.searchsorted(returned[by_size], given - gap / 2).clip(0, len(empty))
+    best = (gap, 0, 0, 0)
+    for i, at in enumerate(above):
+        for neighbour in (max(0, at - 1), at):
+            j = int(by_size[neighbour])
+            moved = int(given[i] - returned[j])
+            best = min(best, (abs(gap - 2 * moved), i, j, moved))
+    new_gap, i, j, moved = best
+    return (i, j, moved) if new_gap < gap else None
