@@ -10,18 +10,17 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes as bnb
 import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
 from ..config.schema import Config, ConfigError
 from ..distributed.world import Ranks
 from . import check_results
 from .fused_layers import FusedFeedForward, FusedLinears, FusedRotary, LoraLinear
+from .quantization import QUANTIZATIONS, find_quantization
 from .self_test import fails_here
 
 # ------------------------------------------------------------------ what is put in place of what
@@ -59,7 +58,7 @@ def choose_dequantized(
 ) -> bool:
     """Whether NF4 weights are kept dequantised as well; `auto`: where that takes at most a tenth of the free memory (None: a CPU's), and layers
     are launched kernel by kernel. Where they are replayed it gains 0.3 %."""
-    linears = [m for m in layers.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    linears: list[Any] = [m for m in layers.modules() if find_quantization(m)]
     size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in linears)
     room = size <= 0.1 * (psutil.virtual_memory().available if free_bytes is None else free_bytes)
     return (
@@ -137,8 +136,9 @@ def install_fused_forward(
 
 def is_plain_lora(module: Any) -> bool:
     """Whether it is a linear layer with one LoRA and nothing else: no DoRA or the like, no bias of LoRA's own, none that is trained."""
+    lora_layers = (PeftLinear, *(q.lora_layer for q in QUANTIZATIONS.values()))
     if (
-        type(module) not in (PeftLinear, PeftLinear4bit)
+        type(module) not in lora_layers
         or len(module.active_adapters) != 1
         or module.merged
     ):

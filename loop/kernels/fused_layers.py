@@ -8,12 +8,12 @@ for the backward pass. On GPUs the kernels are Triton's, elsewhere the same term
 
 from typing import Any
 
-import bitsandbytes as bnb
 import deepspeed
 import torch
 import torch.nn as nn
 
 from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
+from .quantization import find_quantization
 
 
 class LoraLinear:
@@ -27,8 +27,9 @@ class LoraLinear:
     ) -> None:  # Any: PEFT does not declare what is in its layers' parts
         (self.adapter,), self.module, self.dense = module.active_adapters, module, None
         self.scaling = module.scaling[self.adapter]
+        self.quantization = find_quantization(module.base_layer)
         weight = module.base_layer.weight
-        if keep_dense and hasattr(weight, "quant_state"):
+        if keep_dense and self.quantization:
             with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
                 self.dense = self.weight(module.base_layer.compute_dtype)
 
@@ -38,10 +39,11 @@ class LoraLinear:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """W [N, K]"""
-        weight = self.module.base_layer.weight
-        if self.dense is not None or not hasattr(weight, "quant_state"):
-            return weight if self.dense is None else self.dense
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        if self.dense is not None:
+            return self.dense
+        if self.quantization:
+            return self.quantization.dequantize(self.module.base_layer, dtype)
+        return self.module.base_layer.weight
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
         w, bias = self.weight(x.dtype), self.module.base_layer.bias

@@ -35,7 +35,10 @@ class Quantization(ABC):
 
     @abstractmethod
     def is_quantized(self, module: nn.Module) -> bool:
-        """Whether a module is a linear layer whose weight is stored in this way."""
+        """Whether a module is a linear layer whose weight is stored in this way.
+
+        It has `in_features`, `out_features` and `compute_dtype`, as bitsandbytes' have.
+        """
 
     @abstractmethod
     def dequantize(self, module: Any, dtype: torch.dtype) -> torch.Tensor:

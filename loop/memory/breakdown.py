@@ -3,6 +3,7 @@
 import torch
 
 from ..distributed.world import Ranks
+from ..kernels.quantization import find_quantization
 from .measure import peak_gpu_bytes
 
 
@@ -24,14 +25,9 @@ def memory_breakdown(engine, ranks: Ranks) -> dict[str, float]:
             if isinstance(t, torch.Tensor)
         }
         weights[p.requires_grad] += _bytes(held.values())
-        for state in filter(
-            None,
-            (
-                getattr(p, "quant_state", None),
-                getattr(getattr(p, "quant_state", None), "state2", None),
-            ),
-        ):
-            scales += _bytes((state.absmax, state.code))
+    for module in engine.module.modules():
+        if quantization := find_quantization(module):
+            scales += _bytes(quantization.state_tensors(module))
     masters = _bytes(getattr(optimizer, "fp32_partitioned_groups_flat", []))
     adam = getattr(optimizer, "optimizer", optimizer)
     moments = _bytes(

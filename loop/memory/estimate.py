@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
 from ..kernels.dropout import APART
+from ..kernels.quantization import QUANTIZATIONS
 
 LOADED = (
     "NF4 codes",
@@ -121,7 +122,8 @@ def estimate_memory(
     """{component: bytes on one GPU} at the fullest moment of a step, LOADED, STATES, WORKING and "allocator slack". ds: DeepSpeed's configuration;
     rows: of a micro-batch; supervised: the share of its tokens that have logits; dequantized: whether NF4 weights are kept in bf16 too;
     recorded: whether layers are CUDA graphs, whose gradients have places of their own and whose activations' memory no other tensor may use."""
-    w, zero, qlora = count_weights(shape, config), ds["zero_optimization"], config.method == "qlora"
+    w, zero = count_weights(shape, config), ds["zero_optimization"]
+    quantization = QUANTIZATIONS[config.quantization] if config.quantization else None
     size = 2 if ds.get("bf16", {}).get("enabled") else 4  # bytes of a number that is computed with
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
     # Steps are cut evenly: half a row more than the even share is rarely seen, with attention counted a whole one.
@@ -131,8 +133,9 @@ def estimate_memory(
     def share(sizes) -> int:
         return sum(-(-n // world_size) for n in sizes)
 
-    frozen = [] if config.method == "full" else w.other if qlora else w.other + w.matrices
-    codes, trained = [n // 2 for n in w.matrices] if qlora else [], share(w.trained)
+    frozen = [] if config.method == "full" else w.other if quantization else w.other + w.matrices
+    codes = [quantization.code_bytes(n) for n in w.matrices] if quantization else []
+    trained = share(w.trained)
     parts = dict.fromkeys((*LOADED, *STATES, *WORKING), 0)
     if not offloaded:
         parts |= {
@@ -140,11 +143,9 @@ def estimate_memory(
             "16-bit weights": share(frozen) * size,
             "adapter": trained * size,
         }
-    if qlora:  # a scale for 64 weights, which is quantised with one scale for 256 of them, and each time the code: each rank has all of it
-        blocks = [-(-n // 64) for n in w.matrices]
+    if quantization:
         parts["quantisation state"] = sum(
-            b + 4 * (-(-b // 256) + 256 + 1) + 64 if config.double_quant else 4 * b + 64
-            for b in blocks
+            quantization.state_bytes(n, config.double_quant) for n in w.matrices
         )
         parts["dequantised copies"] = dequantized * sum(w.matrices) * size
     communicated = {"fp32": 4, "bf16": 2, "fp16": 2}.get(
@@ -165,9 +166,10 @@ def estimate_memory(
     if (
         world_size > 1 or offloaded
     ):  # ZeRO-3 counts in numbers as they are stored: NF4 in bf16 holds four weights in one
-        stored = [(n // size if size == 2 else n, n) for n in codes] + [
-            (n, n * size) for n in (*frozen, *w.trained)
-        ]
+        dtype = torch.bfloat16 if size == 2 else torch.float32
+        unit = quantization.storage_dtype(dtype).itemsize if quantization else 1
+        stored = [(n // unit, n) for n in codes]
+        stored += [(n, n * size) for n in (*frozen, *w.trained)]
         small = zero.get("stage3_param_persistence_threshold", 100_000)
         stays = sum(b for n, b in stored if n <= small)
         large = [(n, b) for n, b in stored if n > small]
@@ -201,7 +203,7 @@ def estimate_memory(
         layer * checkpointing
         + tokens * (4 * shape.intermediate_size + 2 * shape.hidden_size) * size
     )
-    work += (qlora and not dequantized) * max(w.matrices) * size
+    work += bool(quantization and not dequantized) * max(w.matrices) * size
     parts["layer in work"] = max(0, int(work + n_logits * size) - parts["logits"])
     if w.widths and config.lora["lora_dropout"]:
         parts["dropout mask"] = tokens * (
