@@ -1,13 +1,18 @@
-"""What makes two runs the same one: what a checkpoint must share with the run that goes on from it, and what may change if it is said.
+"""What makes two runs the same one: what a checkpoint must have in common with the run that resumes.
 
-`state`: the tensors would mean nothing in another model; refused. `plan`: step N would be other examples than the ones meant;
-refused, unless run.resume=force. `settings`: lr, steps, dropout and the like; a person may change them in mid-run, and is told.
+Three kinds of facts, told apart by what a difference means:
+- `state`: the tensors would mean nothing in another model; refused.
+- `plan`: step N would see other examples than the ones meant; refused, unless run.resume=force.
+- `settings`: lr, steps, dropout and the like; a person may change them in mid-run, and is told.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+from ..config.cli import RENAMED
 from ..config.schema import Config, ConfigError
 from ..config.source import source_digest
 from ..data.batch_plan import BatchPlan
@@ -15,8 +20,10 @@ from ..data.tokenization import Example
 from ..distributed.world import Ranks
 from ..model.loading import loading, resolve_base
 from ..model.streaming import fetch_base
+from .run_dir import versions
 
-# Where and how a run computes, and what the other two kinds hold already: not settings in the sense above.
+# Keys of the configuration that are no settings in the sense above: where and how a run computes,
+# and what `state` and `plan` hold already.
 NOT_SETTINGS = {
     "base",
     "revision",
@@ -29,110 +36,147 @@ NOT_SETTINGS = {
     "data",
     "lora",
 }
+KINDS = ("state", "plan", "settings")
+MAY_DIFFER_BETWEEN_RANKS = ("device", "commit")  # of the versions
 
 
-def run_identity(
-    config: Config, tokenizer, examples: list[Example], plan: BatchPlan
-) -> dict[str, dict]:
-    """The three kinds, as they stand in a manifest; `at_step` adds the order of the examples."""
-    fixed = {"method": config.method, "double_quant": config.double_quant}
-    lora = (
-        {
-            f"lora.{key}": value
-            for key, value in sorted(config.lora.items())
-            if key != "lora_dropout"
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """The facts of a run by kind, in JSON's types, and the versions of what it was made with."""
+
+    state: dict[str, Any]
+    plan: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, config: Config, tokenizer, examples: list[Example], plan: BatchPlan
+    ) -> "RunIdentity":
+        """The identity of a run. It reads samples of the base's weights; downloads them if need be.
+
+        Raises ConfigError where the base cannot be read.
+        """
+        model = {"method": config.method, "double_quant": config.double_quant}
+        lora = {f"lora.{key}": value for key, value in sorted(config.lora.items())}
+        dropout = lora.pop("lora.lora_dropout")
+        budget = {
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "max_seq_len": config.max_seq_len,
         }
-        if config.method != "full"
-        else {}
-    )
-    budget = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "max_seq_len": config.max_seq_len,
-    }
-    settings = config.model_dump(mode="json", exclude=NOT_SETTINGS | fixed.keys() | budget.keys())
-    found = {
-        "state": {"base": base_fingerprint(config.base, config.revision), **fixed, **lora},
-        "plan": {
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "examples": examples_fingerprint(examples),
-            **budget,
-        },
-        "settings": settings
-        | {"steps": len(plan), "lora.lora_dropout": config.lora["lora_dropout"]},
-    }
-    return json.loads(json.dumps(found))  # as it will be read again: tuples are lists
+        excluded = NOT_SETTINGS | model.keys() | budget.keys()
+        facts = {
+            "state": {
+                "base": base_fingerprint(config.base, config.revision),
+                **model,
+                **(lora if config.method != "full" else {}),
+            },
+            "plan": {
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+                "examples": examples_fingerprint(examples),
+                **budget,
+            },
+            "settings": {
+                **config.model_dump(mode="json", exclude=excluded),
+                "steps": len(plan),
+                "lora.lora_dropout": dropout,
+            },
+        }
+        facts = json.loads(json.dumps(facts))  # as a manifest gives them back: tuples are lists
+        return cls(**facts, versions=versions())
 
+    def at_step(self, plan: BatchPlan, step: int) -> dict[str, dict]:
+        """The facts as a manifest holds them: with the order of the examples up to `step`.
 
-def check_equal_on_all_ranks(ranks: Ranks, identity: dict, made_by: dict[str, str]) -> None:
-    """Ranks on several machines may have been started on other code, libraries, data or settings; their collectives would hang, or train on
-    a mixture. Every rank must call it; raises ConfigError on all, naming the ranks and what differs."""
-    code = source_digest("loop")[:16]
-    mine = (
-        identity["state"]
-        | identity["plan"]
-        | identity["settings"]
-        | {"code of loop/": code}
-        | made_by
-    )
-    everyone = ranks.all_gather_json(
-        {key: value for key, value in mine.items() if key not in ("device", "commit")}
-    )
-    for rank, other in enumerate(everyone):
-        for key in {**everyone[0], **other}:
-            if other.get(key) != everyone[0].get(key):
-                raise ConfigError(
-                    f"rank {rank} has another {key} than rank 0: {other.get(key)!r}, not {everyone[0].get(key)!r}; start all machines "
-                    "with the same code, libraries, data and settings"
-                )
+        A plan that is only longer or shorter behind `step` counts as the same one.
+        """
+        order = _short_hash(plan.order[: plan.offsets[step]].tobytes())
+        return {
+            "state": self.state,
+            "plan": {**self.plan, "order of the examples": order},
+            "settings": self.settings,
+        }
 
+    def check_equal_on_all_ranks(self, ranks: Ranks) -> None:
+        """Raises ConfigError on all ranks, naming the first one that differs from rank 0 and in what.
 
-def at_step(identity: dict, plan: BatchPlan, step: int) -> dict:
-    """With the order of the examples up to `step`: a plan that is only longer or shorter behind it is the same up to here."""
-    return identity | {
-        "plan": identity["plan"]
-        | {"order of the examples": _short(plan.order[: plan.offsets[step]].tobytes())}
-    }
+        Ranks on several machines may have been started with other code, libraries, data or
+        settings. Their collectives would hang, or they would train on a mixture. Every rank must
+        call it.
+        """
+        mine = {
+            **self.state,
+            **self.plan,
+            **self.settings,
+            "code of loop/": source_digest("loop")[:16],
+            **self.versions,
+        }
+        for key in MAY_DIFFER_BETWEEN_RANKS:
+            mine.pop(key, None)
+        everyone = ranks.all_gather_json(mine)
+        first = everyone[0]
+        for rank, other in enumerate(everyone):
+            for key in {**first, **other}:
+                if other.get(key) != first.get(key):
+                    raise ConfigError(
+                        f"rank {rank} has another {key} than rank 0: {other.get(key)!r}, not "
+                        f"{first.get(key)!r}; start all machines with the same code, libraries, "
+                        "data and settings"
+                    )
 
+    def check_compatible(
+        self, path: Path, manifest: dict, plan: BatchPlan, force: bool
+    ) -> list[str]:
+        """Compares a checkpoint's identity with this run's; returns a note on each changed setting.
 
-def check_compatible(
-    path: Path, saved: dict, now: dict, plan: BatchPlan, step: int, force: bool
-) -> list[str]:
-    """Compares a checkpoint's identity with this run's. Returns remarks on what changed; raises ConfigError naming the first difference
-    that matters. step: of the checkpoint, which the plan must reach."""
-    if step > len(plan):
-        raise ConfigError(
-            f"{path}: the run has made {step} steps already, and is to have {len(plan)} (max_steps, epochs); give it "
-            "another run.name"
-        )
-    if not saved.keys() >= {"state", "plan", "settings"}:
-        raise ConfigError(
-            f"{path}: written by another version of this loop; give the run another run.name, or start over with run.resume=false"
-        )
-    now, remarks = at_step(now, plan, step), []
-    for kind in ("state", "plan", "settings"):
-        for key in {**saved[kind], **now[kind]}:
-            was, is_now = saved[kind].get(key), now[kind].get(key)
-            if was == is_now:
-                continue
-            if kind == "state" or (kind == "plan" and not force):
+        Args:
+            path: of the checkpoint, for messages.
+            manifest: of the checkpoint; its settings may have names of an older version.
+            plan: of this run; it must reach the checkpoint's step.
+            force: run.resume=force, which lets `plan` differ.
+
+        Raises ConfigError naming the first difference that matters.
+        """
+        step, saved = manifest["step"], manifest.get("identity", {})
+        if step > len(plan):
+            raise ConfigError(
+                f"{path}: the run has made {step} steps already, and is to have {len(plan)} "
+                "(max_steps, epochs); give it another run.name"
+            )
+        if not saved.keys() >= set(KINDS):
+            raise ConfigError(
+                f"{path}: written by another version of this loop; give the run another run.name, "
+                "or start over with run.resume=false"
+            )
+        now = self.at_step(plan, step)
+        notes = []
+        for kind in KINDS:
+            old = {RENAMED.get(key, key): value for key, value in saved[kind].items()}
+            new = now[kind]
+            for key in {**old, **new}:
+                if old.get(key) == new.get(key):
+                    continue
+                change = f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+                if kind == "settings" or (kind == "plan" and force):
+                    notes.append(f"changed     {change} from step {step + 1} on")
+                    continue
                 way_out = ", or go on all the same with run.resume=force" if kind == "plan" else ""
                 raise ConfigError(
-                    f"{path}: {key} was {was!r} and is {is_now!r} now; change it back, give the run another run.name, or start "
-                    f"over with run.resume=false{way_out}"
+                    f"{path}: {change} now; change it back, give the run another run.name, or "
+                    f"start over with run.resume=false{way_out}"
                 )
-            remarks.append(
-                f"changed     {key} was {was!r} and is {is_now!r} from step {step + 1} on"
-            )
-    return remarks
+        return notes
 
 
 def base_fingerprint(base: str, revision: str | None = None) -> str:
-    """A hash of the base's content: config.json, and of each weight file its size and 64 samples, the header first. The name does not count (a
-    base may move), and gigabytes are not read."""
-    with loading(
-        base
-    ):  # with its weights, or the hash would be another one before they are downloaded
+    """A hash of the base's content: config.json, and each weight file's size and 64 samples.
+
+    The first sample is the file's header. The name does not count, as a base may move; and
+    gigabytes are not read. A base of the hub is downloaded with its weights, or its hash would be
+    another one before they are there. Raises ConfigError where it cannot be read.
+    """
+    with loading(base):
         folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -146,25 +190,24 @@ def base_fingerprint(base: str, revision: str | None = None) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of its vocabulary, special tokens and chat template."""
-    return _short(
-        json.dumps(
-            [
-                sorted(tokenizer.get_vocab().items()),
-                str(tokenizer.special_tokens_map),
-                str(tokenizer.chat_template),
-            ]
-        ).encode()
-    )
+    """A hash of the tokenizer's vocabulary, special tokens and chat template."""
+    content = [
+        sorted(tokenizer.get_vocab().items()),
+        str(tokenizer.special_tokens_map),
+        str(tokenizer.chat_template),
+    ]
+    return _short_hash(json.dumps(content).encode())
 
 
 def examples_fingerprint(examples: list[Example]) -> str:
-    """A hash of what is trained on, after tokenising: ids, tokens, and which of them are supervised."""
+    """A hash of what is trained on, after tokenizing: ids, tokens, and which are supervised."""
     digest = hashlib.sha256()
-    for e in examples:
-        digest.update(e.id.encode() + e.input_ids.tobytes() + e.labels.tobytes())
+    for example in examples:
+        digest.update(example.id.encode())
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.labels.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _short(data: bytes) -> str:
+def _short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]

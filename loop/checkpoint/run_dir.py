@@ -1,4 +1,7 @@
-"""A run's folder: made, locked against a second run, and its files whole whenever the process is killed."""
+"""A run's directory, runs/NAME: made, locked against a second run; its report and its log.
+
+The lock is an flock, so it ends with the process that holds it, however that ends.
+"""
 
 import contextlib
 import fcntl
@@ -8,8 +11,10 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -21,40 +26,54 @@ LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets")
 
 
-def open_run_dir(config: Config, ranks: Ranks) -> contextlib.AbstractContextManager:
-    """Makes the run's folder and takes its lock, which is returned, to be held as long as the run writes. With run.resume=false an earlier
-    run of this name is moved aside, not overwritten. Every rank must call it; ConfigError on all of them when it can't be done."""
-    folder, lock, problem = config.folder, contextlib.nullcontext(), None
-    if ranks.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)
-            if not config.run.resume and any(p.name != LOCK for p in folder.iterdir()):
-                aside = next(
-                    p
-                    for n in itertools.count(1)
-                    if not (p := folder.with_name(f"{folder.name}.{n}")).exists()
+@contextlib.contextmanager
+def open_run_dir(config: Config, ranks: Ranks) -> Iterator[Path]:
+    """A context with the run's directory, locked by rank 0 as long as the context is entered.
+
+    With run.resume=false an earlier run of this name is moved aside, not overwritten. Every rank
+    must call it; raises ConfigError on all of them when another run holds the lock, or when the
+    directory cannot be made.
+    """
+    run_dir = config.folder
+    with contextlib.ExitStack() as held:
+        problem = None
+        if ranks.is_main:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(lock_folder(run_dir))
+                if not config.run.resume and any(p.name != LOCK for p in run_dir.iterdir()):
+                    print(f"{run_dir} is {_move_aside(run_dir)} now")
+                    run_dir.mkdir()
+                    held.enter_context(lock_folder(run_dir))
+                    lock.close()  # it lies in what was moved
+            except TimeoutError:
+                problem = (
+                    f"run.name={config.run.name}: another run writes to {run_dir}; wait for its "
+                    "end, or give this one another name"
                 )
-                print(f"{folder} is {folder.rename(aside)} now")
-                folder.mkdir()
-                lock = lock_folder(folder)
-        except TimeoutError:
-            problem = f"run.name={config.run.name}: another run writes to {folder}; wait for its end, or give this one another name"
-        except OSError as error:
-            problem = f"run.dir, run.name: {folder} cannot be made ({error.strerror})"
-    if problem := ranks.all_gather_json(problem)[0]:
-        raise ConfigError(problem)
-    return lock
+            except OSError as error:
+                problem = f"run.dir, run.name: {run_dir} cannot be made ({error.strerror})"
+        problem = ranks.all_gather_json(problem)[0]
+        if problem:
+            raise ConfigError(problem)
+        yield run_dir
 
 
-def lock_folder(folder: Path):
-    """Locks a run's folder and returns the open file that holds the lock; it ends with the process, however that ends. The ranks of a run
-    whose launcher was killed save before they go, so an earlier run gets that time. Raises TimeoutError when it is still there then."""
-    file, end, said = (
-        (folder / LOCK).open("w"),
-        time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS") or 120),
-        False,
-    )
+def _move_aside(run_dir: Path) -> Path:
+    """Renames runs/NAME to the first free one of runs/NAME.1, runs/NAME.2, ..., and returns that."""
+    paths = (run_dir.with_name(f"{run_dir.name}.{n}") for n in itertools.count(1))
+    return run_dir.rename(next(path for path in paths if not path.exists()))
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Locks a run directory and returns the open file that holds the lock until it is closed.
+
+    An earlier run gets LOOP_GRACE_SECONDS (120) to end: the ranks of a run whose launcher was
+    killed save before they go. Raises TimeoutError when it is still there then.
+    """
+    file = (folder / LOCK).open("w")
+    end = time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS") or 120)
+    announced = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,45 +81,52 @@ def lock_folder(folder: Path):
         except BlockingIOError:
             if time.monotonic() > end:
                 raise TimeoutError from None
-            if not said:
+            if not announced:
                 print(f"waiting for the earlier run in {folder} to end", flush=True)
-            said = True
+                announced = True
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return file
 
 
 def versions() -> dict[str, str]:
-    """Library versions, Python, GPU and the repository's commit, for the run's folder and for bug reports."""
-    found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    """Versions of libraries and Python, the GPU, and the repository's commit; for bug reports."""
+    found = {name: version(name) for name in PACKAGES}
+    found["python"] = platform.python_version()
     found["device"] = torch.cuda.get_device_name() if on_gpu() else f"cpu ({os.cpu_count()} cores)"
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
-    return found | {"commit": git.stdout.strip() or "unknown"}
+    found["commit"] = git.stdout.strip() or "unknown"
+    return found
 
 
 def lines_to_keep(log: str, first_step: int, evaluated: bool) -> list[dict]:
-    """What a run that goes on after `first_step` keeps of its metrics.jsonl, so that it shows one curve: nothing of the steps that it will
-    run again, nothing of an evaluation that it will repeat, and not the half line at which the earlier run was killed."""
-    whole = (
-        [json.loads(line) for line in log.splitlines() if line.endswith("}")] if first_step else []
-    )
+    """The lines of metrics.jsonl that a run resumed after `first_step` keeps, for one curve.
+
+    It drops the steps that will be run again, the evaluation of `first_step` if that will be
+    repeated (evaluated=False), and the half line at which the earlier run was killed.
+    """
+    if not first_step:
+        return []
+    lines = [json.loads(line) for line in log.splitlines() if line.endswith("}")]
     return [
         line
-        for line in whole
+        for line in lines
         if line["step"] < first_step
         or (line["step"] == first_step and (evaluated or "eval/loss" not in line))
     ]
 
 
 def as_markdown(texts: dict[str, str]) -> str:
+    """Texts as the sections of one Markdown document, each under its key."""
     return "\n\n".join(f"## {key}\n\n{text}" for key, text in texts.items()) + "\n"
 
 
-def write_report(folder: Path, figures: dict) -> dict:
-    """Adds figures to the run's report.json and returns all of them."""
+def write_report(folder: Path, metrics: dict) -> dict:
+    """Adds metrics to the run's report.json and returns all that it holds then."""
     path = folder / "report.json"
-    figures = (json.loads(path.read_text()) if path.exists() else {}) | figures
-    write_atomically(path, json.dumps(figures, indent=2) + "\n")
-    return figures
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    report = earlier | metrics
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    return report

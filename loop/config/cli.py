@@ -1,4 +1,8 @@
-"""From the command line to a configuration: YAML + `key=value`, every mistake one line that names the key."""
+"""From the command line to a `Config`: a YAML file, changed by `key=value` arguments.
+
+Every mistake is a ConfigError: one line that names the key. Old names of keys are read in files, as
+runs write their configuration down, and refused on the command line.
+"""
 
 import os
 from pathlib import Path
@@ -9,22 +13,39 @@ from pydantic import ValidationError
 
 from .schema import ROOT, Config, ConfigError
 
+RENAMED = {  # old key -> its name now
+    "keep_whole": "replicate_weights",
+    "fused": "fused_layers",
+    "keep_dequantized": "cache_dequantized_weights",
+    "run.bad_steps": "run.max_skipped_in_a_row",
+    "run.spike_sigmas": "run.skip_loss_sigmas",
+    "run.timeout_minutes": "run.stall_timeout_minutes",
+    "run.silence_minutes": "run.heartbeat_timeout_minutes",
+    "run.join_minutes": "run.rendezvous_timeout_minutes",
+    "run.audit": "run.export_check_examples",
+    "data.valid_share": "data.valid_fraction",
+}
+
 
 def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Takes `--name value` pairs, also as `--name=value`, out of `args` for the commands that have options beside the configuration."""
+    """Removes a command's own options from `args` and returns their values.
+
+    defaults: each option with its default. An option is written `--name value` or `--name=value`;
+    its value is a text. Raises ConfigError where one has no value.
+    """
     options = dict(defaults)
-    args[:] = [
-        part
-        for arg in args
-        for part in (arg.split("=", 1) if arg.split("=")[0] in options else [arg])
-    ]
+    words = []
+    for arg in args:
+        name, separator, value = arg.partition("=")
+        words += [name, value] if separator and name in options else [arg]
+    args[:] = words
     for name in options:
         if name in args:
             at = args.index(name)
             if at + 1 == len(args):
                 raise ConfigError(f"{name}: its value is missing")
-            options[name] = args.pop(at + 1)
-            args.pop(at)
+            options[name] = args[at + 1]
+            del args[at : at + 2]
     return options
 
 
@@ -37,65 +58,96 @@ def default_config_path() -> Path:
 
 
 def load_config(argv: list[str]) -> Config:
-    """Reads `[--config FILE] [key=value ...]`, e.g. `--config my.yaml lr=2e-4 lora.r=16 data.train=notes.jsonl`.
+    """The configuration of `[--config FILE] [key=value ...]`.
 
-    A value is parsed as YAML, so lists and null work. Raises ConfigError with one line that names the key."""
-    args = [
-        a for a in argv if not a.startswith("--local_rank")
-    ]  # DeepSpeed's launcher may add it; the environment says the same
+    E.g. `--config my.yaml lr=2e-4 lora.r=16 data.train=notes.jsonl`. A value is parsed as YAML, so
+    lists and null work. `--local_rank=N`, which DeepSpeed's launcher may add, is ignored: the
+    environment says the same. Raises ConfigError with one line that names the key.
+    """
+    args = [arg for arg in argv if not arg.startswith("--local_rank")]
     path = Path(take_options(args, {"--config": None})["--config"] or default_config_path())
+    tree = read_config_file(path)
+    for arg in args:
+        apply_override(tree, arg)
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{describe_first_mistake(error)} ({path.name} or the command line)"
+        ) from error
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The YAML mapping in a file, with keys under their names of today. Raises ConfigError."""
     try:
         tree = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        UnicodeDecodeError,
-    ) as error:  # without the text that is quoted: the file may be one of dialogues
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # YAML's own message quotes the text, and the file may be one of dialogues.
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1} ({getattr(error, 'problem', '')})" if mark else ""
         raise ConfigError(f"--config {path}: not YAML{where}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold `key: value` lines")
-    for arg in args:
-        key, separator, value = arg.partition("=")
-        if not separator or key.startswith("-"):
-            raise ConfigError(f"{arg}: not understood; write --config FILE or key=value")
-        *sections, last = key.split(".")
-        section = tree
-        for name in sections:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"{key}: {name} is a value, not a section")
-        try:
-            section[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}={value}: not a YAML value") from error
+    for old, new in RENAMED.items():
+        rename_key(tree, old, new, path)
+    return tree
+
+
+def rename_key(tree: dict[str, Any], old: str, new: str, path: Path) -> None:
+    """Moves a value of the tree from `old` to `new`, both in the same section. path: for messages.
+
+    Raises ConfigError where the tree holds both.
+    """
+    *sections, old_name = old.split(".")
+    new_name = new.rpartition(".")[2]
+    section: Any = tree
+    for name in sections:
+        section = section.get(name) if isinstance(section, dict) else None
+    if isinstance(section, dict) and old_name in section:
+        if new_name in section:
+            raise ConfigError(f"--config {path}: {old} is {new} now, and both are there")
+        section[new_name] = section.pop(old_name)
+
+
+def apply_override(tree: dict[str, Any], arg: str) -> None:
+    """Sets the value of one `key=value` argument in the tree. Raises ConfigError."""
+    key, separator, value = arg.partition("=")
+    if not separator or key.startswith("-"):
+        raise ConfigError(f"{arg}: not understood; write --config FILE or key=value")
+    if key in RENAMED:
+        raise ConfigError(f"{key} is {RENAMED[key]} now")
+    *sections, last = key.split(".")
+    section = tree
+    for name in sections:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a section")
     try:
-        return Config(**tree)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        branches = (
-            "literal[",
-            "list[",
-            "dict[",
-            "bool",
-            "int",
-            "str",
-        )  # which branch of a union pydantic tried
-        keys = [
-            ".".join(str(part) for part in e["loc"] if not str(part).startswith(branches))
-            for e in errors
-        ]
-        key, first = keys[0], errors[0]
-        what = " or ".join(
-            e["msg"].removeprefix("Value error, ") for k, e in zip(keys, errors) if k == key
-        )
-        if first["type"] == "extra_forbidden":
-            what = "unknown key"
-        shown = (
-            f"={first['input']!r}" if key and isinstance(first["input"], (str, int, float)) else ""
-        )
-        raise ConfigError(
-            f"{key}{shown}{': ' if key else ''}{what} ({path.name} or the command line)"
-        ) from error
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={value}: not a YAML value") from error
+
+
+def describe_first_mistake(error: ValidationError) -> str:
+    """One line on the first key that is wrong: its name, its value, and what is allowed."""
+    mistakes = error.errors(include_url=False)
+    key, first = key_of(mistakes[0]), mistakes[0]
+    if first["type"] == "extra_forbidden":
+        what = f"is {RENAMED[key]} now" if key in RENAMED else "unknown key"
+    else:
+        # Of a union of types pydantic reports every one that does not fit.
+        messages = [mistake["msg"] for mistake in mistakes if key_of(mistake) == key]
+        what = " or ".join(message.removeprefix("Value error, ") for message in messages)
+    if not key:
+        return what
+    value = first["input"]
+    shown = f"={value!r}" if isinstance(value, (str, int, float)) else ""
+    return f"{key}{shown}: {what}"
+
+
+def key_of(mistake) -> str:
+    """The dotted key of one of pydantic's errors, without the type that it tried for a union."""
+    types = ("literal[", "list[", "dict[", "bool", "int", "str")
+    return ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(types))

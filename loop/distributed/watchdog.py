@@ -1,8 +1,10 @@
-"""What ends a run before its time: a signal, the time limit, a rank that died or stands still.
+"""Ends this rank when another one died or stands still.
 
-A collective waits for every rank, so one that is gone or hangs would hold all others for as long as the process group allows. Each
-rank writes once a second into the run's folder what it is doing, `heartbeat/rank-0.json`, and reads what the next rank wrote. Who finds a loss
-writes it down for all, so a second costs each rank three small files, however many ranks there are.
+A collective waits for every rank, so one that is gone or hangs would hold all the others until the
+process group's timeout. Each rank therefore writes once a second what it is doing into
+`heartbeat/rank-0.json` of the run directory, and reads what the next rank wrote. Whoever finds a
+rank lost writes that down for all in `heartbeat/lost.json`. So a second costs each rank three small
+files, however many ranks there are.
 """
 
 import contextlib
@@ -19,14 +21,16 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from ..config.schema import RunConfig
 from .world import Ranks
 
-_activity: dict[str, Any] = {
-    "step": 0,
-    "doing": "starting",
-    "turns": 0,
-    "since": time.time(),
-}  # of this process; `doing` is its only writer
+BEAT_SECONDS = 1.0
+RECHECK_SECONDS = 3  # a rank that fails like the lost one may end by itself, with its own message
+BROKEN_CONNECTION_SECONDS = 4  # after a collective failed, so long a silence means a lost rank
+
+# What this process does now; only `set_activity` writes it.
+# doing: in words; turns: how many activities there were; since: when this one began (time.time()).
+_activity: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0, "since": time.time()}
 
 
 def set_activity(what: str, step: int | None = None) -> None:
@@ -40,154 +44,175 @@ def set_activity(what: str, step: int | None = None) -> None:
 
 
 class RankLost(RuntimeError):
-    """Another rank died, and what this one computed with it has failed. Exit code 1: nothing that was typed need be wrong."""
+    """Another rank died, and this one's collective failed with it.
+
+    Exit code 1: nothing that was typed need be wrong.
+    """
 
 
 class Watchdog:
-    """While it is entered, this rank ends with code 1 when another one died, when one on another machine has written nothing for
-    `heartbeat_timeout_minutes`, or when any stands still for `stall_timeout_minutes`.
+    """A context in which this rank ends with code 1 when another one is lost.
 
-    A rank that ends well takes its file away; one that fails leaves it with the error's name. What files of an earlier run say is
-    not believed: they carry another token. Every rank must come here (the token is agreed on)."""
+    Lost is a rank that died; one on another machine that wrote nothing for
+    `run.heartbeat_timeout_minutes`; and one that stands still for `run.stall_timeout_minutes`.
 
-    def __init__(
-        self,
-        folder: Path,
-        ranks: Ranks,
-        stall_timeout_minutes: float,
-        heartbeat_timeout_minutes: float = 1,
-    ) -> None:
-        self.folder, self.ranks, self.timeout, self.silence = (
-            folder / "heartbeat",
-            ranks,
-            60 * stall_timeout_minutes,
-            60 * heartbeat_timeout_minutes,
-        )
-        self.heard: dict[
-            int, tuple[float, float]
-        ] = {}  # of each rank: when it wrote last by its clock, and when that was read by ours
-        namespace = (
-            os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
-        )
+    A rank that ends well deletes its file; one that fails leaves it with the error's name. Files
+    that an earlier run left carry another token and are ignored. Every rank must construct a
+    Watchdog, as the token is agreed on.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, run: RunConfig) -> None:
+        self.folder = run_dir / "heartbeat"
+        self.ranks = ranks
+        self.stall_seconds = 60 * run.stall_timeout_minutes
+        self.heartbeat_seconds = 60 * run.heartbeat_timeout_minutes
+        # Of each rank: its last time by its own clock, and when this rank read that by its clock.
+        self.last_beats: dict[int, tuple[float, float]] = {}
         self.me = {
             "rank": ranks.rank,
             "pid": os.getpid(),
-            "host": f"{socket.gethostname()} {namespace}",
+            "host": f"{socket.gethostname()} {_pid_namespace()}",
             "token": ranks.all_gather_json(time.time_ns())[0],
         }
         self.over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         set_activity("starting", step=0)
-        self._write()
+        self._write(self._file(self.ranks.rank))
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        """Raises RankLost instead of the error of a collective that failed with another rank."""
         self.over.set()
         if kind is None:
             with contextlib.suppress(OSError):
                 self._file(self.ranks.rank).unlink()
             return
-        self._write(ended=kind.__name__)
-        if issubclass(
-            kind, RuntimeError
-        ):  # perhaps a collective that failed because another rank is gone: say which
-            self._lost(self._others())
-            time.sleep(1 if all(beat["host"] == self.me["host"] for beat in self._others()) else 5)
-            if lost := self._lost(
-                self._others(), silence=4
-            ):  # a connection broke, and beats come once a second
-                if isinstance(error, dist.DistError) or "gloo" in str(
-                    error
-                ):  # what a collective says; NCCL's is a DistError
-                    raise RankLost(self._ending(lost)) from error
-                sys.stderr.write(f"{lost}\n")
+        self._write(self._file(self.ranks.rank), ended=kind.__name__)
+        if not issubclass(kind, RuntimeError):
+            return
+        # Perhaps a collective that failed because another rank is gone. Find out which.
+        others = self._others()
+        self._find_lost(others)  # notes when each of them wrote last
+        all_on_this_host = all(beat["host"] == self.me["host"] for beat in self._others())
+        time.sleep(1 if all_on_this_host else 5)
+        lost = self._find_lost(self._others(), BROKEN_CONNECTION_SECONDS)
+        if not lost:
+            return
+        # A collective's own error: NCCL's is a DistError, gloo's a RuntimeError that names gloo.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RankLost(self._last_words(lost)) from error
+        sys.stderr.write(f"{lost}\n")
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
 
-    def _write(self, path: Path | None = None, **more) -> None:
+    def _write(self, path: Path, **more) -> None:
+        """Writes this rank's heartbeat, and `more`, to a file; complete or not at all."""
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self._file(self.ranks.rank).with_suffix(".writing")
-            aside.write_text(json.dumps(self.me | _activity | {"alive": time.time()} | more))
-            aside.replace(path or self._file(self.ranks.rank))
+            temporary = self._file(self.ranks.rank).with_suffix(".writing")
+            temporary.write_text(json.dumps(self._my_beat() | more))
+            temporary.replace(path)
+
+    def _my_beat(self) -> dict:
+        return self.me | _activity | {"alive": time.time()}
 
     def _read(self, *paths: Path) -> list[dict]:
         """What other ranks of this run wrote last into these files."""
-        found = []
+        beats = []
         for path in paths:
             with contextlib.suppress(OSError, ValueError):
-                found.append(json.loads(path.read_text()))
+                beats.append(json.loads(path.read_text()))
         return [
             beat
-            for beat in found
+            for beat in beats
             if beat["token"] == self.me["token"] and beat["rank"] != self.ranks.rank
         ]
 
     def _others(self) -> list[dict]:
         return self._read(*sorted(self.folder.glob("rank-*.json")))
 
-    def _lost(self, beats: list[dict], silence: float | None = None) -> str | None:
-        """The rank that died, in words. Only the pids of one's own machine can be looked at; of another one's, whether they still write."""
+    def _find_lost(self, beats: list[dict], heartbeat_seconds: float | None = None) -> str | None:
+        """The first lost rank of these heartbeats, in words; None if there is none.
+
+        On its own host a rank looks at the others' pids; of another host it sees only whether they
+        still write, within `heartbeat_seconds`.
+        """
+        heartbeat_seconds = heartbeat_seconds or self.heartbeat_seconds
         now = time.monotonic()
-        for beat in sorted(
-            beats, key=lambda beat: "ended" in beat
-        ):  # who ended with an error may have done so for one that just died
-            if beat["alive"] != self.heard.get(beat["rank"], (0, 0))[0]:
-                self.heard[beat["rank"]] = beat["alive"], now
+        # One that ended with an error may have done so for one that just died: look at it last.
+        for beat in sorted(beats, key=lambda beat: "ended" in beat):
+            rank, host = beat["rank"], beat["host"]
+            if beat["alive"] != self.last_beats.get(rank, (0, 0))[0]:
+                self.last_beats[rank] = beat["alive"], now
             if "lost" in beat:
                 return beat["lost"]
             if "ended" in beat:
-                return f"rank {beat['rank']} ended with {beat['ended']} {_where(beat)}"
-            if beat["host"] == self.me["host"] and not _lives(beat["pid"]):
-                return f"rank {beat['rank']} (pid {beat['pid']}) died {_where(beat)}"
-            if beat["host"] != self.me["host"] and now - self.heard[beat["rank"]][1] > (
-                silence or self.silence
-            ):
-                return f"nothing is heard from rank {beat['rank']} on {beat['host'].split()[0]} any more; it was {_where(beat)}"
+                return f"rank {rank} ended with {beat['ended']} {_describe(beat)}"
+            if host == self.me["host"]:
+                if not _is_alive(beat["pid"]):
+                    return f"rank {rank} (pid {beat['pid']}) died {_describe(beat)}"
+            elif now - self.last_beats[rank][1] > heartbeat_seconds:
+                return (
+                    f"nothing is heard from rank {rank} on {host.split()[0]} any more; "
+                    f"it was {_describe(beat)}"
+                )
         return None
 
-    def _stalled(self) -> str | None:
-        """The rank that all wait for, in words: one that is frozen, or else the one that has come least far."""
-        if time.time() - _activity["since"] < self.timeout:
-            return None
-        beats = [self.me | _activity | {"alive": time.time()}, *self._others()]
-        frozen = [
-            beat for beat in beats if beat["alive"] < time.time() - self.timeout / 2
-        ]  # not even its thread writes
-        beat = min(frozen or beats, key=lambda b: b["turns"])
-        return f"rank {beat['rank']} stands still {_where(beat)}, and run.stall_timeout_minutes is over"
+    def _find_stalled(self) -> str | None:
+        """The rank that all wait for, in words; None while this one makes progress.
 
-    def _ending(self, reason: str) -> str:
-        return f"{reason}; rank {self.ranks.rank} ends {_where(_activity)}. The next start goes on from the newest checkpoint"
+        That is one that is frozen, as not even its thread writes, or else the one that has come
+        least far.
+        """
+        if time.time() - _activity["since"] < self.stall_seconds:
+            return None
+        beats = [self._my_beat(), *self._others()]
+        frozen = [beat for beat in beats if beat["alive"] < time.time() - self.stall_seconds / 2]
+        beat = min(frozen or beats, key=lambda beat: beat["turns"])
+        return (
+            f"rank {beat['rank']} stands still {_describe(beat)}, "
+            "and run.stall_timeout_minutes is over"
+        )
+
+    def _last_words(self, reason: str) -> str:
+        return (
+            f"{reason}; rank {self.ranks.rank} ends {_describe(_activity)}. "
+            "The next start goes on from the newest checkpoint"
+        )
 
     def _watch(self) -> None:
-        following, lost = (
-            self._file((self.ranks.rank + 1) % self.ranks.world_size),
-            self.folder / "lost.json",
-        )
-        while not self.over.wait(1.0):
-            self._write()
-            stalled = self._stalled()
-            reason = stalled or self._lost(self._read(following, lost))
-            if not reason or (
-                not stalled and self.over.wait(3)
-            ):  # a rank that ends like the lost one may do so by itself
+        next_rank = self._file((self.ranks.rank + 1) % self.ranks.world_size)
+        lost_file = self.folder / "lost.json"
+        while not self.over.wait(BEAT_SECONDS):
+            self._write(self._file(self.ranks.rank))
+            stalled = self._find_stalled()
+            reason = stalled or self._find_lost(self._read(next_rank, lost_file))
+            if not reason:
                 continue
-            self._write(lost, lost=reason)
-            sys.stderr.write(f"error: {self._ending(reason)}\n")
+            if not stalled and self.over.wait(RECHECK_SECONDS):
+                continue
+            self._write(lost_file, lost=reason)
+            sys.stderr.write(f"error: {self._last_words(reason)}\n")
             if stalled:
                 faulthandler.dump_traceback()
             os._exit(1)
 
 
-def _where(beat: dict) -> str:
-    return f"in step {beat['step']} ({beat['doing']}, for {time.time() - beat['since']:.0f} s)"
+def _describe(beat: dict) -> str:
+    seconds = time.time() - beat["since"]
+    return f"in step {beat['step']} ({beat['doing']}, for {seconds:.0f} s)"
 
 
-def _lives(pid: int) -> bool:
+def _pid_namespace() -> int:
+    """The number of this process's PID namespace, 0 if unknown. A pid means nothing in another."""
+    path = "/proc/self/ns/pid"
+    return os.stat(path).st_ino if os.path.exists(path) else 0
+
+
+def _is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -1,4 +1,8 @@
-"""Ranks, and how they agree: start-up, sums over ranks, and what each has to tell the others."""
+"""The processes of a run: how they start together, and how they agree.
+
+`init_distributed` joins the process group. The `Ranks` it returns says who this process is, and has
+the few collectives that the loop itself needs; ZeRO-3 has its own.
+"""
 
 import contextlib
 import ctypes
@@ -13,47 +17,70 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ..config.schema import RunConfig
 from .rendezvous import join_process_group
+from .stop import StopRequest
+
+COLLECTIVE_TIMEOUT_MINUTES = 30  # where no watchdog looks on
+# Without a launcher, as in `python -m loop.train`, this process is a world of one.
+SINGLE_PROCESS = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29511",
+}
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def on_gpu() -> bool:
+    """True where DeepSpeed computes on NVIDIA GPUs; DS_ACCELERATOR=cpu says no on any machine."""
     return get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
 
 
 class Ranks:
-    """Who this process is among the run's processes."""
+    """This process among the run's processes, and what they exchange.
+
+    Every rank must call each of the collectives, in the same order; one that does not would keep
+    the others waiting until the process group's timeout.
+    """
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        # DeepSpeed's accelerator, not torch.cuda.is_available(): DS_ACCELERATOR=cpu means the CPU on a machine with GPUs too.
+        # Not torch.cuda.is_available() alone: DS_ACCELERATOR=cpu means the CPU where GPUs are too.
         self.device = torch.device(get_accelerator().current_device_name() if on_gpu() else "cpu")
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums figures over all ranks, in float64. Every rank must call it."""
-        return self.all_reduce_sum(
-            torch.tensor(values, dtype=torch.float64, device=self.device)
-        ).tolist()
+    def sum_scalars(self, *values: float) -> list[float]:
+        """Each value summed over all ranks, in float64. Waits for the GPU."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.all_reduce_sum(tensor).tolist()
 
-    def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over all ranks, in place, without waiting for the GPU. Every rank must call it."""
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all ranks, in place, and returns it. Does not wait for the GPU."""
         dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one of them."""
-        return self.sum(float(flag))[0] > 0
+        """True on every rank when the flag is true on one of them."""
+        return self.sum_scalars(float(flag))[0] > 0
 
-    def gather(self, value: Any) -> list:
-        """Every rank's `value`, in the order of ranks. Every rank must call it. The values travel as JSON text in byte tensors, for
-        torch's own object collectives pickle."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
-            self.device
-        )
+    def all(self, flag: bool) -> bool:
+        """True on every rank when the flag is true on all of them."""
+        return not self.any(not flag)
+
+    def all_gather_json(self, value: Any) -> list:
+        """Every rank's value, in the order of ranks. A value is of JSON's types.
+
+        The values travel as JSON text in byte tensors, as torch's own object collectives pickle.
+        """
+        data = bytearray(json.dumps(value).encode())
+        text = torch.frombuffer(data, dtype=torch.uint8).to(self.device)
         sizes = [
             torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)
         ]
@@ -61,46 +88,42 @@ class Ranks:
         longest = max(map(int, sizes))
         texts = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in sizes]
         dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
-        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes)]
+        return [json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(texts, sizes)]
 
 
-def init_distributed(
-    rendezvous_timeout_minutes: float = 10, stall_timeout_minutes: float = 30, stop=None
-) -> Ranks:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's place in it. stall_timeout_minutes: of a collective; stop: ends
-    the waiting for ranks. Raises JoinError where not all of them come."""
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
-    }.items():
-        os.environ.setdefault(
-            name, value
-        )  # `python -m loop.train` without a launcher is a world of one
+def init_distributed(run: RunConfig | None = None, stop: StopRequest | None = None) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's `Ranks`.
+
+    Ranks wait `run.rendezvous_timeout_minutes` for each other; run=None takes the default of 10.
+    A training run gives its `stop`: a request to stop then ends that waiting, and a collective may
+    take 3 * run.stall_timeout_minutes, so that the watchdog speaks first. Without `stop` there is
+    no watchdog, and a collective may take 30 minutes. Where the process group exists already, both
+    limits are those it was made with.
+
+    Raises RendezvousError where not all ranks come.
+    """
+    run = run or RunConfig()
+    minutes = 3 * run.stall_timeout_minutes if stop else COLLECTIVE_TIMEOUT_MINUTES
+    timeout = datetime.timedelta(minutes=minutes)
+    for name, value in SINGLE_PROCESS.items():
+        os.environ.setdefault(name, value)
     if on_gpu():
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # before anything is loaded, or every rank quantises on GPU 0
+        backend = "nccl"
+        # Before anything is loaded, or every rank would quantise on GPU 0.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # else DeepSpeed compiles a C++ helper at start-up
-        )
-    _die_with_parent()
-    backend, timeout = (
-        "nccl" if on_gpu() else "gloo",
-        datetime.timedelta(minutes=stall_timeout_minutes),
-    )
+        backend = "gloo"
+        # Otherwise DeepSpeed compiles a C++ helper at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _terminate_with_parent()
     if not dist.is_initialized():
-        join_process_group(backend, rendezvous_timeout_minutes, timeout, stop)
+        join_process_group(backend, run.rendezvous_timeout_minutes, timeout, stop)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks()
 
 
-def _die_with_parent() -> None:
-    """Linux: this rank gets SIGTERM when the process that started it dies, so that no rank trains on as an orphan."""
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # not Linux: the launcher's own clean-up has to do
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _terminate_with_parent() -> None:
+    """Linux: this rank gets SIGTERM when the process that started it dies; no orphan trains on."""
+    # On other systems the launcher's own clean-up has to do.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -11,13 +11,7 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from loop.checkpoint.identity import (
-    at_step,
-    base_fingerprint,
-    check_compatible,
-    run_identity,
-    tokenizer_fingerprint,
-)
+from loop.checkpoint.identity import RunIdentity, base_fingerprint, tokenizer_fingerprint
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.batch_plan import plan_batches
@@ -45,15 +39,20 @@ def this(config_file, tiny_base):
             config.max_steps,
         )
         tokenizer.chat_template = template or tokenizer.chat_template
-        return run_identity(config, tokenizer, ours, plan), plan
+        return RunIdentity.of(config, tokenizer, ours, plan), plan
 
     return run
 
 
-def compare(saved, now, step: int = 3, force: bool = False) -> list[str]:
-    return check_compatible(
-        Path("step-000003"), json.loads(json.dumps(at_step(*saved, step))), *now, step, force
-    )
+def manifest_of(saved: tuple, step: int) -> dict:
+    """What a checkpoint's manifest holds of a run (identity, plan), as it is read again."""
+    identity, plan = saved
+    return json.loads(json.dumps({"step": step, "identity": identity.at_step(plan, step)}))
+
+
+def compare(saved: tuple, now: tuple, step: int = 3, force: bool = False) -> list[str]:
+    identity, plan = now
+    return identity.check_compatible(Path("step-000003"), manifest_of(saved, step), plan, force)
 
 
 def test_where_and_how_a_run_computes_does_not_matter(this):
@@ -192,7 +191,8 @@ def test_a_base_that_is_only_a_pickle_is_refused(config_file, tiny_base, tmp_pat
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):
     now, plan = this()
     with pytest.raises(ConfigError, match="another version of this loop"):
-        check_compatible(Path("step-000003"), {"base": "x", "seed": 1}, now, plan, 3, False)
+        manifest = {"step": 3, "identity": {"base": "x", "seed": 1}}
+        now.check_compatible(Path("step-000003"), manifest, plan, False)
 
 
 def test_a_base_of_the_hub_is_hashed_with_its_weights_from_the_first_run_on(tiny_base, monkeypatch):

@@ -9,7 +9,7 @@ from loop.checkpoint.run_dir import LOCK, lines_to_keep, lock_folder, open_run_d
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 
-ALONE = SimpleNamespace(is_main=True, gather=lambda value: [value])
+ALONE = SimpleNamespace(is_main=True, all_gather_json=lambda value: [value])
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
@@ -25,23 +25,29 @@ def test_an_earlier_run_is_moved_aside_not_overwritten_and_a_running_one_is_left
     config_file, monkeypatch, capsys
 ):
     monkeypatch.setenv("LOOP_GRACE_SECONDS", "0.3")
-    again, anew = (
-        load_config(["--config", str(config_file), f"run.resume={resume}"])
-        for resume in ("true", "false")
-    )
-    with open_run_dir(again, ALONE):
-        (again.folder / "metrics.jsonl").write_text("{}")
-        for config in (again, anew):
+
+    def load(option: str):
+        return load_config(["--config", str(config_file), option])
+
+    resumed, anew = load("run.resume=true"), load("run.resume=false")
+    metrics = resumed.folder / "metrics.jsonl"
+    with open_run_dir(resumed, ALONE) as run_dir:
+        assert run_dir == resumed.folder
+        metrics.write_text("{}")
+        for config in (resumed, anew):
             with pytest.raises(ConfigError, match="run.name=t: another run writes"):
-                open_run_dir(config, ALONE)
-    open_run_dir(anew, ALONE).close()
-    assert (again.folder.with_name("t.1") / "metrics.jsonl").exists() and not (
-        again.folder / "metrics.jsonl"
-    ).exists()
-    assert "t.1 now" in capsys.readouterr().out
-    blocked = load_config(["--config", str(config_file), f"run.dir={config_file}"])
+                with open_run_dir(config, ALONE):
+                    pass
+    with open_run_dir(anew, ALONE) as run_dir:
+        assert run_dir == anew.folder
+        assert (run_dir.with_name("t.1") / "metrics.jsonl").exists() and not metrics.exists()
+        assert "t.1 now" in capsys.readouterr().out
+        with pytest.raises(TimeoutError):
+            lock_folder(run_dir)
+    blocked = load(f"run.dir={config_file}")
     with pytest.raises(ConfigError, match="cannot be made"):
-        open_run_dir(blocked, ALONE)
+        with open_run_dir(blocked, ALONE):
+            pass
 
 
 def test_what_is_kept_of_a_log_makes_one_curve():
@@ -52,9 +58,8 @@ def test_what_is_kept_of_a_log_makes_one_curve():
         {"step": 2, "eval/loss": 1.0},
         {"step": 3, "train/loss": 1.0},
     ]
-    log = (
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "train/lo'
-    )  # killed in the middle of a line
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    log += '{"step": 4, "train/lo'  # killed in the middle of a line
     assert lines_to_keep(log, 0, True) == []  # there was no checkpoint: from the start again
     assert [str(line) for line in lines_to_keep(log, 2, True)] == [str(line) for line in lines[:4]]
     assert len(lines_to_keep(log, 2, False)) == 3  # its evaluation will be made again

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT, free_port
 
-from loop.distributed import stop as watchdog
+from loop.config.schema import RunConfig
+from loop.distributed import stop, watchdog
 from loop.distributed.watchdog import RankLost, Watchdog, set_activity
 
 
@@ -107,7 +108,7 @@ def python(code: str, **env: str) -> subprocess.Popen:
 def test_a_second_signal_stops_at_once():
     """The first is a wish; a repeat within three seconds is the same Ctrl-C, a later one means now."""
     process = python(
-        "import time; from loop.watchdog import StopRequest; s = StopRequest(); print('up', flush=True)\n"
+        "import time; from loop.distributed.stop import StopRequest; s = StopRequest(); print('up', flush=True)\n"
         "while True: time.sleep(0.05); s.reason and print(s.reason, flush=True)"
     )
     process.send_signal(signal.SIGUSR1)
@@ -123,7 +124,7 @@ def test_a_second_signal_stops_at_once():
 
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
     process = python(
-        "import time; from loop.watchdog import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)",
+        "import time; from loop.distributed.stop import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)",
         LOOP_GRACE_SECONDS="1",
     )
     process.send_signal(signal.SIGTERM)
@@ -132,16 +133,12 @@ def test_a_step_that_never_ends_is_ended_after_the_grace_time():
 
 
 def test_the_time_limit_is_a_request_to_stop(monkeypatch):
-    monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
-    thread = SimpleNamespace(
-        start=lambda: None
-    )  # its own would end the tests' process after the grace time
-    monkeypatch.setattr(watchdog.threading, "Thread", lambda **_: thread)
-    assert (
-        watchdog.StopRequest(max_hours=1000).reason is None
-        and watchdog.StopRequest().reason is None
-    )
-    assert watchdog.StopRequest(max_hours=1e-9).reason == "run.max_hours"
+    # A real thread would end the tests' process after the grace time.
+    monkeypatch.setattr(stop.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(stop.signal, "signal", lambda *_: None)
+    assert stop.StopRequest(max_hours=1000).reason is None
+    assert stop.StopRequest().reason is None
+    assert stop.StopRequest(max_hours=1e-9).reason == "run.max_hours"
 
 
 @pytest.fixture
@@ -149,10 +146,9 @@ def dog(tmp_path, monkeypatch):
     """The watchdog of rank 0 of 2, with a limit of a minute, not yet entered; what would end the process is noted instead."""
     ended = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
-    it = Watchdog(
-        tmp_path, SimpleNamespace(rank=0, world_size=2, gather=lambda value: [value]), 1.0
-    )
-    it.ended, it.folder = ended, tmp_path / "heartbeat"
+    alone = SimpleNamespace(rank=0, world_size=2, all_gather_json=lambda value: [value])
+    it = Watchdog(tmp_path, alone, RunConfig(stall_timeout_minutes=1.0))
+    it.ended = ended
     it.folder.mkdir()
     return it
 
@@ -181,34 +177,33 @@ def dead_pid() -> int:
 
 def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
     other_rank(dog)
-    assert dog._lost(dog._others()) is None
+    assert dog._find_lost(dog._others()) is None
     other_rank(dog, pid=dead_pid())
-    assert "rank 1 (pid" in dog._lost(
-        dog._others()
-    ) and "died in step 7 (micro-batch 2 of 3, for 0 s)" in dog._lost(dog._others())
+    lost = dog._find_lost(dog._others())
+    assert "rank 1 (pid" in lost and "died in step 7 (micro-batch 2 of 3, for 0 s)" in lost
     other_rank(dog, pid=dead_pid(), token=1)  # what an earlier run left
-    assert dog._lost(dog._others()) is None
+    assert dog._find_lost(dog._others()) is None
     other_rank(dog, pid=dead_pid(), host="another")  # its processes can't be looked at
-    assert dog._lost(dog._others()) is None
+    assert dog._find_lost(dog._others()) is None
     other_rank(dog, ended="OutOfMemoryError", host="another")
-    assert dog._lost(dog._others()).startswith("rank 1 ended with OutOfMemoryError in step 7")
+    assert dog._find_lost(dog._others()).startswith("rank 1 ended with OutOfMemoryError in step 7")
 
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
     ago = time.time() - 100
     monkeypatch.setattr(
-        watchdog, "_now", {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
+        watchdog, "_activity", {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
     )
     other_rank(dog, since=ago)  # it has come less far than this one
-    assert dog._stalled().startswith(
+    assert dog._find_stalled().startswith(
         "rank 1 stands still in step 7 (micro-batch 2 of 3, for 100 s)"
     )
     other_rank(dog, since=ago, turns=12)
-    assert dog._stalled().startswith("rank 0 stands still in step 7 (clipping and updating")
+    assert dog._find_stalled().startswith("rank 0 stands still in step 7 (clipping and updating")
     other_rank(dog, since=ago, turns=12, alive=ago)  # frozen: not even its watchdog writes
-    assert dog._stalled().startswith("rank 1 stands still")
+    assert dog._find_stalled().startswith("rank 1 stands still")
     set_activity("the next thing")
-    assert dog._stalled() is None
+    assert dog._find_stalled() is None
 
 
 def test_a_lost_rank_ends_this_one_and_a_good_end_leaves_no_file(dog, capfd):
@@ -261,7 +256,7 @@ def test_who_died_is_named_before_who_ended_for_it(dog):
     beat = json.loads((dog.folder / "rank-1.json").read_text())
     del beat["ended"]
     (dog.folder / "rank-2.json").write_text(json.dumps(beat | {"rank": 2, "pid": dead_pid()}))
-    assert dog._lost(dog._others()).startswith("rank 2 (pid")
+    assert dog._find_lost(dog._others()).startswith("rank 2 (pid")
 
 
 def test_a_failed_rank_says_so_in_its_file(dog):
