@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
-from ..kernels.attention import IMPLEMENTATIONS
+from ..kernels.attention import ATTENTION_BACKENDS
 from .lora import attach_adapter
 from .quantization import dtype_of, keep_codes, nf4_config
 from .streaming import stream_base
@@ -108,7 +108,7 @@ def load_model(
     """The model as the engine gets it; only what shall be trained requires a gradient. With `adapter`, its LoRA weights are loaded.
 
     Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
-    dtype, attention, model = dtype_of(ds), IMPLEMENTATIONS[attention], None
+    dtype, attention, model = dtype_of(ds), ATTENTION_BACKENDS[attention].transformers_name, None
     if config.method == "qlora" and dist.get_world_size() > 1:  # else there is nothing to share
         with loading(config.base):
             model = stream_base(

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loop.data.batch_plan import PackingSpec, plan_batches, split_step
 from loop.data.collate import collate, pad_to
 from loop.data.tokenization import Example
-from loop.kernels.attention import IMPLEMENTATIONS
+from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.attention_backends import available_backends
 from loop.kernels.cuda_graphs import GraphedLayer, graph_layers, release_graphs
 from loop.kernels.fuse import fuse
@@ -94,7 +94,9 @@ def examples(*lengths: int) -> list[Example]:
 def model_with_masks():
     torch.manual_seed(0)
     return with_lora(
-        LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=IMPLEMENTATIONS["sdpa"]))
+        LlamaForCausalLM(
+            LlamaConfig(**SHAPE, attn_implementation=ATTENTION_BACKENDS["sdpa"].transformers_name)
+        )
     )
 
 
@@ -272,7 +274,11 @@ def on_gpu():
     def make():
         torch.manual_seed(0)
         model, masks = with_lora(
-            LlamaForCausalLM(LlamaConfig(**shape, attn_implementation=IMPLEMENTATIONS[backend])),
+            LlamaForCausalLM(
+                LlamaConfig(
+                    **shape, attn_implementation=ATTENTION_BACKENDS[backend].transformers_name
+                )
+            ),
             torch.bfloat16,
             device="cuda",
         )

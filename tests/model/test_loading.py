@@ -11,7 +11,7 @@ from loop.config.schema import Config, ConfigError
 from loop.data.batch_plan import PackingSpec
 from loop.data.collate import collate
 from loop.data.tokenization import Example
-from loop.kernels.attention import IMPLEMENTATIONS
+from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.attention_backends import available_backends
 from loop.model.activation_checkpointing import use_checkpointing
 from loop.model.loading import load_base, load_model_config, resolve_base
@@ -59,7 +59,8 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(
         pytest.skip(available_backends(device)[backend])
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     base = request.getfixturevalue("tiny_base" if device == "cpu" else "tinyllama")
-    model = load_base(base, torch.bfloat16, device, attention=IMPLEMENTATIONS[backend])
+    attention = ATTENTION_BACKENDS[backend].transformers_name
+    model = load_base(base, torch.bfloat16, device, attention=attention)
     model.enable_input_require_grads()
     torch.manual_seed(0)
     model = get_peft_model(
@@ -101,7 +102,8 @@ def test_no_token_of_another_document_moves_logits_loss_or_gradient_by_a_bit(
 
 
 def test_a_row_gives_what_its_documents_give_alone(tiny_base):
-    model = load_base(tiny_base, torch.float32, "cpu", attention=IMPLEMENTATIONS["sdpa"]).eval()
+    attention = ATTENTION_BACKENDS["sdpa"].transformers_name
+    model = load_base(tiny_base, torch.float32, "cpu", attention=attention).eval()
     examples = documents(0)
     with torch.no_grad():
         row = model(**collate(examples, PACKING).model_inputs()).logits[0]
