@@ -1,7 +1,8 @@
-"""`./launch.sh profile`: where a step's time goes. A trace of three steps for Perfetto (https://ui.perfetto.dev) and a table.
+"""`./launch.sh profile`: where a step's time goes.
 
-The loop runs as `train` runs it, on as many ranks; only what sees its steps is another. The first steps compile kernels and find
-allocations, so they pass unrecorded; after the third recorded one the run ends, and nothing is evaluated or saved.
+It writes a trace of three steps for Perfetto (https://ui.perfetto.dev) and a table. The loop runs
+as `train` runs it, on as many ranks, with another logger. It ends after the recorded steps, and
+nothing is evaluated or saved.
 """
 
 import os
@@ -15,10 +16,26 @@ from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
 from ..kernels.attention import AttentionError
-from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write
+from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write_profile
 from ..monitor.quiet import quiet_libraries
 from ..train import train
 from .train import FAILED, leave_failed
+
+
+def profiling_options(run_name: str) -> list[str]:
+    """The settings of a run that only trains, for as many steps as are timed."""
+    return [
+        f"run.name={run_name}/profile/steps",
+        "run.resume=false",
+        "run.export_check_examples=0",
+        "run.max_hours=null",
+        f"max_steps={WARM_UP + STEPS}",
+        f"epochs={WARM_UP + STEPS}",
+        "warmup_steps=0",
+        "data.valid=null",
+        "data.valid_fraction=0",
+        "monitor.sample_notes=[]",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,38 +44,25 @@ def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        given = load_config(args)
-        folder = given.folder / "profile"
-        config = load_config(
-            [
-                *args,
-                f"run.name={given.run.name}/profile/steps",
-                "run.resume=false",
-                "run.export_check_examples=0",
-                "run.max_hours=null",
-                f"max_steps={WARM_UP + STEPS}",
-                f"epochs={WARM_UP + STEPS}",
-                "warmup_steps=0",
-                "data.valid=null",
-                "data.valid_fraction=0",
-                "monitor.sample_notes=[]",
-            ]
-        )
-        ds = build_ds_config(config)
+        profiled = load_config(args)
+        config = load_config([*args, *profiling_options(profiled.run.name)])
+        ds_config = build_ds_config(config)
         if main_rank:
             shutil.rmtree(config.folder, ignore_errors=True)  # of one that was killed
-        train(config, ds, ProfilingLogger)
-        said = "asked to stop before the steps were recorded: there is no trace"
+        train(config, ds_config, make_logger=ProfilingLogger)
+        message = "asked to stop before the steps were recorded: there is no trace"
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except FAILED as error:
         leave_failed(error)
     except Finished as finished:
-        said = write(folder, *finished.args) if main_rank else ""
+        message = ""
+        if main_rank:
+            message = write_profile(profiled.folder / "profile", *finished.args)
     dist.barrier()  # nobody writes a heartbeat any more
     if main_rank:
         shutil.rmtree(config.folder, ignore_errors=True)
-        print(said)
+        print(message)
     dist.destroy_process_group()
 
 

@@ -111,13 +111,13 @@ class ProfilingLogger(RunLogger):
             activities.append(ProfilerActivity.CUDA)
         self.profiler = torch.profiler.profile(activities=activities)
 
-    def start_step(self) -> None:
+    def start_step(self, step: int) -> None:
         if self.on and len(self.timer.steps) == WARM_UP:
             self.profiler.start()
-        super().start_step()
+        super().start_step(step)
 
-    def step(self, *args) -> None:
-        super().step(*args)
+    def log_step(self, *args) -> None:
+        super().log_step(*args)
         if len(self.timer.steps) == WARM_UP + STEPS:
             if self.on:
                 self.profiler.stop()

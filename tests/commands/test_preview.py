@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from loop.commands.preview import check_examples, documents_of, main, show_example
+from loop.commands.preview import check_examples, describe_documents, main, show_example
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import read_split
@@ -17,11 +17,9 @@ from loop.model.loading import load_tokenizer
 def loaded(config_file):
     config = load_config(["--config", str(config_file)])
     tokenizer = load_tokenizer(config.base)
-    return (
-        tokenizer,
-        load_examples(config, tokenizer, "train")[0],
-        {c.id: c for c in read_split(config, "train")[0]},
-    )
+    examples, _ = load_examples(config, tokenizer, "train")
+    conversations = {c.id: c for c in read_split(config, "train")[0]}
+    return tokenizer, examples, conversations
 
 
 def test_the_tokens_shown_are_the_examples(loaded):
@@ -35,17 +33,15 @@ def test_the_tokens_shown_are_the_examples(loaded):
 def test_a_packed_row_says_where_each_document_lies(loaded):
     tokenizer, examples, _ = loaded
     a, b = examples[:2]
-    heads = [head for head, _ in documents_of([a, b], tokenizer)]
-    assert (
-        f"tokens {len(a)} to {len(a) + len(b) - 1} of the row, positions 0 to {len(b) - 1}"
-        in heads[1]
-    )
+    heads = [head for head, _ in describe_documents([a, b], tokenizer)]
+    last = len(a) + len(b) - 1
+    assert f"tokens {len(a)} to {last} of the row, positions 0 to {len(b) - 1}" in heads[1]
 
 
 def test_the_checks_hold_and_each_finds_its_fault(loaded):
     tokenizer, examples, conversations = loaded
-    said = check_examples(examples, conversations, tokenizer, set())
-    assert "40 examples" in said[0] and "40 examples" in said[1]
+    lines = check_examples(examples, conversations, tokenizer, set())
+    assert "40 examples" in lines[0] and "40 examples" in lines[1]
     e = examples[0]
     e.labels[-1] = -100
     with pytest.raises(ConfigError, match="id train-0: .* supervised '</s>'"):
@@ -63,19 +59,13 @@ def test_the_checks_hold_and_each_finds_its_fault(loaded):
 def test_the_commands(config_file, capsys, tmp_path):
     main(["--config", str(config_file), "--id", "train-3"])
     out = capsys.readouterr().out
-    assert (
-        out.startswith("train-3: ")
-        and "every answer ends in a supervised '</s>' (40 examples)" in out
-    )
+    assert out.startswith("train-3: ")
+    assert "every answer ends in a supervised '</s>' (40 examples)" in out
     page = tmp_path / "p.html"
     main(["--config", str(config_file), "--step", "0", "--html", str(page)])
     out, html = capsys.readouterr().out, page.read_text()
-    assert (
-        "packed row 0: " in out
-        and "document 1: id train-" in html
-        and html.startswith("<!doctype html>")
-        and "src=" not in html
-    )
+    assert "packed row 0: " in out and "document 1: id train-" in html
+    assert html.startswith("<!doctype html>") and "src=" not in html
     assert stat.S_IMODE(page.stat().st_mode) == 0o600
     for args, words in (
         (["--id", "nobody"], "--id nobody"),
@@ -90,14 +80,8 @@ def test_the_commands(config_file, capsys, tmp_path):
 def test_a_dialogues_markup_stays_text_on_the_page(config_file, tmp_path, capsys):
     row = {"id": "a", "dialogue": "Doctor: <script>alert(1)</script>", "soap": "S: <b>x</b>"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
-    main(
-        [
-            "--config",
-            str(config_file),
-            f"data.train={tmp_path / 'm.jsonl'}",
-            "--html",
-            str(tmp_path / "m.html"),
-        ]
-    )
-    page = (tmp_path / "m.html").read_text()
-    assert "<script>" not in page and "&lt;" in page
+    page = tmp_path / "m.html"
+    data = f"data.train={tmp_path / 'm.jsonl'}"
+    main(["--config", str(config_file), data, "--html", str(page)])
+    text = page.read_text()
+    assert "<script>" not in text and "&lt;" in text
