@@ -1,6 +1,6 @@
 """Bin packing: items of given sizes into bins of a capacity, or into a number of equally full bins.
 
-`best_fit_decreasing` packs examples into the steps of an epoch; `lpt_partition` spreads those of one
+`best_fit_decreasing` packs examples into the steps of an epoch. `lpt_partition` spreads those of a
 step over micro-batches. Both are deterministic: every rank finds the same packing.
 """
 

@@ -1,7 +1,13 @@
-"""From conversations to token ids, and to labels that supervise the note, its end-of-sequence token included, and nothing else."""
+"""From conversations to token ids and labels.
+
+Labels supervise the assistant's answers, their end-of-sequence tokens included, and nothing else.
+Training and generation encode prompts by the same functions.
+"""
 
 import dataclasses
+import itertools
 import re
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -9,11 +15,16 @@ import numpy as np
 from ..config.schema import ConfigError
 from .conversations import Conversation
 
+Messages = list[dict[str, str]]  # each with "role" and "content"
+
 IGNORE = -100  # the label of a token that is not supervised, as everywhere in the field
 # For a base that brings no chat template of its own.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '### ' + m['role'] + '\n' + m['content'] "
+    "+ (eos_token if m['role'] == 'assistant' else '') + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 
 
@@ -31,12 +42,12 @@ class Example:
 
     @property
     def num_targets(self) -> int:
-        """Supervised tokens. The first token of a document has no predecessor that could predict it."""
+        """Supervised tokens. The first token of a document is none: nothing predicts it."""
         return int((self.labels[1:] != IGNORE).sum())
 
 
-def render(tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """The conversation as the base's chat template writes it."""
+def render(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+    """The text that the base's chat template makes of a conversation."""
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -49,143 +60,219 @@ def render(tokenizer, messages: list[dict[str, str]], add_generation_prompt: boo
 
 
 def special_tokens(tokenizer) -> dict[str, int]:
-    """The spelling and id of every token that the tokenizer finds before anything else: more than `all_special_tokens`, which lacks a
-    template's role tags in some bases."""
+    """The spelling and id of every token that the tokenizer matches before it splits text.
+
+    These are more than `all_special_tokens`, which lacks a template's role tags in some bases.
+    """
     return {
-        str(token): number
-        for number, token in tokenizer.added_tokens_decoder.items()
+        str(token): token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special
     }
 
 
-def encode(tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[list[int]]:
-    """Token ids of conversations, each (messages, add_generation_prompt), under the tokenizer's chat template. Training and
-    generation both come through here.
+def encode(tokenizer, conversations: list[tuple[Messages, bool]]) -> list[list[int]]:
+    """The token ids of conversations, each (messages, add_generation_prompt).
 
-    Text that spells a special token ("</s>") inside a message stays text: such a conversation is put together from the
-    template's frame, where special tokens count, and the contents, where they don't."""
+    Text that spells a special token ("</s>") inside a message stays text.
+    """
     specials = special_tokens(tokenizer)
-    texts = [render(tokenizer, *c) for c in conversations]
-    if getattr(
-        tokenizer, "is_fast", False
-    ):  # without the offsets that nobody asks for, in as many threads as there are cores
-        backend = tokenizer.backend_tokenizer
-        backend.encode_special_tokens = False
-        backend.no_truncation(), backend.no_padding()  # tokenizer.json may have them on
-        encoded = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    for at, (messages, prompt) in enumerate(conversations):
-        if not any(s in m["content"] for s in specials for m in messages):
-            continue
-        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        encoded[at] = []
-        for i, piece in enumerate(
-            re.split("\ue000(\\d+)\ue001", render(tokenizer, marked, prompt))
-        ):
-            inside = i % 2 == 1
-            piece = messages[int(piece)]["content"] if inside else piece
-            encoded[at] += (
-                tokenizer(piece, add_special_tokens=False, split_special_tokens=inside)["input_ids"]
-                if piece
-                else []
-            )
+    texts = [render(tokenizer, messages, prompt) for messages, prompt in conversations]
+    encoded = _tokenize(tokenizer, texts)
+    for i, (messages, add_generation_prompt) in enumerate(conversations):
+        if _spells_special_token(messages, specials):
+            encoded[i] = _encode_in_pieces(tokenizer, messages, add_generation_prompt)
     return encoded
 
 
-def encode_prompts(
-    tokenizer, conversations: list[list[dict[str, str]]], wholes: list[list[int]]
-) -> list[list[int]]:
-    """`encode` of the prompts of conversations, all but their last message, without doing the work twice: `wholes` are their tokens.
+def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    if not getattr(tokenizer, "is_fast", False):
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    # The backend's batch call uses all cores, and leaves out the offsets that nobody reads.
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False
+    backend.no_truncation()  # tokenizer.json may have either switched on
+    backend.no_padding()
+    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    A special token is a hard boundary: what stands before it is tokenised the same whatever follows. So a prompt is the whole up to
-    its last special token, and then the few tokens of the template's own text (often none) that lead to the answer."""
-    specials = special_tokens(tokenizer)
-    tails: dict[
-        tuple, tuple[list[int], list[int]]
-    ] = {}  # roles, text behind the last special token -> (the prompt's special tokens, tail)
-    found: list[list[int] | None] = []
-    for messages, whole in zip(conversations, wholes):
-        text = render(tokenizer, messages[:-1], True)
-        last, token = max(
-            ((text.rfind(s) + len(s), s) for s in specials if s in text), default=(0, "")
-        )
-        if not last or any(s in m["content"] for s in specials for m in messages):
-            found.append(None)
-            continue
-        key = (*(m["role"] for m in messages), text[last:])
-        if key not in tails:
-            ids = encode(tokenizer, [(messages[:-1], True)])[0]
-            frame = {
-                number for spelling, number in specials.items() if spelling in text
-            }  # others, as <unk>, stand for a message's words
-            marks = [i for i, t in enumerate(ids) if t in frame]
-            known = (
-                bool(marks) and ids[marks[-1]] == specials[token]
-            )  # the last one in the text is the last one among the tokens
-            tails[key] = ([ids[i] for i in marks], ids[marks[-1] + 1 :]) if known else ([], [])
-        marks, tail = tails[key]
-        if not marks:
-            found.append(None)
-            continue
-        at = -1
-        for mark in marks:
-            at = whole.index(mark, at + 1)
-        found.append(whole[: at + 1] + tail)
-    rest = iter(
-        encode(
-            tokenizer,
-            [(messages[:-1], True) for messages, ids in zip(conversations, found) if ids is None],
-        )
-    )
-    return [next(rest) if ids is None else ids for ids in found]
+
+def _spells_special_token(messages: Messages, specials: dict[str, int]) -> bool:
+    return any(spelling in m["content"] for spelling in specials for m in messages)
+
+
+def _encode_in_pieces(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[int]:
+    """The token ids of the template's frame and of the messages, tokenised piece by piece.
+
+    Special tokens count in the frame; in the messages their spellings are text.
+    """
+    # While the template is rendered, private-use characters stand for the contents.
+    placeholders = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    text = render(tokenizer, placeholders, add_generation_prompt)
+    ids: list[int] = []
+    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+        is_content = i % 2 == 1  # every second piece is a message's number
+        if is_content:
+            piece = messages[int(piece)]["content"]
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=is_content)[
+                "input_ids"
+            ]
+    return ids
+
+
+class PromptFrame(NamedTuple):
+    """The tokens of a prompt that the template writes, whatever the messages hold."""
+
+    specials: list[int]  # ids of the special tokens, in order
+    tail: list[int]  # ids of the text behind the last of them; often none
+
+
+class PromptCache:
+    """Finds the token ids of prompts in those of complete conversations, without tokenising twice.
+
+    A prompt is a conversation without its last message, and the template's lead to the answer. A
+    special token is a hard boundary: the text before it is tokenised the same, whatever follows. So
+    a prompt has the conversation's tokens up to its own last special token, and then its tail: the
+    template's text that follows. Special tokens and tail are the same for all conversations with
+    the same roles, so they are found once and remembered.
+
+    Example, with the special tokens <user>, <end> and <assistant>:
+
+        conversation  <user> How are you ? <end> <assistant> \\n S : ok <end>
+        prompt        <user> How are you ? <end> <assistant> \\n
+        frame         specials: <user> <end> <assistant>, tail: \\n
+        prefix_of     the conversation up to its first <user>, the next <end> and the next
+                      <assistant>, and then \\n
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.specials = special_tokens(tokenizer)
+        self.frames: dict[tuple[str, ...], PromptFrame | None] = {}  # by roles and tail's text
+
+    def prefix_of(self, messages: Messages, ids: list[int]) -> list[int] | None:
+        """The token ids of the prompt of a conversation, whose own are `ids`.
+
+        None where they must be tokenised: the template has no special token, or a message spells
+        one.
+        """
+        text = render(self.tokenizer, messages[:-1], True)
+        found = [s for s in self.specials if s in text]
+        if not found or _spells_special_token(messages, self.specials):
+            return None
+        end, last = max((text.rfind(s) + len(s), s) for s in found)
+        key = (*(m["role"] for m in messages), text[end:])
+        if key not in self.frames:
+            self.frames[key] = self._find_frame(messages, text, last)
+        frame = self.frames[key]
+        if frame is None:
+            return None
+        position = -1
+        for token in frame.specials:
+            position = ids.index(token, position + 1)
+        return ids[: position + 1] + frame.tail
+
+    def _find_frame(self, messages: Messages, text: str, last: str) -> PromptFrame | None:
+        """The frame of a prompt with this text, whose last special token is spelled `last`.
+
+        None where that is not the last one among the prompt's tokens.
+        """
+        (ids,) = encode(self.tokenizer, [(messages[:-1], True)])
+        # Other special tokens, as <unk>, stand for words of a message.
+        written = {token for spelling, token in self.specials.items() if spelling in text}
+        positions = [i for i, token in enumerate(ids) if token in written]
+        if not positions or ids[positions[-1]] != self.specials[last]:
+            return None
+        return PromptFrame([ids[i] for i in positions], ids[positions[-1] + 1 :])
+
+
+def encode_prompts(
+    tokenizer, conversations: list[Messages], encoded: list[list[int]]
+) -> list[list[int]]:
+    """The token ids of the prompts of conversations, whose own token ids are `encoded`.
+
+    A prompt is all messages but the last, and the template's lead to the answer. The result is that
+    of `encode`, most of it read out of `encoded` (`PromptCache`).
+    """
+    cache = PromptCache(tokenizer)
+    prompts = [cache.prefix_of(messages, ids) for messages, ids in zip(conversations, encoded)]
+    missing = [
+        (messages[:-1], True) for messages, ids in zip(conversations, prompts) if ids is None
+    ]
+    tokenized = iter(encode(tokenizer, missing))
+    return [next(tokenized) if ids is None else ids for ids in prompts]
 
 
 def encode_examples(
     tokenizer, conversations: list[Conversation], supervise: str = "note"
 ) -> list[Example]:
-    """Tokens and labels of conversations, each up to and including the EOS of its last assistant turn.
+    """Token ids and labels of conversations, each up to the EOS of its last assistant turn.
 
-    The prompt's tokens are exactly those that generation will feed. Where the template's text tokenises differently as a whole
-    (trl#6105), the answer is tokenised on its own behind the prompt. An answer that the template ends without an EOS gets one
-    (trl#7230: an EOS never supervised is never learned)."""
-    # The messages up to and including each answer; pre-training takes all up to the last one.
-    turns = [
-        [t for t, m in enumerate(c.messages) if m["role"] == "assistant"] for c in conversations
-    ]
-    turns = [ts[-1:] for ts in turns] if supervise == "all" else turns
-    upto = [c.messages[: t + 1] for c, ts in zip(conversations, turns) for t in ts]
-    wholes = encode(tokenizer, [(messages, False) for messages in upto])
-    prompts = [[]] * len(wholes) if supervise == "all" else encode_prompts(tokenizer, upto, wholes)
-    answers, eos = iter(zip(upto, prompts, wholes)), tokenizer.eos_token_id
+    supervise: "note" for the assistant's turns, "all" for every token (pre-training). The prompt's
+    tokens are exactly those that generation will feed. Raises ConfigError where the chat template
+    rewrites earlier turns.
+    """
+    turns = [_assistant_turns(c, supervise) for c in conversations]
+    flat = list(itertools.chain.from_iterable(turns))
+    encoded = encode(tokenizer, [(messages, False) for messages in flat])
+    if supervise == "all":
+        prompts: list[list[int]] = [[]] * len(flat)
+    else:
+        prompts = encode_prompts(tokenizer, flat, encoded)
+    answers = (
+        _answer_ids(tokenizer, messages, prompt, ids)
+        for messages, prompt, ids in zip(flat, prompts, encoded)
+    )
+    prompts_and_answers = zip(prompts, answers)
     examples = []
-    for conversation, ts in zip(conversations, turns):
+    for conversation, own_turns in zip(conversations, turns):
         ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for messages, prompt, whole in (next(answers) for _ in ts):
-            if whole[: len(prompt)] != prompt:
-                whole = (
-                    prompt
-                    + tokenizer(
-                        messages[-1]["content"], add_special_tokens=False, split_special_tokens=True
-                    )["input_ids"]
-                )
-            answer = whole[len(prompt) :]
-            if (
-                eos in answer
-            ):  # the template's own line break behind the EOS is not part of the answer
-                answer = answer[: len(answer) - answer[::-1].index(eos)]
-            else:
-                answer = [*answer, eos]
+        spans: list[tuple[int, int]] = []  # of the answers
+        for prompt, answer in itertools.islice(prompts_and_answers, len(own_turns)):
             if prompt[: len(ids)] != ids:
                 raise ConfigError(
-                    f"id {conversation.id}: the chat template rewrites earlier turns; train on one turn at a time"
+                    f"id {conversation.id}: the chat template rewrites earlier turns; "
+                    "train on one turn at a time"
                 )
             ids = prompt + answer
             spans.append((len(prompt), len(ids)))
+        if supervise == "all":
+            spans = [(1, len(ids))]
         input_ids = np.asarray(ids, np.int32)
         labels = np.full_like(input_ids, IGNORE)
-        for start, end in [(1, len(ids))] if supervise == "all" else spans:
+        for start, end in spans:
             labels[start:end] = input_ids[start:end]
         examples.append(Example(conversation.id, input_ids, labels, conversation.weight))
     return examples
+
+
+def _assistant_turns(conversation: Conversation, supervise: str) -> list[Messages]:
+    """The messages up to and including each answer; for "all", up to the last answer alone."""
+    messages = conversation.messages
+    ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if supervise == "all":
+        ends = ends[-1:]
+    return [messages[:end] for end in ends]
+
+
+def _answer_ids(tokenizer, messages: Messages, prompt: list[int], ids: list[int]) -> list[int]:
+    """The token ids of the last message of a conversation, which end with the EOS.
+
+    prompt, ids: the token ids of the prompt and of the whole conversation. Where the latter do not
+    begin with the former, because the template's text is tokenised differently at their border
+    (trl#6105), the answer is tokenised on its own. An answer that the template ends without an EOS
+    gets one (trl#7230: an EOS that is never supervised is never learned).
+    """
+    eos = tokenizer.eos_token_id
+    if ids[: len(prompt)] == prompt:
+        answer = ids[len(prompt) :]
+    else:
+        content = messages[-1]["content"]
+        answer = tokenizer(content, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+    if eos not in answer:
+        return [*answer, eos]
+    # The template's own line break behind the EOS is not part of the answer.
+    last_eos = len(answer) - 1 - answer[::-1].index(eos)
+    return answer[: last_eos + 1]
