@@ -33,7 +33,7 @@ def main(args: list[str]) -> None:
         )
 
     config = load_config(args)
-    ranks = init_distributed(config.run.rendezvous_timeout_minutes)
+    ranks = init_distributed(config.run)
     config, canaries = prepare(
         config,
         int(options["--canaries"]),

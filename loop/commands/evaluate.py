@@ -65,7 +65,7 @@ def evaluate(
     if predictions:
         ids = list(conversations)[:notes]
         written = read_predictions(predictions, ids)
-        ranks = init_distributed(config.run.rendezvous_timeout_minutes)
+        ranks = init_distributed(config.run)
     else:
         ds = build_ds_config(config)
         tokenizer, shape = (
@@ -76,7 +76,7 @@ def evaluate(
         chosen = [e for e in examples if e.id in conversations][
             :notes
         ]  # the --reference column may lack some
-        ids, ranks = [e.id for e in chosen], init_distributed(config.run.rendezvous_timeout_minutes)
+        ids, ranks = [e.id for e in chosen], init_distributed(config.run)
         seed_everything(config.seed)
         backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
         engine = deepspeed.initialize(

@@ -112,7 +112,7 @@ def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys
 
 def test_without_a_training_note_there_is_no_floor_of_the_nearest():
     """As where --reference names a column that the test data alone have."""
-    alone = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
+    alone = SimpleNamespace(rank=0, world_size=1, all_gather_json=lambda value: [value])
     rows = [
         Conversation("1", [], "Doctor: take 5 mg", "P: 5 mg"),
         Conversation("2", [], "Doctor: rest", "P: rest"),

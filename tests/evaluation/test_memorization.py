@@ -219,7 +219,7 @@ def test_wrong_arguments_are_one_line(config_file, args, words, monkeypatch):
     class Alone:
         is_main, rank = True, 0
 
-        def gather(self, value):
+        def all_gather_json(self, value):
             return [value]
 
     monkeypatch.setattr(measuring, "init_distributed", lambda rendezvous_timeout_minutes: Alone())

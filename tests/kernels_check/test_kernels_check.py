@@ -673,9 +673,9 @@ def test_optimizer_auto_takes_the_faster_and_never_what_was_found_wrong(verdict)
 
 
 def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
-    here = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda value: [value])
+    here = types.SimpleNamespace(device=torch.device("cpu"), all_gather_json=lambda value: [value])
     other_fails = types.SimpleNamespace(
-        device=torch.device("cpu"), gather=lambda value: [value, "rotate: no such card"]
+        device=torch.device("cpu"), all_gather_json=lambda value: [value, "rotate: no such card"]
     )
 
     def chosen(wanted, ranks=here):
