@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config.schema import Config
-from ..data.batch_plan import BatchPlan, split_step
+from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 
 
 def describe_plan(
@@ -27,10 +27,10 @@ def describe_plan(
         targets: int [n], supervised tokens of each example.
         micro_batch_size: rows of max_seq_len tokens that a micro-batch holds.
     """
-    capacity = micro_batch_size * config.max_seq_len
+    packing = PackingSpec(micro_batch_size * config.max_seq_len, config.max_seq_len)
     sample = range(min(len(plan), 50))
     micro_batches = np.mean(
-        [len(split_step(plan[step], lengths, world_size, capacity)[0]) for step in sample]
+        [len(split_step(plan[step], lengths, world_size, packing)[0]) for step in sample]
     )
     num_examples = len(plan.order)
     supervised = int(targets[plan.order].sum())
