@@ -1,25 +1,14 @@
-"""Atomic checkpoints that another number of ranks can continue from.
+"""Elastic checkpoints: saved as full tensors, so that any number of ranks can resume from them."""
 
-`checkpoints/step-000200/` holds `state-00000.safetensors` ... (for every trainable parameter its fp32 master and Adam moments, whole, not
-sharded) and `manifest.json` (step, identity, RNG states, sizes and hashes). Nothing is pickled. A checkpoint is written under another name,
-fsynced and renamed, so one that has the right name is whole; its hashes are checked again before it is read. `newest` and `best` are links.
-"""
-
-import contextlib
-import json
-import math
-import shutil
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..config.schema import ConfigError
-from ..distributed.files import _fsync, sha256
+from ..config.schema import Config, ConfigError
+from ..data.batch_plan import BatchPlan
 from ..distributed.seeding import get_rng_state, set_rng_state
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
@@ -31,178 +20,128 @@ from ..zero3.optimizer_state import (
     gather_full_state,
     scatter_full_tensor,
 )
+from .identity import RunIdentity
+from .store import CheckpointStore
+from .train_state import TrainState
 
 
 class Checkpointer:
-    """The checkpoints of one run's folder: the last `keep`, and the one with the best validation loss."""
+    """Saves a run's state and finds and restores the one to resume from.
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        self.folder, self.ranks, self.keep = folder / "checkpoints", ranks, keep
-        self.torn: set[str] = set()  # names of those passed over
+    Every rank must call each method: all of them take part in its collectives.
+    """
 
-    def finished(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdigit()), key=_step_of)
+    def __init__(self, run_dir: Path, ranks: Ranks, config: Config, identity: RunIdentity) -> None:
+        self.run_dir = run_dir
+        self.ranks = ranks
+        self.config = config
+        self.identity = identity
+        self.store = CheckpointStore(run_dir, config.run.keep_checkpoints)
+        self.path: Path | None = None  # of the checkpoint that the run resumes from
+        self.manifest: dict = {}
+        self.notes: list[str] = []  # on skipped checkpoints and changed settings
 
-    def save(self, engine, step: int, manifest: dict) -> str | None:
-        """Writes the state after `step` steps; every rank must call it. manifest: what else shall stand there, in JSON's types.
-        Returns None, or what went wrong: a full disk must not end a run whose older checkpoints are whole."""
+    def find_latest(self, plan: BatchPlan) -> TrainState:
+        """The state of the newest complete checkpoint on rank 0's disk; a new one without any.
+
+        Raises ConfigError on all ranks where one of them cannot read the file; where checkpoints
+        exist and none is complete, as a person must say that all of that work is to be done again;
+        and where the checkpoint belongs to another run (`RunIdentity.check_compatible`).
+        """
+        name, manifest, notes = None, {}, []
+        if self.ranks.is_main:
+            path, manifest, notes = self.store.newest()
+            name = path.name if path else None
+        name, manifest, notes = self.ranks.all_gather_json([name, manifest, notes])[0]
+        path = self.store.folder / name if name else None
+        if self.ranks.any(path is not None and not (path / "manifest.json").is_file()):
+            raise ConfigError(
+                f"{path}: not every rank can read it; "
+                "run.dir must be a folder that all machines share"
+            )
+        if self.ranks.any(bool(self.store.corrupt) and path is None):
+            raise ConfigError(
+                f"{self.store.folder}: no checkpoint is whole ({'; '.join(notes)}); "
+                "repair one, or start over with run.resume=false"
+            )
+        self.path, self.manifest, self.notes = path, manifest, notes
+        if path:
+            force = self.config.run.resume == "force"
+            self.notes += self.identity.check_compatible(path, manifest, plan, force)
+        self.plan = plan
+        return TrainState.from_manifest(self.config.run, manifest)
+
+    def restore(self, engine) -> None:
+        """Puts the checkpoint of `find_latest` into the engine, right after `deepspeed.initialize`.
+
+        Masters, optimizer state and generators. Nothing is done in a new run. Raises ConfigError
+        naming the first tensor that does not belong to this model.
+        """
+        if not self.path:
+            return
+        create_adam_state(engine, self.manifest["optimizer_step"])
+        parameters: dict[str, Any] = dict(trainable_parameters(engine.module))
+        missing = {f"{name}.{kind}" for name in parameters for kind in KINDS}
+        for file_name in sorted(self.manifest["files"]):
+            with safe_open(self.path / file_name, "pt") as file:
+                for key in file.keys():
+                    name, kind = key.rsplit(".", 1)
+                    shape = tuple(file.get_slice(key).get_shape())
+                    if key not in missing or shape != tuple(parameters[name].ds_shape):
+                        raise ConfigError(f"{self.path}: its {key} is not this model's")
+                    scatter_full_tensor(parameters[name], kind, file.get_tensor(key), self.ranks)
+                    missing.remove(key)
+        if missing:
+            raise ConfigError(f"{self.path}: has no {min(missing)}")
+        # With another number of ranks the generators keep their seeds: each belongs to one rank.
+        if len(self.manifest["rng"]) == self.ranks.world_size:
+            set_rng_state(self.manifest["rng"][self.ranks.rank])
+
+    def save(self, engine, state: TrainState, logger) -> None:
+        """Writes a checkpoint of `state`. A failed write is said, and the run goes on.
+
+        What was logged so far is made safe first, so that the curve has no gap after a resume.
+        """
+        started = time.perf_counter()
+        logger.flush()
+        problem = self._write(engine, state)
+        if problem:
+            logger.say(problem)
+        else:
+            logger.scalars(state.step, {"train/save_seconds": time.perf_counter() - started})
+
+    def _write(self, engine, state: TrainState) -> str | None:
+        """None, or what went wrong: a full disk must not end a run that has older checkpoints."""
         set_activity("saving a checkpoint")
         if adam_step(engine) == 0:  # every step so far was skipped: Adam has no state yet
             create_adam_state(engine, 0)
-        rng = self.ranks.all_gather_json(get_rng_state())
-        stream, problem = gather_full_state(engine, self.ranks), None
+        manifest = state.to_manifest() | {
+            "optimizer_step": adam_step(engine),
+            "rng": self.ranks.all_gather_json(get_rng_state()),
+            "identity": self.identity.at_step(self.plan, state.step),
+            "config": self.config.model_dump(mode="json"),
+            "versions": self.identity.versions,
+        }
+        tensor_files = gather_full_state(engine, self.ranks)
+        problem = None
         if self.ranks.is_main:
             try:
-                self._write(
-                    step,
-                    stream,
-                    {"step": step, "optimizer_step": adam_step(engine), "rng": rng} | manifest,
+                self.store.write(state.step, tensor_files, manifest)
+            except (OSError, SafetensorError) as error:  # safetensors' own error for a full disk
+                self.store.discard(state.step)
+                problem = (
+                    f"checkpoint of step {state.step} not written: {error} "
+                    f"({self.store.folder}); older ones stay"
                 )
-            except (
-                OSError,
-                SafetensorError,
-            ) as error:  # safetensors has its own error for a full disk
-                shutil.rmtree(self._aside(step), ignore_errors=True)
-                problem = f"checkpoint of step {step} not written: {error} ({self.folder}); older ones stay"
-        for _ in (
-            stream
-        ):  # the other ranks, and rank 0 after a failure: all must take part in every gather
+        # All ranks take part in every gather: the others here, and rank 0 after a failure.
+        for _ in tensor_files:
             pass
         dist.barrier()
         return problem
 
-    def _aside(self, step: int) -> Path:
-        return self.folder / f".writing-{step:06d}"
-
-    def _write(self, step: int, stream: Iterator[dict[str, torch.Tensor]], manifest: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside, files = self._aside(step), {}
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for number, tensors in enumerate(stream):
-            path = aside / f"state-{number:05d}.safetensors"
-            save_file(tensors, path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        (aside / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
-        for path in [*aside.iterdir(), aside]:
-            _fsync(path)
-        final = self.folder / f"step-{step:06d}"
-        if final.exists():  # a torn one of the same step, after a resume from an older one
-            self._put_away(final)
-        aside.rename(final)
-        _fsync(self.folder)
-        with contextlib.suppress(
-            OSError
-        ):  # the new one is whole; what could not be tidied is tried again after the next
-            self._tidy(final)
-
-    def _put_away(self, path: Path) -> None:
-        """Takes the name from a checkpoint before it is deleted: half deleted, it must not look like one."""
-        old = self.folder / f".old-{path.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-
-    def _tidy(self, newest: Path) -> None:
-        """Points to the newest and the best, and deletes what is neither nor among the last `keep`. One that is known to be torn counts
-        for none of them, and goes only now that a newer one is whole."""
-        whole = [
-            p
-            for p in self.finished()
-            if p == newest or (p.name not in self.torn and _step_of(p) < _step_of(newest))
-        ]
-        losses = {p: loss for p in whole if (loss := _validation_loss(p)) is not None}
-        best = min(losses, key=lambda p: losses[p], default=newest)
-        with contextlib.suppress(
-            OSError
-        ):  # not every file system has links; what is old goes all the same
-            for name, target in (("newest", newest), ("best", best)):
-                link = self.folder / f".{name}"
-                link.unlink(missing_ok=True)
-                link.symlink_to(target.name)
-                link.replace(self.folder / name)
-        for old in set(self.finished()) - {best, *whole[-self.keep :]}:
-            self._put_away(old)
-        for leftover in [*self.folder.glob(".old-*"), *self.folder.glob(".writing-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def agree_on_newest(self) -> tuple[Path | None, dict, list[str]]:
-        """Rank 0's `newest`, on every rank. Raises ConfigError on all of them where one can't see the file that it needs, or when there are
-        checkpoints and none is whole: a person must say that all of that work is to be done again."""
-        found = self.newest() if self.ranks.is_main else (None, {}, [])
-        name, manifest, remarks = self.ranks.all_gather_json(
-            [found[0] and found[0].name, *found[1:]]
-        )[0]
-        path = self.folder / name if name else None
-        if self.ranks.any(path is not None and not (path / "manifest.json").is_file()):
-            raise ConfigError(
-                f"{path}: not every rank can read it; run.dir must be a folder that all machines share"
-            )
-        if self.ranks.any(bool(self.torn) and path is None):
-            raise ConfigError(
-                f"{self.folder}: no checkpoint is whole ({'; '.join(remarks)}); repair one, or start over with run.resume=false"
-            )
-        return path, manifest, remarks
-
-    def newest(self) -> tuple[Path | None, dict, list[str]]:
-        """The newest whole checkpoint with its manifest, and a remark for each one passed over because it is not whole."""
-        remarks = [
-            f"{p.name.removeprefix('.')} passed over: it was never finished"
-            for p in sorted(self.folder.glob(".writing-*"))
-        ]
-        for path in reversed(self.finished()):
-            try:
-                manifest = json.loads((path / "manifest.json").read_text())
-                for name, known in manifest["files"].items():
-                    set_activity(f"checking {path.name}")
-                    if (path / name).stat().st_size != known["bytes"] or sha256(
-                        path / name
-                    ) != known["sha256"]:
-                        raise ValueError(f"{name} is not what was written")
-                return path, manifest, remarks
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.torn.add(path.name)
-                remarks.append(f"{path.name} passed over: {error}")
-        return None, {}, remarks
-
-    def load(self, engine, path: Path, manifest: dict) -> None:
-        """Puts a checkpoint into the engine, right after `deepspeed.initialize`; every rank must call it. Raises ConfigError naming the
-        first tensor that is not this model's."""
-        create_adam_state(engine, manifest["optimizer_step"])
-        parameters: dict[str, Any] = dict(
-            trainable_parameters(engine.module)
-        )  # Any: ZeRO-3 gives each a ds_shape
-        expected = {f"{name}.{kind}" for name in parameters for kind in KINDS}
-        for file_name in sorted(manifest["files"]):
-            with safe_open(path / file_name, "pt") as file:
-                for key in file.keys():
-                    name, kind = key.rsplit(".", 1)
-                    if key not in expected or tuple(file.get_slice(key).get_shape()) != tuple(
-                        parameters[name].ds_shape
-                    ):
-                        raise ConfigError(f"{path}: its {key} is not this model's")
-                    scatter_full_tensor(parameters[name], kind, file.get_tensor(key), self.ranks)
-                    expected.remove(key)
-        if expected:
-            raise ConfigError(f"{path}: has no {min(expected)}")
-        if (
-            len(manifest["rng"]) == self.ranks.world_size
-        ):  # another number of ranks: what they drew was theirs alone
-            set_rng_state(manifest["rng"][self.ranks.rank])
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def _validation_loss(path: Path) -> float | None:
-    try:
-        loss = json.loads((path / "manifest.json").read_text())["figures"]["eval/loss"]
-        return loss if math.isfinite(loss) else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # it was saved between two evaluations, or without one
-        return None
+    def diverged_message(self, state: TrainState) -> str:
+        """What to tell a person whose run was given up."""
+        return (
+            f"{state.skipped_in_a_row} steps in a row were skipped; the state of step {state.step} "
+            f"is saved in {self.store.folder}. Look at the examples named above, or lower lr"
+        )

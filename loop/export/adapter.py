@@ -46,6 +46,8 @@ def export_result(
     """
     ranks = logger.ranks
     release_graphs(engine.module)  # the audit's process needs their memory
+    if config.run.export == "none":
+        return {}
     if not adam_step(engine):  # the adapter is still the random one from the start
         logger.say("no adapter  no step has changed a weight, so there is nothing to hand out")
         return {}
@@ -54,7 +56,7 @@ def export_result(
         sample = (data.valid or data.train)[: config.run.export_check_examples]
     loss = 0.0
     if sample:
-        packing = PackingSpec(execution.capacity, config.max_seq_len)
+        packing = PackingSpec(execution.max_tokens, config.max_seq_len)
         loss = evaluate_loss(engine, sample, packing, ranks)["eval/loss"]
     folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
     logger.say(describe_audit(audit))

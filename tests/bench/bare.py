@@ -1,21 +1,49 @@
-"""Changes to the loop for measuring it: examples that come from nowhere, DeepSpeed taken out, one step under the profiler."""
+"""Changes to the loop for measuring it: given examples, a clock, no DeepSpeed, one step profiled."""
 
 from collections import Counter
 
+import numpy as np
 import torch
 
+from loop.checkpoint.checkpointer import Checkpointer
+from loop.data.dataset import TrainingData
 from loop.data.report import DatasetReport
 from loop.monitor.kernel_profile import by_kind
+from loop.monitor.run_logger import RunLogger
 
 
-def given_examples(examples: list):
-    """In the place of loop.data.dataset.load_examples: these to train on, none held out."""
+def as_training_data(examples: list) -> TrainingData:
+    """These examples to train on, and none to validate with."""
+    return TrainingData(
+        train=examples,
+        valid=[],
+        samples=[],
+        lengths=np.array([len(e) for e in examples]),
+        num_targets=np.array([e.num_targets for e in examples]),
+        weights=None,
+        reports={
+            "train": DatasetReport(len(examples), len(examples), [], [], [], 0, False),
+            "valid": DatasetReport(0, 0, [], [], [], 0, False),
+        },
+    )
 
-    def load(config, tokenizer, split):
-        found = examples if split == "train" else []
-        return found, DatasetReport(len(found), len(found), [], [], [], 0, False)
 
-    return load
+def timed_logger(clock):
+    """A RunLogger that tells `clock` the tokens of each step."""
+
+    class TimedLogger(RunLogger):
+        def log_step(self, state, result, lr, lengths, *rest) -> None:
+            clock.step(int(lengths.sum()))
+            super().log_step(state, result, lr, lengths, *rest)
+
+    return TimedLogger
+
+
+class NoCheckpoints(Checkpointer):
+    """Writes none: a bare engine has no partitions to save."""
+
+    def save(self, engine, state, logger) -> None:
+        pass
 
 
 class BareEngine:
@@ -50,12 +78,14 @@ class BareEngine:
         return True
 
 
-def take_deepspeed_out(train) -> None:
-    def initialize(model, optimizer, config):
-        return BareEngine(model, optimizer, config), optimizer, None, None
+def initialize(model, optimizer, config):
+    """In the place of deepspeed.initialize."""
+    return BareEngine(model, optimizer, config), optimizer, None, None
 
-    train.deepspeed.initialize = initialize
-    train.spoil = lambda *_: None  # it writes into ZeRO-3's slices
+
+def use_plain_gradients(train) -> None:
+    """Ours read and write ZeRO-3's slices, which a bare engine lacks."""
+    train.invalidate_gradients = lambda *_: None
     train.clip_grad_norm = lambda parameters, max_norm: torch.nn.utils.clip_grad_norm_(
         parameters, max_norm
     ).double()

@@ -61,48 +61,49 @@ class Clock:
 
 
 def ours(spec: dict, clock: Clock) -> None:
-    """loop.train as it is, on examples that are not read from a file. spec["without_deepspeed"]: its loop around a bare model."""
+    """loop.train as it is, on examples that are not read from a file.
+
+    With spec["without_deepspeed"]: the same loop around a bare model.
+    """
     import bare
 
     import loop.train as train
+    from loop.config.cli import load_config
+    from loop.config.deepspeed import build_ds_config
+    from loop.config.schema import ROOT
+    from loop.monitor.quiet import quiet_libraries
 
-    train.quiet_libraries()
-    config = train.load_config(
+    quiet_libraries()
+    config = load_config(
         [
             "--config",
-            str(Path(train.__file__).parent / "configs" / "soap_qlora.yaml"),
+            str(ROOT / "loop" / "configs" / "soap_qlora.yaml"),
             f"base={spec['base']}",
             f"max_steps={spec['steps']}",
             "monitor.sample_notes=[]",
             f"run.dir={tempfile.mkdtemp()}",
             "run.save_steps=100000",
-            "run.export_check_examples=0",
+            "run.export=none",
             "monitor.eval_steps=100000",
             *spec["args"],
         ]
     )
-    train.load_examples = bare.given_examples(
-        make_examples(
-            spec["examples"] * config.batch_size // ROWS, spec["vocab_size"], length=spec["length"]
-        )
-    )
-    step_of = train.Monitor.step
-
-    def step(self, number, loss, grad_norm, lr, lengths, num_targets):
-        clock.step(int(lengths.sum()))
-        return step_of(self, number, loss, grad_norm, lr, lengths, num_targets)
-
-    train.Monitor.step = step
-    train.export_model, train.adam_step = (
-        lambda *_: ("", {}),
-        lambda engine: spec["steps"],
-    )  # a bare engine has no count of its own
-    train.Checkpoints.save = lambda *_: None
+    count = spec["examples"] * config.batch_size // ROWS
+    examples = make_examples(count, spec["vocab_size"], length=spec["length"])
+    initialize = {}
     if spec.get("without_deepspeed"):
-        bare.take_deepspeed_out(train)
+        initialize = {"initialize": bare.initialize}
+        bare.use_plain_gradients(train)
     if spec.get("profile"):
         bare.profile_a_step(train, at=spec["steps"], spec=spec)
-    train.train(config, train.build_ds_config(config))
+    train.Checkpointer = bare.NoCheckpoints
+    train.train(
+        config,
+        build_ds_config(config),
+        data=bare.as_training_data(examples),
+        make_logger=bare.timed_logger(clock),
+        **initialize,
+    )
 
 
 def base_model(spec: dict, attention: str, **options):

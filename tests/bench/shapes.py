@@ -94,7 +94,7 @@ def write_nf4(config, path: Path, device: str) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
-    from loop.model.quantization import nf4_config
+    from loop.kernels.quantization import QUANTIZATIONS
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -130,7 +130,7 @@ def write_nf4(config, path: Path, device: str) -> None:
     )
     config.architectures, config.quantization_config = (
         ["LlamaForCausalLM"],
-        nf4_config(torch.bfloat16).to_dict(),
+        QUANTIZATIONS["nf4"].transformers_config(torch.bfloat16).to_dict(),
     )
     config.save_pretrained(path)
 

@@ -17,14 +17,20 @@ import torch
 from mistakes import MISTAKES, SHOWN_ONLY
 
 import loop.data.dataset
+import loop.evaluation.validator
 import loop.train as train
+from loop.config.cli import load_config
+from loop.config.deepspeed import build_ds_config
+from loop.config.schema import ConfigError
+from loop.data.dataset import load_examples
+from loop.distributed.exit import exit_with_config_error
 from loop.distributed.world import Ranks
+from loop.model.loading import load_tokenizer
 from loop.monitor.quiet import quiet_libraries
+from loop.monitor.run_logger import RunLogger
 from loop.zero3.gradients import local_gradients
 
-HELD_OUT = (
-    12  # examples of each evaluation: enough to see a gap, and an evaluation takes a second or two
-)
+VALIDATION_EXAMPLES = 12  # enough to see a gap; an evaluation takes a second or two
 
 
 class NoStop:
@@ -37,22 +43,22 @@ def plant_spike(at: int, factor: float) -> None:
     """The gradient of step `at` is `factor` times as large, as of a spoilt batch."""
     step, count = train.train_step, [0]
 
-    def spiked(engine, *args):
+    def spiked(engine, *args, **options):
         count[0] += 1
         backward = engine.backward
         engine.backward = lambda loss, **kw: backward(
             loss * (factor if count[0] == at else 1.0), **kw
         )
         try:
-            return step(engine, *args)
+            return step(engine, *args, **options)
         finally:
             engine.backward = backward
 
-    def fresh(config, ds):
+    def restarted(*args, **options):
         count[0] = 0
-        return run(config, ds)
+        return run(*args, **options)
 
-    run, train.train, train.train_step = train.train, fresh, spiked
+    run, train.train, train.train_step = train.train, restarted, spiked
 
 
 def shorten_notes() -> None:
@@ -74,73 +80,100 @@ def shorten_notes() -> None:
     )
 
 
-def watch_held_out(config, eos: bool) -> None:
-    """Both runs are evaluated on the same right examples, whatever the mistake makes of its own; eos: and on their last token alone."""
-    held_out = loop.data.dataset.load_examples(config, train.load_tokenizer(config.base), "valid")[
-        0
-    ][:HELD_OUT]
+def watch_validation(config, eos: bool) -> None:
+    """Both runs are evaluated on the same right examples, whatever the mistake makes of its own.
+
+    eos: and on their last token alone.
+    """
+    tokenizer = load_tokenizer(config.base)
+    valid = load_examples(config, tokenizer, "valid")[0][:VALIDATION_EXAMPLES]
     ends = [
         dataclasses.replace(e, labels=np.where(np.arange(len(e)) == len(e) - 1, e.labels, -100))
-        for e in held_out
+        for e in valid
     ]
-    evaluate = train.evaluate_loss
+    evaluate = loop.evaluation.validator.evaluate_loss
 
     def both(engine, _, *rest):
-        figures = evaluate(engine, held_out, *rest)
-        return figures | (
-            {"eval/eos_loss": evaluate(engine, ends, *rest)["eval/loss"]} if eos else {}
-        )
+        metrics = evaluate(engine, valid, *rest)
+        if eos:
+            metrics["eval/eos_loss"] = evaluate(engine, ends, *rest)["eval/loss"]
+        return metrics
 
-    train.evaluate_loss = both
+    loop.evaluation.validator.evaluate_loss = both
+
+
+class QuietLogger(RunLogger):
+    def say(self, text: str) -> None:
+        pass
+
+
+class Recorder:
+    """Watches the runs: the gradient of one step, the engine, and when to stop."""
+
+    def __init__(self, spec: dict) -> None:
+        self.record_at = spec["at"]
+        self.stop_at = spec["resume"]
+        self.steps = 0
+        self.gradients: list[torch.Tensor] = []
+        self.engine = None
+        self.clip = train.clip_grad_norm
+        train.clip_grad_norm = self.clip_and_record
+        train.StopRequest = lambda *_: NoStop
+
+    def clip_and_record(self, parameters, max_norm):
+        self.steps += 1
+        if self.steps == self.record_at:
+            flat = torch.cat([g.flatten() for g in local_gradients(parameters)])
+            self.gradients.append(flat.double().cpu())
+        NoStop.requested = self.steps == self.stop_at
+        NoStop.reason = "in mid-run" if NoStop.requested else None
+        return self.clip(parameters, max_norm)
+
+    def initialize(self, **kwargs):
+        result = deepspeed.initialize(**kwargs)
+        self.engine = result[0]
+        return result
+
+    def train(self, config) -> None:
+        NoStop.reason, NoStop.requested = None, False
+        train.train(
+            config,
+            build_ds_config(config),
+            initialize=self.initialize,
+            make_logger=QuietLogger,
+        )
+        self.engine.destroy()
+        self.engine = None
+        gc.collect()
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     quiet_libraries()
     spec = json.loads(Path(sys.argv[1]).read_text())
-    stop_at, at, gradients, engines, done = spec["resume"], spec["at"], [], [], [0]
     ranks = Ranks()
-    watch_held_out(train.load_config(spec["args"]), spec["eos"])
+    watch_validation(load_config(spec["args"]), spec["eos"])
     if spec["spike"]:
         plant_spike(*spec["spike"])
     if spec["short_notes"]:
         shorten_notes()
-    clip, initialize = train.clip_grad_norm, deepspeed.initialize
-    train.StopRequest, train.Monitor.say = lambda *_: NoStop, lambda *_: None
-
-    def recording(parameters, max_norm):
-        done[0] += 1
-        if done[0] == at:
-            gradients.append(
-                torch.cat([g.flatten() for g in local_gradients(parameters)]).double().cpu()
-            )
-        NoStop.reason, NoStop.requested = (
-            ("in mid-run", True) if done[0] == stop_at else (None, False)
-        )
-        return clip(parameters, max_norm)
-
-    def remembering(**kwargs):
-        engines.append(initialize(**kwargs))
-        return engines[-1]
-
-    train.clip_grad_norm, deepspeed.initialize = recording, remembering
+    recorder = Recorder(spec)
     for name in ("right", "wrong"):
         if name == "wrong":
             (MISTAKES | SHOWN_ONLY)[spec["name"]]()
-        done[0] = 0
-        for _ in range(2 if stop_at else 1):
-            NoStop.reason, NoStop.requested = None, False
+        recorder.steps = 0
+        for _ in range(2 if recorder.stop_at else 1):
             if ranks.is_main:
-                print(f"{name}{f', from step {done[0]}' if done[0] else ''}", flush=True)
-            config = train.load_config([*spec["args"], f"run.name={name}"])
-            train.train(config, train.build_ds_config(config))
-            engines.pop()[0].destroy()
-            gc.collect()
-    right, wrong = gradients
+                resumed = f", from step {recorder.steps}" if recorder.steps else ""
+                print(f"{name}{resumed}", flush=True)
+            recorder.train(load_config([*spec["args"], f"run.name={name}"]))
+    right, wrong = recorder.gradients
     squares = ranks.sum_scalars((wrong - right).square().sum().item(), right.square().sum().item())
     if ranks.is_main:
         Path(spec["out"]).write_text(
-            json.dumps({"step": at, "gradient_distance": (squares[0] / squares[1]) ** 0.5})
+            json.dumps(
+                {"step": recorder.record_at, "gradient_distance": (squares[0] / squares[1]) ** 0.5}
+            )
         )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -149,5 +182,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except train.ConfigError as error:
-        train.exit_with_config_error(error)
+    except ConfigError as error:
+        exit_with_config_error(error)

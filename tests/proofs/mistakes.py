@@ -18,7 +18,7 @@ def divide_by_accumulation_steps():
     """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as much as a long one."""
     step = loop.train.train_step
 
-    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+    def wrong(engine, parameters, micro_batches, num_targets, *rest, **options):
         backward, rounds = engine.backward, iter(micro_batches)
 
         def mean_of_means(loss, scale_wrt_gas=False):
@@ -27,7 +27,7 @@ def divide_by_accumulation_steps():
 
         engine.backward = mean_of_means
         try:
-            return step(engine, parameters, micro_batches, num_targets, *rest)
+            return step(engine, parameters, micro_batches, num_targets, *rest, **options)
         finally:
             engine.backward = backward
 
@@ -38,13 +38,13 @@ def forget_world_size():
     """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU added."""
     step = loop.train.train_step
 
-    def wrong(engine, *args):
+    def wrong(engine, *args, **options):
         backward = engine.backward
         engine.backward = lambda loss, **kw: backward(
             loss / torch.distributed.get_world_size(), **kw
         )
         try:
-            return step(engine, *args)
+            return step(engine, *args, **options)
         finally:
             engine.backward = backward
 
@@ -55,14 +55,14 @@ def unequal_ranks():
     """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that has few of them."""
     step = loop.train.train_step
 
-    def wrong(engine, parameters, micro_batches, num_targets, *rest):
+    def wrong(engine, parameters, micro_batches, num_targets, *rest, **options):
         backward = engine.backward
         mine = sum((batch.targets != -100).sum().item() for batch in micro_batches)
         engine.backward = lambda loss, **kw: backward(
             loss * num_targets / max(mine, 1) / torch.distributed.get_world_size(), **kw
         )
         try:
-            return step(engine, parameters, micro_batches, num_targets, *rest)
+            return step(engine, parameters, micro_batches, num_targets, *rest, **options)
         finally:
             engine.backward = backward
 
@@ -73,7 +73,7 @@ def bf16_accumulation():
     """The accumulated gradient is rounded to bf16 after every micro-batch, as with `grad_accum_dtype: bf16`, which the loop refuses."""
     step = loop.train.train_step
 
-    def wrong(engine, parameters, *args):
+    def wrong(engine, parameters, *args, **options):
         backward = engine.backward
 
         def rounding(loss, **kw):
@@ -83,7 +83,7 @@ def bf16_accumulation():
 
         engine.backward = rounding
         try:
-            return step(engine, parameters, *args)
+            return step(engine, parameters, *args, **options)
         finally:
             engine.backward = backward
 
@@ -94,8 +94,8 @@ def one_document_mask():
     """The row is treated as one document: every note reads its neighbours."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len, *room):
-        batch = collate(examples, max_seq_len, *room)
+    def wrong(examples, packing):
+        batch = collate(examples, packing)
         row = torch.tensor([0, batch.input_ids.shape[1]], dtype=torch.int32)
         return loop.data.collate.PackedBatch(
             **{**batch.__dict__, "cu_seqlens": row, "max_seqlen": batch.input_ids.shape[1]}
@@ -108,8 +108,8 @@ def positions_run_on():
     """Position ids count through the row. With rotary embeddings alone a shifted document attends as before: only rounding tells."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len, *room):
-        batch = collate(examples, max_seq_len, *room)
+    def wrong(examples, packing):
+        batch = collate(examples, packing)
         return loop.data.collate.PackedBatch(
             **{**batch.__dict__, "position_ids": torch.arange(batch.input_ids.shape[1])[None]}
         )
@@ -121,8 +121,8 @@ def targets_cross_documents():
     """The shift by one runs over the whole row, so that the last token of a document predicts its neighbour's first."""
     collate = loop.train.collate
 
-    def wrong(examples, max_seq_len, *room):
-        batch = collate(examples, max_seq_len, *room)
+    def wrong(examples, packing):
+        batch = collate(examples, packing)
         if len(examples) > 1:
             ends = batch.cu_seqlens[1:-1].long() - 1
             batch = loop.data.collate.PackedBatch(
@@ -180,24 +180,32 @@ def stale_grad_norm():
 
 def deepspeed_clips_too():
     """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own clipping."""
-    build = loop.train.build_ds_config
-    loop.train.build_ds_config = lambda config: {
-        k: v for k, v in build(config).items() if k != "gradient_clipping"
-    }
+    build = loop.train.build_model
+
+    def wrong(config, ds_config, *rest):
+        ds_config = {k: v for k, v in ds_config.items() if k != "gradient_clipping"}
+        return build(config, ds_config, *rest)
+
+    loop.train.build_model = wrong
 
 
 def lr_stepped_twice():
     """The schedule advances by two a step and reaches its end in half the run."""
-    cosine = loop.train.cosine_lr
-    loop.train.cosine_lr = lambda step, *args, **kwargs: cosine(2 * step, *args, **kwargs)
+    build = loop.train.build_lr_schedule
+
+    def wrong(config, num_steps):
+        schedule = build(config, num_steps)
+        return lambda step: schedule(2 * step)
+
+    loop.train.build_lr_schedule = wrong
 
 
 def unequal_examples():
     """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
-    cut = loop.train.split_step
+    split = loop.train.split_step
 
     def wrong(step, *rest):
-        return cut(np.asarray(step)[:-1], *rest)
+        return split(np.asarray(step)[:-1], *rest)
 
     loop.train.split_step = wrong
 

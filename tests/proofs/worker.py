@@ -1,8 +1,11 @@
-"""Runs the real `loop.train.train` for a list of cases on this rank and records what a step computed.
+"""Runs the real `loop.train.train` for a list of cases on this rank and records each step.
 
-`python tests/proofs/worker.py CASES.json`: a list of {"name", "args", "out", "patch": {...}, "mistake": null}. Rank 0 writes
-`out/NAME.safetensors` (gradients before and after clipping, weights before each step and after the last) and `out/NAME.json`
-(norms, names, the report, hashes of the frozen weights before and after, and the error that ended the run, if one did)."""
+`python tests/proofs/worker.py CASES.json`: a list of
+{"name", "args", "out", "patch": {...}, "mistake": null}. Rank 0 writes `out/NAME.safetensors`
+(gradients before and after clipping, weights before each step and after the last) and
+`out/NAME.json` (norms, names, the report, hashes of the frozen weights before and after, and the
+error that ended the run, if one did).
+"""
 
 import copy
 import hashlib
@@ -12,226 +15,299 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import loop.notes
-import loop.packing
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from mistakes import MISTAKES
 from safetensors.torch import save_file
 
-import loop.checkpoint
-import loop.data
-import loop.export
-import loop.model
+import loop.checkpoint.store
+import loop.checkpoint.train_state
+import loop.data.dataset
+import loop.export.adapter
+import loop.generation.sharded
+import loop.model.build
+import loop.model.loading
 import loop.train as train
+from loop.config.cli import load_config
+from loop.config.deepspeed import build_ds_config
+from loop.config.schema import ConfigError
+from loop.data.batch_plan import BatchPlan
+from loop.export.audit import AuditError
+from loop.model.structure import decoder_layers
+from loop.monitor.run_logger import RunLogger
+from loop.optim.adamw import trainable_parameters
 
+# Modules whose names the cases replace. They are put back after each case.
 PATCHED = [
     train,
-    loop.model.build,
+    loop.checkpoint.train_state,
     loop.data.dataset,
     loop.export.adapter,
-    loop.model.loading,
     loop.generation.sharded,
-]  # whose names cases replace; put back after each case
+    loop.model.build,
+    loop.model.loading,
+]
+NAN, INF = float("nan"), float("inf")
 
 
 def frozen_digest(model) -> str:
     """A hash of every frozen parameter, gathered, and of its quantisation state."""
     digest = hashlib.sha256()
     for p in model.parameters():
-        if not p.requires_grad:
-            with deepspeed.zero.GatheredParameters([p]):
-                digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-            if state := getattr(p, "quant_state", None):
-                for tensor in (
-                    state.absmax,
-                    state.code,
-                    state.offset,
-                    getattr(state.state2, "absmax", None),
-                ):
-                    if tensor is not None:
-                        digest.update(
-                            tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
-                        )
+        if p.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([p]):
+            digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        state = getattr(p, "quant_state", None)
+        if state is None:
+            continue
+        nested = getattr(state.state2, "absmax", None)
+        for tensor in (state.absmax, state.code, state.offset, nested):
+            if tensor is not None:
+                flat = tensor.detach().cpu().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def run(case: dict) -> None:
-    saved, write = (
-        [copy.copy(vars(module)) for module in PATCHED],
-        loop.checkpoint.checkpointer.Checkpointer._write,
+# What a case's "patch" may name: each function gets the value that stands there.
+
+
+def shuffle(_) -> None:
+    """Another order within each micro-batch."""
+    split = train.split_step
+    train.split_step = lambda step, *rest: [
+        [part[::-1] for part in rank] for rank in split(step, *rest)
+    ]
+
+
+def no_leaf(_) -> None:
+    loop.model.loading.set_z3_leaf_modules = lambda model, classes: None
+
+
+def non_reentrant(_) -> None:
+    loop.model.build.use_checkpointing = lambda model: model.gradient_checkpointing_enable(
+        {"use_reentrant": False}
     )
-    patch = case.get("patch", {})
-    if "shuffle" in patch:  # another order within the step
-        cut = train.split_step
-        train.split_step = lambda step, *rest: [
-            [part[::-1] for part in rank] for rank in cut(step, *rest)
-        ]
-    if "no_leaf" in patch:
-        loop.model.loading.set_z3_leaf_modules = lambda model, classes: None
-    if "non_reentrant" in patch:
-        loop.model.build.use_checkpointing = lambda model: model.gradient_checkpointing_enable(
-            {"use_reentrant": False}
-        )
-    if "compile" in patch:
-        load = loop.model.build.load_model
 
-        def compiled(*args, **kwargs):
-            model = load(*args, **kwargs)
-            for layer in loop.model.structure.decoder_layers(model):
-                layer.forward = torch.compile(layer.forward)
-            return model
 
-        loop.model.build.load_model = compiled
-    if "nan_step" in patch:  # one rank sees NaN in one step
-        step_of, count = train.train_step, [0]
+def compile_layers(_) -> None:
+    load = loop.model.build.load_model
 
-        def poisoned(engine, *args):
-            count[0] += 1
-            if count[0] >= patch["nan_step"] and count[0] < patch["nan_step"] + patch.get(
-                "nan_times", 1
-            ):
-                backward = engine.backward
-                bad = (
-                    float("nan")
-                    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-                    else 1.0
-                )
-                engine.backward = lambda loss, **kw: backward(loss * bad, **kw)
-                try:
-                    return step_of(engine, *args)
-                finally:
-                    engine.backward = backward
-            return step_of(engine, *args)
+    def compiled(*args, **kwargs):
+        model = load(*args, **kwargs)
+        for layer in decoder_layers(model):
+            layer.forward = torch.compile(layer.forward)
+        return model
 
-        train.train_step = poisoned
-    if (
-        "bad_example" in patch
-    ):  # the loss of any micro-batch with one of these examples is no number, whenever it is its turn
-        collate, loss_of, bad = train.collate, train.summed_cross_entropy, []
-        train.collate = lambda examples, *rest: (
-            bad.append(any(e.id in patch["bad_example"] for e in examples))
-            or collate(examples, *rest)
-        )
-        train.summed_cross_entropy = lambda *args: (
-            loss_of(*args) * (float("nan") if bad.pop(0) else 1.0)
-        )
-    if "spike_at" in patch:  # as if the loss of that step were a spike
-        steps = itertools.count(1)
-        train.loss_spike_threshold = lambda *_: (
-            -1.0 if next(steps) == patch["spike_at"] else float("inf")
-        )
-    if "stop_after" in patch:  # as if SIGTERM came during that step, on rank 0 alone
+    loop.model.build.load_model = compiled
 
-        class Stop:
-            reason, requested = None, False
 
-        stop, plain_step, done = Stop(), train.train_step, [0]
+def nan_steps(first: int, times: int) -> None:
+    """The last rank's loss is NaN in so many steps, from step `first` on."""
+    step, count = train.train_step, itertools.count(1)
 
-        def counting(*args):
-            done[0] += 1
-            stop.requested = done[0] >= patch["stop_after"] and torch.distributed.get_rank() == 0
-            stop.reason = "SIGTERM" if stop.requested else None
-            return plain_step(*args)
+    def poisoned(engine, *args, **options):
+        if not first <= next(count) < first + times:
+            return step(engine, *args, **options)
+        backward = engine.backward
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        factor = NAN if is_last else 1.0
+        engine.backward = lambda loss, **kw: backward(loss * factor, **kw)
+        try:
+            return step(engine, *args, **options)
+        finally:
+            engine.backward = backward
 
-        train.train_step, train.StopRequest = counting, lambda *_: stop
-    if "in_order" in patch:  # so many examples a step, as they stand in the file
-        size = patch["in_order"]
+    train.train_step = poisoned
 
-        def in_order(lengths, budget, *_):
-            n = len(lengths)
-            return loop.data.batch_plan.BatchPlan(
-                np.arange(n, dtype=np.int32), np.arange(0, n + 1, size), int(lengths.sum()), budget
-            )
 
-        train.plan_batches = in_order
-    if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
-        build = build_ds_config
-        build_ds_config = lambda config: (
-            build(config) | {"gradient_clipping": patch["deepspeed_clips"]}
-        )
-    if (
-        "gathered" in patch
-    ):  # sample notes after one gather, or in lockstep, whatever the machine has room for
-        loop.generation.sharded.fits_unsharded = lambda *_: patch["gathered"]
-    if "disk_full" in patch:
+def bad_example(ids: list[str]) -> None:
+    """The loss of any micro-batch with one of these examples is NaN, whenever it is its turn."""
+    collate, cross_entropy, is_bad = train.collate, train.summed_cross_entropy, []
 
-        def full(*args):
-            raise OSError(28, "No space left on device")
+    def remembering(examples, *rest):
+        is_bad.append(any(e.id in ids for e in examples))
+        return collate(examples, *rest)
 
-        loop.checkpoint.checkpointer.Checkpointer._write = full
-    if "spoil_export" in patch:  # the last tensor is written empty, as under a forgotten gather
-        save = loop.export.adapter.save_file
+    train.collate = remembering
+    train.summed_cross_entropy = lambda *args: (
+        cross_entropy(*args) * (NAN if is_bad.pop(0) else 1.0)
+    )
 
-        def one_empty(tensors, *args, **kwargs):
-            name = sorted(tensors)[-1]
-            save(tensors | {name: tensors[name][:0]}, *args, **kwargs)
 
-        loop.export.adapter.save_file = one_empty
-    if case.get("mistake"):
-        MISTAKES[case["mistake"]]()
+def spike_at(step: int) -> None:
+    """As if the loss of that step were a spike."""
+    steps = itertools.count(1)
+    loop.checkpoint.train_state.loss_spike_threshold = lambda *_: (
+        -1.0 if next(steps) == step else INF
+    )
 
-    tensors, norms, names = {}, [], []
-    clip = train.clip_grad_norm
 
-    def recording(parameters, max_norm):
-        step = len(norms)
+def stop_after(steps: int) -> None:
+    """As if SIGTERM came during that step, on rank 0 alone."""
+
+    class Stop:
+        reason, requested = None, False
+
+    stop, train_step, count = Stop(), train.train_step, itertools.count(1)
+
+    def counting(*args, **options):
+        stop.requested = next(count) >= steps and torch.distributed.get_rank() == 0
+        stop.reason = "SIGTERM" if stop.requested else None
+        return train_step(*args, **options)
+
+    train.train_step = counting
+    train.StopRequest = lambda *_: stop
+
+
+def in_order(size: int) -> None:
+    """So many examples a step, as they stand in the file."""
+
+    def plan(config, lengths, weights):
+        order = np.arange(len(lengths), dtype=np.int32)
+        offsets = np.arange(0, len(lengths) + 1, size)
+        return BatchPlan(order, offsets, int(lengths.sum()), config.tokens_per_step)
+
+    train.plan_run = plan
+
+
+def gathered(answer: bool) -> None:
+    """Sample notes after one gather, or in lockstep, whatever the machine has room for."""
+    loop.generation.sharded.fits_unsharded = lambda *_: answer
+
+
+def disk_full(_) -> None:
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    loop.checkpoint.store.CheckpointStore.write = full
+
+
+def spoil_export(_) -> None:
+    """The last tensor is written empty, as under a forgotten gather."""
+    save = loop.export.adapter.save_file
+
+    def one_empty(tensors, *args, **kwargs):
+        name = sorted(tensors)[-1]
+        save(tensors | {name: tensors[name][:0]}, *args, **kwargs)
+
+    loop.export.adapter.save_file = one_empty
+
+
+PATCHES = {
+    "shuffle": shuffle,
+    "no_leaf": no_leaf,
+    "non_reentrant": non_reentrant,
+    "compile": compile_layers,
+    "bad_example": bad_example,
+    "spike_at": spike_at,
+    "stop_after": stop_after,
+    "in_order": in_order,
+    "gathered": gathered,
+    "disk_full": disk_full,
+    "spoil_export": spoil_export,
+}
+
+
+def plant(patch: dict, mistake: str | None) -> None:
+    for name, value in patch.items():
+        if name in PATCHES:
+            PATCHES[name](value)
+    if "nan_step" in patch:
+        nan_steps(patch["nan_step"], patch.get("nan_times", 1))
+    if mistake:
+        MISTAKES[mistake]()
+
+
+class Recorder:
+    """Weights, gradients and norms of each step, and what else a case made."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.norms: list[float] = []
+        self.names: list[str] = []
+        self.frozen: list[str] = []
+        self.said: list[str] = []
+        self.engine = None
+        self.clip = train.clip_grad_norm
+        train.clip_grad_norm = self.clip_and_record
+
+    def clip_and_record(self, parameters, max_norm):
+        step = len(self.norms)
         for i, p in enumerate(parameters):
-            tensors[f"{step}.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
-            tensors[f"{step}.grad.{i}"] = safe_get_full_grad(p).detach().float().clone()
-        norm = clip(parameters, max_norm)
-        norms.append(norm.item())
+            self._keep(f"{step}.weight.{i}", safe_get_full_fp32_param(p))
+            self._keep(f"{step}.grad.{i}", safe_get_full_grad(p))
+        norm = self.clip(parameters, max_norm)
+        self.norms.append(norm.item())
         for i, p in enumerate(parameters):
-            tensors[f"{step}.clipped.{i}"] = safe_get_full_grad(p).detach().float().clone()
+            self._keep(f"{step}.clipped.{i}", safe_get_full_grad(p))
         return norm
 
-    engines, frozen, report, error, said = [], [], {}, None, []
-    say = train.RunLogger.say
-    train.RunLogger.say = lambda self, text: said.append(text) or say(self, text)
-    initialize = deepspeed.initialize
-    train.clip_grad_norm = recording
-
-    def remembering(**kwargs):
-        result = initialize(**kwargs)
-        engines.append(result[0])
-        frozen.append(frozen_digest(result[0].module))
+    def initialize(self, **kwargs):
+        """In the place of deepspeed.initialize."""
+        result = deepspeed.initialize(**kwargs)
+        self.engine = result[0]
+        self.frozen.append(frozen_digest(self.engine.module))
         return result
 
-    deepspeed.initialize = remembering
+    def make_logger(self, *args):
+        logger = RunLogger(*args)
+        say = logger.say
+        logger.say = lambda text: self.said.append(text) or say(text)
+        return logger
+
+    def finish(self) -> None:
+        if self.engine is None:
+            return
+        self.engine.empty_partition_cache()  # as export_model: gathers may be under way
+        self.frozen.append(frozen_digest(self.engine.module))
+        for i, (name, p) in enumerate(trainable_parameters(self.engine.module)):
+            self._keep(f"final.weight.{i}", safe_get_full_fp32_param(p))
+            self.names.append(name)
+        self.engine.destroy()
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tensor.detach().float().clone().contiguous()
+
+
+def run(case: dict) -> None:
+    saved = [copy.copy(vars(module)) for module in PATCHED]
+    write = loop.checkpoint.store.CheckpointStore.write
+    patch = case.get("patch", {})
+    plant(patch, case.get("mistake"))
+    recorder, report, error = Recorder(), {}, None
     try:
         config = load_config(case["args"])
-        report = train.train(config, build_ds_config(config))
+        ds_config = build_ds_config(config)
+        if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
+            ds_config |= {"gradient_clipping": patch["deepspeed_clips"]}
+        report = train.train(
+            config,
+            ds_config,
+            initialize=recorder.initialize,
+            make_logger=recorder.make_logger,
+        )
     except (FloatingPointError, AuditError, ConfigError) as problem:
         error = f"{type(problem).__name__}: {problem}"
     finally:
-        deepspeed.initialize = initialize
-        train.RunLogger.say = say
-        loop.checkpoint.checkpointer.Checkpointer._write = write
+        loop.checkpoint.store.CheckpointStore.write = write
         for module, before in zip(PATCHED, saved):
             vars(module).update(before)
-    if engines:
-        engines[0].empty_partition_cache()  # as export_model: gathers may be under way
-        frozen.append(frozen_digest(engines[0].module))
-        for i, (name, p) in enumerate(loop.optim.adamw.trainable_parameters(engines[0].module)):
-            tensors[f"final.weight.{i}"] = safe_get_full_fp32_param(p).detach().float().clone()
-            names.append(name)
-        engines[0].destroy()
+    recorder.finish()
     if not torch.distributed.is_initialized():
         raise SystemExit(error)
     if torch.distributed.get_rank() == 0:
         out = Path(case["out"])
         out.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, out / f"{case['name']}.safetensors"
-        )
+        save_file(recorder.tensors, out / f"{case['name']}.safetensors")
         record = {
-            "norms": norms,
-            "names": names,
+            "norms": recorder.norms,
+            "names": recorder.names,
             "report": report,
-            "frozen": frozen,
+            "frozen": recorder.frozen,
             "error": error,
-            "said": said,
+            "said": recorder.said,
         }
         (out / f"{case['name']}.json").write_text(json.dumps(record))
 
