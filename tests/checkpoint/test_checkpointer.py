@@ -17,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loop.checkpoint.checkpointer import Checkpointer
+from loop.checkpoint.store import CheckpointStore
+from loop.checkpoint.train_state import TrainState
 from loop.config.cli import load_config
-from loop.config.schema import ConfigError
+from loop.config.schema import ConfigError, RunConfig
 from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples, visit_weights
 from loop.model.loading import load_tokenizer
@@ -258,9 +260,19 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.fixture
-def kept(runs, tmp_path) -> Checkpointer:
+def kept(runs, tmp_path) -> CheckpointStore:
     shutil.copytree(runs / "whole" / "checkpoints", tmp_path / "checkpoints")
-    return Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
+    return CheckpointStore(tmp_path, 2)
+
+
+def checkpointer_in(run_dir: Path) -> Checkpointer:
+    """That of the only rank of a run."""
+    alone = SimpleNamespace(is_main=True, all_gather_json=lambda value: [value], any=bool)
+    config = SimpleNamespace(
+        run=SimpleNamespace(keep_checkpoints=2, resume=True), model_dump=lambda mode: {}
+    )
+    identity = SimpleNamespace(at_step=lambda plan, step: {}, versions={})
+    return Checkpointer(run_dir, alone, config, identity)
 
 
 def test_a_torn_checkpoint_is_passed_over_and_said(kept):
@@ -282,74 +294,74 @@ def test_a_write_that_is_cut_off_leaves_the_old_ones(kept, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("loop.checkpoint.checkpointer.save_file", full)
+    monkeypatch.setattr("loop.checkpoint.store.save_file", full)
     with pytest.raises(OSError):
-        kept._write(8, iter([{}]), {})
+        kept.write(8, iter([{}]), {})
     path, _, remarks = kept.newest()
     assert path.name == "step-000006" and remarks == [
         "writing-000008 passed over: it was never finished"
     ]
 
 
-def a_write(checkpoints: Checkpointer, step: int, loss: float | None = None) -> None:
-    checkpoints._write(
+def a_write(store: CheckpointStore, step: int, loss: float | None = None) -> None:
+    store.write(
         step,
         iter([{"w.master": torch.zeros(4)}]),
         {"step": step, "figures": {"eval/loss": loss} if loss else {}},
     )
 
 
-def names(checkpoints: Checkpointer) -> list[int]:
-    return [int(p.name[5:]) for p in checkpoints.finished()]
+def steps(store: CheckpointStore) -> list[int]:
+    return [int(p.name[5:]) for p in store.finished()]
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
+    store = CheckpointStore(tmp_path, 2)
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, float("nan"))):
-        a_write(it, step, loss)
-    assert names(it) == [2, 4, 5]  # 2 has the lowest validation loss
-    a_write(it, 1_000_000, 0.5)
+        a_write(store, step, loss)
+    assert steps(store) == [2, 4, 5]  # 2 has the lowest validation loss
+    a_write(store, 1_000_000, 0.5)
     assert (
-        names(it) == [5, 1_000_000] and it.newest()[1]["step"] == 1_000_000
+        steps(store) == [5, 1_000_000] and store.newest()[1]["step"] == 1_000_000
     )  # more digits than the name has room for
-    assert (it.folder / "best").resolve() == it.newest()[0] and (
-        it.folder / "best" / "manifest.json"
+    assert (store.folder / "best").resolve() == store.newest()[0] and (
+        store.folder / "best" / "manifest.json"
     ).is_file()
 
 
-def test_torn_ones_never_push_out_a_whole_one(tmp_path):
+def test_corrupt_ones_never_push_out_a_complete_one(tmp_path):
     """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole one, and stays with 2."""
-    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 2)
-    it.keep = 3
+    store = CheckpointStore(tmp_path, 2)
+    store.keep = 3
     for step in (2, 4, 6):
-        a_write(it, step)
-    it.keep = 2
-    flip_a_bit(it.folder / "step-000004" / "state-00000.safetensors")
-    (it.folder / "step-000006" / "state-00000.safetensors").unlink()
-    path, _, remarks = it.newest()
+        a_write(store, step)
+    store.keep = 2
+    flip_a_bit(store.folder / "step-000004" / "state-00000.safetensors")
+    (store.folder / "step-000006" / "state-00000.safetensors").unlink()
+    path, _, remarks = store.newest()
     assert path.name == "step-000002" and [r.split(":")[0] for r in remarks] == [
         "step-000006 passed over",
         "step-000004 passed over",
     ]
-    assert names(it) == [2, 4, 6]  # nothing is deleted before a newer one is whole
-    a_write(it, 3)
-    assert names(it) == [2, 3] and it.newest()[0].name == "step-000003"
-    a_write(it, 4)
-    assert names(it) == [3, 4] and it.newest()[1]["step"] == 4
+    assert steps(store) == [2, 4, 6]  # nothing is deleted before a newer one is whole
+    a_write(store, 3)
+    assert steps(store) == [2, 3] and store.newest()[0].name == "step-000003"
+    a_write(store, 4)
+    assert steps(store) == [3, 4] and store.newest()[1]["step"] == 4
 
 
 def test_a_writer_killed_at_any_instant_leaves_a_whole_one(tmp_path):
     """SIGKILL, 20 times, between any two lines of writing, renaming and tidying up."""
-    it, rng, reached = Checkpointer(tmp_path, SimpleNamespace(is_main=True), 1), random.Random(0), 1
-    a_write(it, 1)
+    store, rng, reached = CheckpointStore(tmp_path, 1), random.Random(0), 1
+    a_write(store, 1)
     for _ in range(20):
         if not (writer := os.fork()):
             for step in range(reached + 1, 10**6):
-                a_write(it, step)
+                a_write(store, step)
         time.sleep(rng.uniform(0.0, 0.06))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
-        path, manifest, remarks = Checkpointer(tmp_path, it.ranks, 1).newest()
+        path, manifest, remarks = CheckpointStore(tmp_path, 1).newest()
         assert (
             path
             and manifest["step"] >= reached
@@ -363,26 +375,39 @@ def test_a_folder_that_takes_nothing_is_said_each_time_and_every_gather_is_taken
     tmp_path, monkeypatch
 ):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    taken = []
+    taken, said = [], []
+    module = "loop.checkpoint.checkpointer"
     monkeypatch.setattr(
-        "loop.zero3.optimizer_state.gather_full_state",
-        lambda *_: (taken.append(i) or {} for i in range(3)),
+        f"{module}.gather_full_state", lambda *_: (taken.append(i) or {} for i in range(3))
     )
-    monkeypatch.setattr("loop.zero3.optimizer_state.adam_step", lambda engine: 1)
-    monkeypatch.setattr("loop.checkpoint.checkpointer.dist.barrier", lambda: None)
-    it = Checkpointer(tmp_path, SimpleNamespace(is_main=True, gather=lambda value: [value]), 2)
+    monkeypatch.setattr(f"{module}.adam_step", lambda engine: 1)
+    monkeypatch.setattr(f"{module}.dist.barrier", lambda: None)
+    checkpointer = checkpointer_in(tmp_path)
+    checkpointer.plan = None
+    logger = SimpleNamespace(flush=lambda: None, say=said.append, scalars=None)
     for step in (5, 6):
-        assert f"checkpoint of step {step} not written" in it.save(None, step, {}) and taken == [
-            0,
-            1,
-            2,
-        ]
+        checkpointer.save(None, TrainState(RunConfig(), step=step), logger)
+        assert f"checkpoint of step {step} not written" in said[-1] and taken == [0, 1, 2]
         taken.clear()
 
 
-def test_when_none_is_whole_a_person_must_decide(kept):
+def test_when_none_is_complete_a_person_must_decide(kept, tmp_path):
     for path in kept.finished():
         (path / "manifest.json").write_text("{")
-    kept.ranks = SimpleNamespace(is_main=True, gather=lambda value: [value], any=bool)
     with pytest.raises(ConfigError, match="no checkpoint is whole .*step-000006.*run.resume=false"):
-        kept.agree_on_newest()
+        checkpointer_in(tmp_path).find_latest(plan=[])
+
+
+def test_the_counters_survive_a_manifest_and_too_many_skips_end_a_run():
+    """Skips in a row begin anew with a resume; all else is what it was."""
+    run = RunConfig(max_skipped_in_a_row=2)
+    state = TrainState(run)
+    assert state.validation_due and not state.diverged
+    for loss, applied in ((1.0, True), (9.0, False), (2.0, True), (8.0, False)):
+        state.record(loss, applied)
+    assert not state.diverged and state.last_step_skipped and state.eval_metrics == {}
+    state.record(7.0, applied=False)
+    assert state.diverged
+    again = TrainState.from_manifest(run, json.loads(json.dumps(state.to_manifest())))
+    assert (again.step, again.skipped_steps, list(again.recent_losses)) == (5, 3, [1.0, 2.0])
+    assert not again.diverged and not again.validation_due

@@ -21,7 +21,7 @@ def test_any_number_of_ranks_and_any_batch_gives_the_same_figures(trained):
     loss to rounding."""
     command = [
         "-m",
-        "loop.evaluate",
+        "loop.commands.evaluate",
         "--config",
         str(trained / "config.yaml"),
         "--split",
@@ -60,7 +60,7 @@ def test_the_command_gives_the_runs_own_loss(trained):
     run_ok(
         2,
         "-m",
-        "loop.evaluate",
+        "loop.commands.evaluate",
         "--config",
         str(trained / "config.yaml"),
         "--split",
@@ -87,7 +87,7 @@ def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys
     )
     command = [
         "-m",
-        "loop.evaluate",
+        "loop.commands.evaluate",
         "--config",
         str(trained / "config.yaml"),
         "--split",

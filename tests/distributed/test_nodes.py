@@ -39,7 +39,7 @@ class Hosts:
         command = [
             sys.executable,
             "-m",
-            "loop.launcher",
+            "loop.distributed.launcher",
             "train",
             f"--hostfile={self.hostfile}",
             f"--node-rank={node}",

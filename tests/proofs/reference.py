@@ -12,7 +12,8 @@ def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, dev
     """The base (in NF4 for "qlora") with LoRA, as peft and transformers build it, attention by torch."""
     from peft import LoraConfig, get_peft_model
 
-    model = load_base(base, dtype, device, quantization="nf4" if method == "qlora" else None, attention="sdpa")
+    quantization = "nf4" if method == "qlora" else None
+    model = load_base(base, dtype, device, quantization=quantization, attention="sdpa")
     if method == "full":
         return model.requires_grad_(True)
     return get_peft_model(

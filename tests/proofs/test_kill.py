@@ -55,7 +55,7 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
                 or p.status() == psutil.STATUS_ZOMBIE
             ):
                 continue
-            if "launch.sh" in command or "loop.launcher" in command:  # the one becomes the other
+            if "launch.sh" in command or "loop.distributed.launcher" in command:  # the one becomes the other
                 found["launch.sh"] = p
             elif "deepspeed.launcher.launch" in command:
                 found["the launcher"] = p
