@@ -1,10 +1,20 @@
-"""How good the model is on a split: token-weighted loss, and its notes scored beside what they have to beat."""
+"""Scores notes beside baselines that they have to beat on the same examples.
+
+The baselines are the dialogue taken as the note, and the note of the most similar training
+dialogue. The reference taken as the note is the best that can be reached.
+"""
+
+import collections
+import math
+import re
+
+import numpy as np
 
 from ..data.conversations import Conversation, dialogue_text, note_text
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..generation.decode import Note
-from .scoring import Row, most_similar, score_note, summarise
+from .scoring import Row, score_note, summarise
 
 
 def score_with_baselines(
@@ -13,36 +23,72 @@ def score_with_baselines(
     train: list[Conversation],
     ranks: Ranks,
 ) -> tuple[list[Row], dict]:
-    """(rows by id, the figures of `summarise`), each rank scoring its share; the same on every rank, whatever their number. train: may be empty."""
+    """(the rows in the order of their ids, the report of `summarise`), equal on every rank.
+
+    Each rank scores its shard of the rows. Every rank must call it; their number changes nothing.
+
+    Args:
+        conversations: with dialogue and reference.
+        notes: the note of each conversation, by id.
+        train: searched for the most similar dialogue; if empty, that baseline is left out.
+    """
     set_activity("scoring notes")
     rows = [
         Row(c.id, dialogue_text(c), note_text(c), *notes[c.id])
         for c in sorted(conversations, key=lambda c: c.id)
     ]
     mine = rows[ranks.rank :: ranks.world_size]
-    nearest = (
-        most_similar([row.dialogue for row in mine], [dialogue_text(c) for c in train])
-        if train
-        else []
+    systems = {"notes": mine}
+    if train:
+        nearest = most_similar([row.dialogue for row in mine], [dialogue_text(c) for c in train])
+        systems["nearest note"] = [
+            row._replace(note=note_text(train[i]), ended=None) for row, i in zip(mine, nearest)
+        ]
+    systems["dialogue"] = [row._replace(note=row.dialogue, ended=None) for row in mine]
+    systems["reference"] = [row._replace(note=row.reference, ended=None) for row in mine]
+    shards = ranks.all_gather_json(
+        {name: [score_note(row) for row in system] for name, system in systems.items()}
     )
-    systems = {
-        "notes": [score_note(row) for row in mine],
-        **(
-            {
-                "nearest note": [
-                    score_note(row._replace(note=note_text(train[i]), ended=None))
-                    for row, i in zip(mine, nearest)
-                ]
-            }
-            if train
-            else {}
-        ),
-        "dialogue": [score_note(row._replace(note=row.dialogue, ended=None)) for row in mine],
-        "reference": [score_note(row._replace(note=row.reference, ended=None)) for row in mine],
-    }
-    parts = ranks.all_gather_json(systems)
-    whole = {
-        name: [parts[i % ranks.world_size][name][i // ranks.world_size] for i in range(len(rows))]
+    scores = {
+        name: [shards[i % ranks.world_size][name][i // ranks.world_size] for i in range(len(rows))]
         for name in systems
     }
-    return rows, summarise(whole)
+    return rows, summarise(scores)
+
+
+def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
+    """For each query, the index of the text of the corpus with the highest TF-IDF cosine.
+
+    The weight of a word is (1 + log tf) log(n / df), for n texts in the corpus. Of equal texts it
+    is the first.
+    """
+    counts = [_count_words(text) for text in corpus]
+    document_frequency = collections.Counter(word for count in counts for word in count)
+    idf = {word: math.log(len(corpus) / n) for word, n in document_frequency.items()}
+    postings: dict[str, tuple[list[int], list[float]]] = collections.defaultdict(lambda: ([], []))
+    norms = np.ones(len(corpus))
+    for i, count in enumerate(counts):
+        weights = {word: (1 + math.log(n)) * idf[word] for word, n in count.items()}
+        norms[i] = math.sqrt(sum(w * w for w in weights.values())) or 1.0
+        for word, weight in weights.items():
+            ids, id_weights = postings[word]
+            ids.append(i)
+            id_weights.append(weight)
+    arrays = {
+        word: (np.array(ids), np.array(weights))
+        for word, (ids, weights) in postings.items()
+        if idf[word]
+    }
+    best = []
+    for query in queries:
+        dots = np.zeros(len(corpus))
+        for word, n in _count_words(query).items():
+            if word in arrays:
+                ids, weights = arrays[word]
+                dots[ids] += (1 + math.log(n)) * idf[word] * weights
+        best.append(int((dots / norms).argmax()))
+    return best
+
+
+def _count_words(text: str) -> collections.Counter:
+    return collections.Counter(re.findall(r"\w+", text.lower()))

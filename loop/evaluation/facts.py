@@ -1,271 +1,406 @@
-"""Facts of a text that can be held against another text without understanding either: numbers with their units (doses, vital signs, ages,
-durations), how often, dates, drugs and sides. `Said` tells which facts of a note its dialogue supports, and the other way round.
+"""Finds the facts of a text that can be compared with another text without understanding either.
 
-It sees what is stated, not whether it is right: a dose moved to another drug of the same visit, or "denies" in the place of "reports",
-passes."""
+A fact is a number with its unit (dose, vital sign, age, duration), a frequency, a date, a drug or a
+side of the body. `Statements` tells which facts of a note its dialogue supports, and the reverse.
 
-import math
+Only what is stated is checked, not whether it is right: a dose that moved to another drug of the
+same visit passes, and so does "denies" in the place of "reports".
+"""
+
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from .drugs import drug_of
-from .numerals import Item, items_of
+from .drugs import generic_name
+from .numerals import Item, parse_items
 
-_WORDS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth"
-ORDINALS = {w: i for i, w in enumerate(f"{_WORDS} eighteenth nineteenth twentieth".split(), 1)} | {
-    "thirtieth": 30
-}
-MONTHS = (
-    "january february march april may june july august september october november december".split()
-)
-UNITS = {
-    form: unit
-    for entry in """mg=milligram,milligrams,mgs mcg=microgram,micrograms,ug g=gram,grams,gm kg=kilogram,kilograms,kilo,kilos
-    ml=milliliter,milliliters,millilitre,cc,ccs,mls l=liter,liters,litre,litres unit=units,iu %=percent meq= mmhg= cm=centimeter,centimeters
-    mm=millimeter,millimeters m=meter,meters mile=miles inch=inches foot=feet,ft pound=pounds,lb,lbs ounce=ounces,oz calorie=calories
-    degree=degrees,c,f,celsius,fahrenheit,° year=years,yr,yrs,yo month=months,mo week=weeks,wk,wks day=days hour=hours,hr,hrs
-    minute=minutes,min,mins second=seconds tablet=tablets,tab,tabs,pill,pills capsule=capsules puff=puffs drop=drops spray=sprays
-    pack=packs,ppd cigarette=cigarettes drink=drinks,beverages beer=beers glass=glasses cup=cups time=times""".split()
-    for unit, forms in [entry.split("=")]
-    for form in [unit, *filter(None, forms.split(","))]
-}
-PERIODS = {unit: unit for unit in ("hour", "day", "week", "month", "year")} | {
-    "daily": "day",
-    "weekly": "week",
-    "monthly": "month",
-}
+_ORDINALS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
+    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"""
+ORDINALS = {word: i for i, word in enumerate(_ORDINALS.split(), 1)} | {"thirtieth": 30}
+_MONTHS = """january february march april may june july august september october november
+    december"""
+MONTHS = _MONTHS.split()
+_UNITS = """mg=milligram,milligrams,mgs mcg=microgram,micrograms,ug g=gram,grams,gm
+    kg=kilogram,kilograms,kilo,kilos ml=milliliter,milliliters,millilitre,cc,ccs,mls
+    l=liter,liters,litre,litres unit=units,iu %=percent meq= mmhg= cm=centimeter,centimeters
+    mm=millimeter,millimeters m=meter,meters mile=miles inch=inches foot=feet,ft
+    pound=pounds,lb,lbs ounce=ounces,oz calorie=calories degree=degrees,c,f,celsius,fahrenheit,°
+    year=years,yr,yrs,yo month=months,mo week=weeks,wk,wks day=days hour=hours,hr,hrs
+    minute=minutes,min,mins second=seconds tablet=tablets,tab,tabs,pill,pills capsule=capsules
+    puff=puffs drop=drops spray=sprays pack=packs,ppd cigarette=cigarettes drink=drinks,beverages
+    beer=beers glass=glasses cup=cups time=times"""
+
+
+def _units_by_form(table: str) -> dict[str, str]:
+    """{every form of a unit, itself included: the unit} of "unit=form,form" entries."""
+    units = {}
+    for entry in table.split():
+        unit, forms = entry.split("=")
+        units |= dict.fromkeys([unit, *filter(None, forms.split(","))], unit)
+    return units
+
+
+UNITS = _units_by_form(_UNITS)
+PERIODS = {unit: unit for unit in ("hour", "day", "week", "month", "year")}
+PERIODS |= {"daily": "day", "weekly": "week", "monthly": "month"}
 PERIODS |= dict.fromkeys(("nightly", "morning", "evening", "night", "bedtime"), "day")
-OFTEN = {"bid": 2, "tid": 3, "qid": 4, "qd": 1, "qhs": 1}  # times a day
-WHOLE = (
-    "hour",
-    "week",
-    "month",
-    "year",
-    "pack",
-    "glass",
-    "beer",
-    "drink",
-    "tablet",
-    "capsule",
-    "puff",
-)  # "a week" is 1 week
-PARTS = {
-    form: part
-    for part in """abdomen ankle arm armpit axilla back breast buttock calf cheek chest ear elbow eye face finger flank foot forearm
-    forehead groin hand head heel hemisphere hip jaw kidney knee leg limb lobe lung mandible neck nostril ovary quadrant rib shoulder shin sinus
-    side temple testicle thigh throat thumb toe tonsil wrist ventricle""".split()
-    for form in (part, f"{part}s")
-}
-PARTS |= {
-    "feet": "foot",
-    "calves": "calf",
-    "sided": "side",
-    "ovaries": "ovary",
-    "extremity": "limb",
-    "extremities": "limb",
-}
-SIDES = {
-    "left": "left",
-    "right": "right",
-    "both": "both",
-    "bilateral": "both",
-    "bilaterally": "both",
-}
+TIMES = {"once": 1, "twice": 2, "thrice": 3}
+TIMES_A_DAY = {"bid": 2, "tid": 3, "qid": 4, "qd": 1, "qhs": 1}
+# "a week" is 1 week, and "half a tablet" 0.5 tablets.
+AFTER_ARTICLE = (
+    *("hour", "week", "month", "year"),
+    *("pack", "glass", "beer", "drink", "tablet", "capsule", "puff"),
+)
+_BODY_PARTS = """abdomen ankle arm armpit axilla back breast buttock calf cheek chest ear elbow eye
+    face finger flank foot forearm forehead groin hand head heel hemisphere hip jaw kidney knee leg
+    limb lobe lung mandible neck nostril ovary quadrant rib shoulder shin sinus side temple testicle
+    thigh throat thumb toe tonsil wrist ventricle"""
+BODY_PARTS = {form: part for part in _BODY_PARTS.split() for form in (part, f"{part}s")}
+BODY_PARTS |= {"feet": "foot", "calves": "calf", "sided": "side", "ovaries": "ovary"}
+BODY_PARTS |= {"extremity": "limb", "extremities": "limb"}
+SIDES = {"left": "left", "right": "right"}
+SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
 
 
 class Fact(NamedTuple):
-    kind: str  # number, often, date, drug or side
-    value: str  # what is compared
-    start: int  # where it stands in the text
+    kind: str  # number, often (a frequency), date, drug or side
+    value: str  # normalised, such as "500 mg", "2/day", "m7 d29 y2008" or "left knee"
+    start: int  # the fact is text[start:end]
     end: int
 
 
-def _show(number: float) -> str:
-    return f"{number:.3f}".rstrip("0").rstrip(".")
+class Match(NamedTuple):
+    """A fact that begins at some item."""
+
+    kind: str
+    value: str
+    num_items: int  # items that the fact spans
 
 
-def _date(items: list[Item], at: int) -> tuple[str, int] | None:
-    """A date such as m7 d29 y2008, of what is said of it, and the item behind it. A year alone is one, a month alone where "in" leads to it."""
-    words = [i.word for i in items[at : at + 5]] + [""] * 5
-    numbers = [math.nan if i.number is None else i.number for i in items[at : at + 5]] + [
-        math.nan
-    ] * 5  # nan: in no range
-
-    def day(k: int) -> int | None:  # a number, "29th", "third" or "twenty ninth"
-        return (
-            int(numbers[k])
-            if numbers[k] in range(1, 32) and words[k + 1] not in UNITS
-            else ORDINALS.get(words[k])
-        )
-
-    def year(k: int) -> bool:
-        return numbers[k] in range(1900, 2100)
-
-    if (
-        numbers[0] <= 12
-        and words[1] == "/"
-        and numbers[2] <= 31
-        and words[3] == "/"
-        and numbers[4] >= 0
-    ):
-        full = int(numbers[4]) + (2000 if numbers[4] < 50 else 1900 if numbers[4] < 100 else 0)
-        return f"m{int(numbers[0])} d{int(numbers[2])} y{full}", 5
-    if words[0] in MONTHS:
-        found, k = f"m{MONTHS.index(words[0]) + 1}", 1
-        if first := day(1):
-            tens, k = (
-                (
-                    numbers[1] in (20, 30)
-                    and ORDINALS.get(words[2], 0) < 10
-                    and ORDINALS.get(words[2], 0)
-                )
-                or 0,
-                2,
-            )
-            found, k = f"{found} d{first + tens}", k + bool(tens)
-            k += words[k] in ("st", "nd", "rd", "th")
-        k += words[k] == "of"
-        if year(k):
-            return f"{found} y{int(numbers[k])}", k + 1
-        return (
-            (found, k)
-            if " d" in found
-            or (at and items[at - 1].word in ("in", "since", "of", "last", "this", "until", "by"))
-            else None
-        )
-    if numbers[0] in range(1, 13) and words[1] == "/" and year(2):
-        return f"m{int(numbers[0])} y{int(numbers[2])}", 3
-    return (
-        (f"y{int(numbers[0])}", 1)
-        if year(0) and words[1] not in UNITS and words[1] != "/"
-        else None
-    )
+MAX_DATE_ITEMS = 5  # of "7/29/2008"
+_END = Item(
+    "", None, 0, 0
+)  # stands behind the last item of a text, so that matchers can look ahead
+_PADDING = [_END] * MAX_DATE_ITEMS
 
 
-def facts(text: str) -> list[Fact]:
-    """All facts of a text, in its order. A bare whole number below 10 is none: in speech most are "one of them" or a list's."""
-    items = items_of(text)
-    words, numbers = [i.word for i in items] + [""] * 4, [i.number for i in items] + [None] * 4
+def extract_facts(text: str) -> list[Fact]:
+    """All facts of a text, in its order.
+
+    A bare integer below 10 is no fact: in speech most are "one of them" or belong to a list.
+    """
+    items = parse_items(text)
+    num_items = len(items)
+    items += _PADDING
     found: list[Fact] = []
     i = 0
-    while i < len(items):
-        kind, value, taken, word, number = "", "", 1, words[i], numbers[i]
-        times = {"once": 1, "twice": 2, "thrice": 3}.get(
-            word, number if words[i + 1] in ("time", "times") else None
-        )
-        behind = (
-            i + 1 + (number is not None)
-        )  # once a day; 3 times a day, where "x" and "per" will do as well
-        behind += words[behind] in ("a", "per", "each", "every", "in", "the")
-        if dated := _date(items, i):
-            kind, (value, taken) = "date", dated
-        elif times and (period := PERIODS.get(UNITS.get(words[behind], words[behind]))):
-            kind, value, taken = "often", f"{_show(times)}/{period}", behind + 1 - i
-        elif word in OFTEN:
-            kind, value = "often", f"{OFTEN[word]}/day"
-        elif word in ("daily", "nightly", "weekly", "monthly"):
-            kind, value = "often", f"1/{PERIODS[word]}"
-        elif (word == "every" or (word, words[i + 1]) == ("at", "bedtime")) and words[
-            i + 1
-        ] in PERIODS:
-            kind, value, taken = "often", f"1/{PERIODS[words[i + 1]]}", 2
-        elif number is not None:
-            kind, value = "number", _show(number)
-            gap = (
-                2
-                if (words[i + 1], words[i + 2]) == ("out", "of")
-                else 1
-                if words[i + 1] in ("/", "over")
-                else 0
-            )
-            if gap and (below := numbers[i + 1 + gap]) is not None:
-                value, taken = f"{value}/{_show(below)}", 2 + gap
-            elif (unit := UNITS.get(words[i + 1])) and not re.search(
-                r"[,.;:\n]", text[items[i].end : items[i + 1].start]
-            ):
-                value, taken = f"{value} {unit}", 2
-            elif number < 10 and number == int(number):
-                kind = ""
-        elif word in ("a", "an") and words[i + 1] in WHOLE:
-            half = words[i + 2 : i + 5] == ["and", "a", "half"]
-            kind, value, taken = (
-                "number",
-                f"{1.5 if half else 0.5 if i and words[i - 1] == 'half' else 1} {words[i + 1]}",
-                5 if half else 2,
-            )
-        elif drug := drug_of(word):
-            kind, value = "drug", f"vitamin {words[i + 1]}" if word == "vitamin" else drug
-            taken += word == "vitamin" and len(words[i + 1]) < 4
-        elif word in SIDES:
-            near = (
-                k.word
-                for k in items[i + 1 : i + 4]
-                if not re.search(r"[.?!\n]", text[items[i].end : k.start])
-            )
-            part = next((PARTS[w] for w in near if w in PARTS), "")
-            led = (
-                i > 1
-                and words[i - 1] in ("the", "my", "your", "his", "her")
-                and words[i - 2] in ("on", "to", "in")
-            )
-            if (
-                part or led or word.startswith("bi")
-            ):  # else it is "all right", "I left", "both of us"
-                kind, value = "side", f"{SIDES[word]} {part}".strip().removesuffix(" side")
-        if kind:
-            found.append(
-                Fact(kind, value, items[i].start, items[min(i + taken, len(items)) - 1].end)
-            )
-        i += taken
+    while i < num_items:
+        match = _match_at(text, items, i)
+        if match is None:
+            i += 1
+            continue
+        last = min(i + match.num_items, num_items) - 1
+        found.append(Fact(match.kind, match.value, items[i].start, items[last].end))
+        i += match.num_items
     return found
 
 
+def _match_at(text: str, items: list[Item], i: int) -> Match | None:
+    """The fact that begins at item i, by the first matcher that finds one."""
+    for matcher in MATCHERS:
+        match = matcher(text, items, i)
+        if match:
+            return match
+    return None
+
+
+def _match_date(text: str, items: list[Item], i: int) -> Match | None:
+    """A date as "m7 d29 y2008", without the parts that are not stated.
+
+    A year alone is a date; a month alone is one only after a word such as "in".
+    """
+    window = items[i : i + MAX_DATE_ITEMS] + _PADDING
+    previous = items[i - 1].word if i else ""
+    return (
+        _match_numeric_date(window)
+        or _match_named_month(window, previous)
+        or _match_month_and_year(window)
+        or _match_year(window)
+    )
+
+
+def _match_numeric_date(window: list[Item]) -> Match | None:
+    """A date such as "7/29/2008" or "7/29/08"."""
+    month, slash, day, second_slash, year = window[:5]
+    if slash.word != "/" or second_slash.word != "/":
+        return None
+    if month.number is None or day.number is None or year.number is None:
+        return None
+    if month.number > 12 or day.number > 31:
+        return None
+    value = f"m{int(month.number)} d{int(day.number)} y{_full_year(int(year.number))}"
+    return Match("date", value, 5)
+
+
+def _full_year(year: int) -> int:
+    """2008 of 8, 1998 of 98."""
+    if year < 50:
+        return year + 2000
+    return year + 1900 if year < 100 else year
+
+
+def _match_named_month(window: list[Item], previous: str) -> Match | None:
+    """A date such as "July 29th 2008", "July of 2008", "July twenty ninth" or "in July"."""
+    if window[0].word not in MONTHS:
+        return None
+    value = f"m{MONTHS.index(window[0].word) + 1}"
+    count = 1
+    day = _day_of_month(window)
+    if day is not None:
+        day_number, num_items = day
+        value = f"{value} d{day_number}"
+        count += num_items
+        if window[count].word in ("st", "nd", "rd", "th"):
+            count += 1
+    if window[count].word == "of":
+        count += 1
+    year = _year(window[count])
+    if year is not None:
+        return Match("date", f"{value} y{year}", count + 1)
+    after_preposition = previous in ("in", "since", "of", "last", "this", "until", "by")
+    if day is None and not after_preposition:  # "she may come"
+        return None
+    return Match("date", value, count)
+
+
+def _day_of_month(window: list[Item]) -> tuple[int, int] | None:
+    """(day, its items) after a month's name: "29", "third" or "twenty ninth"."""
+    day, following = window[1:3]
+    if day.number is None or day.number not in range(1, 32) or following.word in UNITS:
+        ordinal = ORDINALS.get(day.word)
+        return None if ordinal is None else (ordinal, 1)
+    ones = ORDINALS.get(following.word, 0)
+    if day.number in (20, 30) and 0 < ones < 10:
+        return int(day.number) + ones, 2
+    return int(day.number), 1
+
+
+def _year(item: Item) -> int | None:
+    if item.number is None or item.number not in range(1900, 2100):
+        return None
+    return int(item.number)
+
+
+def _match_month_and_year(window: list[Item]) -> Match | None:
+    """A date such as "7/2008"."""
+    month, slash = window[:2]
+    year = _year(window[2])
+    if month.number is None or month.number not in range(1, 13):
+        return None
+    if slash.word != "/" or year is None:
+        return None
+    return Match("date", f"m{int(month.number)} y{year}", 3)
+
+
+def _match_year(window: list[Item]) -> Match | None:
+    """A date such as "2008", but neither "2000 mg" nor the first number of "2000/1"."""
+    year = _year(window[0])
+    following = window[1].word
+    if year is None or following in UNITS or following == "/":
+        return None
+    return Match("date", f"y{year}", 1)
+
+
+def _match_times_per_period(text: str, items: list[Item], i: int) -> Match | None:
+    """A frequency such as "twice a day", "three times daily" or "once every week"."""
+    item = items[i]
+    if item.word in TIMES:
+        times: float = TIMES[item.word]
+        end = i + 1
+    elif item.number and items[i + 1].word in ("time", "times"):
+        times = item.number
+        end = i + 2
+    else:
+        return None
+    if items[end].word in ("a", "per", "each", "every", "in", "the"):
+        end += 1
+    word = items[end].word
+    period = PERIODS.get(UNITS.get(word, word))
+    if period is None:
+        return None
+    return Match("often", f"{_format(times)}/{period}", end + 1 - i)
+
+
+def _match_frequency(text: str, items: list[Item], i: int) -> Match | None:
+    """A frequency such as "t.i.d.", "daily", "every morning" or "at bedtime"."""
+    word = items[i].word
+    following = items[i + 1].word
+    if word in TIMES_A_DAY:
+        return Match("often", f"{TIMES_A_DAY[word]}/day", 1)
+    if word in ("daily", "nightly", "weekly", "monthly"):
+        return Match("often", f"1/{PERIODS[word]}", 1)
+    at_bedtime = (word, following) == ("at", "bedtime")
+    if (word == "every" or at_bedtime) and following in PERIODS:
+        return Match("often", f"1/{PERIODS[following]}", 2)
+    return None
+
+
+def _match_number(text: str, items: list[Item], i: int) -> Match | None:
+    """A number such as "120/80", "eight out of ten", "500 milligrams" or "98.6"."""
+    number = items[i].number
+    if number is None:
+        return None
+    value = _format(number)
+    following = items[i + 1].word
+    separators = 0  # items between the number and what it is over
+    if following in ("/", "over"):
+        separators = 1
+    elif (following, items[i + 2].word) == ("out", "of"):
+        separators = 2
+    below = items[i + 1 + separators].number if separators else None
+    if below is not None:
+        return Match("number", f"{value}/{_format(below)}", 2 + separators)
+    unit = UNITS.get(following)
+    if unit and not re.search(r"[,.;:\n]", text[items[i].end : items[i + 1].start]):
+        return Match("number", f"{value} {unit}", 2)
+    if number < 10 and number == int(number):
+        return None
+    return Match("number", value, 1)
+
+
+def _match_article(text: str, items: list[Item], i: int) -> Match | None:
+    """A number such as "a year", "half a tablet" or "a pack and a half"."""
+    unit = items[i + 1].word
+    if items[i].word not in ("a", "an") or unit not in AFTER_ARTICLE:
+        return None
+    if [item.word for item in items[i + 2 : i + 5]] == ["and", "a", "half"]:
+        return Match("number", f"1.5 {unit}", 5)
+    if i and items[i - 1].word == "half":
+        return Match("number", f"0.5 {unit}", 2)
+    return Match("number", f"1 {unit}", 2)
+
+
+def _match_drug(text: str, items: list[Item], i: int) -> Match | None:
+    """A drug, by its generic name; or a vitamin with its letter, such as "vitamin d"."""
+    word = items[i].word
+    drug = generic_name(word)
+    if drug is None:
+        return None
+    if word == "vitamin":
+        letter = items[i + 1].word
+        return Match("drug", f"vitamin {letter}", 2 if len(letter) < 4 else 1)
+    return Match("drug", drug, 1)
+
+
+def _match_side(text: str, items: list[Item], i: int) -> Match | None:
+    """A side such as "left knee", "both feet", "on the right" or "bilaterally".
+
+    Not "all right", "I left" or "both of us": a side needs a body part after it within the
+    sentence, or "on the" or the like before it.
+    """
+    word = items[i].word
+    if word not in SIDES:
+        return None
+    part = ""
+    for item in items[i + 1 : i + 4]:
+        same_sentence = not re.search(r"[.?!\n]", text[items[i].end : item.start])
+        if same_sentence and item.word in BODY_PARTS:
+            part = BODY_PARTS[item.word]
+            break
+    after_preposition = (
+        i > 1
+        and items[i - 1].word in ("the", "my", "your", "his", "her")
+        and items[i - 2].word in ("on", "to", "in")
+    )
+    if not part and not after_preposition and not word.startswith("bi"):
+        return None
+    return Match("side", f"{SIDES[word]} {part}".strip().removesuffix(" side"), 1)
+
+
+Matcher = Callable[[str, list[Item], int], Match | None]  # of (text, its padded items, an index)
+MATCHERS: tuple[Matcher, ...] = (
+    _match_date,
+    _match_times_per_period,
+    _match_frequency,
+    _match_number,
+    _match_article,
+    _match_drug,
+    _match_side,
+)
+
+
+def _format(number: float) -> str:
+    """At most three decimals, without trailing zeros."""
+    return f"{number:.3f}".rstrip("0").rstrip(".")
+
+
 class Statements:
-    """What a text says, to be asked whether it supports facts of another one."""
+    """What a text states. `supports` tells whether it states a fact of another text."""
 
     def __init__(self, text: str) -> None:
-        self.facts = facts(text)
-        self.values = {(f.kind, f.value) for f in self.facts}
-        numbers = [(i.start, _show(i.number)) for i in items_of(text) if i.number is not None]
+        self.facts = extract_facts(text)
+        self.values = {(fact.kind, fact.value) for fact in self.facts}
+        numbers = [
+            (item.start, _format(item.number))
+            for item in parse_items(text)
+            if item.number is not None
+        ]
         self.numbers = {number for _, number in numbers}
+        # Spans of facts in which a number has a meaning of its own: part of a dose, a date, an age.
         measured = [
-            range(f.start, f.end) for f in self.facts if not f.value.replace(".", "").isdigit()
-        ]  # part of a dose, a date, an age
-        self.bare = {
+            range(fact.start, fact.end)
+            for fact in self.facts
+            if not fact.value.replace(".", "").isdigit()
+        ]
+        self.bare_numbers = {
             number for start, number in numbers if not any(start in span for span in measured)
         }
-        self.dates = [set(f.value.split()) for f in self.facts if f.kind == "date"]
+        self.dates = [set(fact.value.split()) for fact in self.facts if fact.kind == "date"]
 
     def supports(self, fact: Fact) -> bool:
-        """Whether the text says so, too. A number with a unit is supported by the same one without any ("I take 500"), not by one with
-        another unit; a date by one that says at least as much; "left knee" by a left without a part, and by "both knees"."""
+        """Whether the text states the fact, too.
+
+        A number with a unit is supported by the same one without any ("I take 500"), not by one
+        with another unit; a date by one that states at least as much; "left knee" by a left without
+        a body part, and by "both knees".
+        """
         if (fact.kind, fact.value) in self.values:
             return True
-        if (
-            fact.kind == "number" and fact.value.removesuffix("/10").count("/") == 0
-        ):  # on a scale of ten, which goes without saying
-            number, _, unit = fact.value.replace("/", " ").partition(" ")
-            return number in (self.bare if unit else self.numbers)
+        if fact.kind == "number":
+            return self._supports_number(fact.value)
         if fact.kind == "date":
-            parts = set(fact.value.split())
-            return any(parts <= date for date in self.dates) or (
-                fact.value[0] == "y" and fact.value[1:] in self.numbers
-            )
+            return self._supports_date(fact.value)
         if fact.kind == "side":
-            side, _, part = fact.value.partition(" ")
-            sides = {
-                v.partition(" ")[0]
-                for k, v in self.values
-                if k == "side" and (not part or v.partition(" ")[2] in ("", part))
-            }
-            return (
-                side in sides or "both" in sides or (side == "both" and {"left", "right"} <= sides)
-            )
+            return self._supports_side(fact.value)
         return False
+
+    def _supports_number(self, value: str) -> bool:
+        if "/" in value.removesuffix("/10"):
+            return False
+        # Speakers leave out "out of ten" as they leave out units.
+        number, _, unit = value.replace("/", " ").partition(" ")
+        return number in (self.bare_numbers if unit else self.numbers)
+
+    def _supports_date(self, value: str) -> bool:
+        parts = set(value.split())
+        if any(parts <= date for date in self.dates):
+            return True
+        return value[0] == "y" and value[1:] in self.numbers
+
+    def _supports_side(self, value: str) -> bool:
+        side, _, part = value.partition(" ")
+        stated = set()
+        for kind, other in self.values:
+            other_side, _, other_part = other.partition(" ")
+            if kind == "side" and (not part or other_part in ("", part)):
+                stated.add(other_side)
+        return (
+            side in stated or "both" in stated or (side == "both" and {"left", "right"} <= stated)
+        )
 
 
 def distinct(found: list[Fact]) -> list[Fact]:
-    """The first of each fact that a text says."""
+    """The first of each fact that a text states, in its order."""
     first: dict[tuple[str, str], Fact] = {}
     for fact in found:
         first.setdefault((fact.kind, fact.value), fact)

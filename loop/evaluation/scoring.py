@@ -1,19 +1,21 @@
-"""How good notes are: likeness to a reference, form, and facts. Each figure is a ratio of sums over examples, with what it has to beat on the
-same examples beside it: the dialogue handed in as the note, and the note of the most similar training dialogue."""
+"""Scores notes: likeness to a reference, form, and facts.
 
-import collections
+Each metric is a ratio of sums over examples. `METRICS` lists them all: a new metric is one function
+of a `ParsedNote` and one entry there, and then stands in the report and in the table.
+"""
+
 import functools
-import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
-from .facts import Fact, Statements, distinct, facts
+from .facts import Fact, Statements, distinct, extract_facts
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-KINDS = {
+FACT_KINDS = {
     "number": "numbers, doses, ages",
     "often": "how often",
     "date": "dates",
@@ -21,181 +23,241 @@ KINDS = {
     "side": "left and right",
 }
 _MARKDOWN = re.compile(r"\*\*|__|`|^\s*(#{1,6}|[*+]) ", re.MULTILINE)
-# name -> (what the table calls it, whether it is a share, shown in per cent)
-FIGURES = {key: (title, True) for key, title in ROUGE.items()}
-FIGURES |= {
-    f"{h}/{key}": (f"  {NAMES[h]}, {title}", True) for h in HEADINGS for key, title in ROUGE.items()
-}
-FIGURES |= {"sections": ("S, O, A, P, in order", True)} | {
-    f"section/{h}": (f"  has {h}", True) for h in HEADINGS
-}
-FIGURES |= {
-    "ended": ("ended by itself (EOS)", True),
-    "markdown": ("has markdown", True),
-    "repetition": ("repeated 4-grams", True),
-}
-FIGURES |= {
-    "length": ("words, of the reference's", False),
-    "facts/supported": ("note's facts in dialogue", True),
-}
-FIGURES |= {f"facts/supported/{kind}": (f"  {title}", True) for kind, title in KINDS.items()} | {
-    "facts/kept": ("dialogue's facts in note", True)
-}
-FIGURES |= {"loss": ("loss, nats a token", False)}
+
+Score = tuple[float, float]  # a metric's numerator and denominator for one note
 
 
 class Row(NamedTuple):
-    """An example and its note. ended: whether the note came to its end-of-sequence token; None where nobody knows."""
+    """An example and its note."""
 
     id: str
     dialogue: str
     reference: str
     note: str
-    ended: bool | None = None
+    ended: bool | None = None  # whether the note reached its end-of-sequence token; None: unknown
+
+
+class ParsedNote:
+    """A row, and what several metrics read of it, computed at most once."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.words = row.note.split()
+
+    @functools.cached_property
+    def sections(self) -> dict[str, str]:
+        return parse_note(self.row.note)
+
+    @functools.cached_property
+    def rouge(self) -> dict:
+        """The scores of the note by name of the metric."""
+        return _rouge_scorer().score(self.row.reference, self.row.note)
+
+    @functools.cached_property
+    def section_rouge(self) -> dict[str, dict]:
+        """The scores of each section that the reference has, by heading."""
+        reference = parse_note(self.row.reference)
+        return {
+            heading: _rouge_scorer().score(reference[heading], self.sections.get(heading, ""))
+            for heading in HEADINGS
+            if reference.get(heading)
+        }
+
+    @functools.cached_property
+    def dialogue_statements(self) -> Statements:
+        return Statements(self.row.dialogue)
+
+    @functools.cached_property
+    def note_statements(self) -> Statements:
+        return Statements(self.row.note)
 
 
 @functools.lru_cache(maxsize=1)
-def _scorer():
+def _rouge_scorer():
     from rouge_score import rouge_scorer  # late: it takes a second, and training needs none of it
 
-    # As ACI-Bench does (Yim et al. 2023, doi 10.1038/s41597-023-02487-3): no stemmer; what it calls ROUGE-L is Lsum, a line a sentence.
+    # As ACI-Bench does (Yim et al. 2023, doi 10.1038/s41597-023-02487-3): no stemmer. What it calls
+    # ROUGE-L is rougeLsum, with a line as a sentence.
     return rouge_scorer.RougeScorer(list(ROUGE), use_stemmer=False)
 
 
-def score_note(row: Row) -> dict[str, tuple[float, float]]:
-    """(numerator, denominator) of every figure for one note. ROUGE (Lin 2004) is the F1, 0 for a section that the note lacks; a section that
-    the reference lacks counts nothing."""
-    found = {
-        key: (score.fmeasure, 1.0)
-        for key, score in _scorer().score(row.reference, row.note).items()
-    }
-    wanted, sections = parse_note(row.reference), parse_note(row.note)
-    for h in HEADINGS:
-        likeness = _scorer().score(wanted[h], sections.get(h, "")) if wanted.get(h) else {}
-        found |= {
-            f"{h}/{key}": (likeness[key].fmeasure, 1.0) if likeness else (0.0, 0.0) for key in ROUGE
-        }
-        found[f"section/{h}"] = (float(bool(sections.get(h))), 1.0)
-    words = row.note.split()
+def rouge(note: ParsedNote, name: str) -> Score:
+    """The F1 of a ROUGE (Lin 2004)."""
+    return note.rouge[name].fmeasure, 1.0
+
+
+def section_rouge(note: ParsedNote, heading: str, name: str) -> Score:
+    """The F1 of one section: 0 if the note lacks it; not counted if the reference lacks it."""
+    scores = note.section_rouge.get(heading)
+    return (scores[name].fmeasure, 1.0) if scores else (0.0, 0.0)
+
+
+def has_sections_in_order(note: ParsedNote) -> Score:
+    return float(has_all_sections(note.row.note)), 1.0
+
+
+def has_section(note: ParsedNote, heading: str) -> Score:
+    return float(bool(note.sections.get(heading))), 1.0
+
+
+def ended(note: ParsedNote) -> Score:
+    """Not counted where nobody knows, as for notes from a file."""
+    return float(bool(note.row.ended)), float(note.row.ended is not None)
+
+
+def markdown(note: ParsedNote) -> Score:
+    return float(bool(_MARKDOWN.search(note.row.note))), 1.0
+
+
+def repetition(note: ParsedNote) -> Score:
+    """The fraction of 4-grams that occurred in the note before."""
+    words = note.words
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    found["sections"] = (float(has_all_sections(row.note)), 1.0)
-    found["markdown"] = (float(bool(_MARKDOWN.search(row.note))), 1.0)
-    found["repetition"] = (float(len(grams) - len(set(grams))), float(len(grams)))
-    found["length"] = (float(len(words)), float(len(row.reference.split())))
-    found["ended"] = (float(bool(row.ended)), float(row.ended is not None))
-    said, noted = Statements(row.dialogue), Statements(row.note)
-    stated = distinct(noted.facts)
-    for kind in KINDS:
-        found[f"facts/supported/{kind}"] = (
-            float(sum(said.supports(f) for f in stated if f.kind == kind)),
-            float(sum(f.kind == kind for f in stated)),
+    return float(len(grams) - len(set(grams))), float(len(grams))
+
+
+def length(note: ParsedNote) -> Score:
+    return float(len(note.words)), float(len(note.row.reference.split()))
+
+
+def supported_facts(note: ParsedNote, kind: str | None = None) -> Score:
+    """The fraction of the note's distinct facts, of one kind or all, that the dialogue supports."""
+    stated = [f for f in distinct(note.note_statements.facts) if kind in (None, f.kind)]
+    supported = sum(note.dialogue_statements.supports(fact) for fact in stated)
+    return float(supported), float(len(stated))
+
+
+def recalled_facts(note: ParsedNote) -> Score:
+    """The fraction of the dialogue's distinct facts that the note supports."""
+    stated = distinct(note.dialogue_statements.facts)
+    supported = sum(note.note_statements.supports(fact) for fact in stated)
+    return float(supported), float(len(stated))
+
+
+def as_percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+class Metric(NamedTuple):
+    title: str  # in the table
+    score: Callable[[ParsedNote], Score] | None  # None: measured elsewhere, not on notes
+    format: Callable[[float], str] = as_percent
+
+
+def _rouge_metrics() -> dict[str, Metric]:
+    return {
+        name: Metric(title, functools.partial(rouge, name=name)) for name, title in ROUGE.items()
+    }
+
+
+def _section_rouge_metrics() -> dict[str, Metric]:
+    metrics = {}
+    for heading in HEADINGS:
+        for name, title in ROUGE.items():
+            score = functools.partial(section_rouge, heading=heading, name=name)
+            metrics[f"{heading}/{name}"] = Metric(f"  {NAMES[heading]}, {title}", score)
+    return metrics
+
+
+# In the order of the report and of the table.
+METRICS: dict[str, Metric] = {
+    **_rouge_metrics(),
+    **_section_rouge_metrics(),
+    "sections": Metric("S, O, A, P, in order", has_sections_in_order),
+    **{
+        f"section/{heading}": Metric(
+            f"  has {heading}", functools.partial(has_section, heading=heading)
         )
-    above, below = zip(*(found[f"facts/supported/{kind}"] for kind in KINDS))
-    found["facts/supported"] = (sum(above), sum(below))
-    told = distinct(said.facts)
-    found["facts/kept"] = (float(sum(map(noted.supports, told))), float(len(told)))
-    return found
+        for heading in HEADINGS
+    },
+    "ended": Metric("ended by itself (EOS)", ended),
+    "markdown": Metric("has markdown", markdown),
+    "repetition": Metric("repeated 4-grams", repetition),
+    "length": Metric("words, of the reference's", length, "{:.2f}".format),
+    "facts/supported": Metric("note's facts in dialogue", supported_facts),
+    **{
+        f"facts/supported/{kind}": Metric(
+            f"  {title}", functools.partial(supported_facts, kind=kind)
+        )
+        for kind, title in FACT_KINDS.items()
+    },
+    "facts/kept": Metric("dialogue's facts in note", recalled_facts),
+    "loss": Metric("loss, nats a token", None, "{:.4f}".format),
+}
+
+
+def score_note(row: Row) -> dict[str, Score]:
+    """(numerator, denominator) of every metric for one note."""
+    note = ParsedNote(row)
+    return {name: metric.score(note) for name, metric in METRICS.items() if metric.score}
 
 
 def unsupported(row: Row) -> list[Fact]:
     """Every mention in the note of a fact that the dialogue does not support."""
-    said = Statements(row.dialogue)
-    return [fact for fact in facts(row.note) if not said.supports(fact)]
+    dialogue = Statements(row.dialogue)
+    return [fact for fact in extract_facts(row.note) if not dialogue.supports(fact)]
 
 
 def ratio(pairs: np.ndarray) -> float | None:
-    """Sum of numerators over sum of denominators, float [n, 2]; None where nothing counts."""
-    above, below = pairs.sum(0)
-    return float(above / below) if below else None
+    """Sum of numerators over sum of denominators; None where the denominators are all zero.
+
+    pairs: float [n, 2].
+    """
+    numerator, denominator = pairs.sum(0)
+    return float(numerator / denominator) if denominator else None
 
 
 def interval(pairs: np.ndarray, draws: int = 1000) -> tuple[float | None, float | None]:
-    """95 % bootstrap interval of `ratio` over examples (percentiles; Efron 1979), the same for the same pairs, float [n, 2]."""
+    """(low, high) of the 95 % bootstrap interval of `ratio` over examples.
+
+    It is made of percentiles (Efron 1979) and is the same for the same pairs, float [n, 2]. Both
+    are None where the denominators are all zero.
+    """
     drawn = np.random.default_rng(0).integers(0, len(pairs), (draws, len(pairs)))
     sums = pairs[drawn].sum(1)  # [draws, 2]
     sums = sums[sums[:, 1] > 0]
-    low, high = (
-        np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist() if len(sums) else (None, None)
-    )
+    if len(sums) == 0:
+        return None, None
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist()
     return low, high
 
 
 def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
-    """{figure: {"value", "low", "high", and the value of every other system}} from the scores of each example. The first system is the one
-    that is measured. A figure that counts nothing anywhere is left out."""
-    (measured, scores), *others = systems.items()
+    """{metric: {"value", "low", "high", and the value of every other system}}
+
+    systems: name -> the scores of each example, as `score_note` returns them. The first system is
+    the one that is measured. A metric whose denominators are zero in all examples is left out.
+    """
+    (_, scores), *others = systems.items()
     report = {}
-    for name in FIGURES:
-        pairs = np.array([score.get(name, (0, 0)) for score in scores], dtype=np.float64)
-        if pairs[:, 1].any():
-            low, high = interval(pairs)
-            report[name] = {"value": ratio(pairs), "low": low, "high": high}
-            report[name] |= {
-                other: ratio(np.array([s.get(name, (0, 0)) for s in theirs], dtype=np.float64))
-                for other, theirs in others
-            }
+    for name in METRICS:
+        pairs = _pairs(scores, name)
+        if not pairs[:, 1].any():
+            continue
+        low, high = interval(pairs)
+        report[name] = {"value": ratio(pairs), "low": low, "high": high}
+        for other, other_scores in others:
+            report[name][other] = ratio(_pairs(other_scores, name))
     return report
 
 
+def _pairs(scores: list[dict], name: str) -> np.ndarray:
+    """The (numerator, denominator) of a metric for each example: float64 [n, 2]."""
+    return np.array([score.get(name, (0, 0)) for score in scores], dtype=np.float64)
+
+
 def as_table(report: dict[str, dict]) -> str:
-    """The figures as text, a line each; shares in per cent."""
-    others = list(
-        dict.fromkeys(
-            key
-            for figure in report.values()
-            for key in figure
-            if key not in ("value", "low", "high")
-        )
-    )
-    lines = [
-        f"  {'':28}{'notes':>8}  {'95 % interval':^17}"
-        + "".join(f"{other:>14}" for other in others)
-    ]
-    for name, figure in report.items():
-        title, share = FIGURES[name]
-        shown = {
-            k: ""
-            if v is None
-            else f"{100 * v:.1f}"
-            if share
-            else f"{v:.4f}"
-            if name == "loss"
-            else f"{v:.2f}"
-            for k, v in figure.items()
+    """A report of `summarise` as text, a line for each metric."""
+    columns = dict.fromkeys(key for values in report.values() for key in values)
+    others = [key for key in columns if key not in ("value", "low", "high")]
+    header = f"  {'':28}{'notes':>8}  {'95 % interval':^17}"
+    lines = [header + "".join(f"{other:>14}" for other in others)]
+    for name, values in report.items():
+        metric = METRICS[name]
+        cells = {
+            key: "" if value is None else metric.format(value) for key, value in values.items()
         }
-        span = f"{shown['low']} to {shown['high']}" if shown["low"] else ""
-        lines.append(
-            f"  {title:28}{shown['value']:>8}  {span:^17}"
-            + "".join(f"{shown.get(other, ''):>14}" for other in others)
-        )
+        span = f"{cells['low']} to {cells['high']}" if cells["low"] else ""
+        line = f"  {metric.title:28}{cells['value']:>8}  {span:^17}"
+        lines.append(line + "".join(f"{cells.get(other, ''):>14}" for other in others))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
-    """For each query the place in the corpus of the text with the highest TF-IDF cosine (words; (1 + log tf) log(n / df), n texts of the
-    corpus). The first of equals."""
-    counts = [collections.Counter(re.findall(r"\w+", text.lower())) for text in corpus]
-    documents = collections.Counter(word for count in counts for word in count)
-    weigh = {word: math.log(len(corpus) / n) for word, n in documents.items()}
-    postings: dict[str, tuple[list[int], list[float]]] = collections.defaultdict(lambda: ([], []))
-    norms = np.ones(len(corpus))
-    for i, count in enumerate(counts):
-        weights = {word: (1 + math.log(n)) * weigh[word] for word, n in count.items()}
-        norms[i] = math.sqrt(sum(w * w for w in weights.values())) or 1.0
-        for word, weight in weights.items():
-            postings[word][0].append(i)
-            postings[word][1].append(weight)
-    arrays = {
-        word: (np.array(ids), np.array(weights))
-        for word, (ids, weights) in postings.items()
-        if weigh[word]
-    }
-    best = []
-    for query in queries:
-        likeness = np.zeros(len(corpus))
-        for word, n in collections.Counter(re.findall(r"\w+", query.lower())).items():
-            if word in arrays:
-                ids, theirs = arrays[word]
-                likeness[ids] += (1 + math.log(n)) * weigh[word] * theirs
-        best.append(int((likeness / norms).argmax()))
-    return best

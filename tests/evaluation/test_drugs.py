@@ -3,7 +3,7 @@
 import pytest
 
 from loop.embedded.conditions import DRUGS
-from loop.evaluation.drugs import BRANDS, GENERICS, STEMS, drug_of
+from loop.evaluation.drugs import BRANDS, GENERICS, STEMS, generic_name
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from loop.evaluation.drugs import BRANDS, GENERICS, STEMS, drug_of
     ],
 )
 def test_a_word(word, drug):
-    assert drug_of(word) == drug
+    assert generic_name(word) == drug
 
 
 def test_the_list_holds_only_what_no_stem_finds():
@@ -32,4 +32,4 @@ def test_the_list_holds_only_what_no_stem_finds():
 
 
 def test_the_invented_clinics_drugs_are_found():
-    assert not [name for name in DRUGS if not drug_of(name.split()[0])]
+    assert not [name for name in DRUGS if not generic_name(name.split()[0])]

@@ -6,11 +6,11 @@ import re
 import pytest
 from helpers import ROOT
 
-from loop.evaluation.facts import Statements, distinct, facts
+from loop.evaluation.facts import Statements, distinct, extract_facts
 
 
 def values(text: str) -> list[str]:
-    return [f"{f.kind} {f.value}" for f in facts(text)]
+    return [f"{f.kind} {f.value}" for f in extract_facts(text)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,10 @@ def test_what_a_text_states(text, found):
 
 def test_a_fact_knows_its_place():
     text = "Takes Tylenol five hundred milligrams."
-    assert [text[f.start : f.end] for f in facts(text)] == ["Tylenol", "five hundred milligrams"]
+    assert [text[f.start : f.end] for f in extract_facts(text)] == [
+        "Tylenol",
+        "five hundred milligrams",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,36 +97,35 @@ def test_a_fact_knows_its_place():
     ],
 )
 def test_whether_a_dialogue_supports_a_note(note, dialogue, supported):
-    said = Statements(dialogue)
-    assert facts(note) and all(said.supports(f) for f in facts(note)) == supported
+    facts = extract_facts(note)
+    statements = Statements(dialogue)
+    assert facts and all(statements.supports(fact) for fact in facts) == supported
 
 
 def test_distinct_keeps_the_first_mention():
-    assert [(f.value, f.start) for f in distinct(facts("25 mg, 30 mg, 25 mg"))] == [
+    assert [(f.value, f.start) for f in distinct(extract_facts("25 mg, 30 mg, 25 mg"))] == [
         ("25 mg", 0),
         ("30 mg", 7),
     ]
 
 
 def test_the_embedded_notes_are_all_supported_and_a_changed_number_or_side_is_not():
-    """Faults planted into true notes are found: each number of a vital sign, each side, each drug."""
+    """Faults planted into true notes are found: a number of a vital sign, a drug."""
     rows = [
         json.loads(line)
         for line in (ROOT / "loop/embedded/data/test.jsonl").read_text().splitlines()
     ]
     planted = 0
     for row in rows:
-        said = Statements(row["dialogue"])
-        assert all(said.supports(f) for f in facts(row["soap"])), row["id"]
+        dialogue = Statements(row["dialogue"])
+        assert all(dialogue.supports(f) for f in extract_facts(row["soap"])), row["id"]
         pressure = re.search(r"(\d+)/(\d+)", row["soap"])
-        wrong = (
-            [row["soap"].replace(pressure.group(), f"{int(pressure[1]) + 7}/{pressure[2]}")]
-            if pressure
-            else []
-        )
-        wrong += [row["soap"].replace("Start ", "Start dexamethasone and ")]
+        wrong = [row["soap"].replace("Start ", "Start dexamethasone and ")]
+        if pressure:
+            other = f"{int(pressure[1]) + 7}/{pressure[2]}"
+            wrong.append(row["soap"].replace(pressure.group(), other))
         for text in wrong:
-            found = [f for f in facts(text) if not said.supports(f)]
+            found = [f for f in extract_facts(text) if not dialogue.supports(f)]
             assert len(found) == 1, (row["id"], found)
             planted += 1
     assert planted > 150

@@ -1,16 +1,16 @@
-"""Numbers as they are written and as they are said."""
+"""Numbers in digits and spelled out."""
 
 import pytest
 
-from loop.evaluation.numerals import items_of
+from loop.evaluation.numerals import parse_items
 
 
 def numbers(text: str) -> list[tuple[float, str]]:
-    return [(i.number, text[i.start : i.end]) for i in items_of(text) if i.number is not None]
+    return [(i.number, text[i.start : i.end]) for i in parse_items(text) if i.number is not None]
 
 
 @pytest.mark.parametrize(
-    ("said", "value"),
+    ("spoken", "value"),
     [
         ("one hundred and twenty", 120),
         ("a hundred", 100),
@@ -33,9 +33,9 @@ def numbers(text: str) -> list[tuple[float, str]]:
         ("hundred and fifty", 150),
     ],
 )
-def test_a_number_and_its_place(said, value):
-    text = f"He said {said} again."
-    assert numbers(text) == [(value, said)]
+def test_a_number_and_its_place(spoken, value):
+    text = f"He said {spoken} again."
+    assert numbers(text) == [(value, spoken)]
 
 
 @pytest.mark.parametrize(
