@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..config.schema import Config, ConfigError, DataConfig
 from .decontamination import find_near_duplicates
-from .readers import MAX_ROW_BYTES, BadRow, columns_of, read_rows
+from .readers import MAX_ROW_BYTES, BadRow, columns_of, read_rows, sources_of
 from .soap import has_all_sections, soap_messages
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -149,11 +149,7 @@ def _source_rows(data: DataConfig, split: str) -> Iterator[SourceRow]:
 
     Raises ConfigError for a source that is missing or can't be read.
     """
-    sources = getattr(data, split)
-    if sources is None:
-        sources = []
-    elif isinstance(sources, str):
-        sources = [sources]
+    sources = sources_of(data, split)
     weights = [1.0] * len(sources)
     if split == "train" and data.weights:
         weights = data.weights

@@ -1,0 +1,68 @@
+"""The key of the token cache covers the whole package, whatever its files are called."""
+
+import json
+import shutil
+
+import pytest
+from helpers import ROOT
+
+from loop.config import source
+from loop.config.cli import load_config
+from loop.data.cache import cache_key
+from loop.data.dataset import load_examples
+from loop.model.loading import load_tokenizer
+
+ROWS = [
+    {"id": f"r{i}", "dialogue": f"Doctor: How are you, {i}?", "soap": f"S: Pain {i}."}
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_base, monkeypatch):
+    """(configuration, tokenizer, folder): a run whose package loop/data is a copy in `folder`."""
+    package = tmp_path / "loop" / "data"
+    shutil.copytree(ROOT / "loop" / "data", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = load_config(
+        [
+            "--config",
+            str(ROOT / "loop" / "configs" / "soap_qlora.yaml"),
+            f"base={tiny_base}",
+            f"data.train={tmp_path / 'rows.jsonl'}",
+            "data.valid=null",
+            "data.test=null",
+            "data.valid_fraction=0",
+            f"run.dir={tmp_path / 'runs'}",
+        ]
+    )
+    return config, load_tokenizer(tiny_base), package
+
+
+def move_a_file(package):
+    (package / "formats").mkdir()
+    (package / "readers.py").rename(package / "formats" / "readers.py")
+
+
+def add_a_file(package):
+    (package / "visit_reader.py").write_text('SUFFIX = ".visit"\n')
+
+
+@pytest.mark.parametrize("change", [move_a_file, add_a_file])
+def test_a_moved_or_added_file_makes_the_examples_anew(run, change):
+    config, tokenizer, package = run
+    before = cache_key(config, tokenizer, "train")
+    first, _ = load_examples(config, tokenizer, "train")
+    change(package)
+    assert cache_key(config, tokenizer, "train") != before
+    second, _ = load_examples(config, tokenizer, "train")
+    assert [e.id for e in second] == [e.id for e in first]
+    files = {path.stem for path in (package.parents[1] / "runs/.tokens").glob("*.safetensors")}
+    assert files == {before, cache_key(config, tokenizer, "train")}
+
+
+def test_splits_have_keys_of_their_own(run):
+    config, tokenizer, _ = run
+    assert cache_key(config, tokenizer, "train") == cache_key(config, tokenizer, "train")
+    assert cache_key(config, tokenizer, "train") != cache_key(config, tokenizer, "valid")
