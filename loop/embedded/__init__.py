@@ -1,1 +1,1 @@
-"""The embedded world: invented visits, their dialogues and notes, a pre-training corpus and the untrained tiny base."""
+"""The embedded demo: invented visits, their dialogues and notes, and the recipe of a tiny base."""

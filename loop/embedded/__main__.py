@@ -1,16 +1,30 @@
-"""`python -m loop.embedded`: writes the clinic's splits, or the corpus that its base was pre-trained on."""
+"""Writes the files of the embedded demo.
+
+python -m loop.embedded dataset                              the clinic's train, valid, test files
+python -m loop.embedded pretrain --rows N --out FILE.jsonl   chat rows to pre-train the base on
+"""
 
 import argparse
 import json
 from pathlib import Path
 
-from loop.embedded.clinic import DATA, SPLITS, rows
-from loop.embedded.corpus import write
+from .clinic import DATA, SPLITS, rows
+from .corpus import write
+
+
+def write_dataset(folder: Path) -> None:
+    """Writes a file of JSON lines for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        text = "".join(json.dumps(row) + "\n" for row in rows(split))
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loop.embedded",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     dataset = commands.add_parser("dataset", help="write the train, valid and test files")
@@ -25,11 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "pretrain":
         write(args.out, args.rows, args.seed, args.workers)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        text = "".join(json.dumps(row) + "\n" for row in rows(split))
-        (args.out / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    else:
+        write_dataset(args.out)
 
 
 if __name__ == "__main__":

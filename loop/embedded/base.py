@@ -1,6 +1,8 @@
-"""Builds the untrained tiny base model as a folder in the hub's layout: tokenizer, configuration and random weights.
+"""The untrained tiny base model: a folder with tokenizer, configuration and random weights.
 
-python -m loop.embedded.base --out DIR [--seed 0]
+    python -m loop.embedded.base --out DIR [--seed 0]
+
+The folder has the layout of the hub.
 """
 
 import argparse
@@ -11,33 +13,39 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loop.embedded import corpus
+from . import corpus
 
 VOCABULARY = 2048
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 
-# Words, single digits and punctuation, each with the space before it; a line break is always a piece of its own.
+# Words, single digits and punctuation, each with the space before it. A line break is always
+# a piece of its own.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+"
 
-# A prompt rendered with add_generation_prompt is a prefix of the prompt with its answer, as text and as tokens: the role
-# token cannot merge with anything and every line break is a token of its own.
+# A prompt rendered with add_generation_prompt is a prefix of the prompt with its answer, as text
+# and as tokens: the role token merges with nothing, and every line break is a token of its own.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
 
-def sample(seed: int) -> Iterator[str]:
-    """The text that the tokenizer learns from: pre-training rows and nothing else. A token that only notes have would have an
-    embedding that pre-training never moved, and LoRA leaves embeddings alone: the model could never write that token."""
+def tokenizer_corpus(seed: int) -> Iterator[str]:
+    """The texts that the tokenizer learns from: pre-training rows and nothing else.
+
+    A token that only notes have would have an embedding that pre-training never moved. LoRA leaves
+    embeddings alone, so the model could never write that token.
+    """
     for number in range(6000):
         yield from (message["content"] for message in corpus.messages(seed, number))
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits and line breaks, trained on the sample of this seed."""
+    """A byte-level BPE tokenizer of this seed's rows; digits and line breaks are single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +60,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(sample(seed), trainer)
+    tokenizer.train_from_iterator(tokenizer_corpus(seed), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -67,7 +75,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A small Llama with random bf16 weights from this seed."""
+    """A Llama of 5.7 million random bf16 weights from this seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

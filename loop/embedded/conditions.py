@@ -1,12 +1,15 @@
-"""The tables of the invented clinic: conditions, drugs, past illnesses, allergies and surnames. Teaching material only,
-not medical advice. Alternatives are separated by "|"; {side} becomes left or right; <a-b> becomes a number in that range."""
+"""The tables of the invented clinic: conditions, drugs, past illnesses, allergies and surnames.
+
+They are teaching material only, not medical advice. "|" separates alternatives, {side} becomes left
+or right, <a-b> becomes a number in that range.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One diagnosis with everything a visit about it can contain."""
+    """One diagnosis with everything that a visit about it can contain."""
 
     name: str
     complaints: tuple[str, ...]  # noun phrases: "I have ..."
@@ -27,10 +30,12 @@ class Condition:
 
     @property
     def lateral(self) -> bool:
+        """Whether it is on one side of the body."""
         return "{side}" in self.diagnosis
 
 
-def _split(text: str) -> tuple[str, ...]:
+def _alternatives(text: str) -> tuple[str, ...]:
+    """The parts of a text that "|" separates."""
     return tuple(part.strip() for part in text.split("|") if part.strip())
 
 
@@ -52,22 +57,23 @@ def _condition(
     contra: str = "",
     traits: str = "",
 ) -> Condition:
+    """A row of the table below; see Condition for its columns."""
     return Condition(
         name,
-        _split(complaints),
-        _split(symptoms),
-        _split(denied),
-        _split(findings),
+        _alternatives(complaints),
+        _alternatives(symptoms),
+        _alternatives(denied),
+        _alternatives(findings),
         diagnosis,
-        _split(excluded),
-        _split(drugs),
-        _split(tests),
-        _split(advice),
+        _alternatives(excluded),
+        _alternatives(drugs),
+        _alternatives(tests),
+        _alternatives(advice),
         onset,
-        _split(follow_up),
+        _alternatives(follow_up),
         ages,
         sex,
-        frozenset(_split(contra)),
+        frozenset(_alternatives(contra)),
         frozenset(traits.split()),
     )
 
@@ -95,7 +101,8 @@ CONDITIONS = (
         "itching and pain in the {side} ear | pain in the {side} ear after swimming",
         "discharge from the ear | muffled hearing | pain when chewing | a feeling of fullness",
         "fever | dizziness | ringing in the ear",
-        "the {side} ear canal is swollen and red | pulling on the {side} ear is painful | the {side} eardrum is intact",
+        "the {side} ear canal is swollen and red | pulling on the {side} ear is painful | "
+        "the {side} eardrum is intact",
         "otitis externa of the {side} ear",
         "a fungal infection | a boil in the ear canal",
         "ofloxacin ear drops | ciprofloxacin ear drops | hydrocortisone ear drops",
@@ -107,12 +114,14 @@ CONDITIONS = (
         "a sore throat | a painful throat with trouble swallowing",
         "fever | swollen neck glands | tiredness | headache | bad breath",
         "cough | a runny nose | a skin rash | trouble breathing",
-        "the tonsils are red and swollen | there is white coating on the tonsils | the neck glands are swollen and tender",
+        "the tonsils are red and swollen | there is white coating on the tonsils | "
+        "the neck glands are swollen and tender",
         "acute tonsillitis",
         "a tonsil abscess | glandular fever",
         "penicillin V | amoxicillin | clarithromycin | ibuprofen",
         "a throat swab | a rapid strep test",
-        "rest and drink plenty of fluids | gargle with salt water | stay home until the fever is gone",
+        "rest and drink plenty of fluids | gargle with salt water | "
+        "stay home until the fever is gone",
         ages=(18, 50),
         follow_up=SHORT,
     ),
@@ -121,7 +130,8 @@ CONDITIONS = (
         "pressure and pain over the {side} cheek | pain in the {side} side of the face",
         "a blocked nose | fever | thick nasal discharge | a reduced sense of smell | headache",
         "double vision | neck stiffness | toothache",
-        "the {side} cheek is tender to touch | the nasal lining is swollen | there is pus in the {side} nostril",
+        "the {side} cheek is tender to touch | the nasal lining is swollen | "
+        "there is pus in the {side} nostril",
         "acute sinusitis on the {side} side",
         "a dental abscess | an orbital infection",
         "amoxicillin | doxycycline | mometasone nasal spray | cefuroxime",
@@ -133,7 +143,8 @@ CONDITIONS = (
         "a cough with mucus | a deep and noisy cough",
         "a sore throat | tiredness | fever | wheezing | a runny nose",
         "chest pain | coughing blood | shortness of breath | night sweats",
-        "there are coarse sounds over both lungs | the throat is mildly red | breathing is not labored",
+        "there are coarse sounds over both lungs | the throat is mildly red | "
+        "breathing is not labored",
         "acute bronchitis",
         "pneumonia | heart failure",
         "ambroxol | salbutamol inhaler | paracetamol | doxycycline",
@@ -145,7 +156,8 @@ CONDITIONS = (
         "a cough with yellow mucus | a cough and pain in the {side} side of the chest",
         "fever | chills | shortness of breath | tiredness | loss of appetite",
         "coughing blood | leg swelling | confusion",
-        "there are crackles over the {side} lower lung | breath sounds are reduced on the {side} side | the {side} lung base is dull on tapping",
+        "there are crackles over the {side} lower lung | "
+        "breath sounds are reduced on the {side} side | the {side} lung base is dull on tapping",
         "pneumonia of the {side} lower lobe",
         "a pleural effusion | a lung embolism",
         "amoxicillin | doxycycline | clarithromycin | levofloxacin",
@@ -159,7 +171,8 @@ CONDITIONS = (
         "tightness in the chest and wheezing | shortness of breath at night",
         "a dry cough | poor sleep | a runny nose | tiredness",
         "fever | chest pain | coughing blood | leg swelling",
-        "there is wheezing over both lungs | breathing out takes longer than normal | speaking in full sentences is possible",
+        "there is wheezing over both lungs | breathing out takes longer than normal | "
+        "speaking in full sentences is possible",
         "a mild asthma attack",
         "pneumonia | a collapsed lung",
         "salbutamol inhaler | budesonide inhaler | prednisolone | montelukast",
@@ -175,7 +188,8 @@ CONDITIONS = (
         "worse shortness of breath | a stronger cough with more mucus",
         "wheezing | tiredness | chest tightness | green mucus | poor sleep",
         "chest pain | coughing blood | leg swelling | fever",
-        "breath sounds are quiet over both lungs | there is wheezing on both sides | the breathing muscles are working hard",
+        "breath sounds are quiet over both lungs | there is wheezing on both sides | "
+        "the breathing muscles are working hard",
         "a flare of COPD",
         "pneumonia | heart failure",
         "prednisolone | doxycycline | tiotropium inhaler | salbutamol inhaler",
@@ -191,7 +205,8 @@ CONDITIONS = (
         "burning when passing urine | pain in the lower belly when passing urine",
         "frequent urination | cloudy urine | urgent need to urinate | blood in the urine",
         "fever | back pain | vaginal discharge | vomiting",
-        "the lower belly is mildly tender | the kidneys are not tender | the urine strip shows white cells",
+        "the lower belly is mildly tender | the kidneys are not tender | "
+        "the urine strip shows white cells",
         "a bladder infection",
         "a kidney infection | bladder stones",
         "nitrofurantoin | fosfomycin | trimethoprim | pivmecillinam",
@@ -205,7 +220,8 @@ CONDITIONS = (
         "pain in the {side} flank | pain in the {side} flank with burning urine",
         "fever | chills | nausea | frequent urination | tiredness",
         "blood in the urine | vomiting | diarrhea | a skin rash",
-        "the {side} kidney is tender on tapping | the belly is soft | the urine strip shows nitrite",
+        "the {side} kidney is tender on tapping | the belly is soft | "
+        "the urine strip shows nitrite",
         "a kidney infection on the {side} side",
         "a kidney stone | a kidney abscess",
         "ciprofloxacin | cefuroxime | levofloxacin | trimethoprim",
@@ -235,7 +251,8 @@ CONDITIONS = (
         "watery diarrhea | vomiting and diarrhea",
         "nausea | stomach cramps | fever | loss of appetite | tiredness",
         "blood in the stool | black stool | severe belly pain | recent travel",
-        "the belly is soft with active bowel sounds | the tongue is slightly dry | there is mild tenderness around the navel",
+        "the belly is soft with active bowel sounds | the tongue is slightly dry | "
+        "there is mild tenderness around the navel",
         "acute gastroenteritis",
         "appendicitis | severe dehydration",
         "ondansetron | loperamide | racecadotril",
@@ -309,7 +326,8 @@ CONDITIONS = (
         "pain in the {side} lower back | pain in the {side} lower back after lifting",
         "stiffness in the morning | pain when bending | muscle cramps | poor sleep",
         "numbness in the legs | loss of bladder control | fever | weight loss",
-        "the {side} back muscles are tense | bending forward is painful | the leg reflexes are normal",
+        "the {side} back muscles are tense | bending forward is painful | "
+        "the leg reflexes are normal",
         "a muscle strain of the {side} lower back",
         "a slipped disc | a fracture",
         "ibuprofen | naproxen | tizanidine | paracetamol",
@@ -321,7 +339,8 @@ CONDITIONS = (
         "pain from the lower back into the {side} leg | shooting pain down the {side} leg",
         "tingling in the foot | pain when coughing | numbness of the calf | poor sleep",
         "loss of bladder control | fever | weight loss | leg swelling",
-        "raising the {side} leg is painful at <30-60> degrees | the {side} ankle reflex is weak | the strength of the {side} foot is normal",
+        "raising the {side} leg is painful at <30-60> degrees | the {side} ankle reflex is weak | "
+        "the strength of the {side} foot is normal",
         "sciatica on the {side} side",
         "nerve damage | a fracture",
         "naproxen | diclofenac | pregabalin | metamizole",
@@ -335,7 +354,8 @@ CONDITIONS = (
         "pain in the {side} ankle after a fall | a swollen {side} ankle",
         "bruising | pain when walking | a feeling of instability | stiffness",
         "numbness in the toes | a popping sound | knee pain",
-        "the outer {side} ankle is swollen and tender | the {side} foot has a good pulse | the {side} ankle bones are not tender",
+        "the outer {side} ankle is swollen and tender | the {side} foot has a good pulse | "
+        "the {side} ankle bones are not tender",
         "a sprain of the {side} ankle",
         "a fracture | a torn tendon",
         "ibuprofen | diclofenac gel | paracetamol | naproxen",
@@ -348,7 +368,8 @@ CONDITIONS = (
         "pain in the {side} knee | pain in the {side} knee on stairs",
         "stiffness in the morning | swelling | a grinding feeling | pain at night",
         "fever | a recent fall | locking of the knee | numbness in the legs",
-        "the {side} knee bends to <90-125> degrees | there is a small effusion in the {side} knee | the {side} knee grinds on movement",
+        "the {side} knee bends to <90-125> degrees | "
+        "there is a small effusion in the {side} knee | the {side} knee grinds on movement",
         "arthrosis of the {side} knee",
         "an infected joint | a torn meniscus",
         "ibuprofen | celecoxib | diclofenac gel | etoricoxib",
@@ -363,7 +384,8 @@ CONDITIONS = (
         "pain in the {side} shoulder | pain in the {side} shoulder when lifting the arm",
         "pain at night | weakness of the arm | stiffness | neck pain",
         "fever | numbness in the hand | chest pain | a recent fall",
-        "the {side} arm lifts to <70-120> degrees | the front of the {side} shoulder is tender | the strength of the {side} arm is normal",
+        "the {side} arm lifts to <70-120> degrees | the front of the {side} shoulder is tender | "
+        "the strength of the {side} arm is normal",
         "tendinitis of the {side} shoulder",
         "a torn tendon | a frozen shoulder",
         "naproxen | diclofenac | celecoxib | diclofenac gel",
@@ -378,7 +400,8 @@ CONDITIONS = (
         "severe pain in the {side} big toe | a red and hot {side} big toe",
         "swelling | pain at night | fever | trouble walking",
         "a recent injury | chills | a skin wound",
-        "the {side} big toe is red and swollen | the {side} big toe is very tender to touch | the other joints are normal",
+        "the {side} big toe is red and swollen | the {side} big toe is very tender to touch | "
+        "the other joints are normal",
         "a gout attack in the {side} big toe",
         "an infected joint | a fracture",
         "colchicine | naproxen | prednisolone | etoricoxib",
@@ -393,7 +416,8 @@ CONDITIONS = (
         "a red and sticky {side} eye | burning of the {side} eye",
         "itching | watery discharge | swollen eyelids | a gritty feeling",
         "loss of vision | sensitivity to light | severe eye pain | fever",
-        "the {side} eye is red with discharge | the {side} cornea is clear | the sight of the {side} eye is normal",
+        "the {side} eye is red with discharge | the {side} cornea is clear | "
+        "the sight of the {side} eye is normal",
         "conjunctivitis of the {side} eye",
         "a corneal ulcer | glaucoma",
         "ofloxacin eye drops | azithromycin eye drops | ketotifen eye drops",
@@ -403,10 +427,12 @@ CONDITIONS = (
     ),
     _condition(
         "shingles",
-        "a painful rash on the {side} side of the chest | burning blisters on the {side} side of the back",
+        "a painful rash on the {side} side of the chest | "
+        "burning blisters on the {side} side of the back",
         "itching | tiredness | fever | headache | poor sleep",
         "eye pain | weakness of the arms | shortness of breath",
-        "there are grouped blisters on the {side} side | the skin on the {side} side is very sensitive | the rash stops at the midline",
+        "there are grouped blisters on the {side} side | "
+        "the skin on the {side} side is very sensitive | the rash stops at the midline",
         "shingles on the {side} side",
         "a bacterial skin infection | meningitis",
         "aciclovir | valaciclovir | pregabalin | paracetamol",
@@ -420,7 +446,8 @@ CONDITIONS = (
         "redness and swelling of the {side} lower leg | a hot and painful {side} lower leg",
         "fever | chills | tiredness | pain when walking",
         "shortness of breath | chest pain | a recent flight | numbness in the toes",
-        "the {side} lower leg is red and warm | the redness measures <6-18> cm | there is a small wound on the {side} foot",
+        "the {side} lower leg is red and warm | the redness measures <6-18> cm | "
+        "there is a small wound on the {side} foot",
         "cellulitis of the {side} lower leg",
         "a blood clot in the leg | an abscess",
         "cefalexin | flucloxacillin | clindamycin | doxycycline",
@@ -434,7 +461,8 @@ CONDITIONS = (
         "an itchy rash on the {side} hand | dry and itchy skin on the {side} elbow",
         "poor sleep | cracked skin | burning | redness",
         "fever | contact with new soaps | blisters | joint pain",
-        "the skin is red and dry | there are scratch marks | the skin is thickened on the {side} side",
+        "the skin is red and dry | there are scratch marks | "
+        "the skin is thickened on the {side} side",
         "eczema on the {side} side",
         "a fungal infection | scabies",
         "hydrocortisone cream | mometasone cream | cetirizine | tacrolimus ointment",
@@ -448,7 +476,8 @@ CONDITIONS = (
         "high blood pressure readings at home | a headache and high readings at home",
         "dizziness | nosebleeds | poor sleep | a racing heart",
         "chest pain | shortness of breath | blurred vision | leg swelling",
-        "the heart sounds are normal | there is no leg swelling | the pulses are equal on both sides",
+        "the heart sounds are normal | there is no leg swelling | "
+        "the pulses are equal on both sides",
         "high blood pressure",
         "heart failure | kidney disease",
         "ramipril | amlodipine | lisinopril | losartan | hydrochlorothiazide",
@@ -465,7 +494,8 @@ CONDITIONS = (
         "constant thirst | thirst and frequent urination",
         "tiredness | weight loss | blurred vision | slow wound healing",
         "vomiting | belly pain | chest pain | numbness in the feet",
-        "the fasting glucose is <130-240> mg/dl | the HbA1c is <7-10>.<1-9> % | the feeling in both feet is normal",
+        "the fasting glucose is <130-240> mg/dl | the HbA1c is <7-10>.<1-9> % | "
+        "the feeling in both feet is normal",
         "type 2 diabetes",
         "ketoacidosis | nerve damage",
         "metformin | sitagliptin | empagliflozin | gliclazide",
@@ -481,7 +511,8 @@ CONDITIONS = (
         "constant tiredness | tiredness and pale skin",
         "hair loss | dizziness | headache | cold hands",
         "black stool | weight loss | chest pain | night sweats",
-        "the hemoglobin is <8-11>.<1-9> g/dl | the ferritin is <4-14> ng/ml | the eyelids are pale inside",
+        "the hemoglobin is <8-11>.<1-9> g/dl | the ferritin is <4-14> ng/ml | "
+        "the eyelids are pale inside",
         "iron deficiency anemia",
         "bleeding in the bowel | leukemia",
         "iron sulfate | iron fumarate | iron gluconate",
@@ -511,7 +542,8 @@ CONDITIONS = (
         "spinning when turning in bed | spinning when turning to the {side}",
         "nausea | vomiting | unsteady walking | sweating",
         "hearing loss | headache | double vision | ringing in the ear",
-        "the test to the {side} triggers spinning | the eyes jerk on turning to the {side} | walking is normal",
+        "the test to the {side} triggers spinning | the eyes jerk on turning to the {side} | "
+        "walking is normal",
         "positional vertigo of the {side} ear",
         "a stroke | an inner ear infection",
         "dimenhydrinate | betahistine | meclizine",
@@ -535,7 +567,7 @@ CONDITIONS = (
     ),
 )
 
-# name: (doses, frequencies, durations in days unless a unit is given, classes that an allergy or an illness can forbid)
+# name: doses; frequencies; durations in days; classes that an allergy or an illness can forbid
 _DRUGS = """
 amoxicillin: 500 mg, 750 mg, 1000 mg; two times a day, three times a day; 5, 7, 10; penicillin
 penicillin V: 250 mg, 500 mg; three times a day, four times a day; 5, 7, 10; penicillin
@@ -566,7 +598,8 @@ amitriptyline: 10 mg, 25 mg; at night; 28, 42, 56; heart
 colchicine: 500 mcg; two times a day, three times a day; 3, 4, 5; kidney macrolide
 prednisolone: 20 mg, 30 mg, 40 mg; once a day; 3, 5, 7; steroid
 ambroxol: 30 mg, 75 mg; once a day, two times a day; 5, 7;
-salbutamol inhaler: 100 mcg, 200 mcg; two times a day, three times a day, four times a day; 5, 7, 14;
+salbutamol inhaler: 100 mcg, 200 mcg; two times a day, three times a day, four times a day; 5, 7,
+    14;
 budesonide inhaler: 200 mcg, 400 mcg; two times a day; 14, 28, 42;
 tiotropium inhaler: 18 mcg; once a day; 28, 42, 56;
 montelukast: 10 mg; at night; 14, 28, 42;
@@ -617,34 +650,49 @@ mirtazapine: 7.5 mg, 15 mg; at night; 14, 28, 42;
 doxepin: 3 mg, 6 mg; at night; 7, 14, 21; heart
 """
 
-# name: (classes of new drugs to avoid, regular medicines); an empty list of medicines means an operation with a year;
-# an indented line continues the one before
+# name: classes of new drugs to avoid; regular medicines. No medicine: it is an operation, which has
+# a year. An indented line continues the one before.
 _HISTORY = """
-hypertension: triptan; lisinopril 10 mg once a day, lisinopril 20 mg once a day, amlodipine 5 mg once a day,
-    amlodipine 10 mg once a day, losartan 50 mg once a day, ramipril 5 mg once a day, bisoprolol 2.5 mg once a day
-type 2 diabetes: steroid; metformin 500 mg two times a day, metformin 850 mg two times a day, metformin 1000 mg two times a day,
+hypertension: triptan; lisinopril 10 mg once a day, lisinopril 20 mg once a day,
+    amlodipine 5 mg once a day,
+    amlodipine 10 mg once a day, losartan 50 mg once a day, ramipril 5 mg once a day,
+    bisoprolol 2.5 mg once a day
+type 2 diabetes: steroid; metformin 500 mg two times a day, metformin 850 mg two times a day,
+    metformin 1000 mg two times a day,
     sitagliptin 100 mg once a day, gliclazide 60 mg once a day
 asthma: nsaid; salbutamol inhaler 100 mcg as needed, budesonide inhaler 200 mcg two times a day,
     budesonide inhaler 400 mcg once a day, montelukast 10 mg at night
-COPD: none; tiotropium inhaler 18 mcg once a day, salbutamol inhaler 200 mcg as needed, budesonide inhaler 400 mcg two times a day
-an underactive thyroid: none; levothyroxine 25 mcg once a day, levothyroxine 50 mcg once a day, levothyroxine 75 mcg once a day,
+COPD: none; tiotropium inhaler 18 mcg once a day, salbutamol inhaler 200 mcg as needed,
+    budesonide inhaler 400 mcg two times a day
+an underactive thyroid: none; levothyroxine 25 mcg once a day, levothyroxine 50 mcg once a day,
+    levothyroxine 75 mcg once a day,
     levothyroxine 100 mcg once a day, levothyroxine 125 mcg once a day
-high cholesterol: macrolide; atorvastatin 20 mg once a day, atorvastatin 40 mg once a day, simvastatin 20 mg at night,
+high cholesterol: macrolide; atorvastatin 20 mg once a day, atorvastatin 40 mg once a day,
+    simvastatin 20 mg at night,
     rosuvastatin 10 mg at night
-atrial fibrillation: nsaid heart macrolide quinolone; apixaban 5 mg two times a day, rivaroxaban 20 mg once a day,
+atrial fibrillation: nsaid heart macrolide quinolone; apixaban 5 mg two times a day,
+    rivaroxaban 20 mg once a day,
     edoxaban 60 mg once a day, metoprolol 50 mg two times a day
-heart failure: nsaid heart triptan; furosemide 20 mg once a day, furosemide 40 mg once a day, bisoprolol 5 mg once a day,
+heart failure: nsaid heart triptan; furosemide 20 mg once a day, furosemide 40 mg once a day,
+    bisoprolol 5 mg once a day,
     spironolactone 25 mg once a day
-coronary heart disease: nsaid heart triptan macrolide; aspirin 100 mg once a day, clopidogrel 75 mg once a day,
+coronary heart disease: nsaid heart triptan macrolide; aspirin 100 mg once a day,
+    clopidogrel 75 mg once a day,
     metoprolol 100 mg once a day
-gout: gout; allopurinol 100 mg once a day, allopurinol 300 mg once a day, febuxostat 80 mg once a day
-epilepsy: quinolone; levetiracetam 500 mg two times a day, lamotrigine 100 mg two times a day, lamotrigine 50 mg two times a day
-depression: triptan heart; sertraline 50 mg once a day, sertraline 100 mg once a day, escitalopram 10 mg once a day,
+gout: gout; allopurinol 100 mg once a day, allopurinol 300 mg once a day,
+    febuxostat 80 mg once a day
+epilepsy: quinolone; levetiracetam 500 mg two times a day, lamotrigine 100 mg two times a day,
+    lamotrigine 50 mg two times a day
+depression: triptan heart; sertraline 50 mg once a day, sertraline 100 mg once a day,
+    escitalopram 10 mg once a day,
     venlafaxine 75 mg once a day
 migraine: none; topiramate 50 mg two times a day, propranolol 40 mg two times a day
-reflux disease: nsaid ppi; omeprazole 20 mg once a day, pantoprazole 40 mg once a day, esomeprazole 40 mg once a day
-osteoporosis: steroid; calcium 500 mg two times a day, vitamin D 1000 units once a day, vitamin D 2000 units once a day
-chronic kidney disease: nsaid kidney; furosemide 40 mg two times a day, calcitriol 0.25 mcg once a day, amlodipine 5 mg once a day
+reflux disease: nsaid ppi; omeprazole 20 mg once a day, pantoprazole 40 mg once a day,
+    esomeprazole 40 mg once a day
+osteoporosis: steroid; calcium 500 mg two times a day, vitamin D 1000 units once a day,
+    vitamin D 2000 units once a day
+chronic kidney disease: nsaid kidney; furosemide 40 mg two times a day,
+    calcitriol 0.25 mcg once a day, amlodipine 5 mg once a day
 rheumatoid arthritis: nsaid; folic acid 5 mg once a week, hydroxychloroquine 200 mg two times a day,
     sulfasalazine 500 mg two times a day
 an enlarged prostate: alpha; tamsulosin 400 mcg once a day, finasteride 5 mg once a day
@@ -693,32 +741,32 @@ LATE = frozenset(
     }
 )
 
-SURNAMES = _split(
-    "Weber | Novak | Silva | Kim | Rossi | Meyer | Brown | Clark | Evans | Fischer | Garcia | Haas | Ivanov | Jensen | Keller | "
-    "Lopez | Moore | Nguyen | Olsen | Patel | Quinn | Reed | Santos | Tanaka | Turner | Vogel | Walker | Young | "
-    "Ziegler | Adams | "
-    "Becker | Chen | Dubois | Eriksen | Farah | Green | Hughes | Ito | Jones | Kovacs | Lang | Martin | Nowak | "
-    "Okafor | Petrov | "
-    "Roth | Singh | Torres | Ueda | Varga | White | Yilmaz | Baker | Costa | Diaz | Fontaine | Hansen | Koch | Larsen | Murphy"
+SURNAMES = _alternatives(
+    "Weber | Novak | Silva | Kim | Rossi | Meyer | Brown | Clark | Evans | Fischer | Garcia | "
+    "Haas | Ivanov | Jensen | Keller | Lopez | Moore | Nguyen | Olsen | Patel | Quinn | Reed | "
+    "Santos | Tanaka | Turner | Vogel | Walker | Young | Ziegler | Adams | Becker | Chen | "
+    "Dubois | Eriksen | Farah | Green | Hughes | Ito | Jones | Kovacs | Lang | Martin | Nowak | "
+    "Okafor | Petrov | Roth | Singh | Torres | Ueda | Varga | White | Yilmaz | Baker | Costa | "
+    "Diaz | Fontaine | Hansen | Koch | Larsen | Murphy"
 )
 
 
 @dataclass(frozen=True)
 class Drug:
-    """How one drug is prescribed; `classes` are what allergies and illnesses can forbid."""
+    """How one drug is prescribed."""
 
     doses: tuple[str, ...]
     frequencies: tuple[str, ...]
     days: tuple[str, ...]
-    classes: frozenset[str]
+    classes: frozenset[str]  # what allergies and illnesses can forbid
 
 
 @dataclass(frozen=True)
 class Illness:
-    """A past illness: classes of drugs to avoid with it, and regular medicines (none: an operation in some year)."""
+    """A past illness or operation."""
 
-    avoid: frozenset[str]
-    medicines: tuple[str, ...]
+    avoid: frozenset[str]  # classes of drugs
+    medicines: tuple[str, ...]  # taken regularly; (): it is an operation in some year
 
 
 def _items(text: str) -> tuple[str, ...]:
@@ -726,13 +774,17 @@ def _items(text: str) -> tuple[str, ...]:
 
 
 def _rows(table: str) -> list[tuple[str, list[str]]]:
-    lines = table.strip().replace("\n    ", " ").splitlines()
-    return [(name, rest.split(";")) for name, rest in (line.split(":") for line in lines)]
+    """The (name, columns) of a table."""
+    rows = []
+    for line in table.strip().replace("\n    ", " ").splitlines():
+        name, columns = line.split(":")
+        rows.append((name, columns.split(";")))
+    return rows
 
 
 DRUGS = {
-    name: Drug(_items(d), _items(f), _items(n), frozenset(c.split()))
-    for name, (d, f, n, c) in _rows(_DRUGS)
+    name: Drug(_items(doses), _items(frequencies), _items(days), frozenset(classes.split()))
+    for name, (doses, frequencies, days, classes) in _rows(_DRUGS)
 }
 HISTORY = {
     name: Illness(frozenset(avoid.split()), _items(medicines))

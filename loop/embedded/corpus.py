@@ -1,6 +1,9 @@
-"""The pre-training corpus of the tiny base: chats that teach the clinic's language and, above all, copying facts out of a
-dialogue. Every visit is a train visit. No row has a SOAP note, one of its headings, or the SOAP request: these are left
-for fine-tuning. Called through `python -m loop.embedded.clinic pretrain`."""
+"""The pre-training corpus of the tiny base: chats with a clinic's assistant.
+
+They teach the clinic's language and, above all, copying facts out of a dialogue. Every visit is a
+train visit. No row has a SOAP note, one of its headings or the SOAP request: these are left for
+fine-tuning. `python -m loop.embedded pretrain` writes it.
+"""
 
 import json
 import random
@@ -10,10 +13,10 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
-from loop.data.soap import SYSTEM
-from loop.embedded import clinic
-from loop.embedded.clinic import Visit, capital, listed, pick
-from loop.embedded.conditions import DRUGS, HISTORY, SURNAMES
+from ..data.soap import SYSTEM
+from . import clinic
+from .clinic import Visit, capital, listed, pick
+from .conditions import DRUGS, HISTORY, SURNAMES
 
 CHUNK = 500  # rows per unit of work
 Message = dict[str, str]
@@ -30,7 +33,8 @@ SYSTEMS = (
     SYSTEM,
 )
 
-# (fact, questions, answers, answers when the fact does not come up; without these the question is not asked then)
+# (fact, questions, answers, answers when the fact does not come up). Without the last ones the
+# question is asked only where the fact comes up.
 QUESTIONS = (
     (
         "prescription",
@@ -323,7 +327,7 @@ NEXT_VISIT = (
     "A follow-up was agreed in {follow_up}.",
 )
 
-# What a part of the visit is called in an instruction, and under which labels it can stand in a report.
+# Part of a visit: (its names in an instruction, its labels in a report).
 PARTS = {
     "story": (
         ("what the patient said", "the patient's story", "what was told"),
@@ -359,6 +363,13 @@ ASK_REPORT = (
     "Use the headings {labels} for a short report. State only what was said.",
     "Write short paragraphs called {labels}.",
     "Summarize the conversation under the headings {labels}, without markdown.",
+)
+ONE_SENTENCE = (
+    "A {age}-year-old {sex} with {complaint} for {duration} has {diagnosis} "
+    "and starts {prescription}.",
+    "{title} ({age}) has {diagnosis} and gets {prescription}, with a visit in {follow_up}.",
+    "Because of {complaint} for {duration}, {title} takes {prescription}.",
+    "The {sex} of {age} years reports {symptoms}, denies {denied} and has {diagnosis}.",
 )
 ASK_LETTER = (
     "Write a letter to the family doctor about this visit.",
@@ -467,7 +478,7 @@ FIELDS = {
 SHEET = tuple(key for key in FIELDS if key not in ("drug", "dose", "frequency", "length"))
 
 
-def facts_of(v: Visit) -> dict[str, str]:
+def template_facts(v: Visit) -> dict[str, str]:
     """All facts of a visit as texts, for templates and fields; "" where one does not come up."""
     vitals = [f"{name} {value}" for name, value in v.vitals]
     return {
@@ -509,17 +520,19 @@ def facts_of(v: Visit) -> dict[str, str]:
 
 
 class Scribe:
-    """Writes every kind of text about one visit."""
+    """Writes every kind of text about one visit. A task is an (instruction, answer)."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
         self.visit = clinic.visit(rng)
-        self.facts = facts_of(self.visit)
+        self.facts = template_facts(self.visit)
 
     def fill(self, templates: Sequence[str]) -> str:
+        """One of the templates with the facts of the visit."""
         return pick(self.rng, templates).format_map(self.facts)
 
     def sentences(self, *choices: Sequence[str]) -> str:
+        """A sentence from each of the lists of templates; an empty list gives none."""
         return " ".join(capital(self.fill(templates)) for templates in choices if templates)
 
     def dialogue(self) -> str:
@@ -552,75 +565,75 @@ class Scribe:
         """A question about the visit and its answer."""
         while True:
             fact, questions, answers, missing = pick(self.rng, QUESTIONS)
-            answers = answers if self.facts.get(fact) else missing
+            if not self.facts.get(fact):
+                answers = missing
             if answers:
                 return self.fill(questions), self.fill(answers)
 
+    def ask_part(self, name: str) -> str:
+        """The instruction to write one of the PARTS."""
+        return pick(self.rng, ASK_PART).format(part=pick(self.rng, PARTS[name][0]))
+
     def part_task(self) -> tuple[str, str]:
+        """One of the parts."""
         name = pick(self.rng, tuple(PARTS))
-        return pick(self.rng, ASK_PART).format(part=pick(self.rng, PARTS[name][0])), self.part(name)
+        return self.ask_part(name), self.part(name)
 
     def report(self) -> tuple[str, str]:
-        """Three or four parts under labels that the instruction names, in the order that it names them."""
+        """Three or four parts under the labels that the instruction names, in its order."""
         names = list(PARTS)
         if self.rng.random() < 0.3:
             names = self.rng.sample(names, 3)
         labels = [pick(self.rng, PARTS[name][1]) for name in names]
-        instruction = pick(self.rng, ASK_REPORT).format(
-            labels=listed([f"{label}:" for label in labels])
-        )
-        body = "\n".join(
-            f"{label}: {self.part(name)}" for label, name in zip(labels, names, strict=True)
-        )
-        return instruction, body
+        label_list = listed([f"{label}:" for label in labels])
+        instruction = pick(self.rng, ASK_REPORT).format(labels=label_list)
+        lines = [f"{label}: {self.part(name)}" for label, name in zip(labels, names, strict=True)]
+        return instruction, "\n".join(lines)
 
     def letter(self) -> tuple[str, str]:
-        greeting = pick(
-            self.rng,
-            ("Dear colleague,", "Dear doctor,", "Dear Dr " + pick(self.rng, SURNAMES) + ","),
-        )
+        """All parts between a greeting and a close."""
+        surname = pick(self.rng, SURNAMES)
+        greeting = pick(self.rng, ("Dear colleague,", "Dear doctor,", f"Dear Dr {surname},"))
         close = pick(self.rng, ("Kind regards", "Best wishes", "With regards", "Yours"))
-        return pick(self.rng, ASK_LETTER), "\n".join([greeting, *map(self.part, PARTS), close])
+        instruction = pick(self.rng, ASK_LETTER)
+        return instruction, "\n".join([greeting, *map(self.part, PARTS), close])
 
     def handover(self) -> tuple[str, str]:
+        """All parts as one paragraph."""
         return pick(self.rng, ASK_HANDOVER), " ".join(map(self.part, PARTS))
 
     def sentence(self) -> tuple[str, str]:
-        return pick(self.rng, ASK_SENTENCE), self.fill(
-            (
-                "A {age}-year-old {sex} with {complaint} for {duration} has {diagnosis} and starts {prescription}.",
-                "{title} ({age}) has {diagnosis} and gets {prescription}, with a visit in {follow_up}.",
-                "Because of {complaint} for {duration}, {title} takes {prescription}.",
-                "The {sex} of {age} years reports {symptoms}, denies {denied} and has {diagnosis}.",
-            )
-        )
+        """The visit in one sentence."""
+        return pick(self.rng, ASK_SENTENCE), self.fill(ONE_SENTENCE)
 
     def drugs(self) -> tuple[str, str]:
-        old = f"Regular: {self.facts['medicine'] or 'none'}"
-        return pick(self.rng, ASK_DRUGS), f"{old}\nNew: {self.facts['prescription']}"
+        """The regular medicine and the new one."""
+        regular = self.facts["medicine"] or "none"
+        answer = f"Regular: {regular}\nNew: {self.facts['prescription']}"
+        return pick(self.rng, ASK_DRUGS), answer
 
-    def _chosen(self) -> list[tuple[str, str]]:
+    def _draw_fields(self) -> list[tuple[str, str]]:
+        """(label, value) of three to eight fields."""
         keys = self.rng.sample(tuple(FIELDS), self.rng.randint(3, 8))
         return [(pick(self.rng, FIELDS[key]), self.facts[key] or "none") for key in keys]
 
     def fields(self) -> tuple[str, str]:
-        pairs = self._chosen()
-        labels = listed([label for label, _ in pairs])
-        return pick(self.rng, ASK_FIELDS).format(labels=labels), "\n".join(
-            f"{label}: {value}" for label, value in pairs
-        )
+        """Some fields, a line each."""
+        fields = self._draw_fields()
+        labels = listed([label for label, _ in fields])
+        answer = "\n".join(f"{label}: {value}" for label, value in fields)
+        return pick(self.rng, ASK_FIELDS).format(labels=labels), answer
 
     def json(self) -> tuple[str, str]:
-        pairs = self._chosen()
-        return pick(self.rng, ASK_JSON).format(
-            labels=listed([label for label, _ in pairs])
-        ), json.dumps(dict(pairs))
+        """Some fields as a JSON object."""
+        fields = self._draw_fields()
+        labels = listed([label for label, _ in fields])
+        return pick(self.rng, ASK_JSON).format(labels=labels), json.dumps(dict(fields))
 
     def sheet(self) -> str:
-        """All facts, one per line."""
-        return "\n".join(
-            f"{pick(self.rng, FIELDS[key])}: {self.facts[key]}" for key in SHEET if self.facts[key]
-        )
+        """All facts that come up, a line each."""
+        keys = [key for key in SHEET if self.facts[key]]
+        return "\n".join(f"{pick(self.rng, FIELDS[key])}: {self.facts[key]}" for key in keys)
 
 
 # The long documents come often, because they are the closest to a note.
@@ -645,20 +658,20 @@ def _turn(user: str, assistant: str) -> list[Message]:
 
 
 def _interview(rng: random.Random) -> list[Message]:
-    """A dialogue and several questions about it; the first stands before the dialogue, as the SOAP request does."""
+    """A dialogue and several questions about it.
+
+    The first question stands before the dialogue, as the SOAP request does.
+    """
     scribe = Scribe(rng)
     turns: list[Message] = []
-    long = rng.randrange(
-        9
-    )  # at most one answer is a paragraph, so that rows stay within 700 tokens
+    # At most one answer is a paragraph, so that rows stay within 700 tokens.
+    paragraph = rng.randrange(9)
     for number in range(rng.randint(4, 8)):
-        question, answer = scribe.part_task() if number == long else scribe.question()
-        user = (
-            question
-            if number
-            else f"{pick(rng, ASK_QUESTION).format(question=question)}\n\n{scribe.dialogue()}"
-        )
-        turns += _turn(user, answer)
+        question, answer = scribe.part_task() if number == paragraph else scribe.question()
+        if number == 0:
+            question = pick(rng, ASK_QUESTION).format(question=question)
+            question = f"{question}\n\n{scribe.dialogue()}"
+        turns += _turn(question, answer)
     return turns
 
 
@@ -676,34 +689,43 @@ def _parts(rng: random.Random) -> list[Message]:
     """A dialogue and its parts, asked for one after the other."""
     scribe = Scribe(rng)
     turns: list[Message] = []
-    for name in rng.sample(tuple(PARTS), 3) if rng.random() < 0.3 else PARTS:
-        instruction = pick(rng, ASK_PART).format(part=pick(rng, PARTS[name][0]))
-        turns += _turn(
-            instruction if turns else f"{instruction}\n\n{scribe.dialogue()}", scribe.part(name)
-        )
+    names = list(PARTS)
+    if rng.random() < 0.3:
+        names = rng.sample(names, 3)
+    for name in names:
+        instruction = scribe.ask_part(name)
+        if not turns:
+            instruction = f"{instruction}\n\n{scribe.dialogue()}"
+        turns += _turn(instruction, scribe.part(name))
     return turns
 
 
 def _from_sheet(rng: random.Random) -> list[Message]:
+    """A fact sheet, and the dialogue or a document with its facts."""
     scribe = Scribe(rng)
     if rng.random() < 0.5:
         return _turn(f"{pick(rng, ASK_TALK)}\n\n{scribe.sheet()}", scribe.dialogue())
     instruction, text = pick(rng, DOCUMENTS)(scribe)
-    return _turn(f"{instruction.replace('conversation', 'fact sheet')}\n\n{scribe.sheet()}", text)
+    instruction = instruction.replace("conversation", "fact sheet")
+    return _turn(f"{instruction}\n\n{scribe.sheet()}", text)
 
 
 def _any_talk(rng: random.Random) -> list[Message]:
+    """A dialogue without facts given."""
     scribe = Scribe(rng)
     return _turn(scribe.fill(ASK_ANY_TALK), scribe.dialogue())
 
 
 def _word(rng: random.Random, common: list[str]) -> str:
+    """A word to be copied: a changed common word, a made-up word, a name or a number."""
     kind = rng.random()
-    if (
-        kind < 0.6
-    ):  # a common word with a capital, or without its beginning: pieces of words that the notes need and nothing else has
+    if kind < 0.6:
+        # With a capital or without its beginning: notes need such pieces of words, and no other
+        # row has them.
         word = pick(rng, common)
-        return word.capitalize() if rng.random() < 0.7 else word[rng.randint(1, 4) :] or word
+        if rng.random() < 0.7:
+            return word.capitalize()
+        return word[rng.randint(1, 4) :] or word
     if kind < 0.65:
         return "".join(pick(rng, SYLLABLES) for _ in range(rng.randint(1, 4)))
     if kind < 0.75:
@@ -727,13 +749,10 @@ def _word(rng: random.Random, common: list[str]) -> str:
 
 def _copy(rng: random.Random) -> list[Message]:
     """Lines of random words to be repeated."""
-    common = sorted(
-        {
-            word
-            for message in _documents(rng)
-            for word in re.findall("[A-Za-z]+", message["content"])
-        }
-    )
+    words: set[str] = set()
+    for message in _documents(rng):
+        words.update(re.findall("[A-Za-z]+", message["content"]))
+    common = sorted(words)
     turns: list[Message] = []
     for _ in range(rng.randint(2, 5)):
         text = " ".join(_word(rng, common) for _ in range(rng.randint(2, 14)))
@@ -744,22 +763,22 @@ def _copy(rng: random.Random) -> list[Message]:
 def _lookup(rng: random.Random) -> list[Message]:
     """A random list of drugs and doses, asked about in both directions."""
     names = rng.sample(tuple(DRUGS), rng.randint(4, 9))
-    doses = [
-        f"{number} {pick(rng, ('mg', 'mcg', 'g', 'drops'))}"
-        for number in rng.sample(range(1, 1000), len(names))
-    ]
+    numbers = rng.sample(range(1, 1000), len(names))
+    doses = [f"{number} {pick(rng, ('mg', 'mcg', 'g', 'drops'))}" for number in numbers]
     table = "\n".join(f"{name}: {dose}" for name, dose in zip(names, doses, strict=True))
     turns: list[Message] = []
-    for place in rng.sample(range(len(names)), min(len(names), rng.randint(3, 6))):
+    for i in rng.sample(range(len(names)), min(len(names), rng.randint(3, 6))):
         if rng.random() < 0.5:
-            question, answer = f"What is the dose of {names[place]}?", doses[place]
+            question, answer = f"What is the dose of {names[i]}?", doses[i]
         else:
-            question, answer = f"Which drug has a dose of {doses[place]}?", names[place]
-        turns += _turn(question if turns else f"{question}\n\n{table}", answer)
+            question, answer = f"Which drug has a dose of {doses[i]}?", names[i]
+        if not turns:
+            question = f"{question}\n\n{table}"
+        turns += _turn(question, answer)
     return turns
 
 
-# The kinds of rows with their shares of the corpus in percent.
+# The kinds of rows, each with its percentage of the corpus.
 KINDS = (
     (_documents, 38),
     (_interview, 22),
@@ -769,25 +788,28 @@ KINDS = (
     (_copy, 10),
     (_lookup, 3),
 )
-DRAW = tuple(kind for kind, share in KINDS for _ in range(share))
+ROW_KINDS = tuple(kind for kind, percent in KINDS for _ in range(percent))
 
 
 def messages(seed: int, number: int) -> list[Message]:
-    """The chat of one row of the corpus, which depends on the seed and the row's number alone."""
+    """The chat of one row of the corpus. It depends on the seed and the row's number alone."""
     rng = random.Random(seed << 32 | number)
-    system = [{"role": "system", "content": pick(rng, SYSTEMS)}] if rng.random() < 0.65 else []
-    return system + pick(rng, DRAW)(rng)
+    chat: list[Message] = []
+    if rng.random() < 0.65:
+        chat.append({"role": "system", "content": pick(rng, SYSTEMS)})
+    return chat + pick(rng, ROW_KINDS)(rng)
 
 
 def _lines(seed: int, numbers: range) -> str:
-    return "".join(
-        json.dumps({"id": f"pretrain-{number:07d}", "messages": messages(seed, number)}) + "\n"
-        for number in numbers
-    )
+    """The rows of these numbers as lines of JSON."""
+    rows = [
+        {"id": f"pretrain-{number:07d}", "messages": messages(seed, number)} for number in numbers
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write(path: Path, count: int, seed: int, workers: int) -> None:
-    """Writes `count` rows; the file does not depend on the number of workers."""
+    """Writes a corpus of `count` rows. The file does not depend on the number of workers."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with path.open("w", encoding="utf-8", newline="\n") as file, Pool(workers) as pool:
         file.writelines(pool.imap(partial(_lines, seed), chunks))

@@ -1,4 +1,4 @@
-"""What doctor and patient say: for each moment of a visit the phrasings to choose from, with the facts as {fields}."""
+"""What doctor and patient say: the phrasings of each moment of a visit, with facts as {fields}."""
 
 GREET = (
     "Good morning, {title}. What brings you in today?",

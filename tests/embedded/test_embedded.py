@@ -1,4 +1,4 @@
-"""The embedded world: files, held-out combinations, copying, the pre-training corpus and the untrained base."""
+"""The embedded demo: files, held-out combinations, the pre-training corpus, the untrained base."""
 
 import json
 import re
@@ -17,10 +17,8 @@ SAMPLE = 1000  # pre-training rows looked at
 
 @lru_cache(maxsize=None)
 def committed(split: str) -> list[dict[str, str]]:
-    return [
-        json.loads(line)
-        for line in (clinic.DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = (clinic.DATA / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @lru_cache(maxsize=None)
@@ -58,12 +56,11 @@ def test_heldout_combinations_stay_out_of_training():
     train, valid, test = (
         {c for v in clinic.visits(split) for c in v.combinations} for split in clinic.SPLITS
     )
-    assert {clinic.home(c) for c in train} == {"train"}
-    assert all(
-        any(clinic.home(c) == "valid" for c in v.combinations) for v in clinic.visits("valid")
-    )
-    assert all(any(clinic.home(c) == "test" for c in v.combinations) for v in clinic.visits("test"))
-    assert not any(clinic.home(c) == "test" for c in valid)
+    assert {clinic.home_split(c) for c in train} == {"train"}
+    for split in ("valid", "test"):
+        for v in clinic.visits(split):
+            assert any(clinic.home_split(c) == split for c in v.combinations)
+    assert not any(clinic.home_split(c) == "test" for c in valid)
     assert len(test - train) >= 50
     assert {kind for kind, _, _ in test - train} == {"drug", "side", "history"}
 
@@ -71,29 +68,26 @@ def test_heldout_combinations_stay_out_of_training():
 def test_pretraining_uses_train_visits_only():
     _, drawn = pretraining()
     assert len(drawn) > SAMPLE / 2
-    assert all(clinic.belongs(v, "train") for v in drawn)
+    assert all(clinic.fits_split(v, "train") for v in drawn)
 
 
 def test_pretraining_text_has_no_heldout_drug():
-    """The same read from the text alone: no row has a diagnosis together with a prescription that is held out for it."""
+    """No row has a diagnosis together with a prescription that is held out for it."""
     chats, _ = pretraining()
-    heldout = [
-        (
-            re.compile(re.sub(r"<[^>]*>", r"\\d+", c.diagnosis).replace("{side}", "(left|right)")),
-            f"{drug} {dose} {often} for",
-        )
-        for c in CONDITIONS
-        for drug in c.drugs
-        if clinic.home(("drug", c.name, drug)) != "train"
-        for dose in DRUGS[drug].doses
-        for often in DRUGS[drug].frequencies
-    ]
+    heldout = []
+    for condition in CONDITIONS:
+        pattern = re.sub(r"<[^>]*>", r"\\d+", condition.diagnosis)
+        diagnosis = re.compile(pattern.replace("{side}", "(left|right)"))
+        for drug in condition.drugs:
+            if clinic.home_split(("drug", condition.name, drug)) != "train":
+                for dose in DRUGS[drug].doses:
+                    for often in DRUGS[drug].frequencies:
+                        heldout.append((diagnosis, f"{drug} {dose} {often} for"))
     assert heldout
     for chat in chats:
         text = "\n".join(message["content"] for message in chat)
-        assert not any(
-            prescription in text and diagnosis.search(text) for diagnosis, prescription in heldout
-        ), text
+        for diagnosis, prescription in heldout:
+            assert not (prescription in text and diagnosis.search(text)), text
 
 
 def test_every_condition_can_be_trained_on():
@@ -104,18 +98,17 @@ def test_every_condition_can_be_trained_on():
 @pytest.mark.parametrize("split", clinic.SPLITS)
 def test_notes_state_only_what_was_said(split):
     sides = ["left", "right"]
+    headings = [f"{heading}:" for heading in HEADINGS]
     for row in committed(split):
-        assert has_all_sections(row["soap"]) and re.findall(r"^\w:", row["soap"], re.MULTILINE) == [
-            f"{h}:" for h in HEADINGS
-        ]
-        for section in parse_note(row["soap"]).values():
+        note, dialogue = row["soap"], row["dialogue"]
+        assert has_all_sections(note)
+        assert re.findall(r"^\w:", note, re.MULTILINE) == headings
+        for section in parse_note(note).values():
             assert 1 <= len(re.findall(r"\.(?=\s|$)", section)) <= 4
-        said = row["dialogue"]
-        assert set(re.findall(r"\d+(?:[./]\d+)*", row["soap"])) <= set(
-            re.findall(r"\d+(?:[./]\d+)*", said)
-        ), row["id"]
-        assert words_in(row["soap"], DRUGS) <= words_in(said, DRUGS), row["id"]
-        assert words_in(row["soap"], sides) <= words_in(said, sides), row["id"]
+        number = r"\d+(?:[./]\d+)*"
+        assert set(re.findall(number, note)) <= set(re.findall(number, dialogue)), row["id"]
+        assert words_in(note, DRUGS) <= words_in(dialogue, DRUGS), row["id"]
+        assert words_in(note, sides) <= words_in(dialogue, sides), row["id"]
 
 
 def test_dialogues_say_every_fact():
@@ -140,21 +133,18 @@ def test_dialogues_say_every_fact():
                 *v.findings,
             ]
             facts += [f"{name} {value}" for name, value in v.vitals]
-            said = row["dialogue"].lower()
-            assert [fact for fact in facts if fact.lower() not in said] == [], row["id"]
+            dialogue = row["dialogue"].lower()
+            assert [fact for fact in facts if fact.lower() not in dialogue] == [], row["id"]
 
 
 def test_dialogues_are_varied_and_alternate():
-    dialogues = [row["dialogue"] for split in clinic.SPLITS for row in committed(split)]
-    assert len(set(dialogues)) == len(dialogues)
-    assert len({row["soap"] for split in clinic.SPLITS for row in committed(split)}) == len(
-        dialogues
-    )
-    for text in dialogues:
-        speakers = [line.partition(": ")[0] for line in text.splitlines()]
-        assert (
-            speakers == ["Doctor", "Patient"] * (len(speakers) // 2) and 14 <= len(speakers) <= 24
-        )
+    rows = [row for split in clinic.SPLITS for row in committed(split)]
+    assert len({row["dialogue"] for row in rows}) == len(rows)
+    assert len({row["soap"] for row in rows}) == len(rows)
+    for row in rows:
+        speakers = [line.partition(": ")[0] for line in row["dialogue"].splitlines()]
+        assert speakers == ["Doctor", "Patient"] * (len(speakers) // 2)
+        assert 14 <= len(speakers) <= 24
 
 
 def test_visits_fit_their_patient():
@@ -162,9 +152,8 @@ def test_visits_fit_their_patient():
         v = clinic.visit(number)
         assert v.denied not in v.symptoms
         assert ("fever" in v.symptoms) == (float(v.temperature.removesuffix(" C")) >= 38)
-        assert not (
-            v.allergy in ("penicillin", "amoxicillin") and "penicillin" in DRUGS[v.drug].classes
-        )
+        if v.allergy in ("penicillin", "amoxicillin"):
+            assert "penicillin" not in DRUGS[v.drug].classes
         assert not (v.history == "an enlarged prostate" and v.sex == "woman")
         assert not v.medicine.startswith(v.drug)
         assert v.excluded not in v.history
@@ -182,9 +171,8 @@ def test_pretraining_is_varied_and_reproducible():
     chats, _ = pretraining()
     assert chats[:50] == [corpus.messages(0, number) for number in range(50)]
     assert len({json.dumps(chat) for chat in chats}) == len(chats)
-    openings = {
-        chat[len(chat) % 2]["content"].partition("\n\n")[0] for chat in chats
-    }  # after the system message, if any
+    # The first turn is after the system message, if there is one.
+    openings = {chat[len(chat) % 2]["content"].partition("\n\n")[0] for chat in chats}
     assert len(openings) > 100
 
 
@@ -208,9 +196,8 @@ def tokenizer(tmp_path_factory):
 
 
 def test_tokenizer_round_trip(tokenizer):
-    texts = [row["dialogue"] + "\n\n" + row["soap"] for row in committed("test")] + [
-        "  two  spaces,\ttab\n\n\nÄrger 12.5 €"
-    ]
+    texts = [row["dialogue"] + "\n\n" + row["soap"] for row in committed("test")]
+    texts.append("  two  spaces,\ttab\n\n\nÄrger 12.5 €")
     for text in texts:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     assert len(tokenizer) == 2048
@@ -226,14 +213,11 @@ def test_prompt_is_a_prefix_of_the_example(tokenizer):
             soap_messages(row["dialogue"], row["soap"]), tokenize=False
         )
         assert example.startswith(prompt)
-        prompt_ids, example_ids = (
-            tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, example)
-        )
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        example_ids = tokenizer(example, add_special_tokens=False).input_ids
         assert example_ids[: len(prompt_ids)] == prompt_ids
-        assert (
-            prompt_ids.count(tokenizer.eos_token_id) == 2
-            and example_ids[-2] == tokenizer.eos_token_id
-        )
+        assert prompt_ids.count(tokenizer.eos_token_id) == 2
+        assert example_ids[-2] == tokenizer.eos_token_id
 
 
 def test_rows_fit(tokenizer):
@@ -251,10 +235,7 @@ def test_model_loads_from_its_folder(tokenizer, tmp_path):
     base.build_model(tokenizer, 0).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16 and 5e6 < model.num_parameters() < 6e6
-    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (
-        0,
-        1,
-        2,
-    )
+    config = model.config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert model.generation_config.pad_token_id == 0 and model.generation_config.eos_token_id == 2
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 12e6
