@@ -1,4 +1,4 @@
-"""`READERS` is the seam for a format: a generator and an entry; the rest of the package reads it."""
+"""`READERS` is the seam for a format: one generator and one entry, and its examples are read."""
 
 import json
 
