@@ -35,7 +35,7 @@ def listing() -> str:
 
 def train_both(spec: dict, folder: Path) -> None:
     """Runs tests/broken/ranks.py on two CPU ranks, which must all end well. Their output is seen; one that fails ends the command."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "support"))
     from helpers import free_port  # late, as it takes a second
 
     (folder / "spec.json").write_text(json.dumps(spec, indent=1))
@@ -45,7 +45,9 @@ def train_both(spec: dict, folder: Path) -> None:
         "WORLD_SIZE": str(RANKS),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE.parent / "proofs"))),
+        "PYTHONPATH": os.pathsep.join(
+            map(str, (ROOT, HERE.parent / "support", HERE.parent / "proofs"))
+        ),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     command = [sys.executable, str(HERE / "ranks.py"), str(folder / "spec.json")]

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from distributed.test_watchdog import wait_until_doing
+from test_watchdog import wait_until_doing
 from helpers import ROOT, free_port
 
 APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

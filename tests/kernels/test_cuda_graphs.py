@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from kernels.test_fused_layers import with_lora
+from test_fused_layers import with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loop.data.batch_plan import PackingSpec, plan_batches, split_step

@@ -1,8 +1,6 @@
 """The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch, and what
 `./launch.sh break` shows."""
 
-import loop.collate
-import loop.packing
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_ok
-from proofs.test_gradient import replayed, rounding
+from test_gradient import replayed, rounding
 from safetensors.torch import load_file
 
 from loop.config.cli import load_config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
 
 
@@ -38,7 +38,7 @@ def run_ranks(
         paths = os.pathsep.join(
             [
                 str(ROOT),
-                str(ROOT / "tests"),
+                str(ROOT / "tests" / "support"),
                 str(ROOT / "tests" / "proofs"),
                 *filter(None, [os.environ.get("PYTHONPATH")]),
             ]
