@@ -27,8 +27,8 @@ from ..kernels.attention import AttentionError
 from ..kernels.attention_backends import choose_backend
 from ..model.loading import load_model, load_model_config, load_tokenizer
 from ..model.lora import read_adapter
-from ..model.quantization import dtype_of
-from ..model.structure import heads_of
+from ..model.quantization import compute_dtype
+from ..model.structure import attention_shape
 from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
 
@@ -78,7 +78,7 @@ def evaluate(
         ]  # the --reference column may lack some
         ids, ranks = [e.id for e in chosen], init_distributed(config.run)
         seed_everything(config.seed)
-        backend, _ = choose_backend(config.attention, ranks.device, dtype_of(ds), heads_of(shape))
+        backend, _ = choose_backend(config.attention, ranks.device, compute_dtype(ds), attention_shape(shape))
         engine = deepspeed.initialize(
             model=load_model(config, ds, ranks.device, backend, adapter=adapter), config=ds
         )[0]

@@ -27,7 +27,7 @@ from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
 from ..model.loading import load_base
 from ..model.lora import attach_adapter
-from ..model.quantization import dtype_of
+from ..model.quantization import compute_dtype
 
 DIGITS = 6  # of an identifier: a space of a million
 REFERENCES = 1023  # never-seen numbers that each canary's is ranked among; with it 1,024, so that the exposure ends at 10 bits
@@ -184,11 +184,11 @@ def measure(config: Config, canaries: list[Canary], tokenizer, device) -> list[f
     """The exposure of each canary to the model that the run made, in the context of the shortest held-out conversation."""
     whole, options = (
         config.method == "full",
-        {"quantized": config.method == "qlora", "double_quant": config.double_quant},
+        {"quantization": config.quantization, "double_quant": config.double_quant},
     )
     base = str(config.folder / "model") if whole else config.base
     model = load_base(
-        base, dtype_of(build_ds_config(config)), device, revision=config.revision, **options
+        base, compute_dtype(build_ds_config(config)), device, revision=config.revision, **options
     ).eval()
     model = model if whole else attach_adapter(model, str(config.folder / "adapter")).eval()
     planted = {row for c in canaries for row in c.rows}

@@ -1,16 +1,19 @@
-"""Notes from dialogues: `./launch.sh generate --adapter DIR --dialogue FILE`, or thousands with `--input FILE --output FILE`."""
+"""Loads a model to generate with, and fits dialogues to its context."""
+
+import torch
 
 from ..config.schema import ConfigError
 from ..data.soap import fit_dialogue, soap_messages
 from ..data.tokenization import encode
 from ..model.loading import load_base, load_tokenizer
-from ..model.lora import attach_adapter, read_adapter
+from ..model.lora import attach_adapter, read_adapter, trained_quantization
 
 
 def load_for_generation(adapter: str | None, base: str | None, device):
-    """(model, tokenizer) for generation on one device, in the precision the adapter was trained on: `trained.json` beside it says."""
-    import torch
+    """(model, tokenizer) for generation on one device.
 
+    The base is stored as the adapter's training stored it. Arguments as in `generation_source`.
+    """
     trained = generation_source(adapter, base)
     tokenizer = load_tokenizer(trained["base"], trained["revision"])
     model = load_base(
@@ -18,7 +21,7 @@ def load_for_generation(adapter: str | None, base: str | None, device):
         getattr(torch, trained["dtype"]),
         device,
         revision=trained["revision"],
-        quantized=trained["method"] == "qlora",
+        quantization=trained_quantization(trained),
         double_quant=trained["double_quant"],
     )
     if adapter:
@@ -27,40 +30,53 @@ def load_for_generation(adapter: str | None, base: str | None, device):
 
 
 def generation_source(adapter: str | None, base: str | None) -> dict:
-    """The base with its revision, and how it is stored. Raises ConfigError for a folder that is no adapter."""
+    """The base to generate with, its revision, and how it is stored, with the keys of trained.json.
+
+    adapter: a folder, or None for the base alone. base: replaces the one that the adapter names.
+    Raises ConfigError for a folder that is no adapter, and without adapter and base.
+    """
     if not adapter and not base:
         raise ConfigError("give --adapter DIR or --base DIR")
-    trained = (
-        read_adapter(adapter)
-        if adapter
-        else {"revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
-    )
-    return trained | ({"base": base} if base else {})
+    if adapter:
+        trained = read_adapter(adapter)
+    else:
+        trained = {"revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
+    return trained | {"base": base} if base else trained
 
 
 def prompt_ids(tokenizer, dialogue: str) -> list[int]:
-    """The prompt exactly as training tokenised it."""
+    """The token ids of a dialogue's prompt, exactly as in training."""
     return encode(tokenizer, [(soap_messages(dialogue), True)])[0]
 
 
 def fit_dialogues(
     tokenizer, dialogues: dict[str, str], context: int, max_new_tokens: int
 ) -> dict[str, tuple[str, int]]:
-    """{id: (dialogue, turns left out)}: shortened as in training where prompt and note would not fit the base's context, in tokens. Raises
-    ConfigError naming the first id that can't be."""
+    """{id: (dialogue, turns left out)}, so that prompt and note fit the base's context.
+
+    A dialogue is shortened as in training, and only if it must be. Raises ConfigError naming the
+    first id that cannot be made to fit.
+
+    Args:
+        tokenizer: the base's.
+        dialogues: by id.
+        context: tokens that the base can see, prompt and note together.
+        max_new_tokens: of a note.
+    """
     if context <= max_new_tokens:
         raise ConfigError(
-            f"--max-new-tokens {max_new_tokens}: the base's context holds {context} tokens, the prompt included; give fewer"
+            f"--max-new-tokens {max_new_tokens}: the base's context holds {context} tokens, "
+            "the prompt included; give fewer"
         )
+    limit = context - max_new_tokens
     fitted = {}
     for key, dialogue in dialogues.items():
-        shorter = fit_dialogue(
-            dialogue, lambda text: len(prompt_ids(tokenizer, text)), context - max_new_tokens
-        )
+        shorter = fit_dialogue(dialogue, lambda text: len(prompt_ids(tokenizer, text)), limit)
         if shorter is None:
             raise ConfigError(
-                f"id {key}: does not fit the base's context of {context:,} tokens beside a note of {max_new_tokens}, whatever turns "
-                "are left out: split its longest turn, or give fewer --max-new-tokens"
+                f"id {key}: does not fit the base's context of {context:,} tokens beside a note of "
+                f"{max_new_tokens}, whatever turns are left out: split its longest turn, or give "
+                "fewer --max-new-tokens"
             )
         fitted[key] = shorter
     return fitted

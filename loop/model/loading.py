@@ -1,6 +1,11 @@
-"""The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
+"""A base by its name: tokenizer, configuration, frozen weights, and the model that is trained.
+
+The base is stored in 4 bits with LoRA on its linear layers (QLoRA), or plain with LoRA, or all of
+its weights are trained. `load_model` returns what `deepspeed.initialize` gets.
+"""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +21,38 @@ from transformers.integrations import HfDeepSpeedConfig
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
+from ..kernels.quantization import QUANTIZATIONS
 from .lora import attach_adapter
-from .quantization import dtype_of, keep_codes, nf4_config
+from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
 from .structure import decoder_layers
 
 
 def resolve_base(base: str) -> dict[str, Any]:
-    """Where to load from, as keyword arguments of `from_pretrained`. A local folder never touches the network."""
+    """Where a base is, as keyword arguments of `from_pretrained`. Raises ConfigError.
+
+    base: a folder, relative to here or to the project, or a hub id. A local folder never touches
+    the network.
+    """
     for path in (Path(base), ROOT / base):
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise ConfigError(
-                    f"base={base}: the folder has no config.json, so it is not a model in the hub's layout"
+                    f"base={base}: the folder has no config.json, so it is not a model in the "
+                    "hub's layout"
                 )
             return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
-            f"base={base}: no such folder; give a folder in the hub's layout or a hub id (owner/name)"
+            f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
+            "(owner/name)"
         )
     return {"pretrained_model_name_or_path": base}
 
 
 @contextlib.contextmanager
-def loading(base: str):
-    """Turns a failed load into one line that says how to go on without the hub."""
+def config_errors_for(base: str) -> Iterator[None]:
+    """Turns a failed load of the base into a ConfigError that says how to go on without the hub."""
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
@@ -48,27 +60,34 @@ def loading(base: str):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
         raise ConfigError(
-            f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder here (config.json, "
-            "tokenizer, *.safetensors) and set base=/path/to/folder"
+            f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder "
+            "here (config.json, tokenizer, *.safetensors) and set base=/path/to/folder"
         ) from error
 
 
 def load_tokenizer(base: str, revision: str | None = None):
-    """The base's tokenizer. One without a chat template gets a plain one at once: what is hashed, cached and handed out has it, too."""
-    with loading(base):
+    """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
+
+    The template is set at once, so that what is hashed, cached and exported has it, too.
+    """
+    with config_errors_for(base):
         tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 
 
 def load_model_config(base: str, revision: str | None = None):
-    """The base's configuration: layers, hidden size, vocabulary; nothing heavy is read."""
-    with loading(base):
-        shape = AutoConfig.from_pretrained(**resolve_base(base), revision=revision)
-    shape.head_dim = (
-        getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    """The base's transformers configuration, with `head_dim` set. Reads no weights.
+
+    Raises ConfigError.
+    """
+    with config_errors_for(base):
+        model_config = AutoConfig.from_pretrained(**resolve_base(base), revision=revision)
+    model_config.head_dim = (
+        getattr(model_config, "head_dim", None)
+        or model_config.hidden_size // model_config.num_attention_heads
     )
-    return shape
+    return model_config
 
 
 def load_base(
@@ -76,84 +95,112 @@ def load_base(
     dtype: torch.dtype,
     device,
     *,
-    revision=None,
-    quantized=True,
-    double_quant=True,
-    attention="sdpa",
-    ds=None,
+    revision: str | None = None,
+    quantization: str | None = "nf4",
+    double_quant: bool = True,
+    attention: str = "sdpa",
+    ds_config: dict | None = None,
 ) -> PreTrainedModel:
-    """The causal language model, frozen weights in NF4 when `quantized`. With `ds`, an unquantised one is partitioned while it loads."""
+    """The base in evaluation mode, on one device or partitioned. Raises ConfigError.
+
+    Args:
+        dtype: of the computation, and of weights that are not quantised.
+        quantization: a name in `QUANTIZATIONS`; None: plain weights.
+        double_quant: quantise the scales as well.
+        attention: a name that transformers knows.
+        ds_config: with it, a base of plain weights is partitioned by ZeRO-3 while it loads.
+    """
     options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention,
         "revision": revision,
-        "use_safetensors": True,
-    }  # no pickle
-    if quantized:
-        options |= {
-            "quantization_config": nf4_config(dtype, double_quant),
-            "device_map": {"": device},
-        }
-    elif ds is None:
-        options |= {"device_map": {"": device}}
-    with loading(base):
-        return keep_codes(
-            AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options), dtype
+        "use_safetensors": True,  # no pickle
+    }
+    partitioned = ds_config is not None and not quantization
+    # transformers partitions as long as this object lives: it keeps a weak reference to it.
+    zero3 = HfDeepSpeedConfig(ds_config) if partitioned else None
+    if not partitioned:
+        options["device_map"] = {"": device}
+    if quantization:
+        options["quantization_config"] = QUANTIZATIONS[quantization].transformers_config(
+            dtype, double_quant
         )
+    with config_errors_for(base):
+        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options)
+    del zero3
+    return keep_codes(model, dtype)
 
 
-def load_model(
-    config: Config, ds: dict, device, attention: str, adapter: str | None = None
-) -> nn.Module:
-    """The model as the engine gets it; only what shall be trained requires a gradient. With `adapter`, its LoRA weights are loaded.
+def load_sharded_base(config: Config, ds_config: dict, device, attention: str) -> PreTrainedModel:
+    """The base for the engine: on several ranks each has its shard from the start, if possible.
 
-    Every rank must come here with the same seed: LoRA's A matrices are drawn at random, and ranks share them by halves."""
-    dtype, attention, model = dtype_of(ds), ATTENTION_BACKENDS[attention].transformers_name, None
-    if config.method == "qlora" and dist.get_world_size() > 1:  # else there is nothing to share
-        with loading(config.base):
+    Every rank must call it. attention: a name that transformers knows. Raises ConfigError.
+    """
+    dtype = compute_dtype(ds_config)
+    if config.quantization and dist.get_world_size() > 1:  # one rank has nothing to shard
+        quantization = QUANTIZATIONS[config.quantization]
+        with config_errors_for(config.base):
             model = stream_base(
                 resolve_base(config.base),
                 dtype,
                 device,
                 revision=config.revision,
-                ds=ds,
+                quantization_config=quantization.transformers_config(dtype, config.double_quant),
                 attention=attention,
-                quantization=nf4_config(dtype, config.double_quant),
+                ds_config=ds_config,
             )
-    if model is None:
-        # transformers partitions an unquantised base while loading as long as this object lives (it keeps a weak reference).
-        alive = HfDeepSpeedConfig(ds) if config.method != "qlora" else None
-        model = load_base(
-            config.base,
-            dtype,
-            device,
-            revision=config.revision,
-            quantized=config.method == "qlora",
-            double_quant=config.double_quant,
-            attention=attention,
-            ds=ds,
-        )
-        del alive
+        if model is not None:
+            return keep_codes(model, dtype)
+    return load_base(
+        config.base,
+        dtype,
+        device,
+        revision=config.revision,
+        quantization=config.quantization,
+        double_quant=config.double_quant,
+        attention=attention,
+        ds_config=ds_config,
+    )
+
+
+def load_model(
+    config: Config, ds_config: dict, device, backend: str, adapter: str | None = None
+) -> nn.Module:
+    """The model as the engine gets it; only what is to be trained requires a gradient.
+
+    Every rank must call it with the same seed: LoRA's A matrices are drawn at random, and each rank
+    gets a shard of them. Raises ConfigError.
+
+    Args:
+        backend: of attention, a name in `ATTENTION_BACKENDS`.
+        adapter: a folder whose LoRA weights are loaded; None: new ones are drawn.
+    """
+    attention = ATTENTION_BACKENDS[backend].transformers_name
+    model = load_sharded_base(config, ds_config, device, attention)
     if getattr(model, "_is_stateful", False):
         raise ConfigError(
-            f"base={config.base}: a recurrent one, which carries a state from document to document; take one with attention alone"
+            f"base={config.base}: a recurrent one, which carries a state from document to "
+            "document; take one with attention alone"
         )
-    keep_codes(model, dtype).config.use_cache = False
+    model.config.use_cache = False
     model.requires_grad_(config.method == "full")
     if config.method != "full":
-        # The first layer's input must require a gradient: its weights don't, and checkpointing and leaf modules would see nothing to do.
-        model.enable_input_require_grads()
-        if adapter:
-            model = attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-        else:
-            try:
-                model = get_peft_model(
-                    model,
-                    LoraConfig(task_type="CAUSAL_LM", **config.lora),
-                    autocast_adapter_dtype=False,
-                )
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
-    # ZeRO-3 hangs hooks on every sub-module; as leaf modules, decoder layers are gathered whole and cost one pair of hooks each.
+        model = add_lora(model, config, adapter)
+    # ZeRO-3 puts hooks on every submodule. Decoder layers as leaf modules are gathered in one piece
+    # and cost one pair of hooks each.
     set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
     return model
+
+
+def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.Module:
+    """The frozen base with LoRA: an adapter's, or a new one. Raises ConfigError."""
+    # The first layer's input must require a gradient. The frozen weights don't, so checkpointing
+    # and leaf modules would find nothing to do.
+    model.enable_input_require_grads()
+    if adapter:
+        return attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    try:
+        lora_config = LoraConfig(task_type="CAUSAL_LM", **config.lora)
+        return get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error

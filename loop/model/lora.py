@@ -1,4 +1,4 @@
-"""The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
+"""An adapter's folder: what it was trained on, and how it is put on a base again."""
 
 import json
 from pathlib import Path
@@ -9,42 +9,52 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from ..config.schema import ConfigError
+from ..kernels.quantization import QUANTIZATIONS
+
+# What an adapter from elsewhere does not tell.
+DEFAULTS = {"revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"}
 
 
 def read_adapter(adapter: str) -> dict[str, Any]:
-    """What an adapter folder says of itself: its base, and the revision, method, double_quant and dtype that it was trained with
-    (an adapter from elsewhere says nothing of these: then this project's defaults)."""
+    """What an adapter's folder says of its training: the base, and how the base was stored.
+
+    The keys are those of trained.json: base, revision, method, double_quant, dtype, and of a run's
+    own adapter also storage, base_fingerprint and sha256. An adapter from elsewhere only names its
+    base; the rest is this project's defaults. Raises ConfigError where there is no adapter.
+    """
     folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"--adapter {adapter}: no adapter_config.json there; give a run's adapter/ folder"
-        )
-    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
-        raise ConfigError(
-            f"--adapter {adapter}: no adapter_model.safetensors there; give a run's adapter/ folder"
-        )
+    # PEFT would take a pickle instead of the second.
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"--adapter {adapter}: no {name} there; give a run's adapter/ folder")
+    trained = {}
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        trained = (
-            json.loads((folder / "trained.json").read_text())
-            if (folder / "trained.json").is_file()
-            else {}
-        )
+        if (folder / "trained.json").is_file():
+            trained = json.loads((folder / "trained.json").read_text())
+        return {"base": base} | DEFAULTS | trained
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--adapter {adapter}: adapter_config.json or trained.json is broken ({type(error).__name__})"
+            f"--adapter {adapter}: adapter_config.json or trained.json is broken "
+            f"({type(error).__name__})"
         ) from error
-    return {
-        "base": base,
-        "revision": None,
-        "method": "qlora",
-        "double_quant": True,
-        "dtype": "bfloat16",
-    } | trained
+
+
+def trained_quantization(trained: dict[str, Any]) -> str | None:
+    """The quantisation of the base that an adapter was trained on; None: plain weights.
+
+    trained: of `read_adapter`. Adapters of older runs and of other projects don't name the storage.
+    """
+    default = "nf4" if trained["method"] == "qlora" else None
+    storage = trained.get("storage", default)
+    return storage if storage in QUANTIZATIONS else None
 
 
 def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
-    """The model with the adapter of a folder on it. Raises ConfigError when it was made for another base."""
+    """The model with the adapter of a folder on it. options: of `PeftModel.from_pretrained`.
+
+    Raises ConfigError when the adapter was made for another base.
+    """
     try:
         return PeftModel.from_pretrained(model, adapter, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,11 +1,15 @@
-"""The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
+"""The loss that is minimised, before the loop divides it."""
 
 import torch
 import torch.nn.functional as F
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum, not mean, of the cross-entropies in nats, in fp32: the loop divides once by the targets of the whole step.
+    """The sum, not the mean, of the cross-entropies in nats: an fp32 scalar.
 
-    logits [1, N, V], targets [N] with -100 where there is none. Returns a scalar; 0 with a gradient of 0 when no target counts."""
+    The loop divides once, by the number of targets of the whole step. Without a target the sum is 0
+    and so is its gradient.
+
+    logits: [1, N, V]; targets: int64 [N], -100 where there is none.
+    """
     return F.cross_entropy(logits.squeeze(0).float(), targets, ignore_index=-100, reduction="sum")

@@ -1,27 +1,29 @@
-"""A 4-bit base loaded straight into its ZeRO-3 shards, one module at a time.
+"""A quantised base loaded straight into its ZeRO-3 shards, one module at a time.
 
-transformers partitions while it loads only what is not quantised; of a quantised base each rank would first hold the whole (35 GB for 70
-billion weights) before the engine cuts it up. Here a rank reads the tensors of one module, quantises them, keeps its share and forgets
-the rest: at its fullest it holds its shards, the quantisation states, which are never sharded, and one module. Bit for bit it is the
-ordinary way's model. All ranks of a machine map the same files, so each byte comes from the disk once a machine.
+transformers partitions while it loads only what is not quantised. Of a quantised base each rank
+would first hold all weights (35 GB for 70 billion) before the engine shards them. Here a rank reads
+the tensors of one module, quantises them, keeps its shard and drops the rest. At its peak it holds
+its shards, the quantisation states, which are never sharded, and one module. The model is bit for
+bit the one that transformers loads. All ranks of a machine map the same files, so each byte comes
+from the disk once a machine.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes as bnb
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from accelerate import init_empty_weights
-from deepspeed.utils import groups
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config.schema import ConfigError
+from ..kernels.quantization import QUANTIZATIONS, find_quantization
+from ..zero3.partition import partition_module
 
 
 class SafetensorsReader:
@@ -30,120 +32,157 @@ class SafetensorsReader:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {
-                name: folder / file
-                for name, file in json.loads(index.read_text())["weight_map"].items()
-            }
+            weight_map = json.loads(index.read_text())["weight_map"]
+            self.files = {name: folder / file for name, file in weight_map.items()}
         else:
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                self.files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+            path = folder / "model.safetensors"
+            with safe_open(path, "pt") as file:
+                self.files = dict.fromkeys(file.keys(), path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
-    def beside(self, name: str) -> list[str]:
-        """What a prequantised weight is saved with: `NAME.absmax` and so on."""
-        return [key for key in self.files if key.startswith(f"{name}.")]
+    def quantization_state(self, name: str) -> dict[str, torch.Tensor]:
+        """What a weight that was saved quantised has beside its codes; {} for a plain weight.
+
+        The files name it `NAME.absmax` and so on; the keys here are `absmax` and so on.
+        """
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): self[key] for key in self.files if key.startswith(prefix)}
 
 
-def fetch_base(place: str, revision: str | None) -> Path:
-    """The folder with the base's configuration and weights: a local one as it is, the hub's after a download, if need be."""
-    return (
-        Path(place)
-        if Path(place).is_dir()
-        else Path(
-            snapshot_download(place, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-        )
-    )
+def fetch_base(base: str, revision: str | None) -> Path:
+    """The folder with a base's configuration and weights.
+
+    base: a local folder, which is returned as it is, or a hub id, which is downloaded if need be.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    patterns = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
 
 
 def stream_base(
-    location: dict, dtype: torch.dtype, device, *, revision, quantization, attention: str, ds: dict
+    location: dict,
+    dtype: torch.dtype,
+    device,
+    *,
+    revision: str | None,
+    quantization_config: Any,
+    attention: str,
+    ds_config: dict,
 ) -> PreTrainedModel | None:
-    """The frozen 4-bit base, each of its parameters partitioned over the ranks. location: keyword arguments of `from_pretrained`;
-    quantization: a BitsAndBytesConfig, unless the base brings its own; ds: DeepSpeed's configuration. Every rank must call it.
+    """The frozen quantised base, each of its parameters partitioned over the ranks.
 
-    Returns None, on all ranks, where the files' names are not the model's own (experts that are fused while loading, other kinds of
-    quantisation): such a base has to be loaded the ordinary way. Raises ConfigError on all ranks when one of them can't read."""
+    Every rank must call it. Returns None, on all ranks, where the names in the files are not the
+    model's own (experts that are fused while loading, a kind of quantisation that is not in
+    `QUANTIZATIONS`): such a base has to be loaded by transformers. Raises ConfigError on all ranks
+    when one of them can't read.
+
+    Args:
+        location: keyword arguments of `from_pretrained`, of `resolve_base`.
+        dtype: of the computation, and of weights that are not quantised.
+        quantization_config: of transformers; a base that is stored quantised brings its own.
+        attention: a name that transformers knows.
+    """
     folder = fetch_base(location["pretrained_model_name_or_path"], revision)
-    config = AutoConfig.from_pretrained(**location, revision=revision)
-    prequantized = getattr(config, "quantization_config", None)
+    model_config = AutoConfig.from_pretrained(**location, revision=revision)
+    stored = getattr(model_config, "quantization_config", None)
     try:
-        weights = SafetensorsReader(folder)
+        reader = SafetensorsReader(folder)
         quantizer = AutoHfQuantizer.from_config(
-            prequantized or quantization, pre_quantized=prequantized is not None
+            stored or quantization_config, pre_quantized=stored is not None
         )
     except (OSError, SafetensorError, ValueError, KeyError, ImportError):
-        return None  # the ordinary way says what is wrong
-    if not getattr(quantizer.quantization_config, "load_in_4bit", False):
+        return None  # transformers says what is wrong
+    if not any(q.describes(quantizer.quantization_config) for q in QUANTIZATIONS.values()):
         return None
+
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, attn_implementation=attention
+        )
     quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
     tied = set(model.all_tied_weights_keys)
-    wanted = {name for name, _ in model.named_parameters()} - tied
-    if not wanted <= weights.files.keys():
+    stored_names = {name for name, _ in model.named_parameters()} - tied
+    if not stored_names <= reader.files.keys():
         return None
+
     for prefix, module in model.named_modules():
-        own = [
-            name
-            for name, _ in module.named_parameters(recurse=False)
-            if f"{prefix}.{name}".lstrip(".") in wanted
-        ]
-        if own:
-            fill_module(
-                module,
-                {name: f"{prefix}.{name}".lstrip(".") for name in own},
-                weights,
-                dtype,
-                device,
-            )
-            hpz = (
-                groups._get_zero_param_intra_parallel_group()
-            )  # none at first, and without zero_hpz_partition_size
-            deepspeed.zero.Init(
-                module=module, config_dict_or_path=ds, zero_param_parallel_group=hpz
-            )
+        names = own_parameters(prefix, module, stored_names)
+        if names:
+            fill_module(module, names, reader, dtype, device)
+            partition_module(module, ds_config)
     model.tie_weights()
-    for name, buffer in list(model.named_buffers()):
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    move_buffers(model, device)
     quantizer.postprocess_model(model)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()
 
 
+def own_parameters(prefix: str, module: nn.Module, stored_names: set[str]) -> dict[str, str]:
+    """The parameters that a module itself holds, {name in the module: name in the files}.
+
+    prefix: the module's name in the model; stored_names: of all parameters in the files.
+    """
+    names = {}
+    for name, _ in module.named_parameters(recurse=False):
+        stored_name = f"{prefix}.{name}".lstrip(".")
+        if stored_name in stored_names:
+            names[name] = stored_name
+    return names
+
+
 def fill_module(
-    module: nn.Module, names: dict[str, str], weights: SafetensorsReader, dtype: torch.dtype, device
+    module: nn.Module,
+    names: dict[str, str],
+    reader: SafetensorsReader,
+    dtype: torch.dtype,
+    device,
 ) -> None:
-    """Gives the module its parameters, whole; names: its own -> the file's. Raises ConfigError on all ranks when one can't read them."""
+    """Gives a module its own parameters, unsharded, on device. names: of `own_parameters`.
+
+    Every rank must call it. Raises ConfigError on all ranks when one can't read.
+    """
+    values: dict[str, torch.Tensor] = {}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    problem = None
     try:
-        values, problem = {name: weights[full] for name, full in names.items()}, None
-        stats = {
-            name: {key.removeprefix(f"{full}."): weights[key] for key in weights.beside(full)}
-            for name, full in names.items()
-        }
+        for name, stored_name in names.items():
+            values[name] = reader[stored_name]
+            states[name] = reader.quantization_state(stored_name)
     except (OSError, SafetensorError, KeyError) as error:
         problem = str(error).splitlines()[0][:160]
     failed = torch.tensor(float(problem is not None), device=device)
     dist.all_reduce(failed)  # before anybody waits for this rank in a partition
     if failed:
-        raise ConfigError(
-            f"base: {', '.join(names.values())} can't be read{f' ({problem})' if problem else ' by another rank'}"
-        )
+        reason = f" ({problem})" if problem else " by another rank"
+        raise ConfigError(f"base: {', '.join(names.values())} can't be read{reason}")
     for name, value in values.items():
-        empty = getattr(module, name)
-        value = value if stats[name] or not value.is_floating_point() else value.to(device, dtype)
-        if stats[name]:
-            parameter: nn.Parameter = bnb.nn.Params4bit.from_prequantized(
-                value, stats[name], device=device, module=module
-            )  # type: ignore[arg-type]  # it takes any module
-        elif isinstance(empty, bnb.nn.Params4bit):
-            parameter = bnb.nn.Params4bit(value, **(vars(empty) | {"requires_grad": False})).to(
-                device
-            )  # type: ignore[misc]  # its overloads lack it
-        else:
-            parameter = nn.Parameter(value.to(device), requires_grad=False)
-        setattr(module, name, parameter)
+        setattr(module, name, make_parameter(module, name, value, states[name], dtype, device))
+
+
+def make_parameter(
+    module: nn.Module,
+    name: str,
+    value: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    device,
+) -> nn.Parameter:
+    """A module's parameter from a tensor of the files, quantised where the module is."""
+    if value.is_floating_point() and not state:
+        value = value.to(device, dtype)
+    quantization = find_quantization(module)
+    if quantization and name == "weight":
+        return quantization.quantized_parameter(module, value, state, device)
+    return nn.Parameter(value.to(device), requires_grad=False)
+
+
+def move_buffers(model: nn.Module, device) -> None:
+    """Moves all buffers of the model to a device."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own_name] = buffer.to(device)

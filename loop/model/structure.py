@@ -1,4 +1,4 @@
-"""The model: a 4-bit base with LoRA on every linear layer, or plain LoRA, or all weights, ready for `deepspeed.initialize`."""
+"""Where things are in a transformers model: its decoder layers, and the shape of its attention."""
 
 import torch.nn as nn
 from peft import PeftModel
@@ -7,17 +7,21 @@ from transformers import PreTrainedModel
 from ..config.schema import ConfigError
 
 
-def heads_of(shape) -> tuple[int, int, int]:
-    """(of queries, of keys and values, their size)"""
-    return (
-        shape.num_attention_heads,
-        getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads,
-        shape.head_dim,
-    )
+def attention_shape(model_config) -> tuple[int, int, int]:
+    """(query heads, key and value heads, size of a head).
+
+    model_config: of `load_model_config`.
+    """
+    query_heads = model_config.num_attention_heads
+    key_value_heads = getattr(model_config, "num_key_value_heads", None) or query_heads
+    return query_heads, key_value_heads, model_config.head_dim
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
-    """The stack of decoder layers, below PEFT's wrapping if there is one."""
+    """The stack of decoder layers, below PEFT's wrapper if there is one.
+
+    Raises ConfigError for a model without such a stack.
+    """
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
         return base.get_decoder().layers

@@ -185,7 +185,7 @@ def test_a_base_that_is_only_a_pickle_is_refused(config_file, tiny_base, tmp_pat
     shutil.copytree(tiny_base, moved)
     (moved / "model.safetensors").rename(moved / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
-        load_base(str(moved), torch.float32, "cpu", quantized=False)
+        load_base(str(moved), torch.float32, "cpu", quantization=None)
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):

@@ -66,7 +66,7 @@ def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
         command = [
             sys.executable,
             "-m",
-            "loop.merge",
+            "loop.commands.merge",
             "--adapter",
             str(trained / "adapter"),
             "--out",
@@ -78,7 +78,7 @@ def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
         merge(str(trained / "adapter"), str(tmp_path / "m"), into=into)
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16))
     adapted = PeftModel.from_pretrained(
-        load_base(tiny_base, torch.bfloat16, "cpu", quantized=into == "nf4"),
+        load_base(tiny_base, torch.bfloat16, "cpu", quantization="nf4" if into == "nf4" else None),
         str(trained / "adapter"),
     )
     with adapted.disable_adapter():
@@ -95,7 +95,7 @@ def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
 def test_every_weight_is_the_rounded_sum(trained, tiny_base, tmp_path, into):
     """Bit for bit: what transformers loads or dequantises, plus B A scale, added in fp32 and rounded once; the rest of the base as it was."""
     merged = tensors(merge(str(trained / "adapter"), str(tmp_path / "m"), into=into))
-    model = load_base(tiny_base, torch.bfloat16, "cpu", quantized=into == "nf4")
+    model = load_base(tiny_base, torch.bfloat16, "cpu", quantization="nf4" if into == "nf4" else None)
     base = (model.dequantize(dtype=torch.bfloat16) if into == "nf4" else model).state_dict()
     lora = load_file(trained / "adapter" / "adapter_model.safetensors")
     assert merged.keys() == tensors(tiny_base).keys()
@@ -318,7 +318,7 @@ def test_the_verdict(adapter, sixteen, nf4, says):
 def test_the_three_ways_are_measured(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         compare,
-        "fresh_loss",
+        "standalone_loss",
         lambda folder, examples, device, timeout: loss_of(
             str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
         ),

@@ -186,7 +186,7 @@ def test_the_configuration_takes_every_backend_of_the_table():
 
 def test_a_row_without_boundaries_or_with_a_mask_is_refused(tiny_base):
     attention = ATTENTION_BACKENDS["sdpa"].transformers_name
-    model = load_base(tiny_base, torch.float32, "cpu", quantized=False, attention=attention)
+    model = load_base(tiny_base, torch.float32, "cpu", quantization=None, attention=attention)
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(AttentionError, match="cu_seqlens"):
         model(input_ids=ids, use_cache=False)

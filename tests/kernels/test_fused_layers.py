@@ -88,7 +88,9 @@ def test_fused_layers_compute_what_peft_computes(tmp_path, quantized, keep_dense
     seen = []
     for fused in (False, True):
         model, masks = with_lora(
-            load_base(str(tmp_path), torch.float32, "cpu", quantized=quantized)
+            load_base(
+                str(tmp_path), torch.float32, "cpu", quantization="nf4" if quantized else None
+            )
         )
         assert not fused or fuse(decoder_layers(model), keep_dense) == set()
         figures = [loss_and_gradients(model, masks)]

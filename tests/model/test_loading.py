@@ -107,13 +107,15 @@ def test_a_row_gives_what_its_documents_give_alone(tiny_base):
     examples = documents(0)
     with torch.no_grad():
         row = model(**collate(examples, PACKING).model_inputs()).logits[0]
-        alone = torch.cat([model(**collate([e], PACKING).model_inputs()).logits[0] for e in examples])
+        alone = torch.cat(
+            [model(**collate([e], PACKING).model_inputs()).logits[0] for e in examples]
+        )
     assert torch.allclose(row, alone, atol=1e-4)
 
 
 def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
     """ZeRO-3's are among them: it would gather for the recomputation, and keep what it gathered until the backward pass has ended."""
-    model = load_base(tiny_base, torch.float32, "cpu", quantized=False)
+    model = load_base(tiny_base, torch.float32, "cpu", quantization=None)
     calls = {"layer": 0, "attention": 0}
     use_checkpointing(model)
     for layer in decoder_layers(model):
