@@ -1,10 +1,15 @@
-"""Files of dialogues and of notes, a JSON object a line: read with every mistake named, written so that an interrupted one can be gone on with."""
+"""JSONL files of dialogues and of notes.
+
+They are read with every mistake named by file and row. An output file is written so that a run that
+was killed can be resumed with the same command.
+"""
 
 import fcntl
 import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ..config.schema import ConfigError
 from ..data.readers import BadRow, read_json
@@ -12,42 +17,57 @@ from ..distributed.files import write_atomically
 from .decode import Note
 
 
-def read_by_id(path: str, option: str, torn: bool = False) -> dict[str, tuple[str, dict]]:
-    """{id: (file and row, object)} of the JSONL file that an option of a command names; a row without `id` has its number for one. torn: a
-    last line of ours that lacks its line break is passed over. Raises ConfigError naming file and row."""
+def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tuple[str, dict]]:
+    """{id: (option, file and row; the object)} of a JSONL file.
+
+    A row without `id` has its number as its id. Raises ConfigError naming file and row.
+
+    Args:
+        path: of the file.
+        option: of the command line, which named the file.
+        allow_torn: skip the last line where it has no line break and `NotesFile` was writing it.
+    """
     found: dict[str, tuple[str, dict]] = {}
+    row_numbers: dict[str, int] = {}
     try:
         rows = list(read_json(Path(path)))
-        if (
-            torn
-            and rows
-            and not Path(path).read_bytes().endswith(b"\n")
-            and (isinstance(rows[-1][1], BadRow) or "by" in rows[-1][1])
-        ):
+        if allow_torn and rows and _is_torn(path, rows[-1][1]):
             rows.pop()
-        for number, row in rows:
-            where = f"{option} {path}, row {number}"
-            if not isinstance(row, dict):
-                raise ConfigError(
-                    f"{where}: {row if isinstance(row, BadRow) else 'is not an object: write {...}'}"
-                )
-            key = str(number if row.get("id") is None else row["id"])
-            if not re.fullmatch(r"\S{1,100}", key):
-                raise ConfigError(
-                    f"{where}: its id must be a number, or 1 to 100 characters without a space"
-                )
-            if key in found:
-                raise ConfigError(
-                    f"{where} (id {key}): this id occurs twice, first in row {found[key][0].rsplit(' ', 1)[1]}: make ids unique"
-                )
-            found[key] = (where, row)
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror or type(error).__name__}") from error
+    for number, row in rows:
+        where = f"{option} {path}, row {number}"
+        if isinstance(row, BadRow):
+            raise ConfigError(f"{where}: {row}")
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: is not an object: write {{...}}")
+        key = str(number if row.get("id") is None else row["id"])
+        if not re.fullmatch(r"\S{1,100}", key):
+            raise ConfigError(
+                f"{where}: its id must be a number, or 1 to 100 characters without a space"
+            )
+        if key in found:
+            raise ConfigError(
+                f"{where} (id {key}): this id occurs twice, first in row {row_numbers[key]}: "
+                "make ids unique"
+            )
+        found[key] = (where, row)
+        row_numbers[key] = number
     return found
 
 
+def _is_torn(path: str, last_row: Any) -> bool:
+    """Whether `NotesFile` was killed while it wrote the last row of the file."""
+    if Path(path).read_bytes().endswith(b"\n"):
+        return False
+    return isinstance(last_row, BadRow) or (isinstance(last_row, dict) and "by" in last_row)
+
+
 def read_dialogues(path: str) -> dict[str, str]:
-    """Dialogues by id, of a JSONL file with dialogue and id. Raises ConfigError naming the row, never its text."""
+    """Dialogues by id, of a JSONL file with `dialogue` and `id`.
+
+    Raises ConfigError naming the row, never its text.
+    """
     rows = read_by_id(path, "--input")
     for where, row in rows.values():
         if not isinstance(row.get("dialogue"), str) or not row["dialogue"].strip():
@@ -58,89 +78,125 @@ def read_dialogues(path: str) -> dict[str, str]:
 
 
 def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
-    """Notes of a JSONL file with id and note, one for each of `ids`. Raises ConfigError naming the row."""
+    """Notes by id, of a JSONL file with `id` and `note`, at least one for each of `ids`.
+
+    Raises ConfigError naming the row or the first id without a note.
+    """
     found = {}
     for key, (where, row) in read_by_id(path, "--predictions").items():
         if not isinstance(row.get("note"), str):
             raise ConfigError(
-                f"{where}: has no text `note`: write one, an empty one where the model wrote nothing"
+                f"{where}: has no text `note`: "
+                "write one, an empty one where the model wrote nothing"
             )
         found[key] = Note(row["note"], row.get("ended"))
-    if missing := [key for key in ids if key not in found]:
+    missing = [key for key in ids if key not in found]
+    if missing:
         raise ConfigError(
-            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, first id {missing[0]}: add them, or score "
-            "the first N with --notes N"
+            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, "
+            f"first id {missing[0]}: add them, or score the first N with --notes N"
         )
     return found
 
 
+def _open_and_lock(path: str) -> BinaryIO:
+    """The file, created where it is missing. Raises ConfigError where another run has it open."""
+    try:
+        # Notes are a patient's: only the file's owner may read them.
+        Path(path).touch(mode=0o600)
+        Path(path).chmod(0o600)
+        file = Path(path).open("r+b")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"--output {path}: another run writes to it; wait for its end, or name another file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror}") from error
+    return file
+
+
 class NotesFile:
-    """An output of notes, a line each with what wrote it, so that nobody mixes the notes of two adapters unawares."""
+    """An output file of notes, one a line.
+
+    Each line also tells what wrote the note, so that the notes of two adapters are never mixed.
+    `done` are the rows that the file holds, by id.
+    """
 
     def __init__(self, path: str, dialogues: dict[str, str], by: dict) -> None:
-        """Opens the file, made anew or left unfinished by an earlier run; the half line at which that was killed is cut off. by: what
-        writes, whatever makes a note another one. Raises ConfigError when the file holds something else."""
-        self.path, self.dialogues, self.by = Path(path), dialogues, by
+        """Opens and locks the file: a new one, or one that an earlier run left unfinished.
+
+        A torn last line, which that run was writing when it was killed, is cut off. Raises
+        ConfigError when the file is in use, or holds anything but notes on `dialogues` by `by`.
+
+        Args:
+            path: of the file.
+            dialogues: texts by id.
+            by: what writes the notes: every setting that changes them.
+        """
+        self.path = Path(path)
+        self.dialogues = dialogues
+        self.by = by
+        self.file = _open_and_lock(path)
         try:
-            self.path.touch(mode=0o600)  # notes are a patient's: its owner's alone
-            self.path.chmod(0o600)
-            self.file = self.path.open("r+b")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--output {path}: another run writes to it; wait for its end, or name another file"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"--output {path}: {error.strerror}") from error
-        try:
-            whole = self.file.read()
-            found = read_by_id(path, "--output", torn=True)
-            for key, (where, row) in found.items():
-                self._refuse_another(where, key, row)
-            if whole and not found and not whole.startswith(b'{"id": "'):
+            content = self.file.read()
+            rows = read_by_id(path, "--output", allow_torn=True)
+            for key, (where, row) in rows.items():
+                self._refuse_foreign(where, key, row)
+            if content and not rows and not content.startswith(b'{"id": "'):
                 raise ConfigError(
-                    f"--output {path}: was not written by this command; name another file, or remove this one"
+                    f"--output {path}: was not written by this command; "
+                    "name another file, or remove this one"
                 )
         except ConfigError:
             self.file.close()
             raise
-        self.done = {key: row for key, (_, row) in found.items()}
-        self.file.seek(whole.rfind(b"\n") + 1)
+        self.done = {key: row for key, (_, row) in rows.items()}
+        self.file.seek(content.rfind(b"\n") + 1)
         self.file.truncate()
 
-    def _refuse_another(self, where: str, key: str, row: dict) -> None:
-        other = "name another file, or remove this one"
+    def _refuse_foreign(self, where: str, key: str, row: dict) -> None:
+        """Raises ConfigError for a row that this run would not have written."""
+        remedy = "name another file, or remove this one"
         if not isinstance(row.get("by"), dict) or "note" not in row:
-            raise ConfigError(f"{where}: was not written by this command; {other}")
-        if row["by"] != self.by:
-            name = next(k for k in {**self.by, **row["by"]} if self.by.get(k) != row["by"].get(k))
+            raise ConfigError(f"{where}: was not written by this command; {remedy}")
+        theirs = row["by"]
+        if theirs != self.by:
+            name = next(n for n in {**self.by, **theirs} if self.by.get(n) != theirs.get(n))
             raise ConfigError(
-                f"{where}: written with {name} {row['by'].get(name)}, now {self.by.get(name)}; {other}"
+                f"{where}: written with {name} {theirs.get(name)}, now {self.by.get(name)}; "
+                f"{remedy}"
             )
         if key not in self.dialogues or row.get("dialogue") != digest(self.dialogues[key]):
-            raise ConfigError(f"{where} (id {key}): its dialogue is not the input's; {other}")
+            raise ConfigError(f"{where} (id {key}): its dialogue is not the input's; {remedy}")
 
     def add(self, key: str, note: Note, turns_left_out: int) -> None:
-        """Appends a note, whole on the disk when this returns."""
+        """Appends the note on the dialogue `key`; the line is complete when this returns."""
         row = {
             "id": key,
             "note": note.text,
             "ended": note.ended,
             "turns_left_out": turns_left_out,
             "dialogue": digest(self.dialogues[key]),
+            "by": self.by,
         }
-        self.done[key] = row | {"by": self.by}
-        self.file.write((json.dumps(self.done[key]) + "\n").encode())
+        self.done[key] = row
+        self.file.write((json.dumps(row) + "\n").encode())
         self.file.flush()
 
     def close(self) -> None:
-        """Puts the notes into the order of the dialogues: they were written in the order of their lengths."""
+        """Closes the file. A complete one gets its notes in the order of the dialogues.
+
+        They were written in the order of the dialogues' lengths.
+        """
         if all(key in self.done for key in self.dialogues):
-            write_atomically(
-                self.path, "".join(json.dumps(self.done[key]) + "\n" for key in self.dialogues)
-            )
+            lines = [json.dumps(self.done[key]) + "\n" for key in self.dialogues]
+            write_atomically(self.path, "".join(lines))
         self.file.close()
 
 
 def digest(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+    """The first 16 hex digits of the SHA-256 of a text or of bytes."""
+    if isinstance(data, str):
+        data = data.encode()
+    return hashlib.sha256(data).hexdigest()[:16]
