@@ -1,4 +1,4 @@
-"""What makes two runs the same one: what a checkpoint must have in common with the run that resumes.
+"""What makes two runs the same one: what a checkpoint must share with the run that resumes.
 
 Three kinds of facts, told apart by what a difference means:
 - `state`: the tensors would mean nothing in another model; refused.
@@ -18,25 +18,25 @@ from ..config.source import source_digest
 from ..data.batch_plan import BatchPlan
 from ..data.tokenization import Example
 from ..distributed.world import Ranks
-from ..model.loading import loading, resolve_base
+from ..model.loading import config_errors_for, resolve_base
 from ..model.streaming import fetch_base
 from .run_dir import versions
 
-# Keys of the configuration that are no settings in the sense above: where and how a run computes,
-# and what `state` and `plan` hold already.
-NOT_SETTINGS = {
-    "base",
-    "revision",
+KINDS = ("state", "plan", "settings")
+# Keys of the configuration by what holds them. All others are settings.
+IN_STATE = ("method", "double_quant")
+IN_PLAN = ("seed", "batch_size", "max_seq_len")
+HASHED = {"base", "revision", "data"}
+BY_FIELD = {"lora"}
+ONLY_HOW = {  # where and how a run computes, not what
     "attention",
     "gradient_checkpointing",
     "micro_batch_size",
     "deepspeed",
     "run",
     "monitor",
-    "data",
-    "lora",
 }
-KINDS = ("state", "plan", "settings")
+NOT_SETTINGS = {*IN_STATE, *IN_PLAN, *HASHED, *BY_FIELD, *ONLY_HOW}
 MAY_DIFFER_BETWEEN_RANKS = ("device", "commit")  # of the versions
 
 
@@ -57,28 +57,21 @@ class RunIdentity:
 
         Raises ConfigError where the base cannot be read.
         """
-        model = {"method": config.method, "double_quant": config.double_quant}
         lora = {f"lora.{key}": value for key, value in sorted(config.lora.items())}
         dropout = lora.pop("lora.lora_dropout")
-        budget = {
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "max_seq_len": config.max_seq_len,
-        }
-        excluded = NOT_SETTINGS | model.keys() | budget.keys()
         facts = {
             "state": {
                 "base": base_fingerprint(config.base, config.revision),
-                **model,
+                **{key: getattr(config, key) for key in IN_STATE},
                 **(lora if config.method != "full" else {}),
             },
             "plan": {
                 "tokenizer": tokenizer_fingerprint(tokenizer),
                 "examples": examples_fingerprint(examples),
-                **budget,
+                **{key: getattr(config, key) for key in IN_PLAN},
             },
             "settings": {
-                **config.model_dump(mode="json", exclude=excluded),
+                **config.model_dump(mode="json", exclude=NOT_SETTINGS),
                 "steps": len(plan),
                 "lora.lora_dropout": dropout,
             },
@@ -99,7 +92,7 @@ class RunIdentity:
         }
 
     def check_equal_on_all_ranks(self, ranks: Ranks) -> None:
-        """Raises ConfigError on all ranks, naming the first one that differs from rank 0 and in what.
+        """Raises ConfigError on all ranks, naming the first that differs from rank 0, and in what.
 
         Ranks on several machines may have been started with other code, libraries, data or
         settings. Their collectives would hang, or they would train on a mixture. Every rank must
@@ -152,8 +145,9 @@ class RunIdentity:
         now = self.at_step(plan, step)
         notes = []
         for kind in KINDS:
-            old = {RENAMED.get(key, key): value for key, value in saved[kind].items()}
-            new = now[kind]
+            old, new = saved[kind], now[kind]
+            if kind == "settings":
+                old = _under_todays_keys(old)
             for key in {**old, **new}:
                 if old.get(key) == new.get(key):
                     continue
@@ -169,6 +163,18 @@ class RunIdentity:
         return notes
 
 
+def _under_todays_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's settings by the configuration's keys of today.
+
+    Renamed keys have their new names. A key that did not exist yet has its default, as that is what
+    the older code did.
+    """
+    renamed = {RENAMED.get(key, key): value for key, value in settings.items()}
+    fields = Config.model_fields.items()
+    defaults = {key: field.default for key, field in fields if key not in NOT_SETTINGS}
+    return {**json.loads(json.dumps(defaults)), **renamed}
+
+
 def base_fingerprint(base: str, revision: str | None = None) -> str:
     """A hash of the base's content: config.json, and each weight file's size and 64 samples.
 
@@ -176,7 +182,7 @@ def base_fingerprint(base: str, revision: str | None = None) -> str:
     gigabytes are not read. A base of the hub is downloaded with its weights, or its hash would be
     another one before they are there. Raises ConfigError where it cannot be read.
     """
-    with loading(base):
+    with config_errors_for(base):
         folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):

@@ -1,7 +1,8 @@
-"""The run's one configuration: every knob with its type, its default and what is possible.
+"""The configuration of a run: every key with its type, its default, its bounds and its meaning.
 
-It owns the recipe: model, LoRA, data, token budgets, optimiser, schedule, intervals, paths. What DeepSpeed does with it stands in
-`ds_config.json`, see ds_config.py; how a configuration is read from YAML and the command line, in cli.py.
+It owns the recipe: model, LoRA, data, token budgets, optimizer, schedule, intervals, paths. What
+DeepSpeed does with it stands in ds_config.json, see deepspeed.py. How a configuration is read from
+YAML and the command line: cli.py. help.py reads the descriptions here without importing anything.
 """
 
 import dataclasses
@@ -14,168 +15,304 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's, said in one line that names the key and what is allowed. main() turns it into exit code 2."""
+    """A user's mistake, in one line that names the key and what is allowed.
+
+    A command's main() turns it into exit code 2.
+    """
 
 
 class Section(BaseModel):
+    """A part of the configuration. Unknown keys are refused, and values can't be reassigned."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value, info):
-        # pydantic takes true for 1; in a configuration that is a slip, not a number
-        if isinstance(value, bool) and not any(
-            t in str(cls.model_fields[info.field_name].annotation) for t in ("bool", "Any")
-        ):
+    def _refuse_bool_as_number(cls, value, info):
+        # pydantic takes true for 1; in a configuration that is a slip, not a number.
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and "bool" not in annotation and "Any" not in annotation:
             raise ValueError("true/false is not allowed here")
         return value
 
 
 class DataConfig(Section):
-    """Where the examples come from, and what happens to those that can't be used. A source is a .jsonl, .json, .csv or .parquet
-    file, a folder of `NAME.dialogue.txt` and `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id; `SOURCE:SPLIT` names a
-    split of the last two, otherwise train, validation and test are taken."""
+    """Where the examples come from, and what happens to those that can't be used.
 
-    train: str | list[str]
-    valid: str | list[str] | None = None
-    test: str | list[str] | None = None
-    weights: list[float] | None = (
-        None  # for a list of train sources: how often an epoch visits each; 0.25 is a random quarter of it
+    A source is a .jsonl, .json, .csv or .parquet file, a folder of `NAME.dialogue.txt` and
+    `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id. `SOURCE:SPLIT` names a split
+    of the last two; otherwise train, validation and test are taken.
+    """
+
+    train: str | list[str] = Field(
+        description="The source of the training examples, or a list of sources: a file (.jsonl, "
+        ".json, .csv, .parquet), a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder "
+        "in the hub's layout, or a hub id; SOURCE:SPLIT names a split of the last two.",
+    )
+    valid: str | list[str] | None = Field(
+        None, description="The source of the validation examples, named as in data.train."
+    )
+    test: str | list[str] | None = Field(
+        None, description="The source of the test examples, which evaluate scores."
+    )
+    weights: list[float] | None = Field(
+        None,
+        description="For a list of train sources: how often an epoch visits each of them; 0.25 "
+        "visits a random quarter of it.",
     )
     valid_fraction: float = Field(
-        0.05, ge=0, lt=1
-    )  # without data.valid: this share of train, by a hash of the id, is held out
-    columns: dict[Literal["id", "dialogue", "note", "messages"], str | list[str]] = {
-        "id": "id",
-        "dialogue": "dialogue",
-        "note": "soap",
-    }
-    supervise: Literal["note", "all"] = (
-        "note"  # all: every token after the first is a target (pre-training)
+        0.05,
+        ge=0,
+        lt=1,
+        description="Without data.valid: this fraction of data.train, chosen by a hash of the id, "
+        "is the validation split and is not trained on.",
     )
-    headings: Literal["optional", "required"] = (
-        "optional"  # required: a note without S, O, A and P in order is a bad row
+    columns: dict[Literal["id", "dialogue", "note", "messages"], str | list[str]] = Field(
+        {"id": "id", "dialogue": "dialogue", "note": "soap"},
+        description="The names of your columns: for id, dialogue and note, or for messages (a "
+        "chat, of which every assistant's turn is supervised). Of a list of names the first one "
+        "that a source has counts.",
     )
-    on_error: Literal["stop", "skip"] = (
-        "stop"  # a bad row ends the run before it starts, or is left out, counted and listed
+    supervise: Literal["note", "all"] = Field(
+        "note",
+        description="Which tokens are targets: those of the note, or all after the first "
+        "(pre-training).",
     )
-    overlong: Literal["drop", "truncate_dialogue", "error"] = (
-        "drop"  # what happens to an example above max_seq_len
+    headings: Literal["optional", "required"] = Field(
+        "optional",
+        description="required: a note without the headings S, O, A and P, in order, is a bad row; "
+        "optional: such notes are counted.",
     )
-    cache: bool = True  # keep the token ids under run.dir, readable by the owner alone, so that the next start takes a second
-    limit: int | None = Field(None, ge=1)  # take only the first N rows of each split
+    on_error: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A bad row ends the run before it starts (stop), or is left out, counted and "
+        "listed in the run's data.json (skip).",
+    )
+    overlong: Literal["drop", "truncate_dialogue", "error"] = Field(
+        "drop",
+        description="What happens to an example above max_seq_len; one that is dropped is listed.",
+    )
+    cache: bool = Field(
+        True,
+        description="Keep the token ids below run.dir, readable by their owner alone, so that the "
+        "next start takes a second.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Take only the first so many rows of each split."
+    )
 
 
 class RunConfig(Section):
-    dir: str = "runs"
-    name: str = "soap"
-    # go on from the newest whole checkpoint of this run, if there is one; force: on other data, or with another plan, too
-    resume: bool | Literal["force"] = True
-    save_steps: int = Field(100, ge=1)
+    """The run directory, checkpoints, and when a run ends before its time."""
+
+    dir: str = Field("runs", description="The folder of all runs.")
+    name: str = Field("soap", description="The run's folder in run.dir.")
+    resume: bool | Literal["force"] = Field(
+        True,
+        description="Resume from the newest complete checkpoint of this run, if there is one. "
+        "force: on other data, or with another plan, too. false: start over; the earlier run is "
+        "moved to NAME.1.",
+    )
+    save_steps: int = Field(100, ge=1, description="Save a checkpoint after every so many steps.")
     keep_checkpoints: int = Field(
-        2, ge=1
-    )  # the last ones; the one with the best validation loss is kept beside them
+        2,
+        ge=1,
+        description="How many of the last checkpoints stay; the one with the best validation loss "
+        "stays beside them.",
+    )
     max_skipped_in_a_row: int = Field(
-        3, ge=1
-    )  # stop after this many skipped steps in a row (1: at the first)
+        3, ge=1, description="Save and end after so many skipped steps in a row (1: at the first)."
+    )
     skip_loss_sigmas: float | None = Field(
-        None, gt=0
-    )  # skip a step whose loss is so many standard deviations above the last 50; none: don't
+        None,
+        gt=0,
+        description="Skip a step whose loss is so many standard deviations above the last 50; "
+        "null: skip only what is not finite.",
+    )
     max_hours: float | None = Field(
-        None, gt=0
-    )  # save and end after so much wall time; the same command goes on
+        None,
+        gt=0,
+        description="Save and end after so much wall time; the same command then resumes.",
+    )
     stall_timeout_minutes: float = Field(
-        10, gt=0, allow_inf_nan=False
-    )  # end all ranks when one stands still for so long
+        10,
+        gt=0,
+        allow_inf_nan=False,
+        description="End all ranks when one stands still for so long.",
+    )
     heartbeat_timeout_minutes: float = Field(
-        1, gt=0, allow_inf_nan=False
-    )  # or when nothing is heard from one on another machine for so long
+        1,
+        gt=0,
+        allow_inf_nan=False,
+        description="End all ranks when nothing is heard for so long from one on another machine.",
+    )
     rendezvous_timeout_minutes: float = Field(
-        10, gt=0, allow_inf_nan=False
-    )  # how long ranks wait for each other at the start
+        10,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long ranks wait for each other at the start.",
+    )
+    export: Literal["last", "none"] = Field(
+        "last", description="What is exported at the end: the last step's weights, or nothing."
+    )
     export_check_examples: int = Field(
-        8, ge=0
-    )  # examples whose loss a fresh process with PEFT alone must get from the saved adapter; 0: only its files are read
-    deterministic: bool = False  # on GPUs, sum in a fixed order where a kernel offers it, so that a resumed run is the unbroken one to the bit
+        8,
+        ge=0,
+        description="The saved adapter must give the trained model's loss on so many examples, in "
+        "a standalone process with PEFT alone; 0: only its files are read.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs, sum in a fixed order where a kernel offers it, so that a resumed run "
+        "equals an uninterrupted one to the bit.",
+    )
 
 
 class MonitorConfig(Section):
-    eval_steps: int = Field(100, ge=1)
-    sample_notes: list[
-        str
-    ] = []  # ids of held-out examples whose notes are shown; anything else stays out of every log
-    sample_max_new_tokens: int = Field(400, ge=1)
+    """What a run shows of itself, and how often."""
+
+    eval_steps: int = Field(
+        100, ge=1, description="Evaluate the validation split after every so many steps."
+    )
+    sample_notes: list[str] = Field(
+        [],
+        description="Ids of validation examples whose notes are written and shown at each "
+        "evaluation; the text of no other example comes into a log.",
+    )
+    sample_max_new_tokens: int = Field(
+        400, ge=1, description="The longest of those notes, in tokens."
+    )
 
 
-LORA = {
-    "r": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "target_modules": "all-linear",
-}  # what a run's `lora` adds to or changes
+# What a run's `lora` adds to or changes.
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 
 class Config(Section):
-    """Every knob of a run. Lengths are in tokens; a batch size is in rows of max_seq_len tokens."""
+    """Every key of a run. Lengths are in tokens; a batch size is in rows of max_seq_len tokens."""
 
-    base: str  # hub id, or a local folder in the hub's layout
-    revision: str | None = None
-    method: Literal["qlora", "lora", "full"] = "qlora"
-    double_quant: bool = (
-        True  # NF4 quantises its own scales as well (QLoRA, arXiv 2305.14314, section 3)
+    base: str = Field(
+        description="The model to fine-tune: a hub id, or a folder in the hub's layout."
     )
-    lora: dict[str, Any] = Field(LORA, validate_default=True)  # any field of peft.LoraConfig
+    revision: str | None = Field(None, description="The base's revision on the hub.")
+    method: Literal["qlora", "lora", "full"] = Field(
+        "qlora",
+        description="qlora: LoRA on a frozen NF4 base; lora: LoRA on a frozen bf16 base; full: all "
+        "weights are trained.",
+    )
+    double_quant: bool = Field(
+        True,
+        description="NF4 quantizes its own scales as well (QLoRA, arXiv 2305.14314, section 3).",
+    )
+    lora: dict[str, Any] = Field(
+        LORA,
+        validate_default=True,
+        description="Any field of peft.LoraConfig, e.g. lora.r=16; fields that are left out keep "
+        "the values shown here.",
+    )
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0
-    )  # lr of the B matrices over lr of the A matrices (LoRA+, arXiv 2402.12354)
-    attention: Literal["auto", "flash_attn_4", "flash_attn", "varlen", "sdpa"] = "auto"
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    fused_layers: bool | Literal["auto"] = (
-        "auto"  # decoder layers in few kernels; false: as PEFT computes them; auto: where they were found right
+        1.0,
+        gt=0,
+        description="The lr of the B matrices over that of the A matrices (LoRA+, arXiv "
+        "2402.12354).",
     )
-    replicate_weights: bool | Literal["auto"] = (
-        "auto"  # several ranks: all weights on each, not a shard alone; auto: on GPUs where they fit
+    attention: str = Field(
+        "auto",
+        description="The attention kernel: flash_attn_4, flash_attn, varlen, sdpa, or one that is "
+        "registered in loop/kernels/attention.py; auto: the fastest that is right on this machine.",
     )
-    cuda_graphs: bool = True  # on GPUs that hold all weights, replay each decoder layer instead of launching its kernels one by one
-    cache_dequantized_weights: bool | Literal["auto"] = (
-        "auto"  # NF4 weights dequantised once, for 2 bytes a weight; auto: no graphs, and room
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass, to save memory; auto: where they "
+        "would not fit.",
+    )
+    fused_layers: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute decoder layers in few kernels; false: as PEFT computes them; auto: "
+        "where a self-test finds the fused ones right.",
+    )
+    replicate_weights: bool | Literal["auto"] = Field(
+        "auto",
+        description="With several ranks: all weights on each of them, instead of a shard; auto: on "
+        "GPUs where they fit.",
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="On GPUs that hold all weights: replay each decoder layer as a CUDA graph, "
+        "instead of launching its kernels one by one.",
+    )
+    cache_dequantized_weights: bool | Literal["auto"] = Field(
+        "auto",
+        description="Dequantize NF4 weights once, for 2 bytes a weight; auto: without CUDA graphs, "
+        "where they fit.",
     )
 
-    data: DataConfig
-    max_seq_len: int = Field(2048, ge=8)
+    data: DataConfig = Field(description="The examples.")
+    max_seq_len: int = Field(
+        2048, ge=8, description="The longest example, and the length of a row, in tokens."
+    )
     batch_size: int = Field(
-        8, ge=1
-    )  # rows of an optimizer step over all ranks: batch_size * max_seq_len tokens
-    micro_batch_size: int | Literal["auto"] = "auto"  # rows of one forward and backward on one rank
-
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    lr: float = Field(1e-4, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    restart_steps: int | None = Field(
-        None, ge=1
-    )  # length of the first cosine cycle; none: one cycle over the whole run
-    restart_mult: int = Field(
-        1, ge=1
-    )  # each further cycle is this many times longer (SGDR, arXiv 1608.03983)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    optimizer: Literal["auto", "fused", "plain"] = (
-        "auto"  # torch's AdamW; 8-bit states don't fit the checkpoints, which hold fp32 moments
+        8,
+        ge=1,
+        description="Rows of an optimizer step, over all ranks: a step has at most batch_size * "
+        "max_seq_len tokens, packed.",
     )
-    weight_decay: float = Field(1e-4, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(42, ge=0, lt=2**62)
+    micro_batch_size: int | Literal["auto"] = Field(
+        "auto",
+        description="Rows of one forward and backward pass on one rank; auto: as many as fit.",
+    )
 
-    deepspeed: str = "ds_config.json"
-    run: RunConfig = RunConfig()
-    monitor: MonitorConfig = MonitorConfig()
+    epochs: int = Field(1, ge=1, description="How often every example is visited.")
+    max_steps: int | None = Field(
+        None, ge=1, description="End after so many optimizer steps, whatever the epochs."
+    )
+    lr: float = Field(1e-4, gt=0, description="The highest learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="The lowest one, at the end of a cosine cycle.")
+    lr_schedule: str = Field(
+        "cosine",
+        description="How the learning rate goes on after the warm-up: cosine, or a name that is "
+        "added to SCHEDULES in loop/optim/schedule.py.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps in which lr rises linearly from 0.")
+    restart_steps: int | None = Field(
+        None,
+        ge=1,
+        description="The length of the first cosine cycle, in steps; null: one cycle over the "
+        "whole run.",
+    )
+    restart_mult: int = Field(
+        1,
+        ge=1,
+        description="Each further cycle is so many times longer (SGDR, arXiv 1608.03983).",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of AdamW.")
+    eps: float = Field(1e-8, gt=0, description="Of AdamW.")
+    optimizer: str = Field(
+        "auto",
+        description="fused or plain: torch's AdamW in this implementation; auto: the faster one "
+        "that is right here; or a name that is added to OPTIMIZERS in loop/optim/adamw.py. 8-bit "
+        "states don't fit the checkpoints, which hold fp32 moments.",
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="Of AdamW, decoupled from the gradient.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="The global L2 norm above which a step's gradient is scaled down."
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**62, description="Of LoRA's weights, the order of examples, and dropout."
+    )
+
+    deepspeed: str = Field(
+        "ds_config.json",
+        description="DeepSpeed's own configuration: ZeRO stage, buckets, precision, communication, "
+        "parameter offload.",
+    )
+    run: RunConfig = Field(RunConfig(), description="The run directory and checkpoints.")
+    monitor: MonitorConfig = Field(MonitorConfig(), description="Evaluation and samples.")
 
     @field_validator("lora")
     @classmethod
-    def _lora_fields(cls, lora: dict[str, Any]) -> dict[str, Any]:
-        from peft import LoraConfig  # late: it takes seconds, and --help needs none of it
+    def _check_lora(cls, lora: dict[str, Any]) -> dict[str, Any]:
+        from peft import LoraConfig  # late: it takes seconds, which a mistyped key need not wait
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         for key in lora:
@@ -187,49 +324,51 @@ class Config(Section):
             raise ValueError("r must be a whole number of at least 1")
         if not 0 <= lora.get("lora_dropout", 0) < 1:
             raise ValueError("lora_dropout must lie in [0, 1)")
-        # DoRA needs the norm of the dense weight, PiSSA/OLoRA/LoftQ/EVA rewrite it: a partitioned 4-bit base offers neither.
+        # DoRA needs the norm of the dense weight, and PiSSA, OLoRA, LoftQ and EVA rewrite it. A
+        # partitioned 4-bit base offers neither.
         if lora.get("use_dora"):
             raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
-        if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        initial = lora.get("init_lora_weights", True)
+        if initial not in (True, False, "gaussian", "orthogonal"):
             raise ValueError(
-                f"init_lora_weights={lora['init_lora_weights']!r} rewrites the base, which stays frozen here"
+                f"init_lora_weights={initial!r} rewrites the base, which stays frozen here"
             )
         return LORA | lora
 
     @model_validator(mode="after")
-    def _possible(self):
-        if (
-            isinstance(self.micro_batch_size, int)
-            and not 1 <= self.micro_batch_size <= self.batch_size
-        ):
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must lie between 1 and batch_size={self.batch_size}"
-            )
+    def _check_together(self):
+        """What no field can check alone."""
+        size, most = self.micro_batch_size, self.batch_size
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ValueError(f"micro_batch_size={size} must lie between 1 and batch_size={most}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
-        if not all(0 <= b < 1 for b in self.betas):
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
-        if Path(self.run.name).name in ("", "..") or Path(self.run.name).is_absolute():
+        name = Path(self.run.name)
+        if name.name in ("", "..") or name.is_absolute():
             raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
-        if self.data.train == []:
-            raise ValueError("data.train=[]: name at least one source")
-        sources = [self.data.train] if isinstance(self.data.train, str) else self.data.train
-        if self.data.weights is not None and (
-            len(self.data.weights) != len(sources)
-            or not all(0 < w < float("inf") for w in self.data.weights)
-        ):
-            raise ValueError(
-                f"data.weights={self.data.weights}: give one number above 0 for each of the {len(sources)} sources of data.train"
-            )
-        if "messages" not in self.data.columns and not {"dialogue", "note"} <= set(
-            self.data.columns
-        ):
-            raise ValueError("data.columns must map either messages, or dialogue and note")
+        self._check_sources()
         return self
+
+    def _check_sources(self) -> None:
+        data = self.data
+        if data.train == []:
+            raise ValueError("data.train=[]: name at least one source")
+        count = 1 if isinstance(data.train, str) else len(data.train)
+        weights = data.weights
+        if weights is not None:
+            if len(weights) != count or not all(0 < w < float("inf") for w in weights):
+                raise ValueError(
+                    f"data.weights={weights}: give one number above 0 for each of the {count} "
+                    "sources of data.train"
+                )
+        if "messages" not in data.columns and not {"dialogue", "note"} <= set(data.columns):
+            raise ValueError("data.columns must map either messages, or dialogue and note")
 
     @property
     def folder(self) -> Path:
-        """The run's folder, runs/<name>."""
+        """The run directory, runs/<name>."""
         return Path(self.run.dir) / self.run.name
 
     @property
@@ -239,4 +378,5 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """The token budget of an optimizer step, over all ranks."""
         return self.batch_size * self.max_seq_len

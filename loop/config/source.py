@@ -1,4 +1,4 @@
-"""A digest of this project's own source code, by folder: what was computed by other code is not believed."""
+"""A digest of this project's own source code, by folder: results of other code are not trusted."""
 
 import hashlib
 
@@ -6,9 +6,12 @@ from .schema import ROOT
 
 
 def source_digest(*folders: str) -> str:
-    """SHA-256, in hex, of the names and contents of all .py files below `folders`, relative to the repository, e.g. "loop/data".
+    """SHA-256, in hex, of the names and contents of all .py files below the folders.
 
-    It looks at folders and not at a list of files, so that a file that moves or is added counts by itself."""
+    folders: relative to the repository, e.g. "loop/data". It looks at folders and not at a list of
+    files, so that a file that moves or is added counts by itself. Raises FileNotFoundError for a
+    folder without source.
+    """
     digest = hashlib.sha256()
     for folder in folders:
         paths = sorted((ROOT / folder).rglob("*.py"))
