@@ -1,4 +1,4 @@
-"""`./launch.sh bench`: tokens per second of the loop, and of its peers beside it in the same call."""
+"""`./launch.sh bench`: tokens per second of the loop, and of its peers in the same call."""
 
 import argparse
 import json
@@ -10,88 +10,40 @@ import tempfile
 from pathlib import Path
 
 import torch
-from shapes import LONGEST, MEAN, SHAPES, make_base
+from shapes import LONGEST, MEAN, SHAPES, SUPERVISED, make_base
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import free_port  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def flops_a_token(shape: dict, mean: float = MEAN) -> float:
-    """What a QLoRA step must compute for a token of examples of that mean length: 4 for each frozen weight (2 forward, 2 for the gradient of the
-    input), causal attention forward and backward, the output layer where a token is supervised."""
-    head = shape["hidden_size"] // shape["num_attention_heads"]
-    attention = (
-        shape["hidden_size"]
-        * head
-        * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
-    )
-    layer = attention + 3 * shape["hidden_size"] * shape["intermediate_size"]
-    pairs = 6 * shape["num_attention_heads"] * head * mean
-    return (
-        shape["num_hidden_layers"] * (4 * layer + pairs)
-        + 4 * 0.27 * shape["vocab_size"] * shape["hidden_size"]
-    )
+def flops_per_token(shape: dict, mean: float = MEAN) -> float:
+    """FLOPs that a QLoRA step must compute for each token of examples of that mean length.
+
+    Each frozen weight takes 4: 2 forward and 2 for the gradient of the input. Causal attention is
+    counted forward and backward, the output layer where a token is supervised.
+    """
+    hidden = shape["hidden_size"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * shape["intermediate_size"]
+    pairs = 6 * heads * head_dim * mean
+    layers = shape["num_hidden_layers"] * (4 * layer + pairs)
+    return layers + 4 * SUPERVISED * shape["vocab_size"] * hidden
 
 
 def matrix_rate() -> float:
-    """FLOP/s of a large bf16 product here and now: the arithmetic floor of a step."""
+    """FLOP/s of a large bf16 product here and now: what bounds a step from below."""
     from kernels_check.ceilings import check_matrix_rate
 
-    return (
-        next(iter(check_matrix_rate("cuda" if torch.cuda.is_available() else "cpu"))).speed * 1e12
-    )
+    row = next(iter(check_matrix_rate("cuda" if torch.cuda.is_available() else "cpu")))
+    return row.speed * 1e12
 
 
-def run(spec: dict, world_size: int, limit: float) -> dict:
-    """One contender's figures, or {"error": its last line}."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "spec.json"
-        path.write_text(json.dumps(spec | {"out": f"{folder}/out.json"}))
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        }
-        ranks = [
-            {
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "RANK": str(r),
-                "LOCAL_RANK": str(r),
-            }
-            for r in range(world_size)
-        ]
-        if spec["name"] == "unsloth":  # would take them for a distributed run and wrap its model
-            ranks = [{"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}]
-        port = {} if spec["name"] == "unsloth" else {"MASTER_PORT": str(free_port())}
-        log = open(f"{folder}/log", "w")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(HERE / "contenders.py"), str(path)],
-                stdout=log,
-                stderr=log,
-                env=env | port | rank,
-            )
-            for rank in ranks
-        ]
-        try:
-            codes = [p.wait(limit) for p in processes]
-        except subprocess.TimeoutExpired:
-            codes = [f"no end within {limit:.0f} s"]
-        finally:
-            for p in processes:
-                p.kill()
-        if any(codes):
-            lines = [
-                line for line in Path(f"{folder}/log").read_text().splitlines() if line.strip()
-            ]
-            return {"error": f"ended with {codes[0]}: {' | '.join(lines[-3:])[-500:]}"}
-        return json.loads((Path(folder) / "out.json").read_text())
-
-
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.sh bench",
         description="Measure the loop, and peers beside it, on the seed's lengths.",
@@ -140,84 +92,146 @@ def main() -> None:
         )
     if args.without_deepspeed and args.gpus > 1:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
-    base, warm_up = make_base(args.shape, Path(args.base_dir)), min(8, args.steps // 4)
-    common = {"shape": args.shape, "base": str(base), "steps": args.steps, "warm_up": warm_up}
-    common |= {
+    return args
+
+
+def make_contenders(args: argparse.Namespace) -> dict[str, dict]:
+    """What each contender is told, by its name in the table. contenders.py reads it."""
+    base = make_base(args.shape, Path(args.base_dir))
+    common = {
+        "shape": args.shape,
+        "base": str(base),
+        "steps": args.steps,
+        "warm_up": min(8, args.steps // 4),
         "examples": args.steps * max(13, 1 + 16384 // (args.length or MEAN)),
         "length": args.length,
     }
-    contenders = {"the loop": common | {"name": "ours", "args": args.overrides}}
+    ours = common | {"name": "ours", "args": args.overrides}
+    contenders = {"the loop": ours}
     for variant in args.variant:
-        contenders[f"the loop, {variant}"] = common | {
-            "name": "ours",
-            "args": [*args.overrides, *variant.split()],
-        }
+        contenders[f"the loop, {variant}"] = ours | {"args": [*args.overrides, *variant.split()]}
     if args.without_deepspeed:
-        contenders["the loop without DeepSpeed"] = common | {
-            "name": "ours",
-            "args": args.overrides,
-            "without_deepspeed": True,
-        }
+        contenders["the loop without DeepSpeed"] = ours | {"without_deepspeed": True}
     for peer in args.peer:
         name, _, micro = peer.partition(":")
         contenders[peer] = common | {"name": name, "micro": int(micro or 2)}
+    return contenders
+
+
+def environments(name: str, world_size: int) -> list[dict[str, str]]:
+    """The environment of each process of a contender."""
+    inherited = {key: value for key, value in os.environ.items() if key not in DISTRIBUTED}
+    if name == "unsloth":  # would take RANK for a distributed run and wrap its model
+        return [inherited | {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}]
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        inherited | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(world_size)
+    ]
+
+
+def run(spec: dict, world_size: int, limit: float) -> dict:
+    """Runs one contender: what it measured, or {"error": the end of its output}.
+
+    limit: seconds that it may take.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spec_path, out, log_path = (
+            Path(folder) / name for name in ("spec.json", "out.json", "log")
+        )
+        spec_path.write_text(json.dumps(spec | {"out": str(out)}))
+        command = [sys.executable, str(HERE / "contenders.py"), str(spec_path)]
+        with log_path.open("w") as log:
+            processes = [
+                subprocess.Popen(command, stdout=log, stderr=log, env=env)
+                for env in environments(spec["name"], world_size)
+            ]
+            try:
+                codes = [process.wait(limit) for process in processes]
+            except subprocess.TimeoutExpired:
+                codes = [f"no end within {limit:.0f} s"]
+            finally:
+                for process in processes:
+                    process.kill()
+        if any(codes):
+            lines = [line for line in log_path.read_text().splitlines() if line.strip()]
+            return {"error": f"ended with {codes[0]}: {' | '.join(lines[-3:])[-500:]}"}
+        return json.loads(out.read_text())
+
+
+def run_all(contenders: dict[str, dict], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """What each contender measured in each round. They run in turn, so all see one machine."""
     results: dict[str, list[dict]] = {name: [] for name in contenders}
-    for number in range(args.rounds):
+    can_profile = args.profile and torch.cuda.is_available()
+    for round_number in range(args.rounds):
         for name, spec in contenders.items():
-            profile = (
-                {"profile": True}
-                if args.profile
-                and spec["name"] == "ours"
-                and number == 0
-                and torch.cuda.is_available()
-                else {}
-            )
-            results[name].append(
-                run(spec | profile, args.gpus if spec["name"] == "ours" else 1, args.limit)
-            )
-            print(f"{name}: {describe(results[name][-1])}", flush=True)
+            is_ours = spec["name"] == "ours"
+            if can_profile and is_ours and round_number == 0:
+                spec = spec | {"profile": True}
+            result = run(spec, args.gpus if is_ours else 1, args.limit)
+            results[name].append(result)
+            print(f"{name}: {describe_run(result)}", flush=True)
+    return results
+
+
+def describe_run(result: dict) -> str:
+    """One run in words, and its kernels where a step was profiled."""
+    if "error" in result:
+        return result["error"]
+    speed = statistics.median(result["tokens_per_second"] or [0])
+    first_step = result["first_step_after"]
+    lines = [f"{speed:,.0f} tokens/s, first step after {first_step:.1f} s"]
+    if "kernel_ms" in result:
+        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in result["kernel_ms"].items())
+        lines.append(
+            f"  {result['kernels']:,} kernels in {result['span_ms']:.0f} ms: {kinds}, "
+            f"between them {result['between_kernels_ms']:.1f}"
+        )
+        lines += [f"    {ms:8.2f} ms  {name}" for name, ms in result["slowest"]]
+    return "\n".join(lines)
+
+
+def describe_contender(name: str, runs: list[dict], limit: float) -> str:
+    """A line of the table: a contender over all its rounds. limit: tokens/s that products allow."""
+    completed = [result for result in runs if "error" not in result]
+    speeds = [speed for result in completed for speed in result["tokens_per_second"]]
+    if not speeds:
+        return f"{name:44} {runs[-1].get('error', 'no figures')}"
+    median = statistics.median(speeds)
+    peak = max((result["peak_gib"] or 0) for result in completed)
+    first_step = statistics.median(result["first_step_after"] for result in completed)
+    return (
+        f"{name:44} {median:10,.0f} {min(speeds):9,.0f} {max(speeds):9,.0f} "
+        f"{median / limit:12.1%} {peak:9.1f} {first_step:8.1f} s"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    results = run_all(make_contenders(args), args)
     rate = matrix_rate()
-    limit = rate * args.gpus / flops_a_token(SHAPES[args.shape], args.length or MEAN)
-    lengths = (
-        f"examples of {args.length:,} tokens"
-        if args.length
-        else f"mean of {MEAN} tokens, none above {LONGEST}"
+    limit = rate * args.gpus / flops_per_token(SHAPES[args.shape], args.length or MEAN)
+    if args.length:
+        lengths = f"examples of {args.length:,} tokens"
+    else:
+        lengths = f"mean of {MEAN} tokens, none above {LONGEST}"
+    print(
+        f"\n{args.shape}, {args.gpus} rank(s), {lengths}; "
+        f"products at {rate / 1e12:,.2f} TFLOP/s allow {limit:,.0f} tokens/s"
     )
     print(
-        f"\n{args.shape}, {args.gpus} rank(s), {lengths}; products at {rate / 1e12:,.2f} TFLOP/s allow {limit:,.0f} tokens/s"
-    )
-    print(
-        f"{'contender':44} {'tokens/s':>10} {'lowest':>9} {'highest':>9} {'of the limit':>12} {'peak GiB':>9} {'first step':>10}"
+        f"{'contender':44} {'tokens/s':>10} {'lowest':>9} {'highest':>9} "
+        f"{'of the limit':>12} {'peak GiB':>9} {'first step':>10}"
     )
     for name, runs in results.items():
-        good = [r for r in runs if "error" not in r]
-        if speeds := [s for r in good for s in r["tokens_per_second"]]:
-            middle, peak = statistics.median(speeds), max((r["peak_gib"] or 0) for r in good)
-            first = statistics.median(r["first_step_after"] for r in good)
-            print(
-                f"{name:44} {middle:10,.0f} {min(speeds):9,.0f} {max(speeds):9,.0f} {middle / limit:12.1%} {peak:9.1f} {first:8.1f} s"
-            )
-        else:
-            print(f"{name:44} {runs[-1].get('error', 'no figures')}")
+        print(describe_contender(name, runs, limit))
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"limit": limit, "matrix_rate": rate, "results": results}, indent=1)
-        )
-
-
-def describe(figures: dict) -> str:
-    if "error" in figures:
-        return figures["error"]
-    lines = [
-        f"{statistics.median(figures['tokens_per_second'] or [0]):,.0f} tokens/s, first step after {figures['first_step_after']:.1f} s"
-    ]
-    if "kernel_ms" in figures:
-        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in figures["kernel_ms"].items())
-        lines.append(
-            f"  {figures['kernels']:,} kernels in {figures['span_ms']:.0f} ms: {kinds}, between them {figures['between_kernels_ms']:.1f}"
-        )
-        lines += [f"    {ms:8.2f} ms  {name}" for name, ms in figures["slowest"]]
-    return "\n".join(lines)
+        report = {"limit": limit, "matrix_rate": rate, "results": results}
+        Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Changes to the loop for measuring it: given examples, a clock, no DeepSpeed, one step profiled."""
+"""What the loop is measured with: given examples, a clock, no DeepSpeed, one step profiled."""
 
 from collections import Counter
 
@@ -47,10 +47,15 @@ class NoCheckpoints(Checkpointer):
 
 
 class BareEngine:
-    """What the loop asks of DeepSpeed's engine, by plain PyTorch on one device: weights, gradients and AdamW in bf16."""
+    """What the loop asks of DeepSpeed's engine, in plain PyTorch on one device.
+
+    Weights, gradients and AdamW are in bf16.
+    """
 
     def __init__(self, model, optimizer, config) -> None:
-        self.module, self.optimizer, self.boundary = model, optimizer, True
+        self.module = model
+        self.optimizer = optimizer
+        self.boundary = True  # the next micro-batch completes the step
         for p in model.parameters():
             p.ds_numel, p.ds_shape = p.numel(), p.shape
 
@@ -65,9 +70,10 @@ class BareEngine:
 
     def backward(self, loss, scale_wrt_gas=False) -> None:
         loss.backward()
-        if not self.boundary:  # a replayed layer's gradients lie where its next replay writes
+        if not self.boundary:  # a replayed layer's gradients are where its next replay writes
             for p in self.module.parameters():
-                p.grad = None if p.grad is None else p.grad.clone()
+                if p.grad is not None:
+                    p.grad = p.grad.clone()
 
     def step(self) -> None:
         if self.boundary:
@@ -92,22 +98,26 @@ def use_plain_gradients(train) -> None:
 
 
 def profile_a_step(train, at: int, spec: dict) -> None:
-    """Where a step's time goes on the GPU, in ms by kind of kernel, and what lies between the kernels."""
-    step_of, count = train.train_step, [0]
+    """Makes the loop profile its step `at`: ms by kind of kernel, and between the kernels.
+
+    The result is in spec["profiled"] then.
+    """
+    train_step = train.train_step
+    steps = 0
 
     def profiled(*args, **kwargs):
-        count[0] += 1
-        if count[0] != at:
-            return step_of(*args, **kwargs)
+        nonlocal steps
+        steps += 1
+        if steps != at:
+            return train_step(*args, **kwargs)
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            result = step_of(*args, **kwargs)
+            result = train_step(*args, **kwargs)
             torch.cuda.synchronize()
         kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         kinds = by_kind(kernels)
-        span = (
-            max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
-        ) / 1e3
+        begin = min(e.time_range.start for e in kernels)
+        span = (max(e.time_range.end for e in kernels) - begin) / 1e3
         slowest = Counter()
         for e in kernels:
             slowest[e.name[:90]] += e.self_device_time_total / 1e3

@@ -1,7 +1,10 @@
-"""One contender in its own process: `python tests/bench/contenders.py SPEC.json` trains some steps and writes what it measured.
+"""One contender in its own process: it trains some steps and writes what it measured.
 
-Each gets the same examples and the same base; each step is 16,384 tokens' worth of rows (8 examples where a contender pads). Tokens are
-real ones, without padding. All of them train LoRA of rank 8 on every linear layer of an NF4 base with double quantisation, in bf16."""
+`python tests/bench/contenders.py SPEC.json`. All contenders get the same examples and the same
+base. A step is 16,384 tokens' worth of rows, 8 examples where a contender pads. Padding does not
+count. All train LoRA of rank 8 on every linear layer of an NF4 base with double quantisation, in
+bf16.
+"""
 
 import importlib.util
 import json
@@ -31,24 +34,28 @@ def on_gpu() -> bool:
 
 
 class Clock:
-    """When each step ended, on rank 0's clock with the GPU's work done, and the tokens it took."""
+    """When each step ended on rank 0, with the GPU's work done, and the tokens it took."""
 
     def __init__(self) -> None:
-        self.ends, self.tokens, self.peak = [], [], 0
+        self.ends = []  # seconds
+        self.tokens = []
+        self.peak = 0  # bytes
 
     def step(self, tokens: int) -> None:
         if on_gpu():
-            from loop.memory.measure import (
-                peak_gpu_bytes,
-            )  # late: it imports transformers, and Unsloth wants to come first
+            # Late: it imports transformers, and Unsloth wants to come first.
+            from loop.memory.measure import peak_gpu_bytes
 
             torch.cuda.synchronize()
-            self.peak = peak_gpu_bytes()  # now: at its end the loop lets its graphs go
+            self.peak = peak_gpu_bytes()  # now: at its end the loop frees its graphs
         self.ends.append(time.time())
         self.tokens.append(tokens)
 
-    def figures(self, warm_up: int) -> dict:
-        """Windows of four steps after the warm-up. The last step counts in none: it may run under the profiler."""
+    def metrics(self, warm_up: int) -> dict:
+        """Speeds of windows of four steps after the warm-up, memory, and the start-up time.
+
+        The last step is in no window: it may run under the profiler.
+        """
         speeds = [
             sum(self.tokens[i + 1 : i + 5]) / (self.ends[i + 4] - self.ends[i])
             for i in range(warm_up, len(self.ends) - 5, 4)
@@ -126,11 +133,13 @@ def base_model(spec: dict, attention: str, **options):
     )
 
 
-def padded(examples: list) -> dict[str, torch.Tensor]:
-    longest = max(map(len, examples))
+def pad(examples: list) -> dict[str, torch.Tensor]:
+    """A batch of examples, padded to the longest."""
+    shape = (len(examples), max(map(len, examples)))
     batch = {
-        key: torch.full((len(examples), longest), fill)
-        for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
+        "input_ids": torch.full(shape, 0),
+        "labels": torch.full(shape, -100),
+        "attention_mask": torch.full(shape, 0),
     }
     for row, example in enumerate(examples):
         batch["input_ids"][row, : len(example)] = torch.from_numpy(example.input_ids)
@@ -140,7 +149,7 @@ def padded(examples: list) -> dict[str, torch.Tensor]:
 
 
 def plain(spec: dict, clock: Clock) -> None:
-    """What one writes first: ZeRO-3 by deepspeed.initialize around PEFT's model, padded batches, the model's own loss."""
+    """What one writes first: ZeRO-3 around PEFT's model, padded batches, the model's own loss."""
     import deepspeed
     from peft import LoraConfig, get_peft_model
 
@@ -149,7 +158,7 @@ def plain(spec: dict, clock: Clock) -> None:
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ds = {
+    ds_config = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
         "train_micro_batch_size_per_gpu": spec["micro"],
@@ -157,20 +166,19 @@ def plain(spec: dict, clock: Clock) -> None:
         "gradient_clipping": 1.0,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
     examples = make_examples(spec["steps"] * ROWS, spec["vocab_size"])
     for first in range(0, len(examples), ROWS):
         for start in range(first, first + ROWS, spec["micro"]):
-            batch = padded(examples[start : start + spec["micro"]])
-            loss = engine(
-                **{k: v.to(engine.device) for k, v in batch.items()}, use_cache=False
-            ).loss
+            batch = pad(examples[start : start + spec["micro"]])
+            batch = {key: tensor.to(engine.device) for key, tensor in batch.items()}
+            loss = engine(**batch, use_cache=False).loss
             engine.backward(loss)
             engine.step()
         clock.step(sum(map(len, examples[first : first + ROWS])))
 
 
-def by_trainer(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
+def train_with_trl(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
     """TRL's SFTTrainer on the given token ids."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -219,11 +227,14 @@ def by_trainer(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
 
 
 def trl(spec: dict, clock: Clock) -> None:
-    """TRL with ZeRO-3, gradient checkpointing and flash attention, as its documentation sets up QLoRA under DeepSpeed."""
+    """TRL with ZeRO-3, gradient checkpointing and flash attention.
+
+    Its documentation sets up QLoRA under DeepSpeed so.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    ds = {
+    ds_config = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
         "train_micro_batch_size_per_gpu": "auto",
@@ -233,22 +244,20 @@ def trl(spec: dict, clock: Clock) -> None:
         "zero_force_ds_cpu_optimizer": False,
     }
     path = Path(tempfile.mkdtemp()) / "zero3.json"
-    path.write_text(json.dumps(ds))
+    path.write_text(json.dumps(ds_config))
     model = base_model(spec, flash_or_sdpa())
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(**LORA))
-    by_trainer(
-        spec,
-        clock,
-        model,
-        AutoTokenizer.from_pretrained(spec["base"]),
-        deepspeed=str(path),
-        gradient_checkpointing=True,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    options = {"deepspeed": str(path), "gradient_checkpointing": True}
+    train_with_trl(spec, clock, model, tokenizer, **options)
 
 
 def unsloth(spec: dict, clock: Clock) -> None:
-    """Unsloth without DeepSpeed, as its notebooks do it: dropout 0 (its fast path), no checkpointing unless asked for."""
+    """Unsloth without DeepSpeed, as its notebooks do it: dropout 0 (its fast path).
+
+    It does not checkpoint unless it is asked to.
+    """
     from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -263,11 +272,11 @@ def unsloth(spec: dict, clock: Clock) -> None:
         target_modules=modules,
         use_gradient_checkpointing=False,
     )
-    by_trainer(spec, clock, model, tokenizer, gradient_checkpointing=False)
+    train_with_trl(spec, clock, model, tokenizer, gradient_checkpointing=False)
 
 
 def flash_or_sdpa() -> str:
-    """transformers' own attention for the peers, said where it is not the fast one."""
+    """transformers' own attention for the peers; prints where it is not the fast one."""
     if on_gpu() and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     print("attention: sdpa, as flash-attn is not here", file=sys.stderr)
@@ -278,10 +287,11 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     spec["vocab_size"] = min(SHAPES[spec["shape"]]["vocab_size"], 4000)
     clock = Clock()
-    {"ours": ours, "plain": plain, "trl": trl, "unsloth": unsloth}[spec["name"]](spec, clock)
+    contenders = {"ours": ours, "plain": plain, "trl": trl, "unsloth": unsloth}
+    contenders[spec["name"]](spec, clock)
     if os.environ.get("RANK", "0") == "0":
         Path(spec["out"]).write_text(
-            json.dumps(clock.figures(spec["warm_up"]) | spec.get("profiled", {}))
+            json.dumps(clock.metrics(spec["warm_up"]) | spec.get("profiled", {}))
         )
 
 

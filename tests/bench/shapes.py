@@ -1,4 +1,7 @@
-"""What the contenders are measured on: bases with random weights in real shapes, and examples with the seed configuration's lengths."""
+"""What the contenders are measured on: bases of real shapes, examples of the seed's lengths.
+
+Both are random: the weights of a base and the tokens of an example.
+"""
 
 import json
 from itertools import groupby
@@ -61,34 +64,39 @@ SHAPES = {
     },
 }
 IN_NF4 = {"llama3-70b"}  # quantised when they are written: 39 GB instead of 141
-# The lengths of the seed's set: mean 1,463, standard deviation 350, none above 2,048; a note is about a quarter of it.
-MEAN, DEVIATION, LONGEST, SUPERVISED = 1463, 350, 2048, 0.27
+# The lengths of the seed's examples, in tokens. A note is about a quarter of its example.
+MEAN, DEVIATION, LONGEST = 1463, 350, 2048
+SUPERVISED = 0.27  # fraction of the tokens
 
 
 def make_base(shape: str, folder: Path) -> Path:
-    """A base with random weights in the hub's layout, with the embedded base's tokenizer; kept for the next call."""
+    """The folder of a base in the hub's layout, with random weights and the embedded tokenizer.
+
+    The next call finds it there.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     path = folder / shape
     if not (path / "config.json").is_file():
         torch.manual_seed(0)
-        config, device = (
-            LlamaConfig(**SHAPES[shape], dtype="bfloat16"),
-            "cuda" if torch.cuda.is_available() else "cpu",
-        )
+        config = LlamaConfig(**SHAPES[shape], dtype="bfloat16")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         if shape in IN_NF4:
             write_nf4(config, path, device)
         else:
             with torch.device(device):
                 LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-        torch.cuda.empty_cache()  # this process goes on to start the contenders, who shall find the GPU empty
+        torch.cuda.empty_cache()  # the contenders, which this process starts, shall find it empty
         AutoTokenizer.from_pretrained(ROOT / "loop" / "embedded" / "base").save_pretrained(path)
     return path
 
 
 def write_nf4(config, path: Path, device: str) -> None:
-    """A base as one gets it quantised already (`NAME-bnb-4bit` on the hub), a file for each layer; never is more than a layer in memory."""
+    """Writes a base that is quantised already, as `NAME-bnb-4bit` on the hub.
+
+    Each layer has a file, and no more than a layer is in memory.
+    """
     import torch
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import save_file
@@ -98,16 +106,12 @@ def write_nf4(config, path: Path, device: str) -> None:
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    linear = {
-        f"{name}.weight"
-        for name, m in model.model.named_modules(prefix="model")
-        if isinstance(m, torch.nn.Linear)
-    }
+    modules = model.model.named_modules(prefix="model")
+    linear = {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
     path.mkdir(parents=True, exist_ok=True)
     files = {}
-    for part, names in groupby(
-        dict(model.named_parameters()), key=lambda name: ".".join(name.split(".")[:3])
-    ):
+    parameters = dict(model.named_parameters())
+    for part, names in groupby(parameters, key=lambda name: ".".join(name.split(".")[:3])):
         tensors = {}
         for name in names:
             shape = model.get_parameter(name).shape
@@ -118,37 +122,33 @@ def write_nf4(config, path: Path, device: str) -> None:
                 value = Params4bit(
                     value, requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16
                 ).to(device)
-                tensors |= {
-                    f"{name}.{key}": t for key, t in value.quant_state.as_dict(packed=True).items()
-                }
+                for key, tensor in value.quant_state.as_dict(packed=True).items():
+                    tensors[f"{name}.{key}"] = tensor
                 value = value.data
             tensors[name] = value.cpu()
         save_file(tensors, path / f"{part}.safetensors", {"format": "pt"})
         files |= dict.fromkeys(tensors, f"{part}.safetensors")
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": files})
-    )
-    config.architectures, config.quantization_config = (
-        ["LlamaForCausalLM"],
-        QUANTIZATIONS["nf4"].transformers_config(torch.bfloat16).to_dict(),
-    )
+    index = json.dumps({"metadata": {}, "weight_map": files})
+    (path / "model.safetensors.index.json").write_text(index)
+    nf4 = QUANTIZATIONS["nf4"].transformers_config(torch.bfloat16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.quantization_config = nf4.to_dict()
     config.save_pretrained(path)
 
 
 def make_examples(
     number: int, vocab_size: int, seed: int = 0, length: int | None = None
 ) -> list[Example]:
-    """Of the seed's lengths, or all of one length."""
+    """Random examples of the seed's lengths, or all of one length."""
     rng = np.random.default_rng(seed)
-    lengths = (
-        np.clip(rng.normal(MEAN, DEVIATION, number), 64, LONGEST).astype(int)
-        if length is None
-        else np.full(number, length)
-    )
+    if length is None:
+        lengths = np.clip(rng.normal(MEAN, DEVIATION, number), 64, LONGEST).astype(int)
+    else:
+        lengths = np.full(number, length)
     examples = []
-    for i, length in enumerate(lengths):
-        ids = rng.integers(3, vocab_size, length).astype(np.int32)
+    for i, tokens in enumerate(lengths):
+        ids = rng.integers(3, vocab_size, tokens).astype(np.int32)
         labels = ids.copy()
-        labels[: int(length * (1 - SUPERVISED))] = -100
+        labels[: int(tokens * (1 - SUPERVISED))] = -100
         examples.append(Example(str(i), ids, labels))
     return examples

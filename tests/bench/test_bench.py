@@ -31,27 +31,24 @@ def test_the_floor_counts_every_frozen_weight(bench, shape):
     inner = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
     head = model.lm_head.weight.numel()
     pairs = 6 * sizes["num_hidden_layers"] * sizes["hidden_size"] * bench["MEAN"]
-    assert bench["flops_a_token"](sizes) == pytest.approx(4 * inner + 4 * 0.27 * head + pairs)
-    assert shape != "tinyllama" or 4e9 < bench["flops_a_token"](sizes) < 5e9
+    assert bench["flops_per_token"](sizes) == pytest.approx(4 * inner + 4 * 0.27 * head + pairs)
+    assert shape != "tinyllama" or 4e9 < bench["flops_per_token"](sizes) < 5e9
 
 
 def test_a_base_written_in_nf4_loads_as_one(bench, tmp_path, monkeypatch):
     shapes = sys.modules["shapes"]
-    monkeypatch.setitem(
-        shapes.SHAPES, "small", shapes.SHAPES["embedded"] | {"num_hidden_layers": 2}
-    )
+    small = shapes.SHAPES["embedded"] | {"num_hidden_layers": 2}
+    monkeypatch.setitem(shapes.SHAPES, "small", small)
     monkeypatch.setattr(shapes, "IN_NF4", {"small"})
-    model = AutoModelForCausalLM.from_pretrained(
-        shapes.make_base("small", tmp_path), dtype=torch.bfloat16
-    )
+    base = shapes.make_base("small", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     four_bit = {name for name, p in model.named_parameters() if hasattr(p, "quant_state")}
     assert len(four_bit) == 2 * 7 and not any(name.startswith("lm_head") for name in four_bit)
     weight = model.model.layers[1].mlp.up_proj.weight
     assert weight.quant_state.nested and weight.quant_state.quant_type == "nf4"
     dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    assert (
-        dense.float().std() == pytest.approx(0.02, rel=0.05) and model.model.norm.weight.eq(1).all()
-    )
+    assert dense.float().std() == pytest.approx(0.02, rel=0.05)
+    assert model.model.norm.weight.eq(1).all()
 
 
 def test_the_examples_have_the_seeds_lengths(bench):
@@ -64,27 +61,11 @@ def test_the_examples_have_the_seeds_lengths(bench):
 @pytest.mark.slow
 def test_it_measures_the_loop_and_a_peer(tmp_path):
     """On a CPU; TRL and Unsloth need their packages, Unsloth a GPU."""
-    command = [
-        str(ROOT / "launch.sh"),
-        "bench",
-        "--shape",
-        "embedded",
-        "--steps",
-        "8",
-        "--rounds",
-        "1",
-        "--without-deepspeed",
-        "--peer",
-        "plain",
-        "--json",
-        str(tmp_path / "all.json"),
-        "batch_size=1",
-    ]
-    env = os.environ | {
-        "LOOP_PYTHON": sys.executable,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    options = "--shape embedded --steps 8 --rounds 1 --without-deepspeed --peer plain batch_size=1"
+    command = [str(ROOT / "launch.sh"), "bench", *options.split()]
+    command += ["--json", str(tmp_path / "all.json")]
+    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
+    env["OMP_NUM_THREADS"] = "1"
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert out.returncode == 0, out.stderr[-2000:]
     results = json.loads((tmp_path / "all.json").read_text())["results"]
