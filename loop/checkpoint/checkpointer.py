@@ -14,11 +14,11 @@ from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..optim.adamw import trainable_parameters
 from ..zero3.optimizer_state import (
-    KINDS,
     adam_step,
     create_adam_state,
     gather_full_state,
     scatter_full_tensor,
+    tensor_kinds,
 )
 from .identity import RunIdentity
 from .store import CheckpointStore
@@ -81,7 +81,7 @@ class Checkpointer:
             return
         create_adam_state(engine, self.manifest["optimizer_step"])
         parameters: dict[str, Any] = dict(trainable_parameters(engine.module))
-        missing = {f"{name}.{kind}" for name in parameters for kind in KINDS}
+        missing = {f"{name}.{kind}" for name in parameters for kind in tensor_kinds(engine)}
         for file_name in sorted(self.manifest["files"]):
             with safe_open(self.path / file_name, "pt") as file:
                 for key in file.keys():

@@ -1,4 +1,4 @@
-"""What a rank holds in memory from step to step, by component, counted tensor by tensor."""
+"""What a rank holds in memory from step to step, by component, measured tensor by tensor."""
 
 import torch
 
@@ -7,41 +7,43 @@ from ..kernels.quantization import find_quantization
 from .measure import peak_gpu_bytes
 
 
+def memory_breakdown(engine, ranks: Ranks) -> dict[str, float]:
+    """{"memory/COMPONENT_gib": GiB of this rank} after a step; empty components are left out.
+
+    The components are frozen and trained weights (this rank's shards and what is gathered beside
+    them), the quantisation's scales, fp32 masters, the optimizer's state and gradients. On a GPU
+    the rest of the peak is one more: activations, dequantised weights, graphs, buffers. They cannot
+    be told apart from outside.
+    """
+    optimizer = engine.optimizer
+    sizes = _weight_bytes(engine.module)
+    sizes["masters"] = _bytes(getattr(optimizer, "fp32_partitioned_groups_flat", []))
+    inner = getattr(optimizer, "optimizer", optimizer)
+    sizes["moments"] = _bytes(
+        value for state in inner.state.values() for key, value in state.items() if key != "step"
+    )
+    sizes["gradients"] = _bytes([getattr(optimizer, "grad_partitions_flat_buffer", None)])
+    if ranks.device.type == "cuda":
+        rest = peak_gpu_bytes() - sum(sizes.values())
+        sizes["activations_and_rest"] = max(0, rest)
+    return {f"memory/{name}_gib": size / 2**30 for name, size in sizes.items() if size}
+
+
+def _weight_bytes(module: torch.nn.Module) -> dict[str, int]:
+    """Bytes of frozen weights, of the quantisation's scales, and of trained weights."""
+    sizes = {"frozen_weights": 0, "scales": 0, "trained_weights": 0}
+    for p in module.parameters():
+        # On one rank the shard may be the weight itself: storages are counted once.
+        tensors = [t for t in (p.data, getattr(p, "ds_tensor", None)) if torch.is_tensor(t)]
+        distinct = {t.data_ptr(): t for t in tensors}
+        name = "trained_weights" if p.requires_grad else "frozen_weights"
+        sizes[name] += _bytes(distinct.values())
+    for submodule in module.modules():
+        quantization = find_quantization(submodule)
+        if quantization:
+            sizes["scales"] += _bytes(quantization.state_tensors(submodule))
+    return sizes
+
+
 def _bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-
-
-def memory_breakdown(engine, ranks: Ranks) -> dict[str, float]:
-    """GiB of this rank after a step: frozen and trained weights (this rank's slices, and what is whole beside them), the quantisation's scales,
-    fp32 masters, Adam's moments and gradients; on a GPU also what is left of the highest use: activations, dequantised weights, graphs,
-    buffers. These can't be told apart from outside, so they are one figure."""
-    parameters, optimizer = list(engine.module.parameters()), engine.optimizer
-    weights: dict[bool, int] = {False: 0, True: 0}
-    scales = 0
-    for p in parameters:
-        held = {
-            t.data_ptr(): t
-            for t in (p.data, getattr(p, "ds_tensor", None))
-            if isinstance(t, torch.Tensor)
-        }
-        weights[p.requires_grad] += _bytes(held.values())
-    for module in engine.module.modules():
-        if quantization := find_quantization(module):
-            scales += _bytes(quantization.state_tensors(module))
-    masters = _bytes(getattr(optimizer, "fp32_partitioned_groups_flat", []))
-    adam = getattr(optimizer, "optimizer", optimizer)
-    moments = _bytes(
-        t for state in adam.state.values() for name, t in state.items() if name != "step"
-    )
-    gradients = _bytes([getattr(optimizer, "grad_partitions_flat_buffer", None)])
-    known = {
-        "frozen_weights": weights[False],
-        "scales": scales,
-        "trained_weights": weights[True],
-        "masters": masters,
-        "moments": moments,
-        "gradients": gradients,
-    }
-    if ranks.device.type == "cuda":
-        known["activations_and_rest"] = max(0, peak_gpu_bytes() - sum(known.values()))
-    return {f"memory/{name}_gib": size / 2**30 for name, size in known.items() if size}

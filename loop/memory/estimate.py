@@ -1,7 +1,9 @@
-"""The memory of a run, counted before it: bytes on one GPU, component by component, from the base's shape alone.
+"""The memory of a run, estimated before it: bytes on one GPU, component by component.
 
-Some components lie there for the whole run: their sizes follow from the weights, and the tests hold them against the tensors that are alive.
-Others belong to a micro-batch: they follow from what the layers keep for their backward pass. `loop/fit.py` asks whether the sum fits.
+Only the base's transformers configuration is needed. The components in LOADED and STATES exist for
+the whole run; their sizes follow from the weights. Those in WORKING belong to a micro-batch; they
+follow from what the layers save for their backward pass. The tests compare both with tensors that
+are alive. `planner.py` asks whether the sum fits.
 """
 
 from dataclasses import dataclass
@@ -13,16 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
 from ..kernels.dropout import APART
-from ..kernels.quantization import QUANTIZATIONS
+from ..kernels.quantization import QUANTIZATIONS, Quantization
+from ..optim.adamw import optimizer_spec
 
+# Before the engine is made.
 LOADED = (
     "NF4 codes",
     "quantisation state",
     "16-bit weights",
     "adapter",
     "dequantised copies",
-)  # before the engine is made
-STATES = ("fp32 masters", "Adam moments", "gradients, fp32", "gradient bucket")  # with the engine
+)
+# Made with the engine. "Adam moments" is the state of whatever optimizer the run has.
+STATES = ("fp32 masters", "Adam moments", "gradients, fp32", "gradient bucket")
+# In a step.
 WORKING = (
     "gathered weights",
     "activations",
@@ -30,16 +36,29 @@ WORKING = (
     "layer in work",
     "dropout mask",
     "update",
-)  # in a step
-EVERY_WEIGHT = (
-    2**62
-)  # a persistence threshold of DeepSpeed's above all weights: each rank keeps them whole
-SLACK = 0.15  # of WORKING: rows differ in length, and a block that was freed often fits the next tensor badly
+)
+# A persistence threshold of DeepSpeed's above all weights: each rank then holds them in full.
+EVERY_WEIGHT = 2**62
+# Of WORKING: rows differ in length, and a block that was freed often fits the next tensor badly.
+SLACK = 0.15
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What the memory of a run depends on beside its configuration and its base."""
+
+    world_size: int
+    fused: bool  # decoder layers run in few kernels
+    supervised_fraction: float = 1 / 3  # of the tokens, which have logits
+    dequantized: bool = False  # quantised weights are held dequantised as well
+    # Layers that do not recompute are CUDA graphs. Their gradients have addresses of their own, and
+    # no other tensor may use the memory of their activations.
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights, a figure for each parameter, for ZeRO-3 cuts up each by itself."""
+    """Numbers of weights, one for each parameter, as ZeRO-3 partitions each by itself."""
 
     matrices: tuple[int, ...]  # of linear layers, which NF4 stores
     other: tuple[int, ...]  # embeddings, head, norms, biases
@@ -47,175 +66,316 @@ class WeightCounts:
     widths: tuple[int, ...]  # inputs of each LoRA module
 
 
-_counted: dict[tuple, WeightCounts] = {}
+_weight_counts: dict[tuple, WeightCounts] = {}
 
 
-def count_weights(shape, config: Config) -> WeightCounts:
-    """Of the base and its adapter, on the meta device: nothing is loaded. shape: the base's configuration. Takes 1 s for 70 billion."""
-    key = (shape.to_json_string(), config.method, repr(config.lora))
-    if key not in _counted:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape)
-        inner = [
-            m.weight
-            for n, m in model.named_modules()
-            if isinstance(m, nn.Linear) and n != "lm_head"
-        ]
-        other = [p.numel() for p in model.parameters() if not any(p is w for w in inner)]
-        matrices, trained, widths = (
-            [w.numel() for w in inner],
-            [p.numel() for p in model.parameters()],
-            [],
-        )
-        if config.method != "full":
-            try:
-                with torch.device("meta"):
-                    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
-            trained = [p.numel() for n, p in model.named_parameters() if "lora_" in n]
-            widths = [m.in_features for m in model.modules() if hasattr(m, "lora_A")]
-        _counted[key] = WeightCounts(*map(tuple, (matrices, other, trained, widths)))
-    return _counted[key]
+def count_weights(config: Config, model_config) -> WeightCounts:
+    """The weights of the base and its adapter, counted on the meta device: nothing is loaded.
+
+    Takes 1 s for 70 billion weights; the result is cached. Raises ConfigError where PEFT refuses
+    `config.lora` for this base.
+    """
+    key = (model_config.to_json_string(), config.method, repr(config.lora))
+    if key not in _weight_counts:
+        _weight_counts[key] = _count_weights(config, model_config)
+    return _weight_counts[key]
 
 
-def saved_bytes_per_token(shape, config: Config, fused: bool, size: int) -> int:
-    """Bytes that a decoder layer of Llama's kind keeps for its backward pass for each token. size: bytes of a number.
-
-    Fused: the layer's input, two norms' outputs, the residual between them, queries, keys, values and attention's output, gate and up, and what
-    LoRA's A made. Unfused: norms keep fp32, each LoRA module its own dropped-out input, SwiGLU silu(gate) as well."""
-    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
-    head = getattr(shape, "head_dim", None) or hidden // heads
-    q, kv = heads * head, (getattr(shape, "num_key_value_heads", None) or heads) * head
-    attention = (2 * q + 2 * kv) * size + 4 * heads  # and logsumexp in fp32
-    low = 0 if config.method == "full" else 7 * config.lora["r"] * size
-    if fused and config.method != "full":
-        return (
-            attention + low + 2 * 4 + (4 * hidden + 2 * inner) * size
-        )  # and each norm's 1 / root mean square
-    inputs = 2 * hidden + inner  # of the linear layers; attention's output is counted above
+def _count_weights(config: Config, model_config) -> WeightCounts:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    linears = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    linear_ids = {id(weight) for weight in linears}
+    matrices = tuple(weight.numel() for weight in linears)
+    other = tuple(p.numel() for p in model.parameters() if id(p) not in linear_ids)
     if config.method == "full":
-        inputs += 2 * hidden  # of the norms' weights
-    elif config.lora["lora_dropout"]:
+        trained = tuple(p.numel() for p in model.parameters())
+        return WeightCounts(matrices, other, trained, widths=())
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    widths = tuple(m.in_features for m in model.modules() if hasattr(m, "lora_A"))
+    return WeightCounts(matrices, other, trained, widths)
+
+
+def saved_bytes_per_token(config: Config, model_config, fused: bool, itemsize: int) -> int:
+    """Bytes that a decoder layer of Llama's kind saves for its backward pass, for each token.
+
+    Fused: the layer's input, two norms' outputs, the residual between them, queries, keys, values
+    and attention's output, gate and up, and the outputs of LoRA's A. Unfused: norms save fp32, each
+    LoRA module its own input after dropout, SwiGLU silu(gate) as well.
+    """
+    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    heads = model_config.num_attention_heads
+    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(model_config, "head_dim", None) or hidden // heads
+    q, kv = heads * head_dim, kv_heads * head_dim
+    attention = (2 * q + 2 * kv) * itemsize + 4 * heads  # and logsumexp in fp32
+    if config.method == "full":
+        inputs = 4 * hidden + inner  # of the linear layers and of the norms
+        return attention + 2 * (4 * hidden + 4) + (inputs + 3 * inner) * itemsize
+    lora_a = 7 * config.lora["r"] * itemsize
+    if fused:
+        norms = 2 * 4  # 1 / root mean square of each
+        return attention + lora_a + norms + (4 * hidden + 2 * inner) * itemsize
+    inputs = 2 * hidden + inner  # of the linear layers; attention's output is counted above
+    if config.lora["lora_dropout"]:
         inputs = 5 * hidden + q + inner
-    return attention + low + 2 * (4 * hidden + 4) + (inputs + 3 * inner) * size
+    return attention + lora_a + 2 * (4 * hidden + 4) + (inputs + 3 * inner) * itemsize
 
 
 def max_rows(config: Config, world_size: int) -> int:
-    """That a rank computes at once. Packing whole examples leaves gaps: on several ranks a row more than the even share saves a second, half
-    empty micro-batch."""
-    return min(config.batch_size, -(-config.batch_size // world_size) + (world_size > 1))
+    """The most rows that a rank computes at once.
+
+    Packing complete examples leaves gaps. On several ranks one row more than the even share saves a
+    second micro-batch that would be half empty.
+    """
+    even = -(-config.batch_size // world_size)
+    return min(config.batch_size, even + 1 if world_size > 1 else even)
+
+
+def compute_itemsize(ds_config: dict) -> int:
+    """Bytes of a number that the model computes with: bf16 or fp32."""
+    return 2 if ds_config.get("bf16", {}).get("enabled") else 4
+
+
+def offloads_parameters(ds_config: dict) -> bool:
+    """Whether ZeRO-3 holds the weights in the CPU's memory or on a disk."""
+    offload = ds_config["zero_optimization"].get("offload_param", {})
+    return offload.get("device", "none") != "none"
+
+
+def shard_numel(sizes, world_size: int) -> int:
+    """Numbers in a rank's shards of parameters of these sizes, padding included."""
+    return sum(-(-n // world_size) for n in sizes)
+
+
+def quantization_of(config: Config) -> Quantization | None:
+    """How the frozen base is quantised, None where it is not."""
+    return QUANTIZATIONS[config.quantization] if config.quantization else None
+
+
+def code_sizes(config: Config, counts: WeightCounts) -> list[int]:
+    """Bytes of the quantised weights' codes, for each matrix; empty without quantisation."""
+    quantization = quantization_of(config)
+    if quantization is None:
+        return []
+    return [quantization.code_bytes(n) for n in counts.matrices]
+
+
+def frozen_sizes(config: Config, counts: WeightCounts) -> tuple[int, ...]:
+    """Numbers of weights that are frozen and not quantised, for each parameter."""
+    if config.method == "full":
+        return ()
+    if config.quantization:
+        return counts.other
+    return counts.other + counts.matrices
+
+
+def quantization_state_bytes(config: Config, counts: WeightCounts) -> int:
+    """Bytes of scales and codebooks, which every rank holds in full."""
+    quantization = quantization_of(config)
+    if quantization is None:
+        return 0
+    return sum(quantization.state_bytes(n, config.double_quant) for n in counts.matrices)
+
+
+def dequantized_bytes(config: Config, ds_config: dict, counts: WeightCounts) -> int:
+    """Bytes of all quantised weights when they are held dequantised as well."""
+    if not config.quantization:
+        return 0
+    return sum(counts.matrices) * compute_itemsize(ds_config)
+
+
+def weights_bytes(
+    config: Config, ds_config: dict, counts: WeightCounts, run: RunShape
+) -> dict[str, int]:
+    """Bytes of the components in LOADED."""
+    itemsize = compute_itemsize(ds_config)
+    parts = dict.fromkeys(LOADED, 0)
+    if not offloads_parameters(ds_config):
+        frozen = shard_numel(frozen_sizes(config, counts), run.world_size)
+        parts["NF4 codes"] = shard_numel(code_sizes(config, counts), run.world_size)
+        parts["16-bit weights"] = frozen * itemsize
+        parts["adapter"] = shard_numel(counts.trained, run.world_size) * itemsize
+    parts["quantisation state"] = quantization_state_bytes(config, counts)
+    if run.dequantized:
+        parts["dequantised copies"] = dequantized_bytes(config, ds_config, counts)
+    return parts
+
+
+def optimizer_bytes(
+    config: Config, ds_config: dict, counts: WeightCounts, world_size: int
+) -> dict[str, int]:
+    """Bytes of the components in STATES. Raises ConfigError for an unknown optimizer."""
+    trained = shard_numel(counts.trained, world_size)
+    has_masters = compute_itemsize(ds_config) == 2 or offloads_parameters(ds_config)
+    return {
+        "fp32 masters": 4 * trained if has_masters else 0,
+        "Adam moments": optimizer_spec(config.optimizer).bytes_per_weight * trained,
+        "gradients, fp32": 4 * trained,
+        "gradient bucket": gradient_bucket_bytes(ds_config),
+    }
+
+
+def storage_itemsize(config: Config, ds_config: dict) -> int:
+    """Bytes of a number in the tensors that hold the codes; 1 without quantisation."""
+    quantization = quantization_of(config)
+    if quantization is None:
+        return 1
+    dtype = torch.bfloat16 if compute_itemsize(ds_config) == 2 else torch.float32
+    return quantization.storage_dtype(dtype).itemsize
+
+
+def gradient_bucket_bytes(ds_config: dict) -> int:
+    """Bytes of DeepSpeed's buffer of gradients that wait for their reduction."""
+    zero = ds_config["zero_optimization"]
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    itemsizes = {"fp32": 4, "bf16": 2, "fp16": 2}
+    dtype = ds_config.get("communication_data_type", "")
+    itemsize = itemsizes.get(dtype, compute_itemsize(ds_config))
+    return int(zero.get("reduce_bucket_size", 500_000_000) * itemsize)
+
+
+def gathered_bytes(
+    config: Config, ds_config: dict, model_config, counts: WeightCounts, run: RunShape
+) -> int:
+    """Bytes of the weights that ZeRO-3 holds in full beside the shards, at most."""
+    if run.world_size == 1 and not offloads_parameters(ds_config):
+        return 0
+    zero, itemsize = ds_config["zero_optimization"], compute_itemsize(ds_config)
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    # ZeRO-3 counts numbers as they are stored: in bf16 a number holds four NF4 weights.
+    code_itemsize = storage_itemsize(config, ds_config)
+    plain = (*frozen_sizes(config, counts), *counts.trained)
+    stored = [(size // code_itemsize, size) for size in code_sizes(config, counts)]
+    stored += [(n, n * itemsize) for n in plain]  # (numbers, bytes) of each parameter
+    persistent = sum(size for n, size in stored if n <= threshold)
+    large = [(n, size) for n, size in stored if n > threshold]
+    num_large = sum(n for n, _ in large)
+    # What the backward pass wants again within the reuse distance stays, beside the current layer
+    # and the next ones.
+    window = zero.get("stage3_max_reuse_distance", 10**9)
+    window += zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
+    window += num_large / model_config.num_hidden_layers
+    reused = sum(size for _, size in large) * min(1, window / max(1, num_large))
+    # The largest one, the output layer, arrives in one piece and is copied into its shape, or the
+    # embedding comes beside it.
+    largest = 2 * max((size for _, size in large), default=0)
+    total = int(persistent + max(reused, largest))
+    if threshold == EVERY_WEIGHT:
+        total += sum(counts.trained) * itemsize  # the buffer for the other ranks' updates
+    return total
+
+
+def micro_batch_tokens(config: Config, world_size: int, rows: float) -> int:
+    """Tokens of a rank's fullest micro-batch of at most `rows` rows.
+
+    Steps are split evenly. Half a row more than the even share is rarely seen, with attention
+    counted a full one.
+    """
+    even = config.batch_size / world_size
+    if world_size > 1:
+        even += 0.5
+    return int(min(rows, max(even, 1)) * config.max_seq_len)
+
+
+def activation_bytes(
+    config: Config, ds_config: dict, model_config, run: RunShape, tokens: int, checkpointing: bool
+) -> int:
+    """Bytes of what all layers save for the backward pass of a micro-batch."""
+    itemsize, hidden = compute_itemsize(ds_config), model_config.hidden_size
+    if checkpointing:
+        per_layer = tokens * hidden * itemsize  # its input
+    else:
+        per_layer = tokens * saved_bytes_per_token(config, model_config, run.fused, itemsize)
+        if run.cuda_graphs:
+            per_layer += tokens * hidden * itemsize  # the gradient of its input
+    last_norm = tokens * hidden * 4  # in fp32
+    return model_config.num_hidden_layers * per_layer + last_norm
+
+
+def logits_bytes(num_logits: float, itemsize: int) -> int:
+    """Bytes of the logits and, in fp32, of the loss: logits, log-probabilities, gradients."""
+    return int(num_logits * (itemsize + 12))
+
+
+def current_layer_bytes(
+    config: Config, ds_config: dict, model_config, run: RunShape, tokens: int, checkpointing: bool
+) -> int:
+    """Bytes that one layer needs while its backward pass runs, beside what all layers saved."""
+    itemsize = compute_itemsize(ds_config)
+    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    total = tokens * (4 * inner + 2 * hidden) * itemsize
+    if checkpointing:
+        total += tokens * saved_bytes_per_token(config, model_config, run.fused, itemsize)
+    if config.quantization and not run.dequantized:
+        total += max(count_weights(config, model_config).matrices) * itemsize
+    return total
+
+
+def dropout_mask_bytes(config: Config, counts: WeightCounts, tokens: int) -> int:
+    """Bytes of the dropout mask that all LoRA modules of a micro-batch share."""
+    if not counts.widths or not config.lora["lora_dropout"]:
+        return 0
+    return tokens * (-(-max(counts.widths) // APART) * APART + APART * len(counts.widths))
 
 
 def estimate_memory(
-    shape,
     config: Config,
-    ds: dict,
-    world_size: int,
+    ds_config: dict,
+    model_config,
+    run: RunShape,
     rows: float,
     checkpointing: bool,
-    fused: bool,
-    dequantized: bool,
-    supervised: float = 1 / 3,
-    recorded: bool = False,
 ) -> dict[str, int]:
-    """{component: bytes on one GPU} at the fullest moment of a step, LOADED, STATES, WORKING and "allocator slack". ds: DeepSpeed's configuration;
-    rows: of a micro-batch; supervised: the share of its tokens that have logits; dequantized: whether NF4 weights are kept in bf16 too;
-    recorded: whether layers are CUDA graphs, whose gradients have places of their own and whose activations' memory no other tensor may use."""
-    w, zero = count_weights(shape, config), ds["zero_optimization"]
-    quantization = QUANTIZATIONS[config.quantization] if config.quantization else None
-    size = 2 if ds.get("bf16", {}).get("enabled") else 4  # bytes of a number that is computed with
-    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
-    # Steps are cut evenly: half a row more than the even share is rarely seen, with attention counted a whole one.
-    even = config.batch_size / world_size + (world_size > 1) / 2
-    tokens = int(min(rows, max(even, 1)) * config.max_seq_len)
+    """{component: bytes on one GPU} at the fullest moment of a step.
 
-    def share(sizes) -> int:
-        return sum(-(-n // world_size) for n in sizes)
+    The keys are LOADED, STATES, WORKING and "allocator slack", in this order.
 
-    frozen = [] if config.method == "full" else w.other if quantization else w.other + w.matrices
-    codes = [quantization.code_bytes(n) for n in w.matrices] if quantization else []
-    trained = share(w.trained)
+    Args:
+        ds_config: DeepSpeed's configuration.
+        model_config: the base's transformers configuration.
+        rows: of a micro-batch, each of max_seq_len tokens.
+        checkpointing: layers recompute their activations; such layers are no CUDA graphs.
+    """
+    counts, itemsize = count_weights(config, model_config), compute_itemsize(ds_config)
+    tokens = micro_batch_tokens(config, run.world_size, rows)
+    num_logits = tokens * run.supervised_fraction * model_config.vocab_size
+
     parts = dict.fromkeys((*LOADED, *STATES, *WORKING), 0)
-    if not offloaded:
-        parts |= {
-            "NF4 codes": share(codes),
-            "16-bit weights": share(frozen) * size,
-            "adapter": trained * size,
-        }
-    if quantization:
-        parts["quantisation state"] = sum(
-            quantization.state_bytes(n, config.double_quant) for n in w.matrices
-        )
-        parts["dequantised copies"] = dequantized * sum(w.matrices) * size
-    communicated = {"fp32": 4, "bf16": 2, "fp16": 2}.get(
-        ds.get("communication_data_type", ""), size
+    parts |= weights_bytes(config, ds_config, counts, run)
+    parts |= optimizer_bytes(config, ds_config, counts, run.world_size)
+    parts["gathered weights"] = gathered_bytes(config, ds_config, model_config, counts, run)
+    parts["activations"] = activation_bytes(
+        config, ds_config, model_config, run, tokens, checkpointing
     )
-    bucket = (
-        zero.get("contiguous_gradients", True)
-        * zero.get("reduce_bucket_size", 500_000_000)
-        * communicated
-    )
-    parts |= {
-        "fp32 masters": trained * 4 * (size == 2 or offloaded),
-        "Adam moments": trained * 8,
-        "gradients, fp32": trained * 4,
-    }
-    parts["gradient bucket"] = int(bucket)
+    parts["logits"] = logits_bytes(num_logits, itemsize)
+    # A layer's backward pass runs after the loss, which leaves the logits in the compute dtype and
+    # frees the rest. So the layer adds only what it needs beyond that.
+    layer = current_layer_bytes(config, ds_config, model_config, run, tokens, checkpointing)
+    parts["layer in work"] = max(0, int(layer + num_logits * itemsize) - parts["logits"])
+    parts["dropout mask"] = dropout_mask_bytes(config, counts, tokens)
 
-    if (
-        world_size > 1 or offloaded
-    ):  # ZeRO-3 counts in numbers as they are stored: NF4 in bf16 holds four weights in one
-        dtype = torch.bfloat16 if size == 2 else torch.float32
-        unit = quantization.storage_dtype(dtype).itemsize if quantization else 1
-        stored = [(n // unit, n) for n in codes]
-        stored += [(n, n * size) for n in (*frozen, *w.trained)]
-        small = zero.get("stage3_param_persistence_threshold", 100_000)
-        stays = sum(b for n, b in stored if n <= small)
-        large = [(n, b) for n, b in stored if n > small]
-        most = sum(n for n, _ in large)
-        # What the backward pass will want again within the reuse distance stays there, beside the layer in work and the next ones.
-        window = zero.get("stage3_max_reuse_distance", 10**9) + zero.get(
-            "stage3_prefetch_bucket_size", 5 * 10**7
-        )
-        window += most / shape.num_hidden_layers
-        there = sum(b for _, b in large) * min(1, window / max(1, most))
-        # The largest, the output layer, arrives in one piece and is copied into its shape, or the embedding comes beside it.
-        parts["gathered weights"] = int(
-            stays + max(there, 2 * max((b for _, b in large), default=0))
-        )
-        parts["gathered weights"] += (
-            (small == EVERY_WEIGHT) * sum(w.trained) * size
-        )  # where the others' updates arrive
-
-    layer, n_logits = (
-        tokens * saved_bytes_per_token(shape, config, fused, size),
-        tokens * supervised * shape.vocab_size,
-    )
-    of_a_layer = tokens * shape.hidden_size * size if checkpointing else layer
-    of_a_layer += recorded * tokens * shape.hidden_size * size  # the gradient of its input
-    parts["activations"] = (
-        shape.num_hidden_layers * of_a_layer + tokens * shape.hidden_size * 4
-    )  # and the last norm's, in fp32
-    # bf16, and for the loss fp32, its logarithm of probabilities and gradients; then the layers' turn comes, and bf16 alone is left.
-    parts["logits"] = int(n_logits * (size + 12))
-    work = (
-        layer * checkpointing
-        + tokens * (4 * shape.intermediate_size + 2 * shape.hidden_size) * size
-    )
-    work += bool(quantization and not dequantized) * max(w.matrices) * size
-    parts["layer in work"] = max(0, int(work + n_logits * size) - parts["logits"])
-    if w.widths and config.lora["lora_dropout"]:
-        parts["dropout mask"] = tokens * (
-            -(-max(w.widths) // APART) * APART + APART * len(w.widths)
-        )
-    # When the optimizer has its turn, activations are gone and the gradients are copied into one piece.
-    parts["update"] = max(0, trained * 4 - sum(parts[name] for name in WORKING))
-    if recorded:
-        parts["update"] = sum(w.trained) * size + trained * 4
-    return parts | {"allocator slack": int(SLACK * sum(parts[name] for name in WORKING))}
+    # When the optimizer's turn comes, gradients are copied into one piece. Activations are gone,
+    # except those of CUDA graphs.
+    gradients = shard_numel(counts.trained, run.world_size) * 4
+    if run.cuda_graphs and not checkpointing:
+        parts["update"] = sum(counts.trained) * itemsize + gradients
+    else:
+        parts["update"] = max(0, gradients - sum(parts[name] for name in WORKING))
+    slack = int(SLACK * sum(parts[name] for name in WORKING))
+    return parts | {"allocator slack": slack}
 
 
 def peak_bytes(parts: dict[str, int]) -> int:
-    """What the components add up to, without the slack: what `peak.highest` sees."""
+    """The sum of the components without the slack: what `PeakMemory` measures."""
     return sum(parts.values()) - parts["allocator slack"]

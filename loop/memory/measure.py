@@ -1,4 +1,4 @@
-"""The memory that the steps really took, to stand beside what the ledger said."""
+"""The memory that the steps of a run really took, to print beside the estimate."""
 
 import contextlib
 import re
@@ -9,52 +9,73 @@ import torch
 
 from .estimate import peak_bytes
 
-_in_graphs = 0
+
+class GraphPools:
+    """The memory of this process's CUDA graphs that torch's own statistics miss.
+
+    After the capture, torch counts what a graph's kernels write as freed. It stays the graph's all
+    the same, and `torch.cuda.max_memory_allocated` does not see it.
+    """
+
+    def __init__(self) -> None:
+        self.uncounted_bytes = 0
+
+    def update(self) -> None:
+        """To be called after CUDA graphs were captured or released. Takes a memory snapshot."""
+        self.uncounted_bytes = 0
+        if torch.cuda.is_available():
+            for segment in torch.cuda.memory_snapshot():
+                if tuple(segment["segment_pool_id"]) != (0, 0):
+                    self.uncounted_bytes += segment["total_size"] - segment["allocated_size"]
 
 
-def count_graphs() -> None:
-    """To be called when CUDA graphs were recorded or let go. What their kernels write is freed in torch's eyes after the recording, and yet stays
-    theirs: memory that `torch.cuda.max_memory_allocated` no longer sees."""
-    global _in_graphs
-    pools = (
-        [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
-        if torch.cuda.is_available()
-        else []
-    )
-    _in_graphs = sum(s["total_size"] - s["allocated_size"] for s in pools)
+graph_pools = GraphPools()  # the allocator is the process's, and so are the pools
 
 
 def peak_gpu_bytes() -> int:
-    """Bytes of this GPU that tensors took at most since the last reset, those of CUDA graphs included."""
-    return torch.cuda.max_memory_allocated() + _in_graphs
+    """Bytes of this GPU that tensors took at most since the last reset, CUDA graphs included."""
+    return torch.cuda.max_memory_allocated() + graph_pools.uncounted_bytes
 
 
 class PeakMemory:
-    """The highest memory of the steps. On a CPU it is the rise of this process's RSS since this object was made: tensors, and with them all
-    that Python allocates, and what was freed but not handed back."""
+    """The highest memory of the steps.
+
+    On a GPU: bytes of tensors. On a CPU: the rise of this process's RSS since this object was made,
+    which includes all that Python allocates, and what was freed but not handed back.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.gpu, self.before = device.type == "cuda", psutil.Process().memory_info().rss
+        self.on_gpu = device.type == "cuda"
+        self.rss_before = psutil.Process().memory_info().rss
 
     def begin(self) -> None:
-        """Forgets the peak of loading and evaluating; Linux forgets a process's own where it is asked to."""
-        if self.gpu:
+        """Forgets the peak of loading and evaluating."""
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # Linux resets a process's own peak on request
                 Path("/proc/self/clear_refs").write_text("5")
 
     def beside(self, parts: dict[str, int]) -> str:
-        """One line: predicted and measured. parts: a ledger."""
-        if self.gpu:
-            seen, what = peak_gpu_bytes(), "allocated on this GPU"
+        """One line with the predicted and the measured peak; parts: of `estimate_memory`."""
+        if self.on_gpu:
+            measured, what = peak_gpu_bytes(), "allocated on this GPU"
         else:
-            high = psutil.Process().memory_info().rss
-            with contextlib.suppress(OSError):
-                if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-                    high = int(found[1]) * 1024
-            seen, what = (
-                high - self.before,
-                "by which this process's RSS rose (a CPU: with Python's own memory, and what was freed but kept)",
+            measured = peak_rss() - self.rss_before
+            what = (
+                "by which this process's RSS rose (a CPU: with Python's own memory, and what was "
+                "freed but kept)"
             )
-        return f"memory      predicted {peak_bytes(parts) / 2**30:.2f} GiB at the peak; measured {seen / 2**30:.2f} GiB {what}"
+        return (
+            f"memory      predicted {peak_bytes(parts) / 2**30:.2f} GiB at the peak; "
+            f"measured {measured / 2**30:.2f} GiB {what}"
+        )
+
+
+def peak_rss() -> int:
+    """Bytes of this process's highest RSS, or of the current one where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    return psutil.Process().memory_info().rss

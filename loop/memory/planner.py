@@ -1,133 +1,142 @@
-"""Does it fit? What the run chooses by the ledger, and what would make a run fit that does not."""
+"""Does it fit? The rules by which a run chooses its `auto` settings from the memory estimate.
 
-from dataclasses import dataclass
+`plan_memory` applies the same rules to GPUs of a given memory, for `./launch.sh plan`.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from ..config.schema import Config
 from ..distributed.world import Ranks
-from .estimate import EVERY_WEIGHT, LOADED, STATES, WORKING, estimate_memory, max_rows
+from .estimate import (
+    EVERY_WEIGHT,
+    LOADED,
+    STATES,
+    WORKING,
+    RunShape,
+    count_weights,
+    dequantized_bytes,
+    estimate_memory,
+    max_rows,
+    offloads_parameters,
+)
 
-CONTEXT = (
-    2**30
-)  # what CUDA, its libraries and NCCL take beside the tensors: an allowance, not measured
+# What CUDA, its libraries and NCCL take beside the tensors: an allowance, not measured.
+CONTEXT = 2**30
 
 
 def working_bytes(parts: dict[str, int]) -> int:
-    """Bytes of a ledger that are wanted beside the weights and the optimizer's state."""
+    """Bytes of an estimate that a step needs beside the weights and the optimizer's state."""
     return sum(parts[name] for name in (*WORKING, "gradient bucket", "allocator slack"))
 
 
-def choose_weight_placement(
-    config: Config,
-    ds: dict,
-    shape,
-    world_size: int,
-    free_bytes: int | None,
-    fused: bool,
-    supervised: float = 1 / 3,
-) -> tuple[dict, bool]:
-    """(DeepSpeed's configuration, whether each rank keeps all weights). One rank does, unless they lie on the CPU or a disk. On several, ZeRO-3
-    then partitions gradients, masters and moments, and its persistence thresholds are above all weights. `auto`: where that fits, and nothing has
-    to be recomputed that need not be otherwise. free_bytes: as in `choose_micro_batch`; None: a CPU, no."""
-    zero = ds["zero_optimization"]
-    if zero.get("offload_param", {}).get("device", "none") != "none":
-        return ds, False
-    if world_size == 1:
-        return ds, True
-    whole = ds | {
-        "zero_optimization": zero
-        | dict.fromkeys(
-            ["stage3_param_persistence_threshold", "stage3_model_persistence_threshold"],
-            EVERY_WEIGHT,
-        )
+def with_replicated_weights(ds_config: dict) -> dict:
+    """DeepSpeed's configuration with persistence thresholds above all weights.
+
+    ZeRO-3 then partitions gradients, masters and moments, and every rank holds all weights.
+    """
+    thresholds = {
+        "stage3_param_persistence_threshold": EVERY_WEIGHT,
+        "stage3_model_persistence_threshold": EVERY_WEIGHT,
     }
-    wanted = config.replicate_weights
-    if wanted == "auto" and free_bytes is not None:
-        dense = fused and config.cache_dequantized_weights is True
-        free_bytes -= (
-            dense
-            * estimate_memory(shape, config, ds, world_size, 1, True, fused, True, supervised)[
-                "dequantised copies"
-            ]
+    return ds_config | {"zero_optimization": ds_config["zero_optimization"] | thresholds}
+
+
+def choose_weight_placement(
+    config: Config, ds_config: dict, model_config, run: RunShape, free_bytes: int | None
+) -> tuple[dict, bool]:
+    """(DeepSpeed's configuration, whether each rank holds all weights).
+
+    One rank holds them, unless they lie on the CPU or a disk. On several ranks `auto` replicates
+    them where that fits and does not need checkpointing that sharded weights would not need.
+
+    Args:
+        run: ranks, kernels and logits; the rest is not read, as it is not chosen yet.
+        free_bytes: as in `choose_micro_batch`; with None, a CPU, `auto` means no.
+    """
+    if offloads_parameters(ds_config):
+        return ds_config, False
+    if run.world_size == 1:
+        return ds_config, True
+    replicate = config.replicate_weights
+    if replicate == "auto":
+        replicate = free_bytes is not None and _replication_fits(
+            config, ds_config, model_config, run, free_bytes
         )
-        rest = fused, dense, supervised
-        rows, checkpointing = choose_micro_batch(
-            config, whole, shape, world_size, free_bytes, *rest, config.cuda_graphs
-        )
-        parts = estimate_memory(
-            shape,
-            config,
-            whole,
-            world_size,
-            rows,
-            checkpointing,
-            *rest,
-            config.cuda_graphs and not checkpointing,
-        )
-        otherwise = choose_micro_batch(config, ds, shape, world_size, free_bytes, *rest)[1]
-        wanted = working_bytes(parts) <= free_bytes and checkpointing <= otherwise
-    return (whole, True) if wanted is True else (ds, False)
+    if replicate:
+        return with_replicated_weights(ds_config), True
+    return ds_config, False
+
+
+def _replication_fits(
+    config: Config, ds_config: dict, model_config, run: RunShape, free_bytes: int
+) -> bool:
+    """Whether all weights fit each rank, and need no checkpointing that shards would not need."""
+    dequantized = run.fused and config.cache_dequantized_weights is True
+    if dequantized:
+        counts = count_weights(config, model_config)
+        free_bytes -= dequantized_bytes(config, ds_config, counts)
+    sharded = replace(run, dequantized=dequantized, cuda_graphs=False)
+    replicated = replace(sharded, cuda_graphs=config.cuda_graphs)
+    replicated_config = with_replicated_weights(ds_config)
+    rows, checkpointing = choose_micro_batch(
+        config, replicated_config, model_config, replicated, free_bytes
+    )
+    parts = estimate_memory(
+        config, replicated_config, model_config, replicated, rows, checkpointing
+    )
+    if working_bytes(parts) > free_bytes:
+        return False
+    _, sharded_needs_checkpointing = choose_micro_batch(
+        config, ds_config, model_config, sharded, free_bytes
+    )
+    return sharded_needs_checkpointing or not checkpointing
 
 
 def choose_micro_batch(
-    config: Config,
-    ds: dict,
-    shape,
-    world_size: int,
-    free_bytes: int | None,
-    fused: bool,
-    dequantized: bool,
-    supervised: float = 1 / 3,
-    replayed: bool = False,
+    config: Config, ds_config: dict, model_config, run: RunShape, free_bytes: int | None
 ) -> tuple[int, bool]:
-    """(micro_batch_size in rows, checkpointing). `auto` takes the fewest micro-batches that fit the free memory, and recomputes activations only
-    where even one row does not fit without. free_bytes: beside the weights and the optimizer's state; None: a CPU, no checkpointing, all
-    rows at once. replayed: whether layers that don't recompute are recorded. The others are as in `ledger`."""
-    sizes = (
-        range(max_rows(config, world_size), 0, -1)
-        if config.micro_batch_size == "auto"
-        else [config.micro_batch_size]
-    )
-    for checkpointing in (
-        [False, True]
-        if config.gradient_checkpointing == "auto"
-        else [config.gradient_checkpointing]
-    ):
-        for size in sizes:
+    """(micro_batch_size in rows, whether activations are recomputed).
+
+    `auto` takes the fewest micro-batches that fit the free memory. It recomputes activations only
+    where not even one row fits without.
+
+    Args:
+        free_bytes: beside the weights and the optimizer's state. None: a CPU, which takes all rows
+            at once without checkpointing.
+    """
+    sizes = [config.micro_batch_size]
+    if config.micro_batch_size == "auto":
+        sizes = list(range(max_rows(config, run.world_size), 0, -1))
+    choices = [config.gradient_checkpointing]
+    if config.gradient_checkpointing == "auto":
+        choices = [False, True]
+    for checkpointing in choices:
+        for rows in sizes:
             if free_bytes is None:
-                return size, checkpointing
-            parts = estimate_memory(
-                shape,
-                config,
-                ds,
-                world_size,
-                size,
-                checkpointing,
-                fused,
-                dequantized,
-                supervised,
-                replayed and not checkpointing,
-            )
+                return rows, checkpointing
+            parts = estimate_memory(config, ds_config, model_config, run, rows, checkpointing)
             if working_bytes(parts) <= free_bytes:
-                return size, checkpointing
-    return sizes[-1], config.gradient_checkpointing is not False
+                return rows, checkpointing
+    return sizes[-1], choices[-1]  # it does not fit; this comes nearest
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run would choose on GPUs of this memory (in bytes, None: unknown), and its ledger."""
+    """What a run would choose on GPUs of this memory, and its memory estimate."""
 
-    rows: int
+    rows: int  # of a micro-batch
     checkpointing: bool
     dequantized: bool
-    whole: bool  # on several GPUs, all weights on each
-    parts: dict[str, int]
-    memory: int | None
+    replicated: bool  # several GPUs, each of which holds all weights
+    parts: dict[str, int]  # as `estimate_memory` returns them
+    memory: int | None  # bytes of one GPU; None: unknown
 
     @property
     def total(self) -> int:
+        """Bytes on one GPU."""
         return sum(self.parts.values()) + CONTEXT
 
     @property
@@ -136,56 +145,57 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, ds: dict, shape, gpus: int, memory: int | None, supervised: float = 1 / 3
+    config: Config,
+    ds_config: dict,
+    model_config,
+    gpus: int,
+    memory: int | None,
+    supervised_fraction: float = 1 / 3,
 ) -> MemoryPlan:
-    """Goes by the run's own rules for `auto`. memory: of one GPU, in bytes; unknown, all that makes a step fast is taken."""
-    fused, free = bool(config.fused_layers), None
-    loaded = estimate_memory(shape, config, ds, gpus, 1, True, fused, False, supervised)
+    """What a run would choose on `gpus` GPUs, by the run's own rules for `auto`.
+
+    Args:
+        memory: of one GPU, in bytes. None: unknown; then all that makes a step fast is taken.
+        supervised_fraction: of the tokens, which have logits.
+    """
+    run = RunShape(gpus, bool(config.fused_layers), supervised_fraction)
+    free = None
     if memory is not None:
-        free = (
-            memory
-            - CONTEXT
-            - sum(loaded[name] for name in (*LOADED, *STATES) if name != "gradient bucket")
-        )
-    ds, whole = choose_weight_placement(
-        config, ds, shape, gpus, EVERY_WEIGHT if free is None else free, fused, supervised
+        loaded = estimate_memory(config, ds_config, model_config, run, 1, True)
+        resident = [name for name in (*LOADED, *STATES) if name != "gradient bucket"]
+        free = memory - CONTEXT - sum(loaded[name] for name in resident)
+    ds_config, replicated = choose_weight_placement(
+        config, ds_config, model_config, run, EVERY_WEIGHT if free is None else free
     )
-    dense = estimate_memory(shape, config, ds, gpus, 1, True, fused, True, supervised)[
-        "dequantised copies"
-    ]
-    replayed = config.cuda_graphs and whole
-    wanted = (
-        config.cache_dequantized_weights
-        if config.cache_dequantized_weights != "auto"
-        else not replayed and (free is None or dense <= 0.1 * free)
+    cuda_graphs = config.cuda_graphs and replicated
+
+    counts = count_weights(config, model_config)
+    copies = dequantized_bytes(config, ds_config, counts) if run.fused else 0
+    dequantized = config.cache_dequantized_weights
+    if dequantized == "auto":
+        dequantized = not cuda_graphs and (free is None or copies <= 0.1 * free)
+    dequantized = bool(dequantized and copies)
+    if dequantized and free is not None:
+        free -= copies
+
+    run = replace(run, dequantized=dequantized, cuda_graphs=cuda_graphs)
+    rows, checkpointing = choose_micro_batch(config, ds_config, model_config, run, free)
+    parts = estimate_memory(config, ds_config, model_config, run, rows, checkpointing)
+    return MemoryPlan(
+        rows, checkpointing, dequantized, replicated and gpus > 1, parts=parts, memory=memory
     )
-    dequantized = bool(wanted and fused and dense)
-    if free is not None:
-        free -= dense * dequantized
-    rows, checkpointing = choose_micro_batch(
-        config, ds, shape, gpus, free, fused, dequantized, supervised, replayed
-    )
-    parts = estimate_memory(
-        shape,
-        config,
-        ds,
-        gpus,
-        rows,
-        checkpointing,
-        fused,
-        dequantized,
-        supervised,
-        replayed and not checkpointing,
-    )
-    return MemoryPlan(rows, checkpointing, dequantized, whole and gpus > 1, parts, memory)
 
 
-def free_gpu_bytes(num_trained: int, ranks: Ranks) -> int | None:
-    """Memory for activations on the fullest GPU of the run, None on CPUs. What the engine will add is taken off: 18 bytes for every
-    trainable weight (its fp32 master, gradient and two moments, and a gradient in bf16), shared by all ranks."""
+def free_gpu_bytes(num_trained: int, optimizer_bytes_per_weight: int, ranks: Ranks) -> int | None:
+    """Memory for activations on the fullest GPU of the run; None on CPUs. Every rank must call it.
+
+    What the engine will add is subtracted, each rank's shard of it: for every trained weight the
+    optimizer's state, an fp32 master and gradient, and a bf16 gradient.
+    """
     if ranks.device.type == "cpu":
         return None
-    states = 18 * num_trained // ranks.world_size
+    per_weight = optimizer_bytes_per_weight + 4 + 4 + 2
+    states = per_weight * num_trained // ranks.world_size
     free = torch.tensor(torch.cuda.mem_get_info()[0] - states, device=ranks.device)
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must come to the same cut
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)  # all ranks must choose the same
     return int(free)

@@ -1,7 +1,10 @@
-"""The model that is trained, as this machine can train it: kernels, micro-batch and what is kept where are chosen by what is there."""
+"""The model that is trained, set up for this machine: kernels, placement of weights, micro-batch.
+
+Each choice depends on the ones before it and on the memory that is free at that moment.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn as nn
 
@@ -10,15 +13,15 @@ from ..distributed.seeding import seed_everything
 from ..distributed.world import Ranks
 from ..kernels.attention_backends import choose_backend
 from ..kernels.dropout import DropoutMasks, install_dropout
-from ..kernels.fuse import choose_dequantized, choose_layers, fuse
-from ..memory.estimate import estimate_memory
+from ..kernels.fuse import choose_dequantized, choose_fused_layers, fuse
+from ..memory.estimate import RunShape, estimate_memory
 from ..memory.planner import choose_micro_batch, choose_weight_placement, free_gpu_bytes
-from ..optim.adamw import choose_fused_adamw, trainable_parameters
+from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
 from .activation_checkpointing import use_checkpointing
 from .loading import load_model
-from .quantization import dtype_of
+from .quantization import compute_dtype
 from .replay import can_replay
-from .structure import decoder_layers, heads_of
+from .structure import attention_shape, decoder_layers
 
 
 @dataclass
@@ -39,58 +42,81 @@ class Execution:
 def build_model(
     config: Config, ds_config: dict, model_config, supervised_fraction: float, ranks: Ranks
 ) -> tuple[nn.Module, Execution]:
-    """The base with its LoRA. supervised_fraction: the fraction of the tokens that have logits. Every rank
-    must call it. Raises AttentionError or ConfigError where what was asked for can't run here."""
-    ds, shape, supervised = ds_config, model_config, supervised_fraction
-    backend, attention = choose_backend(
-        config.attention, ranks.device, dtype_of(ds), heads_of(shape)
-    )
-    fused, layers = choose_layers(config, dtype_of(ds), ranks)
-    seed_everything(
-        config.seed
-    )  # equal on all ranks: they share LoRA's random initial weights by halves
-    model = load_model(config, ds, ranks.device, backend)
-    dropout = install_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
+    """The base with its LoRA, and how it is run here. Every rank must call it.
 
+    Args:
+        ds_config: DeepSpeed's configuration, as the run's files give it.
+        model_config: the base's transformers configuration.
+        supervised_fraction: of the tokens, which have logits.
+
+    Raises AttentionError or ConfigError where what was asked for can't run here.
+    """
+    optimizer = optimizer_spec(config.optimizer)
+    dtype = compute_dtype(ds_config)
+    backend, attention = choose_backend(
+        config.attention, ranks.device, dtype, attention_shape(model_config)
+    )
+    fused, layers_warning = choose_fused_layers(config, dtype, ranks)
+    # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
+    seed_everything(config.seed)
+    model = load_model(config, ds_config, ranks.device, backend)
+    dropout = install_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     num_trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_parameters(model))
 
-    def free() -> int | None:
-        return free_gpu_bytes(num_trained, ranks)
+    def free_bytes() -> int | None:
+        return free_gpu_bytes(num_trained, optimizer.bytes_per_weight, ranks)
 
-    ds, whole = choose_weight_placement(
-        config, ds, shape, ranks.world_size, free(), fused, supervised
+    run = RunShape(ranks.world_size, fused, supervised_fraction)
+    ds_config, replicated = choose_weight_placement(
+        config, ds_config, model_config, run, free_bytes()
     )
-    keep_dense, stayed, replayed = False, set(), can_replay(config, whole, ranks, backend)
+    run = replace(run, cuda_graphs=can_replay(config, replicated, ranks, backend))
     if fused:
-        keep_dense = ranks.all(
-            choose_dequantized(config, decoder_layers(model), free(), replayed)
-        )
-        if stayed := fuse(decoder_layers(model), keep_dense):
-            layers = f"layers      {', '.join(sorted(stayed))}: computed as in PEFT and transformers, not fused"
-    known = fused and not stayed, keep_dense, supervised
-    rows, checkpointing = choose_micro_batch(
-        config, ds, shape, ranks.world_size, free(), *known, replayed
-    )
+        run, unfused = fuse_layers(config, model, run, free_bytes(), ranks)
+        if unfused:
+            names = ", ".join(sorted(unfused))
+            layers_warning = f"layers      {names}: computed as in PEFT and transformers, not fused"
+    rows, checkpointing = choose_micro_batch(config, ds_config, model_config, run, free_bytes())
     if checkpointing:
         use_checkpointing(model)
-    replayed = replayed and not checkpointing
 
-    def predicted(tokens: int) -> dict[str, int]:
-        return estimate_memory(
-            shape,
-            config,
-            ds,
-            ranks.world_size,
-            tokens / config.max_seq_len,
-            checkpointing,
-            *known,
-            replayed,
-        )
+    def estimate(tokens: int) -> dict[str, int]:
+        num_rows = tokens / config.max_seq_len
+        return estimate_memory(config, ds_config, model_config, run, num_rows, checkpointing)
 
-    attention, _, passed_over = attention.partition("; ")
-    described = f"ZeRO-3{', weights whole on each' if whole else ''}; {attention}; gradient checkpointing {'on' if checkpointing else 'off'}"
-    passed_over = passed_over if ranks.device.type == "cuda" else ""  # a CPU has only one
-    remarks = list(filter(None, [passed_over, layers, choose_fused_adamw(config.optimizer)[1]]))
+    attention, _, attention_warning = attention.partition("; ")
+    if ranks.device.type != "cuda":
+        attention_warning = ""  # a CPU has only one backend
+    warnings = [attention_warning, layers_warning, optimizer_warning(config)]
     return model, Execution(
-        ds, dropout, rows * config.max_seq_len, whole, replayed, predicted, described, remarks
+        ds_config=ds_config,
+        dropout=dropout,
+        max_tokens=rows * config.max_seq_len,
+        replicated=replicated,
+        use_cuda_graphs=run.cuda_graphs and not checkpointing,
+        estimate_memory=estimate,
+        description=describe_execution(attention, replicated, checkpointing),
+        warnings=list(filter(None, warnings)),
+    )
+
+
+def fuse_layers(
+    config: Config, model: nn.Module, run: RunShape, free_bytes: int | None, ranks: Ranks
+) -> tuple[RunShape, set[str]]:
+    """Fuses the decoder layers where that can be done. Every rank must call it.
+
+    Returns (the run with what was done, the classes and functions that could not be fused). Layers
+    count as fused only where nothing is left.
+    """
+    layers = decoder_layers(model)
+    dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
+    unfused = fuse(layers, dequantized)
+    return replace(run, dequantized=dequantized, fused=not unfused), unfused
+
+
+def describe_execution(attention: str, replicated: bool, checkpointing: bool) -> str:
+    """One line for the log. attention: the backend, as `choose_backend` describes it."""
+    placement = ", weights replicated" if replicated else ""
+    return (
+        f"ZeRO-3{placement}; {attention}; gradient checkpointing {'on' if checkpointing else 'off'}"
     )

@@ -5,7 +5,8 @@ import numpy as np
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
 from ..distributed.world import Ranks
-from ..zero3.replicated import spare
+from ..zero3.hooks import cache_module_parameters
+from ..zero3.replicated import replicate_weights
 from .build import Execution
 from .flops import attention_pair_cost
 from .replay import replay_layers
@@ -29,7 +30,9 @@ def prepare_engine(
         model_config: the base's transformers configuration.
         lengths: int [n], tokens of each training example.
     """
-    spare(engine, execution.replicated, ranks)
+    cache_module_parameters()
+    if execution.replicated:
+        replicate_weights(engine, ranks)
     max_tokens, padded_shape = execution.max_tokens, None
     warnings = list(execution.warnings)
     if execution.use_cuda_graphs:

@@ -1,8 +1,7 @@
-"""Decoder layers as CUDA graphs: what Python launches kernel by kernel is recorded once and then replayed by one call a layer and direction.
+"""The run's side of CUDA graphs: when decoder layers are captured, for rows of which size.
 
-A step of TinyLlama launches some 4,000 short kernels, and a fast GPU waits for Python. A graph has fixed addresses: so it is for a run whose
-ranks keep their weights whole and in their places (`spare.replicate_weights`), and for rows of one size, for which `collate.pad` fills a
-row with documents that nothing is learnt from. Whatever else comes along (an evaluation, a generation) runs as it did.
+`kernels/cuda_graphs.py` captures and replays. Graphs have fixed addresses, so they need weights
+that stay on each rank, and rows of one size, which `collate` pads.
 """
 
 import numpy as np
@@ -14,16 +13,20 @@ from ..distributed.world import Ranks
 from ..kernels import cuda_graphs
 from ..kernels.cuda_graphs import graph_layers
 from ..kernels.dropout import DropoutMasks
-from ..memory.measure import count_graphs
+from ..memory.measure import graph_pools
 from .structure import decoder_layers
 
+MAX_EXAMPLES = 100_000  # of the plan that the row size is made for; splitting them takes a second
 
-def can_replay(config: Config, whole: bool, ranks: Ranks, backend: str) -> bool:
-    """Whether layers that don't recompute their activations will be replayed: on GPUs whose ranks keep their weights whole, with attention that does
-    not ask the GPU for the documents' bounds. All ranks must call it, and get the same answer: steps are cut by it."""
-    return not ranks.any(
-        not (config.cuda_graphs and whole and ranks.device.type == "cuda" and backend != "sdpa")
-    )
+
+def can_replay(config: Config, replicated: bool, ranks: Ranks, backend: str) -> bool:
+    """Whether layers that do not recompute their activations will be CUDA graphs.
+
+    They will on GPUs whose ranks hold all weights, with attention that does not ask the GPU for the
+    documents' bounds. Every rank must call it, and gets the same answer, as steps are split by it.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    return ranks.all(config.cuda_graphs and replicated and on_gpu and backend != "sdpa")
 
 
 def replay_layers(
@@ -31,46 +34,61 @@ def replay_layers(
     model: nn.Module,
     plan: BatchPlan,
     lengths: np.ndarray,
-    capacity: int,
+    max_tokens: int,
     dropout: DropoutMasks,
     ranks: Ranks,
 ) -> tuple[int, tuple[int, int] | None, str]:
-    """Lets the layers of an engine's model be replayed. Returns (the capacity to cut steps for, equal on all ranks; the room that each row has to be
-    filled up to, None where nothing is replayed; what a person should know)."""
-    room = padded_shape_of(plan, lengths, ranks.world_size, capacity, config.max_seq_len)
-    dropout.reserve(room[0])
-    if in_the_way := graph_layers(
-        model, decoder_layers(model), room, config.max_seq_len, ranks.device
-    ):
-        return (
-            room[0],
-            None,
-            f"layers      launched kernel by kernel, not replayed: {in_the_way} (rank {ranks.rank})",
-        )
-    count_graphs()
-    return room[0], room, ""
+    """Captures the decoder layers of an engine's model, so that steps replay them.
+
+    Returns (max_tokens, padded_shape, warning): the tokens of a micro-batch that steps are split
+    for, equal on all ranks; the (tokens, documents) that each row has to be padded to, None where
+    nothing was captured; and why nothing was captured on this rank, or "".
+
+    Args:
+        lengths: int [n], tokens of every example of the run.
+        max_tokens: of a micro-batch, as the memory allows.
+        dropout: LoRA's masks, which get an address for rows of this size.
+    """
+    padded_shape = padded_shape_of(plan, lengths, ranks.world_size, max_tokens, config.max_seq_len)
+    tokens, _ = padded_shape
+    dropout.reserve(tokens)
+    layers = decoder_layers(model)
+    problem = graph_layers(model, layers, padded_shape, config.max_seq_len, ranks.device)
+    if problem:
+        warning = f"layers      launched kernel by kernel, not replayed: {problem}"
+        return tokens, None, f"{warning} (rank {ranks.rank})"
+    graph_pools.update()
+    return tokens, padded_shape, ""
 
 
 def padded_shape_of(
-    plan: BatchPlan, lengths: np.ndarray, world_size: int, capacity: int, max_seq_len: int
+    plan: BatchPlan, lengths: np.ndarray, world_size: int, max_tokens: int, max_seq_len: int
 ) -> tuple[int, int]:
-    """(tokens, documents) of a row that holds the micro-batches of the plan, and what fills it up. On several ranks that is less than the
-    capacity, as steps are cut evenly. Looks at the first 100,000 examples, for a second; a later step may take a micro-batch more for it."""
-    looked_at = max(1, int(np.searchsorted(plan.offsets, 100_000)))
-    steps = range(min(len(plan), looked_at))
-    parts = [
-        part
-        for step in steps
-        for rank in split_step(plan[step], lengths, world_size, PackingSpec(capacity, max_seq_len))
-        for part in rank
+    """(tokens, documents) of a row that holds each micro-batch of the plan and its padding.
+
+    On several ranks a row has less than `max_tokens`, as steps are split evenly. Only the first
+    100,000 examples are split to find it; a later step may take one micro-batch more for it.
+    """
+    num_split = max(1, int(np.searchsorted(plan.offsets, MAX_EXAMPLES)))
+    num_split = min(len(plan), num_split)
+    packing = PackingSpec(max_tokens, max_seq_len)
+    micro_batches = [
+        ids
+        for step in range(num_split)
+        for rank in split_step(plan[step], lengths, world_size, packing)
+        for ids in rank
     ]
-    tokens = max(int(lengths[plan.order].max()), *(int(lengths[part].sum()) for part in parts))
-    tokens = min(capacity, -(-tokens // 64) * 64)
-    documents = max(map(len, parts)) * (1 if len(steps) == len(plan) else 2)
-    return tokens, documents + -(-tokens // max_seq_len)
+    longest = int(lengths[plan.order].max())
+    fullest = max(int(lengths[ids].sum()) for ids in micro_batches)
+    tokens = -(-max(longest, fullest) // 64) * 64
+    tokens = min(max_tokens, tokens)
+    documents = max(len(ids) for ids in micro_batches)
+    if num_split < len(plan):
+        documents *= 2  # later steps may hold more examples
+    return tokens, documents + -(-tokens // max_seq_len)  # padding is documents as well
 
 
 def release_graphs(model: nn.Module) -> None:
-    """Lets the decoder layers run as they did. Their activations' memory, kept between replays, is free again."""
+    """Lets the decoder layers run as before. The memory of their graphs is free again."""
     cuda_graphs.release_graphs(decoder_layers(model))
-    count_graphs()
+    graph_pools.update()
