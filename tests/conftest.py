@@ -1,4 +1,6 @@
-"""Fixtures: a tiny random base, small files of examples, a configuration, and the folder of a finished run."""
+"""Fixtures: a tiny random base, small files of examples, a configuration, and the folder of a
+finished run.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ signal.signal(
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> str:
-    """A folder in the hub's layout: three decoder layers with random weights, grouped queries, and a byte-level tokenizer."""
+    """A folder in the hub's layout: three decoder layers with random weights, grouped queries, and a
+    byte-level tokenizer.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -135,7 +139,8 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-# Two workers take a file each, in this order: the longest ones first, or one worker would wait for the other's at the end.
+# Two workers take a file each, in this order: the longest ones first, or one worker would wait for
+# the other's at the end.
 LONGEST = (
     "test_train.py",
     "test_readme.py",

@@ -1,4 +1,6 @@
-"""The one import rule: a package of loop/ imports only packages below it, and no two modules import each other."""
+"""The one import rule: a package of loop/ imports only packages below it, and no two modules import
+each other.
+"""
 
 import ast
 from pathlib import Path
@@ -7,7 +9,8 @@ import pytest
 from helpers import ROOT
 
 LOOP = ROOT / "loop"
-# From the bottom to the top. A package imports from lower floors and from itself alone; `train` is loop/train.py.
+# From the bottom to the top. A package imports from lower floors and from itself alone; `train` is
+# loop/train.py.
 FLOORS = (
     {"config"},
     {"distributed", "data"},

@@ -1,4 +1,6 @@
-"""A run that is broken off goes on as if it had not been, on the same ranks to the bit and on others to rounding."""
+"""A run that is broken off goes on as if it had not been, on the same ranks to the bit and on
+others to rounding.
+"""
 
 import errno
 import json
@@ -164,7 +166,9 @@ def test_metrics_show_one_curve(runs):
 
 
 def test_another_number_of_ranks_and_another_cut_go_on_with_the_same_steps(runs):
-    """4 ranks, then 2, then 1 with smaller micro-batches, then 4: in fp32 the curves differ by rounding alone, with dropout on."""
+    """4 ranks, then 2, then 1 with smaller micro-batches, then 4: in fp32 the curves differ by rounding
+    alone, with dropout on.
+    """
     exact, elastic = (curve(runs / name, "train/loss") for name in ("exact", "elastic"))
     assert elastic == pytest.approx(exact, rel=1e-5) and exact[0] != exact[-1]
 
@@ -330,7 +334,9 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 
 
 def test_corrupt_ones_never_push_out_a_complete_one(tmp_path):
-    """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole one, and stays with 2."""
+    """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole
+    one, and stays with 2.
+    """
     store = CheckpointStore(tmp_path, 2)
     store.keep = 3
     for step in (2, 4, 6):

@@ -1,5 +1,7 @@
-"""The classic mistakes, each planted into the real loop by replacing one function: what the proofs of test_train.py must catch, and what
-`./launch.sh break` shows."""
+"""The classic mistakes, each planted into the real loop by replacing one function.
+
+The proofs of test_gradient.py must catch them, and `./launch.sh break` shows them.
+"""
 
 import numpy as np
 import torch
@@ -13,7 +15,9 @@ from loop.zero3.gradients import local_gradients
 
 
 def divide_by_accumulation_steps():
-    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as much as a long one."""
+    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as
+    much as a long one.
+    """
     step = loop.train.train_step
 
     def wrong(engine, parameters, micro_batches, num_targets, *rest, **options):
@@ -33,7 +37,9 @@ def divide_by_accumulation_steps():
 
 
 def forget_world_size():
-    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU added."""
+    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU
+    added.
+    """
     step = loop.train.train_step
 
     def wrong(engine, *args, **options):
@@ -50,7 +56,9 @@ def forget_world_size():
 
 
 def unequal_ranks():
-    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that has few of them."""
+    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that
+    has few of them.
+    """
     step = loop.train.train_step
 
     def wrong(engine, parameters, micro_batches, num_targets, *rest, **options):
@@ -68,7 +76,8 @@ def unequal_ranks():
 
 
 def bf16_accumulation():
-    """The accumulated gradient is rounded to bf16 after every micro-batch, as with `grad_accum_dtype: bf16`, which the loop refuses."""
+    """The accumulated gradient is rounded to bf16 after every micro-batch, as with
+    `grad_accum_dtype: bf16`, which the loop refuses."""
     step = loop.train.train_step
 
     def wrong(engine, parameters, *args, **options):
@@ -103,7 +112,9 @@ def one_document_mask():
 
 
 def positions_run_on():
-    """Position ids count through the row. With rotary embeddings alone a shifted document attends as before: only rounding tells."""
+    """Position ids count through the row. With rotary embeddings alone a shifted document attends as
+    before: only rounding tells.
+    """
     collate = loop.train.collate
 
     def wrong(examples, packing):
@@ -116,7 +127,8 @@ def positions_run_on():
 
 
 def targets_cross_documents():
-    """The shift by one runs over the whole row, so that the last token of a document predicts its neighbour's first."""
+    """The shift by one runs over the whole row, so that the last token of a document predicts its
+    neighbour's first."""
     collate = loop.train.collate
 
     def wrong(examples, packing):
@@ -149,7 +161,8 @@ def unsupervised_eos():
 
 
 def prompt_supervised():
-    """Every token is a target: three quarters of the gradient teach the model to play doctor and patient."""
+    """Every token is a target: three quarters of the gradient teach the model to play doctor and
+    patient."""
     encode = loop.data.dataset.encode_examples
     loop.data.dataset.encode_examples = lambda tokenizer, conversations, supervise="note": encode(
         tokenizer, conversations, "all"
@@ -163,7 +176,9 @@ def no_clipping():
 
 
 def stale_grad_norm():
-    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one step late."""
+    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one
+    step late.
+    """
     last = [1.0]
     clip = loop.train.clip_grad_norm
 
@@ -177,7 +192,8 @@ def stale_grad_norm():
 
 
 def deepspeed_clips_too():
-    """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own clipping."""
+    """`gradient_clipping` left out of DeepSpeed's configuration: it clips at 1.0 on top of our own
+    clipping."""
     build = loop.train.build_model
 
     def wrong(config, ds_config, *rest):
@@ -199,7 +215,8 @@ def lr_stepped_twice():
 
 
 def unequal_examples():
-    """The step's last example is left out, as by a sampler with drop_last, while the loss is still divided by all targets."""
+    """The step's last example is left out, as by a sampler with drop_last, while the loss is still
+    divided by all targets."""
     split = loop.train.split_step
 
     def wrong(step, *rest):
@@ -209,7 +226,9 @@ def unequal_examples():
 
 
 def stale_resume():
-    """After a resume the optimizer's fp32 masters are those of the start: the first update writes them over the loaded weights."""
+    """After a resume the optimizer's fp32 masters are those of the start: the first update writes them
+    over the loaded weights.
+    """
     put = loop.checkpoint.checkpointer.scatter_full_tensor
 
     def wrong(p, kind, whole, ranks):
@@ -222,7 +241,8 @@ def stale_resume():
 
 
 def resume_without_moments():
-    """After a resume Adam's moments and its step count begin at zero: its first update moves every weight by the full learning rate."""
+    """After a resume Adam's moments and its step count begin at zero: its first update moves every
+    weight by the full learning rate."""
     put, create = (
         loop.checkpoint.checkpointer.scatter_full_tensor,
         loop.checkpoint.checkpointer.create_adam_state,
@@ -252,5 +272,6 @@ MISTAKES = {
         unequal_examples,
     )
 }
-# test_train.py's runs are never broken off, so it can't see these; that a resumed run is the unbroken one is test_checkpoint.py's proof.
+# test_train.py's runs are never broken off, so it can't see these; that a resumed run is the
+# unbroken one is test_checkpoint.py's proof.
 SHOWN_ONLY = {f.__name__: f for f in (stale_resume, resume_without_moments)}

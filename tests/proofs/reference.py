@@ -1,6 +1,9 @@
-"""The plainest possible fine-tuning loop: one process, one example at a time, no packing, no DeepSpeed, nothing clever.
+"""The plainest possible fine-tuning loop: one process, one example at a time, no packing, no
+DeepSpeed, nothing clever.
 
-`tests/proofs/test_gradient.py` holds the real loop against it. If you want to know what the real loop computes, read this one."""
+`tests/proofs/test_gradient.py` holds the real loop against it. If you want to know what the real
+loop computes, read this one.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +35,12 @@ def reference_steps(
     betas=(0.9, 0.999),
     eps=1e-8,
 ) -> list[dict]:
-    """Trains on `steps`, each a list of examples with `input_ids` and `labels` [L], from the `initial` trainable weights.
+    """Trains on `steps`, each a list of examples with `input_ids` and `labels` [L], from the `initial`
+    trainable weights.
 
-    lr: a function of the step. Returns for each step the mean loss over its supervised tokens, the gradients before clipping,
-    their norm, the clipped gradients and the weights after the update."""
+    lr: a function of the step. Returns for each step the mean loss over its supervised tokens, the
+    gradients before clipping, their norm, the clipped gradients and the weights after the update.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for p, value in zip(parameters, initial, strict=True):

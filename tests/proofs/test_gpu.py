@@ -1,4 +1,6 @@
-"""By hand on a GPU machine (`./launch.sh test -m gpu -n 0 -s`): the proofs of test_train.py with the GPU's kernels at TinyLlama's shape."""
+"""By hand on a GPU machine (`./launch.sh test -m gpu -n 0 -s`): the proofs of test_train.py with
+the GPU's kernels at TinyLlama's shape.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_ok
-from test_gradient import replayed, rounding
 from safetensors.torch import load_file
+from test_gradient import replayed, rounding
 
 from loop.config.cli import load_config
 from loop.data.batch_plan import plan_batches
@@ -102,14 +104,17 @@ def test_real_kernels_add_no_error_to_the_plain_loops_rounding(runs, name):
             figures["norm"][0] < figures["gradient"][1]
             and figures["loss"][0] < 0.1 * figures["gradient"][1]
         )
-    # An update of some 3e-4 on weights of up to 0.35, whose fp32 steps are 3e-8; the fused AdamW rounds in other places: 4.0e-5 seen.
+    # An update of some 3e-4 on weights of up to 0.35, whose fp32 steps are 3e-8; the fused AdamW
+    # rounds in other places: 4.0e-5 seen.
     assert update < 1e-4
     assert record["frozen"][0] == record["frozen"][1]
 
 
 @pytest.fixture(scope="module")
 def broken(tinyllama, rows, tmp_path_factory):
-    """A function that runs parts of a run of 8 steps, each part on so many GPUs and for so many steps, and gives its folder."""
+    """A function that runs parts of a run of 8 steps, each part on so many GPUs and for so many steps,
+    and gives its folder.
+    """
     folder = tmp_path_factory.mktemp("broken")
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (folder / "fp32.json").write_text(json.dumps(fp32))
@@ -179,7 +184,9 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
 
 @pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-4), ("bf16", 1e-2)])
 def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound):
-    """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the unbroken run's losses to rounding."""
+    """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the
+    unbroken run's losses to rounding.
+    """
     most = torch.cuda.device_count()
     more = (
         [*broken.fp32, "replicate_weights=false"] if name == "fp32" else []

@@ -1,4 +1,6 @@
-"""The proof of the loop: on any cut over ranks and micro-batches its steps are those of the plainest loop, and mistakes are caught."""
+"""The proof of the loop: however a step is split, it is that of the plainest loop.
+
+Split over ranks and micro-batches, that is; and each classic mistake is caught."""
 
 import json
 import math
@@ -13,7 +15,7 @@ from reference import reference_model, reference_steps
 from safetensors.torch import load_file
 
 from loop.config.cli import load_config
-from loop.data.batch_plan import plan_batches
+from loop.data.batch_plan import plan_run
 from loop.data.dataset import load_examples
 from loop.model.loading import load_tokenizer
 from loop.optim.schedule import cosine_lr
@@ -26,205 +28,157 @@ EXACT = [
     "run.resume=false",
     "max_grad_norm=0.5",
     "eps=1e-5",
-    "data.cache=false",
-]  # planted mistakes must not find a right run's tokens, nor leave theirs
+    "data.cache=false",  # a planted mistake must not find a right run's tokens, nor leave its own
+]
+BF16 = "deepspeed=ds_config.json"  # elsewhere the proofs compute in fp32
+FULL_WEIGHTS = "replicate_weights=true"
+
+
+def case(name: str, *args: str, **more) -> dict:
+    return {"name": name, "args": list(args), **more}
+
+
+ONE_RANK = [
+    case("1 rank"),
+    case("micro-batches of 1 row", "micro_batch_size=1"),
+    case("micro-batches of 2 rows", "micro_batch_size=2"),
+    case("micro-batches of 3 rows", "micro_batch_size=3"),
+    case("shuffled within the step", "micro_batch_size=2", patch={"shuffle": 1}),
+    case("reentrant checkpointing", "gradient_checkpointing=true"),
+    case("non-reentrant checkpointing", "gradient_checkpointing=true", patch={"non_reentrant": 1}),
+    case("no leaf modules", "fused_layers=false", patch={"no_leaf": 1}),
+    case("as PEFT computes it", "fused_layers=false"),
+    case("NF4 in each pass", "cache_dequantized_weights=false"),
+    case("lora", "method=lora"),
+    case("full", "method=full"),
+    case("bf16", BF16),
+    case("bf16, as PEFT computes it", BF16, "fused_layers=false"),
+]
+TWO_RANKS = [
+    case("2 ranks"),
+    case("2 ranks, micro-batches of 1 row", "micro_batch_size=1"),
+    case("2 ranks, lora", "method=lora"),
+    case("2 ranks, full", "method=full"),
+    case("2 ranks, weights whole, full", "method=full", FULL_WEIGHTS),
+    case("2 ranks, bf16, checkpointing", BF16, "gradient_checkpointing=true"),
+    case("NaN", "replicate_weights=false", patch={"nan_step": 2}),
+    case(
+        "NaN for ever",
+        "run.max_skipped_in_a_row=2",
+        FULL_WEIGHTS,
+        "optimizer=fused",
+        patch={"nan_step": 1, "nan_times": 9},
+    ),
+    case("spike", FULL_WEIGHTS, "optimizer=plain", patch={"spike_at": 2}),
+    case("DeepSpeed clips", "max_grad_norm=1e9", patch={"deepspeed_clips": 0.5}),
+    case("quiet", "lora.lora_dropout=0.3"),
+]
+WATCHED = [
+    case(
+        name,
+        "lora.lora_dropout=0.3",
+        "monitor.eval_steps=1",
+        "monitor.sample_notes=[valid-1, valid-2, valid-3]",
+        "monitor.sample_max_new_tokens=8",
+        f"replicate_weights={name == 'watched, whole'}",
+        patch={"gathered": name == "watched, gathered"},
+    )
+    for name in ("watched, gathered", "watched, in lockstep", "watched, whole")
+]
+PLANTED = [
+    case(name, *(["max_grad_norm=5"] if name == "deepspeed_clips_too" else []), mistake=name)
+    for name in MISTAKES
+]
+FOUR_RANKS = [
+    case("4 ranks, secondary shards in pairs (hpZ)", "deepspeed=HPZ"),
+    case("4 ranks, weights whole, micro-batches of 1 row", "micro_batch_size=1", FULL_WEIGHTS),
+    case(
+        "4 ranks, micro-batches of 1 row, checkpointing",
+        "micro_batch_size=1",
+        "gradient_checkpointing=true",
+    ),
+]
+
+
+class Bench:
+    """Runs cases, all those of a world in one process group, and gives their records by name."""
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.folder = folder
+        self.records: dict[str, dict] = {}
+        fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
+        zero = fp32["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0  # all of so small a base would stay
+        (folder / "fp32.json").write_text(json.dumps(fp32))
+        pairs = fp32 | {"zero_optimization": zero | {"zero_hpz_partition_size": 2}}
+        (folder / "hpz.json").write_text(json.dumps(pairs))
+        config = config | {"deepspeed": str(folder / "fp32.json")}
+        config["run"] = {"dir": str(folder / "runs"), "export_check_examples": 0}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        self.args = ["--config", str(folder / "config.yaml"), *EXACT]
+
+    def run(self, world_size: int, cases: list[dict]) -> None:
+        hpz = f"deepspeed={self.folder / 'hpz.json'}"
+        todo = [
+            {
+                "out": str(self.folder / "out"),
+                **c,
+                "args": [
+                    *self.args,
+                    *(hpz if arg == "deepspeed=HPZ" else arg for arg in c["args"]),
+                    f"run.name={c['name']}",
+                ],
+            }
+            for c in cases
+        ]
+        path = self.folder / f"cases-{world_size}-{cases[0]['name']}.json"
+        path.write_text(json.dumps(todo))
+        run_ok(world_size, "tests/proofs/worker.py", str(path), timeout=600)
+        for c in cases:
+            self.records[c["name"]] = self._read(c["name"])
+
+    def _read(self, name: str) -> dict:
+        """What worker.py recorded, and the curves of the run's own log."""
+        out = self.folder / "out" / name
+        log = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in log]
+        return json.loads(Path(f"{out}.json").read_text()) | {
+            "tensors": load_file(f"{out}.safetensors"),
+            "loss": [line["train/loss"] for line in lines if "train/loss" in line],
+            "eval/loss": [line["eval/loss"] for line in lines if "eval/loss" in line],
+        }
+
+    def planned(self, method: str = "qlora"):
+        """(config, the examples of each step)."""
+        config = load_config([*self.args, f"method={method}"])
+        examples, _ = load_examples(config, load_tokenizer(config.base), "train")
+        plan = plan_run(config, np.array([len(e) for e in examples]), None)
+        return config, [[examples[i] for i in plan[s]] for s in range(len(plan))]
+
+    def reference(self, like: str, method: str = "qlora", max_grad_norm: float = 0.5) -> list[dict]:
+        """The plain loop on the steps of the same plan, from the same initial weights."""
+        config, steps = self.planned(method)
+        return reference_steps(
+            reference_model(config.base, method, config.lora),
+            numbered(self.records[like], "0.weight"),
+            steps,
+            lambda step: cosine_lr(step, len(steps), config.lr),
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            max_grad_norm=max_grad_norm,
+        )
 
 
 @pytest.fixture(scope="module")
 def bench(tiny_base, rows, tmp_path_factory):
-    """Runs cases on 1, 2 and 4 ranks (each world once, all its cases in one process group) and gives their records by name."""
-    folder = tmp_path_factory.mktemp("bench")
-    fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
-    fp32["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # the base is so small that all of it would stay
-    )
-    (folder / "fp32.json").write_text(json.dumps(fp32))
-    (folder / "hpz.json").write_text(
-        json.dumps(
-            fp32 | {"zero_optimization": fp32["zero_optimization"] | {"zero_hpz_partition_size": 2}}
-        )
-    )
-    (folder / "config.yaml").write_text(
-        json.dumps(
-            {
-                "base": tiny_base,
-                "data": {"train": rows["train"], "valid": rows["valid"]},
-                "max_seq_len": 512,
-                "batch_size": 4,
-                "lr": 1e-3,
-                "deepspeed": str(folder / "fp32.json"),
-                "run": {"dir": str(folder / "runs"), "export_check_examples": 0},
-            }
-        )
-    )
-    base = ["--config", str(folder / "config.yaml"), *EXACT]
-
-    class Bench:
-        args = base
-        records: dict = {}
-
-        def run(self, world_size: int, cases: list[dict]) -> None:
-            todo = [
-                {
-                    "out": str(folder / "out"),
-                    **c,
-                    "args": [*base, *c.get("args", []), f"run.name={c['name']}"],
-                }
-                for c in cases
-            ]
-            path = folder / f"cases-{world_size}-{cases[0]['name']}.json"
-            path.write_text(json.dumps(todo))
-            run_ok(world_size, "tests/proofs/worker.py", str(path), timeout=600)
-            for c in cases:
-                out = folder / "out" / c["name"]
-                log = [
-                    json.loads(line)
-                    for line in (folder / "runs" / c["name"] / "metrics.jsonl")
-                    .read_text()
-                    .splitlines()
-                ]
-                curves = {
-                    key.split("/")[1] if key == "train/loss" else key: [
-                        line[key] for line in log if key in line
-                    ]
-                    for key in ("train/loss", "eval/loss")
-                }
-                self.records[c["name"]] = (
-                    json.loads(Path(f"{out}.json").read_text())
-                    | {"tensors": load_file(f"{out}.safetensors")}
-                    | curves
-                )
-
-        def planned(self, method: str = "qlora"):
-            """(config, the examples of each step)."""
-            config = load_config([*base, f"method={method}"])
-            examples, _ = load_examples(config, load_tokenizer(config.base), "train")
-            plan = plan_batches(
-                np.array([len(e) for e in examples]),
-                config.tokens_per_step,
-                config.seed,
-                config.epochs,
-                config.max_steps,
-            )
-            return config, [[examples[i] for i in plan[s]] for s in range(len(plan))]
-
-        def reference(
-            self, like: str, method: str = "qlora", max_grad_norm: float = 0.5
-        ) -> list[dict]:
-            """The plain loop on the steps of the same plan, from the same initial weights."""
-            config, steps = self.planned(method)
-            return reference_steps(
-                reference_model(config.base, method, config.lora),
-                numbered(self.records[like], "0.weight"),
-                steps,
-                lambda step: cosine_lr(step, len(steps), config.lr),
-                weight_decay=config.weight_decay,
-                eps=config.eps,
-                max_grad_norm=max_grad_norm,
-            )
-
-    it = Bench()
-    it.run(
-        1,
-        [
-            {"name": "1 rank"},
-            {"name": "micro-batches of 1 row", "args": ["micro_batch_size=1"]},
-            {"name": "micro-batches of 2 rows", "args": ["micro_batch_size=2"]},
-            {"name": "micro-batches of 3 rows", "args": ["micro_batch_size=3"]},
-            {
-                "name": "shuffled within the step",
-                "patch": {"shuffle": 1},
-                "args": ["micro_batch_size=2"],
-            },
-            {"name": "reentrant checkpointing", "args": ["gradient_checkpointing=true"]},
-            {
-                "name": "non-reentrant checkpointing",
-                "patch": {"non_reentrant": 1},
-                "args": ["gradient_checkpointing=true"],
-            },
-            {"name": "no leaf modules", "patch": {"no_leaf": 1}, "args": ["fused_layers=false"]},
-            {"name": "as PEFT computes it", "args": ["fused_layers=false"]},
-            {"name": "NF4 in each pass", "args": ["cache_dequantized_weights=false"]},
-            {"name": "lora", "args": ["method=lora"]},
-            {"name": "full", "args": ["method=full"]},
-            {"name": "bf16", "args": ["deepspeed=ds_config.json"]},
-            {
-                "name": "bf16, as PEFT computes it",
-                "args": ["deepspeed=ds_config.json", "fused_layers=false"],
-            },
-        ],
-    )
-    mistakes = [
-        {"name": m, "mistake": m, "args": ["max_grad_norm=5"] if m == "deepspeed_clips_too" else []}
-        for m in MISTAKES
-    ]
-    it.run(
-        2,
-        [
-            {"name": "2 ranks"},
-            {"name": "2 ranks, micro-batches of 1 row", "args": ["micro_batch_size=1"]},
-            {"name": "2 ranks, lora", "args": ["method=lora"]},
-            {"name": "2 ranks, full", "args": ["method=full"]},
-            {
-                "name": "2 ranks, weights whole, full",
-                "args": ["method=full", "replicate_weights=true"],
-            },
-            {
-                "name": "2 ranks, bf16, checkpointing",
-                "args": ["deepspeed=ds_config.json", "gradient_checkpointing=true"],
-            },
-            {"name": "NaN", "patch": {"nan_step": 2}, "args": ["replicate_weights=false"]},
-            {
-                "name": "NaN for ever",
-                "patch": {"nan_step": 1, "nan_times": 9},
-                "args": ["run.max_skipped_in_a_row=2", "replicate_weights=true", "optimizer=fused"],
-            },
-            {
-                "name": "spike",
-                "patch": {"spike_at": 2},
-                "args": ["replicate_weights=true", "optimizer=plain"],
-            },
-            {
-                "name": "DeepSpeed clips",
-                "patch": {"deepspeed_clips": 0.5},
-                "args": ["max_grad_norm=1e9"],
-            },
-            {"name": "quiet", "args": ["lora.lora_dropout=0.3"]},
-            *(
-                {
-                    "name": name,
-                    "patch": {"gathered": name == "watched, gathered"},
-                    "args": [
-                        "lora.lora_dropout=0.3",
-                        "monitor.eval_steps=1",
-                        "monitor.sample_notes=[valid-1, valid-2, valid-3]",
-                        "monitor.sample_max_new_tokens=8",
-                        f"replicate_weights={name == 'watched, whole'}",
-                    ],
-                }
-                for name in ("watched, gathered", "watched, in lockstep", "watched, whole")
-            ),
-            *mistakes,
-        ],
-    )
-    it.run(
-        4,
-        [
-            {
-                "name": "4 ranks, secondary shards in pairs (hpZ)",
-                "args": [f"deepspeed={folder / 'hpz.json'}"],
-            },
-            {
-                "name": "4 ranks, weights whole, micro-batches of 1 row",
-                "args": ["micro_batch_size=1", "replicate_weights=true"],
-            },
-            {
-                "name": "4 ranks, micro-batches of 1 row, checkpointing",
-                "args": ["micro_batch_size=1", "gradient_checkpointing=true"],
-            },
-        ],
-    )
-    return it
+    """The records of all cases, on 1, 2 and 4 ranks."""
+    data = {"train": rows["train"], "valid": rows["valid"]}
+    config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 4, "lr": 1e-3}
+    bench = Bench(tmp_path_factory.mktemp("bench"), config)
+    bench.run(1, ONE_RANK)
+    bench.run(2, TWO_RANKS + WATCHED + PLANTED)
+    bench.run(4, FOUR_RANKS)
+    return bench
 
 
 def numbered(record: dict, prefix: str) -> list[torch.Tensor]:
@@ -232,7 +186,7 @@ def numbered(record: dict, prefix: str) -> list[torch.Tensor]:
 
 
 def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Relative L2 distance over all tensors together; a tensor that is off in direction or scale shows as well as one that is missing."""
+    """Relative L2 distance over all tensors together: direction, scale and lack of a tensor show."""
     difference = sum(
         (a.double() - b.double()).square().sum() for a, b in zip(ours, theirs, strict=True)
     )
@@ -240,14 +194,15 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 
 def compare(record: dict, reference: list[dict]) -> dict[str, float]:
-    """The largest relative distance over the steps, for everything a step computes. The update is the change of the weights: beside
-    the weights themselves it would look small, right or wrong."""
+    """The largest relative distance over the steps, for everything that a step computes.
+
+    The update is the change of the weights: beside the weights it would look small, right or wrong.
+    """
     worst = dict.fromkeys(("loss", "norm", "gradient", "worst tensor", "clipped", "update"), 0.0)
     for step, plain in enumerate(reference):
-        before, after = (
-            numbered(record, f"{step}.weight"),
-            numbered(record, f"{step + 1}.weight" if step + 1 < len(reference) else "final.weight"),
-        )
+        last = step + 1 == len(reference)
+        before = numbered(record, f"{step}.weight")
+        after = numbered(record, "final.weight" if last else f"{step + 1}.weight")
         plain_before = reference[step - 1]["weights"] if step else before
         grads = numbered(record, f"{step}.grad")
         seen = {
@@ -306,14 +261,15 @@ def test_qlora_steps_are_the_plain_loops(bench, plain, name):
 def test_other_methods_are_the_plain_loops(bench, plain, name):
     seen = compare(bench.records[name], plain[name.split(", ")[-1]])
     print(name, seen)
-    # Adam divides by sqrt(v): where all weights train, some of their gradients are next to nothing and rounding decides their update
+    # Adam divides by sqrt(v). Where all weights train, some gradients are next to nothing, and
+    # rounding decides their update.
     assert seen.pop("update") < 3e-5 and max(seen.values()) < 1e-5, seen
 
 
 @pytest.mark.slow
 def test_compiled_layers_are_the_plain_loops(bench, plain):
-    """Each decoder layer's forward compiled, as a run may do; inductor orders sums anew, which is rounding."""
-    bench.run(2, [{"name": "compiled", "patch": {"compile": 1}}])
+    """Each decoder layer's forward compiled. Inductor orders sums anew, which is rounding."""
+    bench.run(2, [case("compiled", patch={"compile": 1})])
     seen = compare(bench.records["compiled"], plain["qlora"])
     print("compiled", seen)
     assert seen.pop("update") < 3e-5 and max(seen.values()) < 1e-5, seen
@@ -322,9 +278,12 @@ def test_compiled_layers_are_the_plain_loops(bench, plain):
 def rounding(
     record: dict, steps: list[list], config, device="cpu"
 ) -> list[dict[str, tuple[float, float]]]:
-    """How far a bf16 run is from the plain loop in fp32, and beside it how far the plain loop is from itself when it runs in bf16: that
-    is the rounding, and the bound for ours. Both start each step from the run's own weights, so no step pays for the one before.
-    steps: the examples of each step. Returns for each step {figure: (ours, the plain loop's)}, relative distances."""
+    """How far a bf16 run is from the plain loop in fp32, beside the plain loop's own rounding.
+
+    That is how far the plain loop in bf16 is from itself in fp32, and it is the bound for ours.
+    Both start each step from the run's own weights, so no step pays for the one before. steps: the
+    examples of each step. Returns for each step {metric: (ours, the plain loop's)}.
+    """
     plain = {
         dtype: reference_model(config.base, config.method, config.lora, dtype, device)
         for dtype in (torch.float32, torch.bfloat16)
@@ -362,8 +321,10 @@ def rounding(
 
 
 def replayed(record: dict, config, num_steps: int) -> float:
-    """Largest relative distance of the run's updates from those that torch's AdamW makes of the same gradients, clipped by torch. What
-    follows the gradient is fp32 whatever the engine computes in, so this is exact."""
+    """Largest relative distance of the run's updates from those of torch's AdamW and clipping.
+
+    Both get the same gradients. What follows the gradient is fp32, whatever the engine computes in.
+    """
     weights = [w.clone().requires_grad_() for w in numbered(record, "0.weight")]
     optimizer = torch.optim.AdamW(
         weights, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
@@ -391,27 +352,22 @@ def replayed(record: dict, config, num_steps: int) -> float:
     "name", ["bf16", "bf16, as PEFT computes it", "2 ranks, bf16, checkpointing"]
 )
 def test_bf16_adds_no_error_to_the_plain_loops_rounding(bench, name):
-    """The bound is the plain loop's own distance between bf16 and fp32, half as much again for sums in another order."""
+    """The bound: the plain loop's own distance from fp32, and half as much for another order."""
     config, steps = bench.planned()
-    seen, update = (
-        rounding(bench.records[name], steps, config),
-        replayed(bench.records[name], config, STEPS),
-    )
+    seen = rounding(bench.records[name], steps, config)
+    update = replayed(bench.records[name], config, STEPS)
     print(name, seen, "update", update)
-    for figures in seen:
-        assert figures["gradient"][0] < 1.5 * figures["gradient"][1] < 0.15
-        # a single number may round to nothing by chance: its bound is the gradient's, which it is made of
-        assert (
-            figures["norm"][0] < figures["gradient"][1]
-            and figures["loss"][0] < 0.1 * figures["gradient"][1]
-        )
-        assert (
-            figures["gradient, both in bf16"][0] < figures["gradient"][1]
-        )  # two roundings of one gradient: nearer than either to fp32
-        if (
-            "PEFT" in name
-        ):  # the same terms in nearly the same order; fused layers round less often, and elsewhere
-            assert figures["gradient, both in bf16"][0] < 0.02
+    for metrics in seen:
+        ours, plain = metrics["gradient"]
+        assert ours < 1.5 * plain < 0.15
+        # A single number may round to nothing by chance, so its bound is its gradient's.
+        assert metrics["norm"][0] < plain
+        assert metrics["loss"][0] < 0.1 * plain
+        # Two roundings of one gradient are nearer to each other than either is to fp32.
+        both_in_bf16 = metrics["gradient, both in bf16"][0]
+        assert both_in_bf16 < plain
+        if "PEFT" in name:  # the same terms in nearly the same order; fused layers round elsewhere
+            assert both_in_bf16 < 0.02
     assert update < 1e-5
 
 
@@ -437,7 +393,7 @@ def test_only_lora_moves_and_all_of_it_does(bench):
 
 
 def test_evaluation_is_the_same_for_any_cut(bench):
-    """Token-weighted, so it depends neither on the batch size nor on the number of ranks; and it is what the plain loop gives."""
+    """It is token-weighted: neither batch size nor ranks matter, and the plain loop gives it too."""
     starts = {name: bench.records[name]["eval/loss"][0] for name in FP32}
     assert max(starts.values()) - min(starts.values()) < 1e-6 * starts["1 rank"], starts
     config = load_config(bench.args)
@@ -455,7 +411,7 @@ def test_evaluation_is_the_same_for_any_cut(bench):
 
 
 def test_our_clipping_is_deepspeeds(bench):
-    """DeepSpeed's own `gradient_clipping` at the same norm, ours switched off: the same weights after three steps, and the same norms."""
+    """DeepSpeed's `gradient_clipping` at the same norm, ours off: the same weights and norms."""
     ours, theirs = bench.records["2 ranks"], bench.records["DeepSpeed clips"]
     assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-6) and min(ours["norms"]) > 0.5
     moved = [
@@ -467,17 +423,19 @@ def test_our_clipping_is_deepspeeds(bench):
 
 @pytest.mark.parametrize("way", ["gathered", "in lockstep"])
 def test_watching_changes_nothing(bench, way):
-    """Evaluation and sample notes in mid-run leave every following step as it was, to the bit, with dropout on: whether the ranks write
-    their shares after one gather of the base, of unequal lengths and one rank a note more, or in lockstep."""
+    """Evaluation and sample notes in mid-run leave every following step as it was, to the bit.
+
+    With dropout on; whether each rank writes its notes after one gather of the base, of unequal
+    lengths and one rank a note more, or in lockstep.
+    """
     quiet, watched = bench.records["quiet"], bench.records[f"watched, {way}"]
     assert quiet["loss"] == watched["loss"] and quiet["norms"] == watched["norms"]
     assert all(
         torch.equal(a, b)
         for a, b in zip(numbered(quiet, "final.weight"), numbered(watched, "final.weight"))
     )
-    assert (
-        len(watched["eval/loss"]) == STEPS + 1 and quiet["loss"] != bench.records["2 ranks"]["loss"]
-    )  # dropout was on
+    assert len(watched["eval/loss"]) == STEPS + 1
+    assert quiet["loss"] != bench.records["2 ranks"]["loss"]  # dropout was on
     samples = [
         load_config(bench.args).folder.parent / f"watched, {w}" / "samples"
         for w in ("gathered", "in lockstep", "whole")
@@ -525,7 +483,10 @@ def test_the_proof_catches(bench, plain, mistake):
 
 
 def test_positions_that_run_on_show_in_the_row_only(bench, plain):
-    """Rotary embeddings see differences of positions alone, so this mistake hides from losses and gradients (until a position
-    exceeds what the base was trained on): the row itself must be looked at, as test_collate.py does."""
+    """Rotary embeddings see differences of positions alone, so losses and gradients hide this.
+
+    They do until a position exceeds what the base was trained on. So the row itself must be looked
+    at, as test_collate.py does.
+    """
     seen = compare(bench.records["positions_run_on"], plain["qlora"])
     assert max(seen.values()) < 1e-2, seen

@@ -1,4 +1,6 @@
-"""A run that is killed at any instant goes on by itself from its last checkpoint and ends as if it had never been broken off."""
+"""A run that is killed at any instant goes on by itself from its last checkpoint and ends as if it
+had never been broken off.
+"""
 
 import json
 import os
@@ -55,7 +57,9 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
                 or p.status() == psutil.STATUS_ZOMBIE
             ):
                 continue
-            if "launch.sh" in command or "loop.distributed.launcher" in command:  # the one becomes the other
+            if (
+                "launch.sh" in command or "loop.distributed.launcher" in command
+            ):  # the one becomes the other
                 found["launch.sh"] = p
             elif "deepspeed.launcher.launch" in command:
                 found["the launcher"] = p
@@ -76,9 +80,11 @@ def doing(folder: Path, since: float) -> tuple[int, str]:
 
 
 def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
-    """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many seconds its ranks work, the step, and whether a
-    checkpoint is being written. Returns what rank 0 was doing, None if the run had ended before. All of its processes must be gone
-    within the grace time, whoever was killed."""
+    """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many seconds
+    its ranks work, the step, and whether a checkpoint is being written. Returns what rank 0 was
+    doing, None if the run had ended before. All of its processes must be gone within the grace
+    time, whoever was killed.
+    """
     folder, started, working = config_file.parent / "runs" / name, time.time(), None
     process = launch(config_file, name)
     while process.poll() is None:
@@ -109,7 +115,9 @@ def curve(folder: Path, key: str) -> list[tuple[int, float]]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Bitwise: every logged figure once, TensorBoard's points, the checkpoint's tensors and the adapter."""
+    """Bitwise: every logged figure once, TensorBoard's points, the checkpoint's tensors and the
+    adapter.
+    """
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     for key in ("train/loss", "train/grad_norm", "train/lr", "eval/loss"):
@@ -133,7 +141,9 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
-    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once in the middle of a save."""
+    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once in
+    the middle of a save.
+    """
     config = json.loads((trained.parent / "config.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"max_steps": 6}))
@@ -156,7 +166,9 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(config_file):
-    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two kills is compared, and another begun."""
+    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two kills
+    is compared, and another begun.
+    """
     config = json.loads(config_file.read_text())
     config |= {
         "epochs": 3,

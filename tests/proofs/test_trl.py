@@ -1,4 +1,6 @@
-"""Against a peer: TRL's SFTTrainer on the same base, examples, order and schedule gives the same losses, step by step."""
+"""Against a peer: TRL's SFTTrainer on the same base, examples, order and schedule gives the same
+losses, step by step.
+"""
 
 import json
 
@@ -15,8 +17,10 @@ STEPS, BATCH = 20, 4
 
 @pytest.mark.slow
 def test_twenty_steps_follow_trl(tiny_base, tmp_path):
-    """fp32, LoRA on the unquantised base (TRL casts a quantised model's adapter to bf16), dropout 0, no packing there. TRL divides a
-    batch's summed loss by its targets, as we do; so with one batch a step the two must agree to rounding."""
+    """fp32, LoRA on the unquantised base (TRL casts a quantised model's adapter to bf16), dropout 0, no
+    packing there. TRL divides a batch's summed loss by its targets, as we do; so with one batch a
+    step the two must agree to rounding.
+    """
     pytest.importorskip("trl", reason="TRL is part of the test environment only")
     rows = write_rows(tmp_path / "rows.jsonl", "row", STEPS * BATCH, 3)
     ds = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}

@@ -1,4 +1,6 @@
-"""TRL's SFTTrainer on given token ids and labels, in a given order: `python tests/proofs/trl_peer.py SPEC.json` prints its losses."""
+"""TRL's SFTTrainer on given token ids and labels, in a given order: `python
+tests/proofs/trl_peer.py SPEC.json` prints its losses.
+"""
 
 import json
 import sys

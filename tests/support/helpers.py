@@ -1,4 +1,6 @@
-"""What the tests share: ways to run code on several ranks, and made-up examples of very unequal length."""
+"""What the tests share: ways to run code on several ranks, and made-up examples of very unequal
+length.
+"""
 
 import json
 import os
@@ -23,8 +25,9 @@ def free_port() -> int:
 def run_ranks(
     world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str
 ) -> list[subprocess.CompletedProcess]:
-    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the finished processes by rank.
-    A rank that hangs fails the test."""
+    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the finished
+    processes by rank. A rank that hangs fails the test.
+    """
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -93,7 +96,9 @@ def tinyllama_shape():
 
 
 def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8) -> str:
-    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets are very unequal."""
+    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets are
+    very unequal.
+    """
     rng = random.Random(seed)
     with path.open("w") as file:
         for i in range(count):
