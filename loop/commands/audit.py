@@ -1,8 +1,4 @@
-"""Whether what a run hands out is what was trained: the files against the gathered weights, and the loss in a process that only knows PEFT.
-
-Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody sees it: PEFT loads what is there and only warns.
-`./launch.sh audit --config runs/NAME/config.yaml` looks again, whenever one likes.
-"""
+"""`./launch.sh audit --config runs/NAME/config.yaml`: audits again what a run exported."""
 
 import sys
 
@@ -14,11 +10,10 @@ from ..monitor.quiet import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`audit --config runs/NAME/config.yaml`"""
-
+    args = sys.argv[1:] if argv is None else argv
     quiet_libraries()
     try:
-        print(audit_run(load_config(sys.argv[1:] if argv is None else argv)))
+        print(audit_run(load_config(args)))
     except ConfigError as error:
         exit_with_config_error(error)
     except AuditError as error:

@@ -1,8 +1,4 @@
-"""The adapter folded into its base: an ordinary model folder that transformers and vLLM load, `./launch.sh merge --adapter DIR --out DIR`.
-
-The base goes by tensor by tensor, so memory holds a file's worth of it at a time, however large it is. PEFT says which matrices are adapted and
-what W + B A scale is, transformers which of them NF4 quantises; both look at a model without weights (on torch's meta device).
-"""
+"""`./launch.sh merge --adapter DIR --out DIR`: an adapter folded into its base."""
 
 import argparse
 import resource
@@ -15,12 +11,12 @@ from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..export.audit import AuditError
-from ..export.compare import three_ways
+from ..export.compare import compare_ways
 from ..export.merge import WAYS, merge
 from ..monitor.quiet import quiet_libraries
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.sh merge", description="Fold an adapter into its base."
     )
@@ -36,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--report",
         metavar="CONFIG",
-        help="a run's config.yaml: merge both ways, to OUT/16bit and OUT/nf4, and measure on its data",
+        help="a run's config.yaml: merge both ways, to OUT/16bit and OUT/nf4, and measure on its "
+        "data",
     )
     parser.add_argument(
         "--split", choices=["valid", "test"], default="valid", help="of that data (default: valid)"
@@ -44,31 +41,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--notes", type=int, default=16, help="how many notes to write and compare (default: 16)"
     )
+    return parser.parse_args(argv)
 
-    args = parser.parse_args(argv)
-    quiet_libraries()
+
+def run(args: argparse.Namespace) -> str:
+    """Merges as asked; returns what to print."""
     device = "cuda:0" if on_gpu() else "cpu"
+    if args.report:
+        return compare_ways(
+            args.adapter, args.out, args.base, args.report, args.split, args.notes, device
+        )
+    folder = merge(args.adapter, args.out, args.base, args.into, device)
+    return f"merged into {args.into}: {folder}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if args.report:
-            print(
-                three_ways(
-                    args.adapter, args.out, args.base, args.report, args.split, args.notes, device
-                )
-            )
-        else:
-            print(
-                f"merged into {args.into}: {merge(args.adapter, args.out, args.base, args.into, device)}"
-            )
+        print(run(args))
     except (ConfigError, AuditError) as error:
         exit_with_config_error(error)
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: --out {args.out}: {error}; nothing is left there")
     except KeyboardInterrupt:
         sys.exit(f"stopped; nothing is left at {args.out}")
-    print(
-        f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    print(f"peak memory of this process {peak_gib:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 
 from ..config.schema import Config
 from ..data.batch_plan import PackingSpec
+from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.loss import evaluate_loss
+from ..model.build import Execution
 from ..model.replay import release_graphs
 from ..optim.adamw import trainable_parameters
 from ..zero3.optimizer_state import adam_step
@@ -31,7 +33,13 @@ from .audit import (
 
 
 def export_result(
-    engine, config: Config, tokenizer, data, execution, stopping: bool, logger
+    engine,
+    config: Config,
+    tokenizer,
+    data: TrainingData,
+    execution: Execution,
+    stopping: bool,
+    logger,
 ) -> dict:
     """Exports what a finished or interrupted run has trained, audits it, and says so.
 
@@ -39,8 +47,6 @@ def export_result(
     has changed a weight. Every rank must call it. Raises what `export_model` raises.
 
     Args:
-        data: the run's TrainingData.
-        execution: the `Execution` that the model was built for.
         stopping: the run was asked to stop, so there is no time to measure the loss.
         logger: the run's RunLogger.
     """
@@ -92,7 +98,7 @@ def export_model(
         loss: the trained weights' loss on `sample`, in nats per supervised token.
     """
     set_activity("writing the result")
-    # A GPU may still be prefetching for a step that won't come. What is in flight can't be gathered.
+    # A GPU may still prefetch for a step that won't come. What is in flight can't be gathered.
     engine.empty_partition_cache()
     state = gather_trained_weights(engine.module, ranks)
     target = folder / ("model" if config.method == "full" else "adapter")

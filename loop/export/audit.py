@@ -1,7 +1,7 @@
-"""Whether what a run hands out is what was trained: the files against the gathered weights, and the loss in a process that only knows PEFT.
+"""The audit of an export: its files against the trained weights, its loss in a process of its own.
 
-Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody sees it: PEFT loads what is there and only warns.
-`./launch.sh audit --config runs/NAME/config.yaml` looks again, whenever one likes.
+Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody notices: PEFT
+loads what is there and only warns. A run audits what it writes; `audit_run` does it again later.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,16 +27,27 @@ from ..model.loading import load_tokenizer, resolve_base
 from ..model.lora import read_adapter
 
 WEIGHTS = "adapter_model.safetensors"
-# The run packs examples into rows, computes in bf16 and adds in another order than a process that takes them one by one.
-RELATIVE, ABSOLUTE = 0.01, 0.001  # of the loss, and in nats a token; seen: 3e-4 of a loss of 0.054
+# Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
+# in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
+# 3e-4 of a loss of 0.054.
+RELATIVE_TOLERANCE = 0.01
+ABSOLUTE_TOLERANCE = 0.001
+# Of the environment: what would make the standalone process a rank of the run.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class AuditError(RuntimeError):
     """What was written is not what was trained."""
 
 
-def tensors_of(folder: Path):
-    """(name, tensor) of everything in the safetensors of a folder, one at a time. Raises AuditError when a file can't be read."""
+# ------------------------------------------------------------------ weights
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all safetensors files of a folder, one at a time.
+
+    Raises AuditError when a file can't be read.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -46,174 +58,216 @@ def tensors_of(folder: Path):
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raises AuditError for a tensor that is empty, or holds a NaN or an infinity."""
     if not tensor.numel():
         raise AuditError(f"{name} is empty, of shape {list(tensor.shape)}")
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise AuditError(f"{name} holds a value that is no number")
 
 
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes; 0.0 and -0.0 differ."""
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
 def audit_weights(folder: Path, trained: dict[str, torch.Tensor]) -> None:
-    """Reads the weights of a folder from disk and holds them against `trained`, the gathered weights by their names in the file: the same
-    names, shapes and dtypes, none empty, all finite, equal to the bit. Raises AuditError naming the first tensor that is not."""
+    """Reads the weights of a folder from disk and compares them with `trained`, bit for bit.
+
+    trained: the gathered weights by their names in the files. Names, shapes and dtypes must be the
+    same, no tensor empty, all values finite. Raises AuditError naming the first tensor that is not.
+    """
     written = set()
-    for name, tensor in tensors_of(folder):
+    for name, tensor in read_tensors(folder):
         check_tensor(name, tensor)
         if name not in trained:
             raise AuditError(f"{name} was not trained")
-        if (tensor.shape, tensor.dtype) != (trained[name].shape, trained[name].dtype):
+        expected = trained[name]
+        if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
             raise AuditError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, trained was {trained[name].dtype} {list(trained[name].shape)}"
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, trained was {expected.dtype} "
+                f"{list(expected.shape)}"
             )
-        if not torch.equal(
-            tensor.flatten().view(torch.uint8), trained[name].flatten().view(torch.uint8)
-        ):
+        if not equal_bits(tensor, expected):
             raise AuditError(f"{name} is not what was trained")
         written.add(name)
-    # of two names that share a weight, a whole model keeps one
-    kept = {tensor.data_ptr() for name, tensor in trained.items() if name in written}
-    if missing := [
+    # A full model is saved with one of two names that share a weight.
+    written_storage = {tensor.data_ptr() for name, tensor in trained.items() if name in written}
+    missing = [
         name
         for name, tensor in trained.items()
-        if name not in written and tensor.data_ptr() not in kept
-    ]:
-        raise AuditError(
-            f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
-        )
+        if name not in written and tensor.data_ptr() not in written_storage
+    ]
+    if missing:
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise AuditError(f"{missing[0]} is missing{others}")
+
+
+# ------------------------------------------------------------------ what the files say of the run
 
 
 def provenance(config: Config, dtype: torch.dtype, weights: Path) -> dict:
-    """What `trained.json` says beside an adapter: the base by name and content, how its weights were stored while the adapter was trained
-    against them (generation, merging and audits do the same), and the hash of the adapter's own."""
+    """The content of `trained.json`, which lies beside an adapter.
+
+    It has the base's name and fingerprint, how the base was stored while the adapter was trained on
+    it (generation, merging and audits store it alike), and the hash of the adapter's weights.
+    dtype: of the adapter; weights: its file.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
         "base": config.base,
         "revision": config.revision,
         "base_fingerprint": base_fingerprint(config.base, config.revision),
         "method": config.method,
-        "storage": "nf4" if config.method == "qlora" else str(dtype).removeprefix("torch."),
+        "storage": config.quantization or dtype_name,
         "double_quant": config.double_quant,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name,
         "sha256": sha256(weights),
     }
 
 
 def audit_config(folder: Path, config: Config, lora: PeftConfig) -> None:
-    """Reads adapter_config.json and trained.json of a folder and holds them against the run. Raises AuditError naming the field."""
+    """Reads adapter_config.json and trained.json from disk and compares them with the run.
+
+    lora: as it was trained. Raises AuditError naming the field that differs.
+    """
     written = PeftConfig.from_pretrained(str(folder))
-    if (
-        resolve_base(written.base_model_name_or_path) != resolve_base(config.base)
-        or written.revision != config.revision
-    ):
+    same_base = resolve_base(written.base_model_name_or_path) == resolve_base(config.base)
+    if not same_base or written.revision != config.revision:
         raise AuditError(
-            f"adapter_config.json names the base {written.base_model_name_or_path}, revision {written.revision}; trained was on "
-            f"{config.base}, revision {config.revision}"
+            f"adapter_config.json names the base {written.base_model_name_or_path}, revision "
+            f"{written.revision}; trained was on {config.base}, revision {config.revision}"
         )
-    is_now = written.to_dict()
-    if other := [key for key, value in lora.to_dict().items() if is_now.get(key) != value]:
+    fields, trained_fields = written.to_dict(), lora.to_dict()
+    if key := first_difference(fields, trained_fields):
         raise AuditError(
-            f"adapter_config.json says {other[0]}={is_now.get(other[0])}, trained was {lora.to_dict()[other[0]]}"
+            f"adapter_config.json says {key}={fields.get(key)}, trained was {trained_fields[key]}"
         )
     trained = json.loads((folder / "trained.json").read_text())
     expected = provenance(config, getattr(torch, trained["dtype"]), folder / WEIGHTS)
-    if other := [key for key, value in expected.items() if trained.get(key) != value]:
-        raise AuditError(
-            f"trained.json says {other[0]}={trained.get(other[0])}, it is {expected[other[0]]}"
-        )
+    if key := first_difference(trained, expected):
+        raise AuditError(f"trained.json says {key}={trained.get(key)}, it is {expected[key]}")
+
+
+def first_difference(found: dict, expected: dict) -> str | None:
+    """The first key of `expected` that has another value in `found`, or none there."""
+    for key, value in expected.items():
+        if found.get(key) != value:
+            return key
+    return None
 
 
 def check_adapter(adapter: str, base: str | None = None) -> dict:
-    """An adapter folder long after its run: what `read_adapter` says of it, if its tensors are whole, are the ones that the run wrote, and
-    the base (by default the one that it names) has the content that it was trained on. An adapter from elsewhere has neither hash: then
-    only what can be seen is checked. Raises AuditError, and ConfigError where there is no adapter."""
-    trained, folder = read_adapter(adapter), Path(adapter)
+    """Checks an adapter's folder long after its run; returns what `read_adapter` says of it.
+
+    Its tensors must be sound and the ones that the run wrote, and the base (by default the one that
+    the adapter names) must have the content that it was trained on. An adapter from elsewhere has
+    neither hash: then only the tensors are checked. Raises AuditError, and ConfigError where there
+    is no adapter.
+    """
+    trained = read_adapter(adapter)
+    folder = Path(adapter)
     if "sha256" in trained and trained["sha256"] != sha256(folder / WEIGHTS):
         raise AuditError(
-            f"--adapter {adapter}: {WEIGHTS} is not the file that the run wrote (its hash differs); copy or train it again"
+            f"--adapter {adapter}: {WEIGHTS} is not the file that the run wrote (its hash "
+            "differs); copy or train it again"
         )
     try:
-        for name, tensor in tensors_of(folder):
+        for name, tensor in read_tensors(folder):
             check_tensor(name, tensor)
     except AuditError as error:
         raise AuditError(f"--adapter {adapter}: {error}") from error
     base = base or trained["base"]
-    if "base_fingerprint" in trained and trained["base_fingerprint"] != base_fingerprint(
-        base, trained["revision"]
-    ):
-        raise AuditError(
-            f"--adapter {adapter}: trained on {trained['base']}, and {base} has another content now; name that base"
-        )
+    if "base_fingerprint" in trained:
+        if trained["base_fingerprint"] != base_fingerprint(base, trained["revision"]):
+            raise AuditError(
+                f"--adapter {adapter}: trained on {trained['base']}, and {base} has another "
+                "content now; name that base"
+            )
     return trained
 
 
+# ------------------------------------------------------------------ the loss
+
+
 def standalone_loss(folder: Path, examples: list[Example], device, timeout: float) -> float | str:
-    """The loss of examples by `fresh.py`, in a process that gets its text and not this project; in nats a supervised token. Where it could
-    not be measured (no memory, no time, a signal), why. Raises AuditError when the folder can't be loaded."""
-    rows = json.dumps(
-        [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
-    )  # by a pipe: patients' words stay off the disk
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    command = [
-        sys.executable,
-        "-c",
-        Path(__file__).with_name("standalone_loss.py").read_text("utf-8"),
-        str(folder),
-        str(device),
-    ]
+    """The mean loss of examples in a process that gets the text of standalone_loss.py.
+
+    So nothing of this project computes it. Returns nats per supervised token; or, where the loss
+    could not be measured (no memory, no time, a signal), the reason. timeout: in seconds. Raises
+    AuditError when transformers and PEFT can't load the folder.
+    """
+    script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
+    # By a pipe: patients' words stay off the disk.
+    rows = json.dumps([(e.input_ids.tolist(), e.labels.tolist()) for e in examples])
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     try:
-        done = subprocess.run(
-            command, input=rows, capture_output=True, text=True, timeout=timeout, env=env
+        process = subprocess.run(
+            [sys.executable, "-c", script, str(folder), str(device)],
+            input=rows,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
         )
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
-    if done.returncode == 0:
-        return float(done.stdout.split()[-1])
-    said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:160]
-    if done.returncode < 0 or re.search(
-        r"out ?of ?memory|busy or unavailable|ALLOC_FAILED", done.stderr, re.IGNORECASE
-    ):
-        return (
-            f"signal {-done.returncode}"
-            if done.returncode < 0
-            else "not enough memory beside the run"
-        )
-    raise AuditError(f"transformers and PEFT cannot load it ({said})")
+    if process.returncode == 0:
+        return float(process.stdout.split()[-1])
+    if process.returncode < 0:
+        return f"signal {-process.returncode}"
+    no_memory = r"out ?of ?memory|busy or unavailable|ALLOC_FAILED"
+    if re.search(no_memory, process.stderr, re.IGNORECASE):
+        return "not enough memory beside the run"
+    last_line = (process.stderr.strip().splitlines() or ["nothing"])[-1]
+    raise AuditError(f"transformers and PEFT cannot load it ({last_line[:160]})")
 
 
 def audit_loss(
     folder: Path, examples: list[Example], loss: float, device, timeout: float = 300
 ) -> dict:
-    """Holds the loss of a fresh process against the run's own on the same examples. Returns figures for the report. Raises AuditError."""
-    fresh = standalone_loss(folder, examples, device, timeout)
-    figures = {"examples": len(examples), "loss": loss, "fresh": fresh}
-    if isinstance(fresh, float) and not math.isclose(
-        fresh, loss, rel_tol=RELATIVE, abs_tol=ABSOLUTE
+    """Compares the loss of a standalone process with the run's own on the same examples.
+
+    Returns what the report holds: {"examples": their number, "loss": the run's, "fresh": the
+    standalone one, or why there is none}. Raises AuditError when the two differ.
+    """
+    standalone = standalone_loss(folder, examples, device, timeout)
+    if isinstance(standalone, float) and not math.isclose(
+        standalone, loss, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE
     ):
         raise AuditError(
-            f"a fresh process with transformers and PEFT gets the loss {fresh:.4f} on {len(examples)} examples, the run {loss:.4f}"
+            f"a fresh process with transformers and PEFT gets the loss {standalone:.4f} on "
+            f"{len(examples)} examples, the run {loss:.4f}"
         )
-    return figures
+    return {"examples": len(examples), "loss": loss, "fresh": standalone}
 
 
 def describe_audit(audit: dict) -> str:
-    """One line on what `audit_loss` returned; {}: the files alone were looked at."""
-    said = "audit       the files hold what was trained, to the bit"
+    """One line on what `audit_loss` returned; {}: only the files were compared."""
+    files = "audit       the files hold what was trained, to the bit"
     if not audit:
-        return said
-    if isinstance(audit["fresh"], str):
-        return f"{said}; the loss in a fresh process was not measured ({audit['fresh']}): ./launch.sh audit does it by hand"
-    return f"{said}; loss on {audit['examples']} examples {audit['loss']:.4f}, in a fresh process with PEFT alone {audit['fresh']:.4f}"
+        return files
+    standalone = audit["fresh"]
+    if isinstance(standalone, str):
+        return (
+            f"{files}; the loss in a fresh process was not measured ({standalone}): ./launch.sh "
+            "audit does it by hand"
+        )
+    return (
+        f"{files}; loss on {audit['examples']} examples {audit['loss']:.4f}, in a fresh process "
+        f"with PEFT alone {standalone:.4f}"
+    )
 
 
 def audit_run(config: Config) -> str:
-    """Looks again at what a finished run wrote, and says what was found. Raises AuditError, and ConfigError where there is nothing to look at."""
+    """Audits again what a finished run wrote; returns one line on what was found.
+
+    Raises AuditError, and ConfigError where there is nothing to look at.
+    """
     folder = config.folder / ("model" if config.method == "full" else "adapter")
     if not folder.is_dir():
         raise ConfigError(f"run.name={config.run.name}: there is no {folder}; train first")
     if config.method == "full":
-        for name, tensor in tensors_of(folder):
+        for name, tensor in read_tensors(folder):
             check_tensor(name, tensor)
     else:
         check_adapter(str(folder))
@@ -221,12 +275,11 @@ def audit_run(config: Config) -> str:
     noted = json.loads(report.read_text()).get("audit") if report.is_file() else None
     if not noted:
         raise ConfigError(
-            f"{report}: notes no loss to compare with; the files are whole. Train with run.export_check_examples above 0"
+            f"{report}: notes no loss to compare with; the files are whole. Train with "
+            "run.export_check_examples above 0"
         )
     split = "valid" if noted["split"] == "valid" else "train"
-    examples = load_examples(config, load_tokenizer(config.base, config.revision), split)[0][
-        : noted["examples"]
-    ]
-    return describe_audit(
-        audit_loss(folder, examples, noted["loss"], "cuda:0" if on_gpu() else "cpu")
-    )
+    tokenizer = load_tokenizer(config.base, config.revision)
+    examples, _ = load_examples(config, tokenizer, split)
+    device = "cuda:0" if on_gpu() else "cpu"
+    return describe_audit(audit_loss(folder, examples[: noted["examples"]], noted["loss"], device))

@@ -1,4 +1,4 @@
-"""Three ways to ship an adapter, measured: on its NF4 base, merged into the 16-bit base, merged into the dequantised one.
+"""The ways to ship an adapter, measured: on its NF4 base, and merged into a base in each way.
 
 `./launch.sh merge --adapter DIR --out DIR --report runs/NAME/config.yaml`
 """
@@ -13,6 +13,7 @@ from ..config.cli import load_config
 from ..config.schema import ConfigError
 from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
+from ..data.tokenization import Example
 from ..distributed.files import atomic_folder
 from ..generation.decode import ROWS, generate_notes
 from ..generation.loading import load_for_generation
@@ -22,104 +23,133 @@ from .audit import standalone_loss
 from .merge import WAYS, merge
 
 ADAPTER = "adapter on NF4"
-NOISE = 0.01  # of a loss; two merged models closer than this are told apart by their notes
+NOISE = 0.01  # of a loss; merged models closer than this are told apart by their notes
+LOSS_TIMEOUT = 3600  # seconds
 
 
-def verdict(rows: dict[str, dict]) -> str:
-    """Which way to ship, in a sentence. rows: loss in nats a token and `same`, how many notes are the adapter's word for word, by way.
+def recommend(rows: dict[str, dict]) -> str:
+    """Which way to ship, in a sentence.
 
-    The merged model with the lower loss; where the losses are as good as equal, the one that writes more of the adapter's notes, and then the
-    dequantised one, since it is the model that was trained. Neither, where both lose more than the noise against the adapter."""
-    good = [
-        way for way in reversed(WAYS) if rows[way]["loss"] <= (1 + NOISE) * rows[ADAPTER]["loss"]
-    ]
+    rows: by way, `loss` in nats per token and `same`, how many notes are the adapter's word for
+    word. Recommended is the merged model with the lowest loss. Where losses are as good as equal,
+    it is the one that writes more of the adapter's notes, and then the dequantised one, since that
+    is the model that was trained. Where every merged model loses more than the noise against the
+    adapter, it is none of them.
+    """
+
+    def as_good_as(way: str, loss: float) -> bool:
+        return rows[way]["loss"] <= (1 + NOISE) * loss
+
+    good = [way for way in reversed(WAYS) if as_good_as(way, rows[ADAPTER]["loss"])]
     if not good:
         return (
             "ship the adapter on its NF4 base: merging either way costs more than 1 % of the loss"
         )
     lowest = min(rows[way]["loss"] for way in good)
-    best = max(
-        (way for way in good if rows[way]["loss"] <= (1 + NOISE) * lowest),
-        key=lambda way: rows[way]["same"],
-    )
-    nearer = [rows[way]["same"] for way in WAYS].count(rows[best]["same"]) == 1
-    return f"ship {best}: " + (
-        "no other merged model has a lower loss"
-        if len(good) == 1 or rows[best]["loss"] == lowest
-        else "the losses are as good as equal, and "
-        + (
-            "its notes are nearer to the adapter's"
-            if nearer
-            else "it is the model that was trained"
-        )
-    )
+    best = max((way for way in good if as_good_as(way, lowest)), key=lambda way: rows[way]["same"])
+    if len(good) == 1 or rows[best]["loss"] == lowest:
+        return f"ship {best}: no other merged model has a lower loss"
+    same = [rows[way]["same"] for way in WAYS]
+    if same.count(rows[best]["same"]) == 1:
+        why = "its notes are nearer to the adapter's"
+    else:
+        why = "it is the model that was trained"
+    return f"ship {best}: the losses are as good as equal, and {why}"
 
 
-def write_all(
+def write_notes(
     adapter: str | None, base: str | None, prompts: list[list[int]], max_new_tokens: int, device
 ) -> list[str]:
-    """The notes of prompts by a model that is loaded for them and let go."""
+    """The notes of prompts, by a model that is loaded for them and freed again."""
+    if not prompts:
+        return []
     model, tokenizer = load_for_generation(adapter, base, device)
-    notes = [
-        note.text
-        for at in range(0, len(prompts), ROWS)
-        for note in generate_notes(model, tokenizer, prompts[at : at + ROWS], max_new_tokens)
-    ]
+    texts = []
+    for start in range(0, len(prompts), ROWS):
+        notes = generate_notes(model, tokenizer, prompts[start : start + ROWS], max_new_tokens)
+        texts += [note.text for note in notes]
     del model
     gc.collect()
-    if (
-        torch.cuda.is_available()
-    ):  # what this process keeps for itself, the fresh one for the loss lacks
+    if torch.cuda.is_available():
+        # What this process keeps reserved, the loss's process would lack.
         torch.cuda.empty_cache()
-    return notes
+    return texts
 
 
-def three_ways(
+def compare_ways(
     adapter: str, out: str, base: str | None, config_file: str, split: str, notes: int, device
 ) -> str:
-    """Merges both ways, to `out`/16bit and `out`/nf4, measures the three on a split of the run's data, each loss in a process of its own, and
-    returns a table with the verdict, which is in `out`/report.json, too. Raises ConfigError, AuditError."""
+    """Merges in all ways and measures each result and the adapter; returns a table and a sentence.
+
+    The merged models are written to `out`/16bit and `out`/nf4, the report to `out`/report.json.
+    Each loss is measured in a process of its own.
+
+    Args:
+        base: must be None, as PEFT alone finds the base.
+        config_file: a run's; its data is measured on.
+        split: "valid" or "test", of that data.
+        notes: how many notes are written and compared.
+
+    Raises ConfigError, AuditError, OSError and SafetensorError.
+    """
     config = load_config(["--config", config_file])
     if base:
         raise ConfigError(
-            "--base: not with --report, where PEFT alone finds the base; write its new place into adapter_config.json"
+            "--base: not with --report, where PEFT alone finds the base; write its new place into "
+            "adapter_config.json"
         )
-    examples = load_examples(config, load_tokenizer(config.base, config.revision), split)[0]
+    examples, _ = load_examples(config, load_tokenizer(config.base, config.revision), split)
     if not examples:
         raise ConfigError(
             f"--report {config_file}: data.{split} is not set, so there is nothing to measure on"
         )
     prompts = [prompt_of(e).tolist() for e in examples[: max(notes, 0)]]
-    with atomic_folder(Path(out)) as aside:
+    max_new_tokens = config.monitor.sample_max_new_tokens
+    with atomic_folder(Path(out)) as folder:
         for way in WAYS:
-            merge(adapter, str(aside / way), None, way, device)
-        rows, written = {}, {}
-        for way in (ADAPTER, *WAYS):
-            folder = Path(adapter) if way == ADAPTER else aside / way
-            loss = standalone_loss(folder, examples, device, timeout=3600)
-            if isinstance(loss, str):
-                raise ConfigError(f"{way}: its loss could not be measured ({loss})")
-            lora, whole = (adapter, None) if way == ADAPTER else (None, str(folder))
-            written[way] = (
-                write_all(lora, whole, prompts, config.monitor.sample_max_new_tokens, device)
-                if prompts
-                else []
-            )
-            same = sum(a == b for a, b in zip(written[ADAPTER], written[way]))
-            rows[way] = {
-                "loss": loss,
-                "sections": sum(map(has_all_sections, written[way])),
-                "same": same,
-            }
-        (aside / "report.json").write_text(
-            json.dumps({"split": split, "ways": rows, "verdict": verdict(rows)}, indent=2)
-        )
+            merge(adapter, str(folder / way), None, way, device)
+        rows = measure_ways(adapter, folder, examples, prompts, max_new_tokens, device)
+        recommendation = recommend(rows)
+        report = {"split": split, "ways": rows, "verdict": recommendation}
+        (folder / "report.json").write_text(json.dumps(report, indent=2))
     lines = [
         f"{split}: loss on {len(examples)} examples, {len(prompts)} notes",
         f"{'':16}{'loss':>9}{'S, O, A, P':>12}{'the same notes':>16}",
     ]
-    lines += [
-        f"{way:16}{row['loss']:9.4f}{row['sections']:12}{row['same']:16}"
-        for way, row in rows.items()
-    ]
-    return "\n".join([*lines, verdict(rows), f"written to {out}"])
+    for way, row in rows.items():
+        lines.append(f"{way:16}{row['loss']:9.4f}{row['sections']:12}{row['same']:16}")
+    return "\n".join([*lines, recommendation, f"written to {out}"])
+
+
+def measure_ways(
+    adapter: str,
+    folder: Path,
+    examples: list[Example],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    device,
+) -> dict[str, dict]:
+    """Of the adapter and of each merged model in `folder`: loss, and how many notes are complete.
+
+    Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `prompts` with
+    all four sections, and `same`, those that are the adapter's word for word. Raises ConfigError
+    where a loss can't be measured, AuditError where a folder can't be loaded.
+    """
+    rows = {}
+    adapters_notes: list[str] = []
+    for way in (ADAPTER, *WAYS):
+        model = Path(adapter) if way == ADAPTER else folder / way
+        loss = standalone_loss(model, examples, device, timeout=LOSS_TIMEOUT)
+        if isinstance(loss, str):
+            raise ConfigError(f"{way}: its loss could not be measured ({loss})")
+        if way == ADAPTER:
+            notes = write_notes(adapter, None, prompts, max_new_tokens, device)
+            adapters_notes = notes
+        else:
+            notes = write_notes(None, str(model), prompts, max_new_tokens, device)
+        rows[way] = {
+            "loss": loss,
+            "sections": sum(has_all_sections(note) for note in notes),
+            "same": sum(a == b for a, b in zip(adapters_notes, notes)),
+        }
+    return rows

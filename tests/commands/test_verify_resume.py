@@ -1,4 +1,4 @@
-"""`train --verify-resume`: its verdict, and once for real."""
+"""`train --verify-resume`: how it judges, and once for real."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from loop.commands.verify_resume import differences, spread, verdict
+from loop.commands.verify_resume import find_differences, judge, largest_difference
 
 
 def made() -> dict:
@@ -32,7 +32,10 @@ def changed(scale: float = 1.0, **parts) -> dict:
 
 
 def test_the_same_to_the_bit_is_proof():
-    assert verdict(made(), made()) == (True, "the resumed run is the unbroken one to the bit")
+    assert judge(made(), made()) == (
+        True,
+        "the resumed run equals the uninterrupted one to the bit",
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,20 +53,22 @@ def test_the_same_to_the_bit_is_proof():
     ],
 )
 def test_any_difference_on_a_machine_that_repeats_itself_is_a_failure_and_named(other, named):
-    proved, said = verdict(made(), other, again=made())
-    assert not proved and named in said and len(differences(other, made())) == 1
+    proved, said = judge(made(), other, repeated=made())
+    assert not proved and named in said and len(find_differences(other, made())) == 1
 
 
 def test_where_kernels_do_not_repeat_themselves_the_spread_is_stated():
-    proved, said = verdict(made(), changed(1 + 2e-6), again=changed(1 + 1e-6))
+    proved, said = judge(made(), changed(1 + 2e-6), repeated=changed(1 + 1e-6))
     assert proved and "2.0e-06" in said and "1.0e-06" in said
-    assert not verdict(made(), changed(1 + 1e-3), again=changed(1 + 1e-6))[0]
-    assert not verdict(
-        made(), changed(1 + 1e-6, **{"order of the examples": {"seed": 2}}), again=changed(1 + 1e-6)
+    assert not judge(made(), changed(1 + 1e-3), repeated=changed(1 + 1e-6))[0]
+    assert not judge(
+        made(),
+        changed(1 + 1e-6, **{"order of the examples": {"seed": 2}}),
+        repeated=changed(1 + 1e-6),
     )[0]
     short = changed()
     short["curves"]["train/loss"] = short["curves"]["train/loss"][:2]
-    assert spread(short, made()) == float("inf")
+    assert largest_difference(short, made()) == float("inf")
 
 
 @pytest.mark.slow
@@ -87,7 +92,7 @@ def test_the_proof_on_this_machine(config_file):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and "unbroken one to the bit" in done.stdout
+        and "uninterrupted one to the bit" in done.stdout
         and "train/grad_norm" in done.stdout
     ), done.stdout + done.stderr
     assert not (config_file.parent / "runs").exists()

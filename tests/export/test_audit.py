@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
     """The files are as they should be for all that a hash can tell; it is the function that is another one."""
     monkeypatch.setattr(
         audit,
-        "fresh_loss",
+        "standalone_loss",
         lambda folder, examples, device, timeout: loss_of(
             str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
         ),
@@ -210,7 +210,7 @@ def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
 
 def test_the_command_looks_again(run, monkeypatch):
     fresh = json.loads((run.folder / "report.json").read_text())["audit"]["fresh"]
-    monkeypatch.setattr(audit, "fresh_loss", lambda *a: fresh)
+    monkeypatch.setattr(audit, "standalone_loss", lambda *a: fresh)
     assert "fresh process with PEFT alone" in audit_run(run)
     flip(run.folder / "adapter" / WEIGHTS)
     with pytest.raises(AuditError, match="its hash differs"):

@@ -309,8 +309,8 @@ def row(loss: float, same: int = 0) -> dict:
         (1.0, row(1.2, 9), row(1.005), "ship nf4"),
     ],
 )
-def test_the_verdict(adapter, sixteen, nf4, says):
-    assert compare.verdict(
+def test_the_recommendation(adapter, sixteen, nf4, says):
+    assert compare.recommend(
         {compare.ADAPTER: row(adapter, 9), "16bit": sixteen, "nf4": nf4}
     ).startswith(says)
 
