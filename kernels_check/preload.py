@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-LIBRARIES = ["transformers.models.llama.modeling_llama", "deepspeed", "loop.attention"]
+LIBRARIES = ["transformers.models.llama.modeling_llama", "deepspeed", "loop.kernels.attention"]
 for _name in LIBRARIES if torch.cuda.device_count() else [*LIBRARIES, "bitsandbytes", "peft"]:
     with contextlib.suppress(Exception):
         importlib.import_module(_name)
