@@ -1,4 +1,4 @@
-"""The plan and its cuts."""
+"""The plan of all steps, and how a step is split over ranks and micro-batches."""
 
 import time
 
@@ -15,15 +15,15 @@ LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
 
 
 def one_by_one(sizes, capacity: int) -> list[int]:
-    """Best-fit-decreasing as the textbook has it: the room left by each item's bin, sorted."""
-    rooms: list[int] = []
+    """Best-fit-decreasing as the textbook has it: the free space of each bin, sorted."""
+    free_spaces: list[int] = []
     for size in sorted(sizes, reverse=True):
-        fitting = [room for room in rooms if room >= size]
-        room = min(fitting) if fitting else capacity
+        fitting = [free for free in free_spaces if free >= size]
+        free = min(fitting) if fitting else capacity
         if fitting:
-            rooms.remove(room)
-        rooms.append(room - size)
-    return sorted(rooms)
+            free_spaces.remove(free)
+        free_spaces.append(free - size)
+    return sorted(free_spaces)
 
 
 @settings(max_examples=200, deadline=None)
@@ -42,9 +42,8 @@ def test_every_epoch_holds_every_example_once_and_no_step_overflows(lengths, bud
     assert all(0 < lengths[plan[s]].sum() <= budget for s in range(len(plan)))
     assert sum(len(plan[s]) for s in range(len(plan))) == len(lengths) * epochs
     ends = np.cumsum([len(plan[s]) for s in range(len(plan))])
-    assert all(
-        n * len(lengths) in ends for n in range(1, epochs + 1)
-    )  # an epoch ends where a step ends
+    # An epoch ends where a step ends.
+    assert all(n * len(lengths) in ends for n in range(1, epochs + 1))
     again = plan_batches(lengths, budget, seed, epochs)
     assert np.array_equal(plan.order, again.order) and np.array_equal(plan.offsets, again.offsets)
 
@@ -60,7 +59,8 @@ def test_the_order_is_random():
     plan = plan_batches(lengths, 16384, 1)
     means = np.array([lengths[plan[s]].mean() for s in range(len(plan))])
     assert abs(np.corrcoef(np.arange(len(plan)), means)[0, 1]) < 4 / len(plan) ** 0.5
-    # the company in a step is nearly that of chance: its mean length varies as that of as many random examples does
+    # The examples of a step are nearly a random set: its mean length varies as that of as many
+    # random examples does.
     counts = np.array([len(plan[s]) for s in range(len(plan))])
     assert means.std() < 1.2 * (lengths.std() / counts**0.5).mean()
     order = plan_batches(lengths, 16384, 1, epochs=2)
@@ -68,13 +68,12 @@ def test_the_order_is_random():
         {frozenset((a, b)) for s in steps for a in order[s] for b in order[s] if a < b}
         for steps in (range(0, 200), range(len(plan), len(plan) + 4000))
     ]
-    assert len(company[0] & company[1]) < 0.01 * len(
-        company[0]
-    )  # other company in the second epoch
+    # An example shares its step with others in the second epoch.
+    assert len(company[0] & company[1]) < 0.01 * len(company[0])
     assert not np.array_equal(order.order[: len(lengths)], plan_batches(lengths, 16384, 2).order)
 
 
-def test_max_steps_cuts_the_plan():
+def test_max_steps_ends_the_plan():
     plan = plan_batches(seed_profile(500), 16384, 1, max_steps=7)
     assert len(plan) == 7 and len(plan.order) == plan.offsets[-1]
     assert plan.tokens == seed_profile(500)[plan.order].sum()
@@ -85,9 +84,8 @@ def test_weights_are_visits_an_epoch():
     plan = plan_batches(lengths, 16384, 3, epochs=4, weights=weights)
     visits = np.bincount(plan.order, minlength=2000)
     assert (visits[:200] == 8).all() and (visits[200:1000] == 4).all()
-    assert (
-        850 < visits[1000:].sum() < 1150 and visits[1000:].max() > 1
-    )  # a quarter of them in each of four epochs, drawn anew
+    # A quarter of them in each of four epochs, drawn anew.
+    assert 850 < visits[1000:].sum() < 1150 and visits[1000:].max() > 1
     ones = plan_batches(lengths, 16384, 3, weights=np.ones(2000))
     assert sorted(ones.order) == list(range(2000))
     with pytest.raises(ValueError, match="no epoch visits"):
@@ -107,30 +105,32 @@ def test_impossible_lengths_are_refused(lengths):
     st.integers(50, 400),
     st.sampled_from([0, 0.01, 1]),
 )
-def test_a_cut_loses_nothing_and_ranks_agree_on_counts(lengths, world_size, capacity, pair_cost):
+def test_a_split_loses_nothing_and_ranks_agree_on_counts(
+    lengths, world_size, max_tokens, pair_cost
+):
     ranks = split_step(
-        np.arange(len(lengths)), lengths, world_size, PackingSpec(capacity, 50, pair_cost)
+        np.arange(len(lengths)), lengths, world_size, PackingSpec(max_tokens, 50, pair_cost)
     )
     assert len(ranks) == world_size and len({len(r) for r in ranks}) == 1
     assert sorted(i for r in ranks for m in r for i in m) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in m) <= capacity for r in ranks for m in r)
+    assert all(sum(lengths[i] for i in m) <= max_tokens for r in ranks for m in r)
 
 
-def test_a_cut_is_balanced():
+def test_a_split_is_balanced():
     lengths = seed_profile(9250)
     plan = plan_batches(lengths, 16384, 42)
-    shares = []
+    fractions = []  # of the step's tokens, on the fuller rank
     for s in range(100):
         loads = [
             int(lengths[r[0]].sum())
             for r in split_step(plan[s], lengths, 2, PackingSpec(16384, 2048))
         ]
         assert abs(loads[0] - loads[1]) <= lengths[plan[s]].max()
-        shares.append(max(loads) / sum(loads))
-    assert np.mean(shares) < 0.52
+        fractions.append(max(loads) / sum(loads))
+    assert np.mean(fractions) < 0.52
 
 
-def test_an_example_above_the_capacity_is_refused():
+def test_an_example_above_max_tokens_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         split_step(np.array([0]), np.array([60]), 1, PackingSpec(50, 50))
 
@@ -140,23 +140,18 @@ def test_ten_million_examples_are_planned_in_seconds():
     lengths = seed_profile(10_000_000)
     start = time.perf_counter()
     plan = plan_batches(lengths, 16384, 0)
-    assert (
-        plan.fill > 0.99 and time.perf_counter() - start < 60
-    )  # 4 s were measured; the bound is generous on purpose
+    # 4 s were measured; the bound is generous on purpose.
+    assert plan.fill > 0.99 and time.perf_counter() - start < 60
 
 
 def test_a_step_that_holds_an_example_twice_keeps_both():
-    """As data.weights above 1 make them; the swaps go by places, not by ids."""
+    """As data.weights above 1 make them; swaps go by the index in a bin, not by id."""
     lengths = np.clip(np.random.default_rng(0).normal(700, 250, 100), 64, 2048).astype(int)
     plan = plan_batches(lengths, 8 * 2048, 0, weights=np.full(100, 8.0))
     twice = 0
     for ids in (plan[s] for s in range(len(plan))):
-        places = [
-            part
-            for rank in split_step(ids, lengths, 2, PackingSpec(5 * 2048, 2048))
-            for part in rank
-        ]
-        assert sorted(sum(places, [])) == sorted(ids)
+        ranks = split_step(ids, lengths, 2, PackingSpec(5 * 2048, 2048))
+        assert sorted(i for rank in ranks for part in rank for i in part) == sorted(ids)
         twice += len(set(ids)) < len(ids)
     assert twice > 5
 
@@ -164,40 +159,41 @@ def test_a_step_that_holds_an_example_twice_keeps_both():
 def test_ranks_are_filled_evenly():
     lengths = seed_profile(3000)
     plan = plan_batches(lengths, 16 * 2048, 0)
-    loads = np.array(
-        [
-            [
-                lengths[sum(rank, [])].sum()
-                for rank in split_step(plan[s], lengths, 2, PackingSpec(9 * 2048, 2048))
-            ]
-            for s in range(len(plan))
-        ]
-    )
-    assert (loads.max(1) / loads.mean(1)).mean() < 1.001
+    packing = PackingSpec(9 * 2048, 2048)
+    loads = []
+    for step in range(len(plan)):
+        ranks = split_step(plan[step], lengths, 2, packing)
+        loads.append([lengths[sum(rank, [])].sum() for rank in ranks])
+    assert (np.max(loads, 1) / np.mean(loads, 1)).mean() < 1.001
 
 
 def test_attention_counts_where_lengths_are_mixed():
-    """Long visits among short ones: the rank with most work has no more than the mean and what single examples leave; by tokens it has far more.
-    Where the row is too small for that, tokens alone count, rather than a micro-batch more."""
+    """Long visits among short ones: by work, the fullest rank has hardly more than the mean.
+
+    By tokens it has far more. Where a micro-batch is too small for a split by work, tokens alone
+    count, rather than a micro-batch more.
+    """
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(6000, 8192, 60), rng.integers(100, 1500, 1500)])
-    plan, pairs = plan_batches(lengths, 32 * 2048, 0), 1e-4
+    plan = plan_batches(lengths, 32 * 2048, 0)
+    pair_cost = 1e-4
 
-    def most(pairs_seen: float, capacity: int) -> np.ndarray:
-        """[steps]: work of the fullest rank, by the mean; and all have one micro-batch."""
+    def fullest(assumed_cost: float, max_tokens: int) -> np.ndarray:
+        """[steps]: work of the fullest rank over the mean; and all have one micro-batch."""
         work = []
         for step in range(len(plan)):
-            ranks = split_step(plan[step], lengths, 4, PackingSpec(capacity, 8192, pairs_seen))
+            ranks = split_step(plan[step], lengths, 4, PackingSpec(max_tokens, 8192, assumed_cost))
             assert [len(rank) for rank in ranks] == [1] * 4
             work.append(
-                [sum(lengths[i] + pairs * lengths[i] ** 2 for i in rank[0]) for rank in ranks]
+                [sum(lengths[i] + pair_cost * lengths[i] ** 2 for i in rank[0]) for rank in ranks]
             )
         return np.max(work, 1) / np.mean(work, 1)
 
-    assert most(pairs, 12 * 2048).mean() < 1.005 and most(0, 12 * 2048).mean() > 1.08
+    assert fullest(pair_cost, 12 * 2048).mean() < 1.005
+    assert fullest(0, 12 * 2048).mean() > 1.08
     tight = max(
         sum(lengths[i] for i in part)
         for step in range(len(plan))
         for (part,) in split_step(plan[step], lengths, 4, PackingSpec(12 * 2048, 8192))
     )
-    assert most(pairs, int(tight)).mean() < most(0, int(tight)).mean() + 1e-9
+    assert fullest(pair_cost, int(tight)).mean() < fullest(0, int(tight)).mean() + 1e-9

@@ -1,4 +1,4 @@
-"""Every row of every format is kept or listed, whatever is in the file, and nothing that is said quotes it."""
+"""Every row of every format is kept or listed, whatever the file holds; no message quotes it."""
 
 import json
 
@@ -198,7 +198,7 @@ def test_headings_can_be_required(tmp_path):
         read_split(config(path, "data.headings=required"), "train")
 
 
-def test_the_held_out_share_follows_the_id_or_the_dialogue_alone(tmp_path):
+def test_the_validation_fraction_follows_the_id_or_the_dialogue_alone(tmp_path):
     rows = [
         {"id": f"x{i}", "dialogue": f"Doctor: {i} {hash(str(i))} {i * 7919} {i**5}", "soap": "S: a"}
         for i in range(400)
@@ -208,23 +208,21 @@ def test_the_held_out_share_follows_the_id_or_the_dialogue_alone(tmp_path):
         read_split(config(write(tmp_path, "jsonl", rows), *args), split)[0]
         for split in ("train", "valid")
     )
-    assert {c.id for c in train} | {c.id for c in valid} == {r["id"] for r in rows} and 20 < len(
-        valid
-    ) < 60
+    assert {c.id for c in train} | {c.id for c in valid} == {r["id"] for r in rows}
+    assert 20 < len(valid) < 60
     assert all(is_held_out(c, 0.1) for c in valid) and not any(is_held_out(c, 0.1) for c in train)
     again = read_split(config(write(tmp_path, "jsonl", rows[::-2]), *args), "valid")[0]
     assert {c.id for c in again} == {c.id for c in valid} & {r["id"] for r in rows[::-2]}
-    bare = [
-        {k: v for k, v in r.items() if k != "id"} for r in rows
-    ]  # their ids are numbers of rows: another one with each row that comes
-    held = [
+    # Without ids, rows are numbered, and the numbers change with the rows before them.
+    bare = [{k: v for k, v in r.items() if k != "id"} for r in rows]
+    held_out = [
         {c.dialogue for c in read_split(config(write(tmp_path, "jsonl", some), *args), "valid")[0]}
         for some in (bare, bare[1:])
     ]
-    assert 20 < len(held[0]) < 60 and held[0] - {bare[0]["dialogue"]} == held[1]
+    assert 20 < len(held_out[0]) < 60 and held_out[0] - {bare[0]["dialogue"]} == held_out[1]
 
 
-def test_what_was_said_and_the_answer_of_a_row_of_messages():
+def test_dialogue_and_note_of_a_row_of_messages():
     def row(*turns: str) -> Conversation:
         return Conversation(
             "a",
@@ -288,7 +286,10 @@ RECORDS = st.lists(
 )
 @given(rows=RECORDS, at=st.integers(0, 2000), junk=st.binary(max_size=6), cut=st.booleans())
 def test_no_file_is_so_broken_that_a_row_is_lost(tmp_path, kind, rows, at, junk, cut):
-    """Random rows in each format, then bytes overwritten, inserted or cut off anywhere: rows in = rows kept + rows listed."""
+    """Random rows in each format, then bytes overwritten, inserted or cut off anywhere.
+
+    All rows are kept or listed.
+    """
     path = tmp_path / f"fuzz{kind}"
     if kind == ".jsonl":
         content = b"".join(json.dumps(r).encode() + b"\n" for r in rows)
@@ -319,6 +320,6 @@ def test_no_file_is_so_broken_that_a_row_is_lost(tmp_path, kind, rows, at, junk,
     for c in found:
         assert c.dialogue.strip() and c.note.strip()
     for r in rows:
-        secret, ids = r.get("dialogue"), [str(x.get("id")) for x in rows]  # ids may be said
+        secret, ids = r.get("dialogue"), [str(x.get("id")) for x in rows]  # ids may be named
         if isinstance(secret, str) and len(secret) > 7 and not any(secret in i for i in ids):
             assert not any(secret in p for p in problems)

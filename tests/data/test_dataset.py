@@ -1,4 +1,4 @@
-"""What becomes of every row, and that a kept result is never a stale one."""
+"""What becomes of every row, and that the cache never gives an outdated result."""
 
 import json
 import stat
@@ -8,7 +8,7 @@ import pytest
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.data.dataset import load_examples, prepare_examples
+from loop.data.dataset import load_examples, load_training_data, prepare_examples
 from loop.data.soap import REQUEST
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.model.loading import load_tokenizer
@@ -30,7 +30,7 @@ LONG = {
 
 @pytest.fixture
 def load(tmp_path, tiny_base):
-    """load(rows, key=value ...) -> (examples, account), with a cache of its own."""
+    """load(rows, key=value ...) -> (examples, report), with a cache of its own."""
 
     def load(rows, *args, prepare=load_examples):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -53,10 +53,44 @@ def load(tmp_path, tiny_base):
     return load
 
 
+def test_the_data_of_a_run_is_loaded_in_one_call(load, tmp_path, tiny_base):
+    rows = "".join(json.dumps(r | {"dialogue": f"Patient {r['id']}."}) + "\n" for r in ROWS[:3])
+    (tmp_path / "valid.jsonl").write_text(rows)
+
+    def load_all(config, tokenizer, split):
+        return load_training_data(config, tokenizer)
+
+    valid = f"data.valid={tmp_path / 'valid.jsonl'}"
+    data = load(ROWS, valid, "monitor.sample_notes=[r2, r0]", prepare=load_all)
+    assert [e.id for e in data.train] == [r["id"] for r in ROWS]
+    assert [e.id for e in data.valid] == ["r0", "r1", "r2"]
+    assert [e.id for e in data.samples] == ["r0", "r2"]  # in the order of the split
+    assert data.lengths.tolist() == [len(e) for e in data.train]
+    assert data.num_targets.tolist() == [e.num_targets for e in data.train]
+    assert data.supervised_fraction == sum(data.num_targets) / sum(data.lengths)
+    assert data.weights is None
+    assert {split: report.kept for split, report in data.reports.items()} == {
+        "train": 6,
+        "valid": 3,
+    }
+    with pytest.raises(ConfigError, match="monitor.sample_notes: r9 is not an id of data.valid"):
+        load(ROWS, valid, "monitor.sample_notes=[r9]", prepare=load_all)
+    weighted = [str(tmp_path / "rows.jsonl"), str(tmp_path / "more.jsonl")]
+    (tmp_path / "more.jsonl").write_text(json.dumps(ROWS[0] | {"id": "again"}) + "\n")
+    args = [
+        f"data.train={json.dumps(weighted)}",
+        "data.weights=[1, 0.5]",
+        "monitor.sample_notes=[]",
+    ]
+    data = load(ROWS, *args, prepare=load_all)
+    assert data.weights.tolist() == [1.0] * 6 + [0.5]
+    assert data.valid == data.samples == []
+
+
 def test_overlong_examples_are_dropped_listed_or_refused(load):
-    kept, account = load([*ROWS, LONG])
-    assert len(kept) == 6 and account.dropped == ["long"] and account.rows == account.kept + 1 == 7
-    assert account.without_headings == 0
+    examples, report = load([*ROWS, LONG])
+    assert len(examples) == 6 and report.dropped == ["long"] and report.rows == report.kept + 1 == 7
+    assert report.without_headings == 0
     with pytest.raises(ConfigError, match="id long: .* max_seq_len=1024"):
         load([*ROWS, LONG], "data.overlong=error")
     with pytest.raises(ConfigError, match="no example is left"):
@@ -64,10 +98,10 @@ def test_overlong_examples_are_dropped_listed_or_refused(load):
 
 
 def test_a_truncated_dialogue_keeps_note_frame_and_both_ends(load, tiny_base):
-    kept, account = load([*ROWS, LONG], "data.overlong=truncate_dialogue")
-    tokenizer, example = load_tokenizer(tiny_base), kept[-1]
+    examples, report = load([*ROWS, LONG], "data.overlong=truncate_dialogue")
+    tokenizer, example = load_tokenizer(tiny_base), examples[-1]
     text = tokenizer.decode(example.input_ids)
-    assert account.truncated == ["long"] and not account.dropped and account.without_headings == 1
+    assert report.truncated == ["long"] and not report.dropped and report.without_headings == 1
     assert 1024 - 40 < len(example) <= 1024  # no more turns went than had to
     assert (
         REQUEST.strip() in text
@@ -78,28 +112,28 @@ def test_a_truncated_dialogue_keeps_note_frame_and_both_ends(load, tiny_base):
     (marker,) = [line for line in text.splitlines() if "turns left out]" in line]
     assert text.count("Doctor: question") + int(marker[1:].split()[0]) == 200
     # where even the first and the last turn are too much, the example is dropped, not damaged
-    kept, account = load(
+    examples, report = load(
         [*ROWS, LONG | {"dialogue": "Doctor: " + "x" * 3000 + "\nPatient: " + "y" * 3000}],
         "data.overlong=truncate_dialogue",
     )
-    assert len(kept) == 6 and account.dropped == ["long"]
+    assert len(examples) == 6 and report.dropped == ["long"]
 
 
-def test_skipped_rows_are_in_the_account_and_in_what_is_said(load):
-    kept, account = load(
+def test_skipped_rows_are_in_the_report_and_its_lines(load):
+    examples, report = load(
         [*ROWS, {"id": "empty", "dialogue": "", "soap": "S: x"}, LONG], "data.on_error=skip"
     )
-    assert (account.rows, account.kept, len(account.skipped), account.dropped) == (
+    assert (report.rows, report.kept, len(report.skipped), report.dropped) == (
         8,
         6,
         1,
         ["long"],
     )
-    said = "\n".join(account.lines("train", 1024))
+    lines = "\n".join(report.lines("train", 1024))
     assert (
-        "1 of 8 in data.train, bad rows" in said
-        and "(id empty)" in said
-        and "longer than 1,024 tokens: long" in said
+        "1 of 8 in data.train, bad rows" in lines
+        and "(id empty)" in lines
+        and "longer than 1,024 tokens: long" in lines
     )
 
 
@@ -117,10 +151,10 @@ def test_a_base_without_a_template_is_told_of(load, monkeypatch):
 
 
 def test_the_second_start_reads_the_first_ones_result(load, monkeypatch):
-    first, account = load([*ROWS, LONG])
+    first, report = load([*ROWS, LONG])
     monkeypatch.setattr("loop.data.dataset.prepare_examples", None)
     second, again = load([*ROWS, LONG])
-    assert again == account
+    assert again == report
     for a, b in zip(first, second, strict=True):
         assert (
             a.id == b.id
@@ -143,7 +177,7 @@ def test_the_second_start_reads_the_first_ones_result(load, monkeypatch):
     ],
 )
 def test_a_stale_result_is_never_read(change, load, monkeypatch, tiny_base):
-    """Whatever the result depends on: when it changes, the examples are made anew and are those of a start without a cache."""
+    """Whatever the result depends on: when it changes, the examples are those without a cache."""
     load(ROWS)
     rows, args, made = list(ROWS), [], []
     plain = load_tokenizer
@@ -170,13 +204,13 @@ def test_a_stale_result_is_never_read(change, load, monkeypatch, tiny_base):
     monkeypatch.setattr(
         "loop.data.dataset.prepare_examples", lambda *a: made.append(1) or prepare(*a)
     )
-    kept, account = load(rows, *args)
+    examples, report = load(rows, *args)
     assert made == [1]
     expected, _ = load(rows, *args, "data.cache=false")
-    assert len(kept) == len(expected)
+    assert len(examples) == len(expected)
     assert all(
         (a.input_ids == b.input_ids).all() and (a.labels == b.labels).all()
-        for a, b in zip(kept, expected)
+        for a, b in zip(examples, expected)
     )
 
 
@@ -202,5 +236,5 @@ def test_the_cache_is_the_owners_alone_and_a_torn_file_is_made_anew(load, tmp_pa
 
 def test_a_folder_that_cannot_be_written_costs_time_only(load, tmp_path):
     (tmp_path / "file").write_text("")
-    kept, _ = load(ROWS, f"run.dir={tmp_path / 'file'}")
-    assert len(kept) == 6
+    examples, _ = load(ROWS, f"run.dir={tmp_path / 'file'}")
+    assert len(examples) == 6

@@ -40,13 +40,13 @@ def test_short_texts_match_only_themselves():
     assert find_near_duplicates(["a"], []) == [] and find_near_duplicates([], ["a"]) == []
 
 
-def test_the_share_is_estimated():
-    """Of two texts that share half of their runs of characters, about half of the smallest hashes agree."""
+def test_the_similarity_is_estimated():
+    """Two texts with a third of their runs in common have about a third of the smallest hashes."""
     a, b, c = (" ".join(text(seed, 1000)) for seed in (3, 4, 5))
     one, two = minhash(a + b), minhash(b + c)
-    joint = sorted(set(one) | set(two))[:128]
-    share = sum(h in set(one) and h in set(two) for h in joint) / len(joint)
-    assert 0.15 < share < 0.55  # a third in truth
+    smallest = sorted(set(one) | set(two))[:128]
+    common = sum(h in set(one) and h in set(two) for h in smallest) / len(smallest)
+    assert 0.15 < common < 0.55
 
 
 def test_the_embedded_splits_do_not_leak():

@@ -12,7 +12,10 @@ from loop.data.soap import (
     soap_messages,
 )
 
-NOTE = "S: Cough for 3 days.\nO: Temperature 38.4 C.\nA: Bronchitis.\nP: Rest: a week.\nSee again in 7 days."
+NOTE = (
+    "S: Cough for 3 days.\nO: Temperature 38.4 C.\nA: Bronchitis.\n"
+    "P: Rest: a week.\nSee again in 7 days."
+)
 
 
 def test_a_note_is_taken_apart_at_its_headings():

@@ -21,21 +21,36 @@ ROWS = [
     for i in range(6)
 ]
 
-ZEPHYR = (  # TinyLlama's; role tags are ordinary text there
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + eos_token }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}"
-    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+ZEPHYR = (  # TinyLlama's; its role tags are ordinary text
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}"
+    "{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% endfor %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+    "+ m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
 )
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Gemma's: the role tags are special, but none of the tokens with a name, and the template ends a turn with a tag instead of the EOS.
+# As Gemma's: the role tags are special tokens without a name, and the template ends a turn with one
+# of them instead of the EOS.
 UNNAMED = "{{ bos_token }}" + CHATML.replace("<|im_end|>", "<end>").replace(
     "<|im_start|>", "<start>"
 )
@@ -76,13 +91,10 @@ def test_the_note_and_its_eos_are_supervised_and_nothing_else(tokenizer):
         assert supervised[-1] == tokenizer.eos_token_id == e.input_ids[-1]
         assert tokenizer.decode(supervised, skip_special_tokens=True).strip() == row["soap"]
         prompt = encode(tokenizer, [(soap_messages(row["dialogue"]), True)])[0]
-        assert (
-            e.input_ids[: len(prompt)].tolist() == prompt
-        )  # what generation feeds is what training saw
-        assert (
-            np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :])
-            and (e.labels[: len(prompt)] == -100).all()
-        )
+        # What generation feeds is what training saw.
+        assert e.input_ids[: len(prompt)].tolist() == prompt
+        assert np.array_equal(e.labels[len(prompt) :], e.input_ids[len(prompt) :])
+        assert (e.labels[: len(prompt)] == -100).all()
 
 
 def test_the_spelling_of_a_special_token_stays_text(tokenizer):
@@ -106,13 +118,16 @@ def test_the_spelling_of_a_special_token_stays_text(tokenizer):
 
 def test_a_template_without_an_eos_gets_one(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
     assert e.input_ids[-1] == e.labels[-1] == tokenizer.eos_token_id
 
 
 def test_prompts_are_found_without_tokenising_them(tokenizer):
-    """The short way through the last special token gives what `encode` gives, special tokens' spellings and other turns included."""
+    """`PromptCache` gives what `encode` does, spellings of special tokens and other turns included."""
     specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     dialogues = [r["dialogue"] for r in ROWS] + [
         "Doctor: " + specials,
@@ -120,26 +135,23 @@ def test_prompts_are_found_without_tokenising_them(tokenizer):
         "Doctor: é\u4e2d\U0001f600 x  y",
     ]
     upto = [soap_messages(d, "S: ok\nP: rest") for d in dialogues]
-    upto.append(
-        soap_messages("Doctor: hi  \n there", "S: he said " + specials)
-    )  # then the whole is put together from pieces, the prompt is not
+    # The conversation is encoded in pieces then, its prompt is not.
+    upto.append(soap_messages("Doctor: hi  \n there", "S: he said " + specials))
     first = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
     upto += [
         first,
         [*first, {"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}],
     ]
-    wholes = encode(tokenizer, [(m, False) for m in upto])
-    assert encode_prompts(tokenizer, upto, wholes) == encode(
-        tokenizer, [(m[:-1], True) for m in upto]
-    )
+    encoded = encode(tokenizer, [(m, False) for m in upto])
+    expected = encode(tokenizer, [(m[:-1], True) for m in upto])
+    assert encode_prompts(tokenizer, upto, encoded) == expected
 
 
 def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):
     bare = shutil.copytree(tiny_base, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    tokenizer = load_tokenizer(
-        str(bare)
-    )  # at once: its template is part of a run's identity, whether a cache is read or not
+    # At once: the template is part of a run's identity, whether a cache is read or not.
+    tokenizer = load_tokenizer(str(bare))
     assert tokenizer.chat_template == PLAIN_TEMPLATE
     (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
     text = tokenizer.decode(e.input_ids)
@@ -156,17 +168,16 @@ def test_messages_supervise_every_assistant_turn(tiny_base):
     ]
     tokenizer = load_tokenizer(tiny_base)
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)])
-    asked = tokenizer.decode(
-        prompt_of(e)
-    )  # a note is written for the last answer, which it is compared with
-    assert "one" in asked and asked.count("b") and "two" not in asked
+    # A sample note is written in the place of the last answer, with which it is compared.
+    prompt = tokenizer.decode(prompt_of(e))
+    assert "one" in prompt and prompt.count("b") and "two" not in prompt
     assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one</s>two</s>"
     (e,) = encode_examples(tokenizer, [Conversation("a", turns)], "all")
     assert np.array_equal(e.labels[1:], e.input_ids[1:]) and e.labels[0] == -100
 
 
-def test_what_a_tokenizer_file_cuts_or_fills_is_not_done(tiny_base):
-    """Saved after it was used with truncation and padding, tokenizer.json has both on, and notes would be cut off without a word."""
+def test_truncation_and_padding_of_a_tokenizer_file_are_switched_off(tiny_base):
+    """A tokenizer.json saved with truncation and padding on would silently cut notes off."""
     tokenizer = load_tokenizer(str(tiny_base))
     rows = [
         Conversation(str(i), soap_messages("Doctor: Hello. " * n, "S: well"))

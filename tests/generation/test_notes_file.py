@@ -14,7 +14,7 @@ DIALOGUES, BY = {"1": "Doctor: a", "2": "Doctor: b", "3": "Doctor: c"}, {"adapte
 
 
 def test_any_torn_tail_is_cut_and_written_again(tmp_path):
-    """Killed after any byte of the second line: the first note is kept, the second is not half there."""
+    """Killed after any byte of the second line: the first note stays, the second is removed."""
     path = tmp_path / "out.jsonl"
     for key in DIALOGUES:
         file = NotesFile(str(path), DIALOGUES, BY)
