@@ -21,8 +21,8 @@ signal.signal(
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> str:
-    """A folder in the hub's layout: three decoder layers with random weights, grouped queries, and a
-    byte-level tokenizer.
+    """A folder in the hub's layout: three decoder layers with random weights, grouped queries, and
+    a byte-level tokenizer.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,7 +46,9 @@ def tiny_base(tmp_path_factory) -> str:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     fast.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% for m in messages %}"
+        "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     fast.save_pretrained(folder)
@@ -71,7 +73,7 @@ def tiny_base(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tinyllama(tiny_base, tmp_path_factory) -> str:
-    """TinyLlama-1.1B's shape with random weights and the tiny base's tokenizer, written by a GPU."""
+    """TinyLlama-1.1B's shape with random weights and the tiny base's tokenizer, made on a GPU."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -120,7 +122,9 @@ def config_file(tiny_base, rows, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tiny_base, rows, tmp_path_factory) -> Path:
-    """The folder of a finished run: two ranks, bf16, dropout on, six steps, evaluated, sampled, saved."""
+    """The folder of a finished run: two ranks, bf16, dropout on, six steps, evaluated, sampled,
+    saved.
+    """
     folder = tmp_path_factory.mktemp("trained")
     config = {
         "base": tiny_base,

@@ -166,14 +166,14 @@ def test_metrics_show_one_curve(runs):
 
 
 def test_another_number_of_ranks_and_another_cut_go_on_with_the_same_steps(runs):
-    """4 ranks, then 2, then 1 with smaller micro-batches, then 4: in fp32 the curves differ by rounding
-    alone, with dropout on.
+    """4 ranks, then 2, then 1 with smaller micro-batches, then 4: in fp32 the curves differ by
+    rounding alone, with dropout on.
     """
     exact, elastic = (curve(runs / name, "train/loss") for name in ("exact", "elastic"))
     assert elastic == pytest.approx(exact, rel=1e-5) and exact[0] != exact[-1]
 
 
-def test_a_bad_example_skips_its_step_on_all_ranks_is_named_and_counted_and_does_the_same_after_a_resume(
+def test_a_bad_example_skips_its_step_and_is_named_before_and_after_a_resume(
     runs,
 ):
     records = [
@@ -334,8 +334,8 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 
 
 def test_corrupt_ones_never_push_out_a_complete_one(tmp_path):
-    """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest whole
-    one, and stays with 2.
+    """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest
+    whole one, and stays with 2.
     """
     store = CheckpointStore(tmp_path, 2)
     store.keep = 3

@@ -15,8 +15,8 @@ from loop.zero3.gradients import local_gradients
 
 
 def divide_by_accumulation_steps():
-    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note weighs as
-    much as a long one.
+    """Each micro-batch's loss is its own mean, then averaged over micro-batches: a short note
+    weighs as much as a long one.
     """
     step = loop.train.train_step
 
@@ -37,8 +37,8 @@ def divide_by_accumulation_steps():
 
 
 def forget_world_size():
-    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every GPU
-    added.
+    """DeepSpeed averages gradients over ranks; without the factor the gradient shrinks with every
+    GPU added.
     """
     step = loop.train.train_step
 
@@ -56,8 +56,8 @@ def forget_world_size():
 
 
 def unequal_ranks():
-    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank that
-    has few of them.
+    """Each rank divides by its own targets and DeepSpeed averages: a token weighs more on the rank
+    that has few of them.
     """
     step = loop.train.train_step
 
@@ -112,8 +112,8 @@ def one_document_mask():
 
 
 def positions_run_on():
-    """Position ids count through the row. With rotary embeddings alone a shifted document attends as
-    before: only rounding tells.
+    """Position ids count through the row. With rotary embeddings alone a shifted document attends
+    as before: only rounding tells.
     """
     collate = loop.train.collate
 
@@ -176,8 +176,8 @@ def no_clipping():
 
 
 def stale_grad_norm():
-    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is one
-    step late.
+    """The norm is read from DeepSpeed, which still holds the last step's: the clipping factor is
+    one step late.
     """
     last = [1.0]
     clip = loop.train.clip_grad_norm
@@ -226,8 +226,8 @@ def unequal_examples():
 
 
 def stale_resume():
-    """After a resume the optimizer's fp32 masters are those of the start: the first update writes them
-    over the loaded weights.
+    """After a resume the optimizer's fp32 masters are those of the start: the first update writes
+    them over the loaded weights.
     """
     put = loop.checkpoint.checkpointer.scatter_full_tensor
 

@@ -12,7 +12,9 @@ from loop.model.loading import load_base
 
 
 def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, device="cpu"):
-    """The base (in NF4 for "qlora") with LoRA, as peft and transformers build it, attention by torch."""
+    """The base (in NF4 for "qlora") with LoRA, as peft and transformers build it, attention by
+    torch.
+    """
     from peft import LoraConfig, get_peft_model
 
     quantization = "nf4" if method == "qlora" else None
@@ -35,8 +37,8 @@ def reference_steps(
     betas=(0.9, 0.999),
     eps=1e-8,
 ) -> list[dict]:
-    """Trains on `steps`, each a list of examples with `input_ids` and `labels` [L], from the `initial`
-    trainable weights.
+    """Trains on `steps`, each a list of examples with `input_ids` and `labels` [L], from the
+    `initial` trainable weights.
 
     lr: a function of the step. Returns for each step the mean loss over its supervised tokens, the
     gradients before clipping, their norm, the clipped gradients and the weights after the update.

@@ -112,8 +112,8 @@ def test_real_kernels_add_no_error_to_the_plain_loops_rounding(runs, name):
 
 @pytest.fixture(scope="module")
 def broken(tinyllama, rows, tmp_path_factory):
-    """A function that runs parts of a run of 8 steps, each part on so many GPUs and for so many steps,
-    and gives its folder.
+    """A function that runs parts of a run of 8 steps, each part on so many GPUs and for so many
+    steps, and gives its folder.
     """
     folder = tmp_path_factory.mktemp("broken")
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
@@ -163,7 +163,7 @@ def curve(folder: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels(broken, gpus):
-    """bf16, dropout on, flash attention with run.deterministic; how long a save takes is printed."""
+    """bf16, dropout on, flash attention, run.deterministic; it prints how long a save takes."""
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     exact = ["run.deterministic=true"]
@@ -184,8 +184,8 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit_with_deterministic_kernels
 
 @pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-4), ("bf16", 1e-2)])
 def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound):
-    """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on: the
-    unbroken run's losses to rounding.
+    """4, 2, 1 and 4 GPUs (as many of these as are here) and another micro-batch size, dropout on:
+    the unbroken run's losses to rounding.
     """
     most = torch.cuda.device_count()
     more = (
@@ -203,7 +203,6 @@ def test_another_number_of_gpus_goes_on_with_the_same_steps(broken, name, bound)
         abs(a / b - 1)
         for a, b in zip(curve(parts, "train/loss"), curve(whole, "train/loss"), strict=True)
     )
-    print(
-        f"\n{name}, {' -> '.join(map(str, [*worlds, 1, worlds[0]]))} GPUs: losses differ by up to {apart:.1e}"
-    )
+    sequence = " -> ".join(map(str, [*worlds, 1, worlds[0]]))
+    print(f"\n{name}, {sequence} GPUs: losses differ by up to {apart:.1e}")
     assert apart < bound

@@ -186,7 +186,7 @@ def numbered(record: dict, prefix: str) -> list[torch.Tensor]:
 
 
 def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Relative L2 distance over all tensors together: direction, scale and lack of a tensor show."""
+    """Relative L2 distance over all tensors together: direction, scale, a missing tensor show."""
     difference = sum(
         (a.double() - b.double()).square().sum() for a, b in zip(ours, theirs, strict=True)
     )
@@ -393,7 +393,7 @@ def test_only_lora_moves_and_all_of_it_does(bench):
 
 
 def test_evaluation_is_the_same_for_any_cut(bench):
-    """It is token-weighted: neither batch size nor ranks matter, and the plain loop gives it too."""
+    """It is token-weighted: neither batch size nor ranks matter, and it is the plain loop's."""
     starts = {name: bench.records[name]["eval/loss"][0] for name in FP32}
     assert max(starts.values()) - min(starts.values()) < 1e-6 * starts["1 rank"], starts
     config = load_config(bench.args)

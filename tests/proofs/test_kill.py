@@ -80,9 +80,9 @@ def doing(folder: Path, since: float) -> tuple[int, str]:
 
 
 def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
-    """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many seconds
-    its ranks work, the step, and whether a checkpoint is being written. Returns what rank 0 was
-    doing, None if the run had ended before. All of its processes must be gone within the grace
+    """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many
+    seconds its ranks work, the step, and whether a checkpoint is being written. Returns what rank 0
+    was doing, None if the run had ended before. All of its processes must be gone within the grace
     time, whoever was killed.
     """
     folder, started, working = config_file.parent / "runs" / name, time.time(), None
@@ -141,8 +141,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
-    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at once in
-    the middle of a save.
+    """First launch.sh alone, upon which the ranks save and end by themselves, then everybody at
+    once in the middle of a save.
     """
     config = json.loads((trained.parent / "config.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "save_steps": 1}
@@ -151,7 +151,8 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
         tmp_path / "slow_disk"
     ).mkdir()  # on a fast one a save is over before a busy machine has looked
     (tmp_path / "slow_disk" / "sitecustomize.py").write_text(
-        "import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]\n"
+        "import os, time\nfsync = os.fsync\n"
+        "os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]\n"
     )
     assert kill(
         tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1
@@ -166,8 +167,8 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(config_file):
-    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two kills
-    is compared, and another begun.
+    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two
+    kills is compared, and another begun.
     """
     config = json.loads(config_file.read_text())
     config |= {

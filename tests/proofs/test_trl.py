@@ -17,9 +17,9 @@ STEPS, BATCH = 20, 4
 
 @pytest.mark.slow
 def test_twenty_steps_follow_trl(tiny_base, tmp_path):
-    """fp32, LoRA on the unquantised base (TRL casts a quantised model's adapter to bf16), dropout 0, no
-    packing there. TRL divides a batch's summed loss by its targets, as we do; so with one batch a
-    step the two must agree to rounding.
+    """fp32, LoRA on the unquantised base (TRL casts a quantised model's adapter to bf16), dropout
+    0, no packing there. TRL divides a batch's summed loss by its targets, as we do; so with one
+    batch a step the two must agree to rounding.
     """
     pytest.importorskip("trl", reason="TRL is part of the test environment only")
     rows = write_rows(tmp_path / "rows.jsonl", "row", STEPS * BATCH, 3)

@@ -25,8 +25,8 @@ def free_port() -> int:
 def run_ranks(
     world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str
 ) -> list[subprocess.CompletedProcess]:
-    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the finished
-    processes by rank. A rank that hangs fails the test.
+    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the
+    finished processes by rank. A rank that hangs fails the test.
     """
     port = str(free_port())
     processes = []
@@ -96,8 +96,8 @@ def tinyllama_shape():
 
 
 def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8) -> str:
-    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets are
-    very unequal.
+    """Made-up dialogues and notes; notes of 1 to some 200 tokens, so that their numbers of targets
+    are very unequal.
     """
     rng = random.Random(seed)
     with path.open("w") as file:
@@ -106,11 +106,11 @@ def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8)
                 f"Doctor: {rng.randint(0, 999)}?\nPatient: pain {rng.randint(0, 99)}"
                 for _ in range(rng.randint(1, longest))
             ]
-            note = (
-                f"S: {rng.randint(0, 9)}"
-                if i % 3 == 0
-                else f"S: pain\nO: {' '.join(str(rng.random()) for _ in range(rng.randint(1, 9)))}\nA: a\nP: p"
-            )
+            if i % 3 == 0:
+                note = f"S: {rng.randint(0, 9)}"
+            else:
+                numbers = " ".join(str(rng.random()) for _ in range(rng.randint(1, 9)))
+                note = f"S: pain\nO: {numbers}\nA: a\nP: p"
             file.write(
                 json.dumps({"id": f"{prefix}-{i}", "dialogue": "\n".join(turns), "soap": note})
                 + "\n"
