@@ -128,6 +128,7 @@ def _read_parquet(path: Path) -> Rows:
         )
 
 
+# By suffix. A reader belongs in this package: the cache is made anew when its source changes.
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_json,
     ".json": read_json,

@@ -127,7 +127,7 @@ def test_a_template_without_an_eos_gets_one(tiny_base):
 
 
 def test_prompts_are_found_without_tokenising_them(tokenizer):
-    """`PromptCache` gives what `encode` does, spellings of special tokens and other turns included."""
+    """`PromptCache` gives what `encode` does, spellings of special tokens included."""
     specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     dialogues = [r["dialogue"] for r in ROWS] + [
         "Doctor: " + specials,
