@@ -1,7 +1,9 @@
-"""The terms of fused.py, each one kernel: Triton's where there is a GPU, elsewhere the same in plain PyTorch, which is what they are tested against.
+"""The Triton kernels behind lora_ops.py, section by section in the same order.
 
-LoRA's dropout is given as (keeps, scale): for each LoRA a mask, bool [T, width], columns of one wider mask, or None for all where nothing is
-dropped; and what is multiplied by all the same: LoRA's scaling over the share that is kept. Matrices are row-major.
+`lora_ops` holds the plain PyTorch version of each and launches it. All matrices are row-major.
+In every kernel `tokens`, `columns` and `dims` are the indices of a block: of the row's tokens, of a
+layer's features and of LoRA's rank. What lies outside of a matrix is read as 0 and not written.
+Kernels for up to three LoRAs of one input take three pointers of each kind and read NUM_LORAS.
 """
 
 from __future__ import annotations
@@ -14,252 +16,307 @@ except ImportError:  # a torch without CUDA
 
 
 def jit(kernel):
-    # The number of rows changes from step to step: not to be compiled anew for each that divides by 16.
-    return triton.jit(kernel, do_not_specialize=["rows", "share"]) if triton else kernel
+    """triton.jit, or the function itself without Triton."""
+    if not triton:
+        return kernel
+    # The number of tokens changes from step to step. Specialising on it would compile a second
+    # kernel for each number that divides by 16.
+    return triton.jit(kernel, do_not_specialize=["rows", "rows_per_partial"])
+
+
+# ---- blocks
 
 
 @jit
-def _drop(values, keep, at, inside):
-    return tl.where(tl.load(keep + at, mask=inside, other=0) != 0, values, 0.0)
+def _load_block(matrix, row_indices, num_rows, column_indices, num_columns):
+    """The block of a contiguous matrix [num_rows, num_columns] at these rows and columns."""
+    in_bounds = (row_indices < num_rows)[:, None] & (column_indices < num_columns)[None]
+    offsets = row_indices[:, None] * num_columns + column_indices[None]
+    return tl.load(matrix + offsets, mask=in_bounds, other=0.0)
 
 
 @jit
-def _add_lora_down(values, keep, at, inside, a, k, r, width, rank):
-    """drop(x) A^T of this block"""
-    weights = tl.load(
-        a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0
-    )
-    return tl.dot(_drop(values, keep, at, inside), tl.trans(weights), input_precision="ieee")
+def _drop(values, keep, keep_offsets, in_bounds):
+    """`values` where the dropout mask is true, elsewhere 0. The scale is applied by the caller."""
+    return tl.where(tl.load(keep + keep_offsets, mask=in_bounds, other=0) != 0, values, 0.0)
+
+
+# ---- lora_down: h = scale drop(x) A^T
+
+
+@jit
+def _project_down(values, keep, keep_offsets, in_bounds, a, columns, dims, width, rank):
+    """drop(x) A^T of this block, where `values` is x."""
+    a_block = _load_block(a, dims, rank, columns, width)
+    dropped = _drop(values, keep, keep_offsets, in_bounds)
+    return tl.dot(dropped, tl.trans(a_block), input_precision="ieee")
 
 
 @jit
 def lora_down_kernel(
-    x,
-    k0,
-    k1,
-    k2,
-    a0,
+    x,  # [rows, width]
+    keep0,  # bool [rows, width], rows `keep_stride` apart
+    keep1,
+    keep2,
+    a0,  # [rank, width]
     a1,
     a2,
-    h0,
+    h0,  # [rows, rank], written
     h1,
     h2,
     rows,
     width,
-    stride,
+    keep_stride,
     scale,
-    N: tl.constexpr,
+    NUM_LORAS: tl.constexpr,
     rank: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
-    s0, s1, s2 = (
-        tl.zeros([T, R], tl.float32),
-        tl.zeros([T, R], tl.float32),
-        tl.zeros([T, R], tl.float32),
-    )
-    for start in range(0, width, K):
-        k = start + tl.arange(0, K)
-        inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
-        values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
-        s0 += _add_lora_down(values, k0, at, inside, a0, k, r, width, rank)
-        if N > 1:
-            s1 += _add_lora_down(values, k1, at, inside, a1, k, r, width, rank)
-        if N > 2:
-            s2 += _add_lora_down(values, k2, at, inside, a2, k, r, width, rank)
-    at, inside = t[:, None] * rank + r[None], (t < rows)[:, None] & (r < rank)[None]
-    tl.store(h0 + at, s0 * scale, mask=inside)
-    if N > 1:
-        tl.store(h1 + at, s1 * scale, mask=inside)
-    if N > 2:
-        tl.store(h2 + at, s2 * scale, mask=inside)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    dims = tl.arange(0, BLOCK_RANK)
+    sum0 = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+    sum1 = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+    sum2 = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+    for start in range(0, width, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
+        keep_at = tokens[:, None] * keep_stride + columns[None]
+        values = _load_block(x, tokens, rows, columns, width)
+        sum0 += _project_down(values, keep0, keep_at, in_bounds, a0, columns, dims, width, rank)
+        if NUM_LORAS > 1:
+            sum1 += _project_down(values, keep1, keep_at, in_bounds, a1, columns, dims, width, rank)
+        if NUM_LORAS > 2:
+            sum2 += _project_down(values, keep2, keep_at, in_bounds, a2, columns, dims, width, rank)
+    offsets = tokens[:, None] * rank + dims[None]
+    in_bounds = (tokens < rows)[:, None] & (dims < rank)[None]
+    tl.store(h0 + offsets, sum0 * scale, mask=in_bounds)
+    if NUM_LORAS > 1:
+        tl.store(h1 + offsets, sum1 * scale, mask=in_bounds)
+    if NUM_LORAS > 2:
+        tl.store(h2 + offsets, sum2 * scale, mask=in_bounds)
+
+
+# ---- grad_lora_a: dA = scale dh^T drop(x)
 
 
 @jit
-def _add_outer_product(dh, values, keep, at, inside, t, r, rows, rank):
-    """dh^T drop(x) of this block"""
-    factors = tl.load(
-        dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0
-    )
-    return tl.dot(tl.trans(factors), _drop(values, keep, at, inside), input_precision="ieee")
+def _outer_product(dh, values, keep, keep_offsets, in_bounds, tokens, dims, rows, rank):
+    """dh^T drop(x) of this block, where `values` is x."""
+    dh_block = _load_block(dh, tokens, rows, dims, rank)
+    dropped = _drop(values, keep, keep_offsets, in_bounds)
+    return tl.dot(tl.trans(dh_block), dropped, input_precision="ieee")
 
 
 @jit
 def grad_lora_a_kernel(
-    d0,
-    d1,
-    d2,
-    x,
-    k0,
-    k1,
-    k2,
-    out,
+    dh0,  # [rows, rank]
+    dh1,
+    dh2,
+    x,  # [rows, width]
+    keep0,  # bool [rows, width], rows `keep_stride` apart
+    keep1,
+    keep2,
+    partials,  # fp32 [partial sums, NUM_LORAS, rank, width], written
     rows,
     width,
-    stride,
-    share,
+    keep_stride,
+    rows_per_partial,
     scale,
-    N: tl.constexpr,
+    NUM_LORAS: tl.constexpr,
     rank: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    k, r = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, R)
-    first = tl.program_id(1).to(tl.int64) * share
-    s0, s1, s2 = (
-        tl.zeros([R, K], tl.float32),
-        tl.zeros([R, K], tl.float32),
-        tl.zeros([R, K], tl.float32),
-    )
-    for start in range(0, share, T):
-        t = first + start + tl.arange(0, T)
-        inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
-        values = tl.load(x + t[:, None] * width + k[None], mask=inside, other=0.0)
-        s0 += _add_outer_product(d0, values, k0, at, inside, t, r, rows, rank)
-        if N > 1:
-            s1 += _add_outer_product(d1, values, k1, at, inside, t, r, rows, rank)
-        if N > 2:
-            s2 += _add_outer_product(d2, values, k2, at, inside, t, r, rows, rank)
-    out += tl.program_id(1) * N * rank * width + r[:, None] * width + k[None]
-    inside = (r < rank)[:, None] & (k < width)[None]
-    tl.store(out, s0 * scale, mask=inside)
-    if N > 1:
-        tl.store(out + rank * width, s1 * scale, mask=inside)
-    if N > 2:
-        tl.store(out + 2 * rank * width, s2 * scale, mask=inside)
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    first = tl.program_id(1).to(tl.int64) * rows_per_partial
+    sum0 = tl.zeros([BLOCK_RANK, BLOCK_COLUMNS], tl.float32)
+    sum1 = tl.zeros([BLOCK_RANK, BLOCK_COLUMNS], tl.float32)
+    sum2 = tl.zeros([BLOCK_RANK, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, rows_per_partial, BLOCK_TOKENS):
+        tokens = first + start + tl.arange(0, BLOCK_TOKENS)
+        in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
+        keep_at = tokens[:, None] * keep_stride + columns[None]
+        values = _load_block(x, tokens, rows, columns, width)
+        sum0 += _outer_product(dh0, values, keep0, keep_at, in_bounds, tokens, dims, rows, rank)
+        if NUM_LORAS > 1:
+            sum1 += _outer_product(dh1, values, keep1, keep_at, in_bounds, tokens, dims, rows, rank)
+        if NUM_LORAS > 2:
+            sum2 += _outer_product(dh2, values, keep2, keep_at, in_bounds, tokens, dims, rows, rank)
+    partials += tl.program_id(1) * NUM_LORAS * rank * width
+    partials += dims[:, None] * width + columns[None]
+    in_bounds = (dims < rank)[:, None] & (columns < width)[None]
+    tl.store(partials, sum0 * scale, mask=in_bounds)
+    if NUM_LORAS > 1:
+        tl.store(partials + rank * width, sum1 * scale, mask=in_bounds)
+    if NUM_LORAS > 2:
+        tl.store(partials + 2 * rank * width, sum2 * scale, mask=in_bounds)
+
+
+# ---- lora_grad_input: dx = sum of scale drop(dh A)
 
 
 @jit
-def _add_lora_up(dh, a, keep, at, inside, t, k, r, rows, width, rank):
-    """drop(dh A) of this block"""
-    factors = tl.load(
-        dh + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0
-    )
-    weights = tl.load(
-        a + r[:, None] * width + k[None], mask=(r < rank)[:, None] & (k < width)[None], other=0.0
-    )
-    return _drop(tl.dot(factors, weights, input_precision="ieee"), keep, at, inside)
+def _project_up(dh, a, keep, keep_offsets, in_bounds, tokens, columns, dims, rows, width, rank):
+    """drop(dh A) of this block."""
+    dh_block = _load_block(dh, tokens, rows, dims, rank)
+    a_block = _load_block(a, dims, rank, columns, width)
+    product = tl.dot(dh_block, a_block, input_precision="ieee")
+    return _drop(product, keep, keep_offsets, in_bounds)
 
 
 @jit
 def lora_grad_input_kernel(
-    dx,
-    d0,
-    d1,
-    d2,
-    a0,
+    dx,  # [rows, width], written
+    dh0,  # [rows, rank]
+    dh1,
+    dh2,
+    a0,  # [rank, width]
     a1,
     a2,
-    k0,
-    k1,
-    k2,
+    keep0,  # bool [rows, width], rows `keep_stride` apart
+    keep1,
+    keep2,
     rows,
     width,
-    stride,
+    keep_stride,
     scale,
-    N: tl.constexpr,
+    NUM_LORAS: tl.constexpr,
     rank: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    t, r = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T), tl.arange(0, R)
-    k = tl.program_id(1) * K + tl.arange(0, K)
-    inside, at = (t < rows)[:, None] & (k < width)[None], t[:, None] * stride + k[None]
-    sum = _add_lora_up(d0, a0, k0, at, inside, t, k, r, rows, width, rank)
-    if N > 1:
-        sum += _add_lora_up(d1, a1, k1, at, inside, t, k, r, rows, width, rank)
-    if N > 2:
-        sum += _add_lora_up(d2, a2, k2, at, inside, t, k, r, rows, width, rank)
-    tl.store(dx + t[:, None] * width + k[None], sum * scale, mask=inside)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
+    keep_at = tokens[:, None] * keep_stride + columns[None]
+    total = _project_up(
+        dh0, a0, keep0, keep_at, in_bounds, tokens, columns, dims, rows, width, rank
+    )
+    if NUM_LORAS > 1:
+        total += _project_up(
+            dh1, a1, keep1, keep_at, in_bounds, tokens, columns, dims, rows, width, rank
+        )
+    if NUM_LORAS > 2:
+        total += _project_up(
+            dh2, a2, keep2, keep_at, in_bounds, tokens, columns, dims, rows, width, rank
+        )
+    tl.store(dx + tokens[:, None] * width + columns[None], total * scale, mask=in_bounds)
+
+
+# ---- swiglu and swiglu_backward: silu(gate') up', where gate' and up' have their LoRA added
 
 
 @jit
 def _load_with_lora(
-    y, h, b, rows, width, rank: tl.constexpr, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr
+    y,
+    h,
+    b,
+    rows,
+    width,
+    rank: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """This block of y + h B^T in fp32, with the places of its numbers and which of them exist."""
-    t, k, r = (
-        tl.program_id(0).to(tl.int64) * T + tl.arange(0, T),
-        tl.program_id(1) * K + tl.arange(0, K),
-        tl.arange(0, R),
-    )
-    at, inside = t[:, None] * width + k[None], (t < rows)[:, None] & (k < width)[None]
-    factors = tl.load(
-        h + t[:, None] * rank + r[None], mask=(t < rows)[:, None] & (r < rank)[None], other=0.0
-    )
-    weights = tl.load(
-        b + k[:, None] * rank + r[None], mask=(k < width)[:, None] & (r < rank)[None], other=0.0
-    )
-    values = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-    return values + tl.dot(factors, tl.trans(weights), input_precision="ieee"), at, inside
+    """(this block of y + h B^T in fp32, the offsets of its elements, which of them exist)."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    offsets = tokens[:, None] * width + columns[None]
+    in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
+    h_block = _load_block(h, tokens, rows, dims, rank)
+    b_block = _load_block(b, columns, width, dims, rank)
+    values = tl.load(y + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    values += tl.dot(h_block, tl.trans(b_block), input_precision="ieee")
+    return values, offsets, in_bounds
 
 
 @jit
 def swiglu_kernel(
-    g,
-    u,
-    hg,
-    bg,
-    hu,
-    bu,
-    m,
+    gate,  # [rows, width], without its LoRA
+    up,
+    gate_h,  # [rows, rank]
+    gate_b,  # [width, rank]
+    up_h,
+    up_b,
+    out,  # [rows, width], written
     rows,
     width,
     rank: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    gate, at, inside = _load_with_lora(g, hg, bg, rows, width, rank, R, T, K)
-    up, at, inside = _load_with_lora(u, hu, bu, rows, width, rank, R, T, K)
-    tl.store(m + at, gate * tl.sigmoid(gate) * up, mask=inside)
+    g, offsets, in_bounds = _load_with_lora(
+        gate, gate_h, gate_b, rows, width, rank, BLOCK_RANK, BLOCK_TOKENS, BLOCK_COLUMNS
+    )
+    u, offsets, in_bounds = _load_with_lora(
+        up, up_h, up_b, rows, width, rank, BLOCK_RANK, BLOCK_TOKENS, BLOCK_COLUMNS
+    )
+    tl.store(out + offsets, g * tl.sigmoid(g) * u, mask=in_bounds)
 
 
 @jit
 def swiglu_backward_kernel(
-    dm,
-    g,
-    u,
-    hg,
-    bg,
-    hu,
-    bu,
-    dg,
-    du,
-    m,
+    d_out,  # [rows, width], the gradient of silu(gate') up'
+    gate,  # [rows, width], without its LoRA
+    up,
+    gate_h,  # [rows, rank]
+    gate_b,  # [width, rank]
+    up_h,
+    up_b,
+    d_gate,  # [rows, width], written
+    d_up,  # [rows, width], written
+    out,  # [rows, width], written: silu(gate') up' again
     rows,
     width,
     rank: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    gate, at, inside = _load_with_lora(g, hg, bg, rows, width, rank, R, T, K)
-    up, at, inside = _load_with_lora(u, hu, bu, rows, width, rank, R, T, K)
-    grad = tl.load(dm + at, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    tl.store(dg + at, grad * up * share * (1 + gate * (1 - share)), mask=inside)
-    tl.store(du + at, grad * gate * share, mask=inside)
-    tl.store(m + at, gate * share * up, mask=inside)
+    g, offsets, in_bounds = _load_with_lora(
+        gate, gate_h, gate_b, rows, width, rank, BLOCK_RANK, BLOCK_TOKENS, BLOCK_COLUMNS
+    )
+    u, offsets, in_bounds = _load_with_lora(
+        up, up_h, up_b, rows, width, rank, BLOCK_RANK, BLOCK_TOKENS, BLOCK_COLUMNS
+    )
+    grad = tl.load(d_out + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    tl.store(d_gate + offsets, grad * u * sigmoid * (1 + g * (1 - sigmoid)), mask=in_bounds)
+    tl.store(d_up + offsets, grad * g * sigmoid, mask=in_bounds)
+    tl.store(out + offsets, g * sigmoid * u, mask=in_bounds)
+
+
+# ---- rotate: rotary positions
 
 
 @jit
-def rotate_kernel(x, cos, sin, out, heads, half, H: tl.constexpr, D: tl.constexpr):
-    t, h, d = tl.program_id(0).to(tl.int64), tl.arange(0, H), tl.arange(0, D)
-    inside = (h < heads)[:, None] & (d < half)[None]
-    at = t * heads * 2 * half + h[:, None] * 2 * half + d[None]
-    one, two = (
-        tl.load(x + at, mask=inside, other=0.0).to(tl.float32),
-        tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32),
-    )
-    angle = t * 2 * half + d  # both halves of a head turn by the same angles
-    c, s = (
-        tl.load(cos + angle, mask=d < half, other=0.0).to(tl.float32)[None],
-        tl.load(sin + angle, mask=d < half, other=0.0).to(tl.float32)[None],
-    )
-    tl.store(out + at, one * c - two * s, mask=inside)
-    tl.store(out + at + half, two * c + one * s, mask=inside)
+def rotate_kernel(
+    x,  # [tokens, heads, 2 half], one program a token
+    cos,  # [tokens, 2 half]
+    sin,
+    out,  # [tokens, heads, 2 half], written
+    heads,
+    half,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK_HEADS)
+    dim = tl.arange(0, BLOCK_HALF)
+    in_bounds = (head < heads)[:, None] & (dim < half)[None]
+    offsets = token * heads * 2 * half + head[:, None] * 2 * half + dim[None]
+    x1 = tl.load(x + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    x2 = tl.load(x + offsets + half, mask=in_bounds, other=0.0).to(tl.float32)
+    angle = token * 2 * half + dim  # both halves of a head turn by the same angles
+    c = tl.load(cos + angle, mask=dim < half, other=0.0).to(tl.float32)[None]
+    s = tl.load(sin + angle, mask=dim < half, other=0.0).to(tl.float32)[None]
+    tl.store(out + offsets, x1 * c - x2 * s, mask=in_bounds)
+    tl.store(out + offsets + half, x2 * c + x1 * s, mask=in_bounds)
