@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_ok, write_rows
@@ -23,45 +24,43 @@ from loop.checkpoint.store import CheckpointStore
 from loop.checkpoint.train_state import TrainState
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError, RunConfig
-from loop.data.batch_plan import plan_batches
+from loop.data.batch_plan import plan_run
 from loop.data.dataset import load_examples, visit_weights
 from loop.model.loading import load_tokenizer
 
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "fp32.json").write_text(
-        json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}})
-    )
-    data = {
-        "train": write_rows(folder / "train.jsonl", "train", 40, 1),
-        "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2),
-    }
+def write_config(folder: Path, base: str) -> Path:
+    """A configuration of six steps, in a file of `folder`."""
+    fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
+    (folder / "fp32.json").write_text(json.dumps(fp32))
     config = {
-        "base": tiny_base,
-        "data": data,
+        "base": base,
+        "data": {
+            "train": write_rows(folder / "train.jsonl", "train", 40, 1),
+            "valid": write_rows(folder / "valid.jsonl", "valid", 4, 2),
+        },
         "max_seq_len": 512,
         "batch_size": 4,
         "lr": 1e-3,
         "max_steps": STEPS,
-    }
-    config |= {
         "run": {"dir": str(folder), "save_steps": 2, "export_check_examples": 0},
         "monitor": {"eval_steps": 2},
     }
-    (folder / "config.yaml").write_text(json.dumps(config))
-    loaded = load_config(["--config", str(folder / "config.yaml"), "data.cache=false"])
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    path = write_config(folder, tiny_base)
+    loaded = load_config(["--config", str(path), "data.cache=false"])
     examples, _ = load_examples(loaded, load_tokenizer(tiny_base), "train")
-    plan = plan_batches(
-        [len(e) for e in examples],
-        loaded.tokens_per_step,
-        loaded.seed,
-        max_steps=STEPS,
-        weights=visit_weights(examples),
-    )
+    lengths = np.array([len(e) for e in examples])
+    plan = plan_run(loaded, lengths, visit_weights(examples))
     bad = [examples[plan[step - 1][0]].id for step in (2, 4)]
     (folder / "bad.json").write_text(json.dumps([bad, [len(plan[step - 1]) for step in (2, 4)]]))
     exact = [f"deepspeed={folder / 'fp32.json'}"]

@@ -26,6 +26,14 @@ def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, dev
     )
 
 
+def summed_loss(model, example) -> torch.Tensor:
+    """The cross-entropy of one example in nats, summed over its supervised tokens."""
+    input_ids = torch.from_numpy(example.input_ids).long()[None].to(model.device)  # [1, L]
+    labels = torch.from_numpy(example.labels).long().to(model.device)
+    logits = model(input_ids=input_ids, use_cache=False).logits[0]  # [L, V]
+    return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
+
+
 def reference_steps(
     model,
     initial: list[torch.Tensor],
@@ -61,12 +69,7 @@ def reference_steps(
         num_targets = sum(int((e.labels[1:] != -100).sum()) for e in examples)
         total = 0.0
         for e in examples:
-            input_ids = torch.from_numpy(e.input_ids).long()[None].to(model.device)  # [1, L]
-            labels = torch.from_numpy(e.labels).long().to(model.device)
-            logits = model(input_ids=input_ids, use_cache=False).logits[0]  # [L, V]
-            loss_sum = F.cross_entropy(
-                logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum"
-            )
+            loss_sum = summed_loss(model, e)
             (loss_sum / num_targets).backward()
             total += loss_sum.item()
         grads = [p.grad.clone() for p in parameters]

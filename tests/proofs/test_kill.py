@@ -103,7 +103,10 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     while left := processes(config_file, name):
         assert time.monotonic() < end, f"{whom} was killed while {what}; still there: {list(left)}"
         time.sleep(0.1)
-    return f"in step {step} ({what}{', inside a save' if saving else ''})" if running else None
+    if not running:
+        return None
+    inside = ", inside a save" if saving else ""
+    return f"in step {step} ({what}{inside})"
 
 
 def curve(folder: Path, key: str) -> list[tuple[int, float]]:

@@ -33,13 +33,11 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
         "batch_size": BATCH,
         "lr": 1e-3,
         "eps": 1e-5,
-    }
-    config |= {
         "lora": {"lora_dropout": 0.0, "init_lora_weights": False},
         "max_grad_norm": 0.5,
         "deepspeed": str(tmp_path / "fp32.json"),
+        "run": {"dir": str(tmp_path), "name": "ours", "export_check_examples": 0},
     }
-    config |= {"run": {"dir": str(tmp_path), "name": "ours", "export_check_examples": 0}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     case = {
         "name": "ours",
@@ -74,6 +72,4 @@ def test_twenty_steps_follow_trl(tiny_base, tmp_path):
     print("largest relative difference", np.max(np.abs(np.array(ours) / np.array(theirs) - 1)))
     assert len(ours) == len(theirs) == STEPS
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert (
-        abs(ours[0] - ours[-1]) > 0.01
-    )  # it learned something, so agreement is not for want of movement
+    assert abs(ours[0] - ours[-1]) > 0.01  # it learned: agreement is not for want of movement
