@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from shapes import LONGEST, MEAN, SHAPES, SUPERVISED, make_base
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 from helpers import free_port  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

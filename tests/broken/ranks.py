@@ -1,7 +1,9 @@
-"""One rank of `./launch.sh break`: trains the embedded job twice in one process, right and then with the mistake planted.
+"""One rank of `./launch.sh break`: it trains the embedded job right and then with the mistake.
 
-`python tests/broken/ranks.py SPEC.json`. What the command changes for both runs (a spike, short notes, a stop in the middle) is planted
-first, so the mistake is the only difference between them."""
+`python tests/broken/ranks.py SPEC.json`. Both runs are in one process. What the command changes for
+both (a spike, short notes, a stop in the middle) is planted first, so the mistake is the only
+difference between them.
+"""
 
 import dataclasses
 import gc
@@ -34,63 +36,71 @@ VALIDATION_EXAMPLES = 12  # enough to see a gap; an evaluation takes a second or
 
 
 class NoStop:
-    """In the place of StopRequest: asks to stop where the spec says so, and leaves Ctrl-C to end the process at once."""
+    """Replaces StopRequest: it asks to stop where the spec wants it.
+
+    Ctrl-C ends the process at once.
+    """
 
     reason, requested = None, False
 
 
 def plant_spike(at: int, factor: float) -> None:
-    """The gradient of step `at` is `factor` times as large, as of a spoilt batch."""
-    step, count = train.train_step, [0]
+    """Makes the gradient of step `at` `factor` times as large, as of a damaged batch."""
+    train_step = train.train_step
+    train_run = train.train
+    steps = 0  # of this run
 
-    def spiked(engine, *args, **options):
-        count[0] += 1
+    def spiked_step(engine, *args, **options):
+        nonlocal steps
+        steps += 1
         backward = engine.backward
-        engine.backward = lambda loss, **kw: backward(
-            loss * (factor if count[0] == at else 1.0), **kw
-        )
+        scale = factor if steps == at else 1.0
+        engine.backward = lambda loss, **kw: backward(loss * scale, **kw)
         try:
-            return step(engine, *args, **options)
+            return train_step(engine, *args, **options)
         finally:
             engine.backward = backward
 
-    def restarted(*args, **options):
-        count[0] = 0
-        return run(*args, **options)
+    def restarted_run(*args, **options):
+        nonlocal steps
+        steps = 0
+        return train_run(*args, **options)
 
-    run, train.train, train.train_step = train.train, restarted, spiked
+    train.train = restarted_run
+    train.train_step = spiked_step
 
 
 def shorten_notes() -> None:
-    """Of every second note only the line with the diagnosis is left, so that examples have very unequal numbers of targets."""
+    """Leaves of every second note only the line with the diagnosis.
+
+    So examples have very unequal numbers of targets.
+    """
     encode = loop.data.dataset.encode_examples
 
-    def shortened(c):
-        line = next(
-            (line for line in c.messages[-1]["content"].splitlines() if line.startswith("A:")), "A:"
-        )
-        return dataclasses.replace(
-            c, messages=[*c.messages[:-1], c.messages[-1] | {"content": line}]
-        )
+    def shorten(conversation):
+        *dialogue, note = conversation.messages
+        lines = [line for line in note["content"].splitlines() if line.startswith("A:")]
+        note = note | {"content": lines[0] if lines else "A:"}
+        return dataclasses.replace(conversation, messages=[*dialogue, note])
 
-    loop.data.dataset.encode_examples = lambda tokenizer, conversations, *rest: encode(
-        tokenizer,
-        [shortened(c) if zlib.crc32(c.id.encode()) % 2 else c for c in conversations],
-        *rest,
-    )
+    def encode_shortened(tokenizer, conversations, *rest):
+        shortened = [shorten(c) if zlib.crc32(c.id.encode()) % 2 else c for c in conversations]
+        return encode(tokenizer, shortened, *rest)
+
+    loop.data.dataset.encode_examples = encode_shortened
 
 
 def watch_validation(config, eos: bool) -> None:
-    """Both runs are evaluated on the same right examples, whatever the mistake makes of its own.
+    """Evaluates both runs on the same right examples, whatever the mistake makes of its own.
 
-    eos: and on their last token alone.
+    eos: also on their last token alone.
     """
     tokenizer = load_tokenizer(config.base)
     valid = load_examples(config, tokenizer, "valid")[0][:VALIDATION_EXAMPLES]
-    ends = [
-        dataclasses.replace(e, labels=np.where(np.arange(len(e)) == len(e) - 1, e.labels, -100))
-        for e in valid
-    ]
+    ends = []
+    for e in valid:
+        is_last = np.arange(len(e)) == len(e) - 1
+        ends.append(dataclasses.replace(e, labels=np.where(is_last, e.labels, -100)))
     evaluate = loop.evaluation.validator.evaluate_loss
 
     def both(engine, _, *rest):
@@ -103,6 +113,8 @@ def watch_validation(config, eos: bool) -> None:
 
 
 class QuietLogger(RunLogger):
+    """Writes the files of a run and prints nothing."""
+
     def say(self, text: str) -> None:
         pass
 
@@ -168,13 +180,13 @@ def main() -> None:
                 print(f"{name}{resumed}", flush=True)
             recorder.train(load_config([*spec["args"], f"run.name={name}"]))
     right, wrong = recorder.gradients
-    squares = ranks.sum_scalars((wrong - right).square().sum().item(), right.square().sum().item())
+    difference, norm = ranks.sum_scalars(
+        (wrong - right).square().sum().item(), right.square().sum().item()
+    )  # their squares
     if ranks.is_main:
-        Path(spec["out"]).write_text(
-            json.dumps(
-                {"step": recorder.record_at, "gradient_distance": (squares[0] / squares[1]) ** 0.5}
-            )
-        )
+        distance = (difference / norm) ** 0.5
+        report = {"step": recorder.record_at, "gradient_distance": distance}
+        Path(spec["out"]).write_text(json.dumps(report))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
