@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from loop.commands import generate
 from loop.config.schema import ConfigError
+from loop.generation.loading import fit_dialogues, prompt_ids
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -22,7 +23,7 @@ ROWS = [
 
 def command(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "loop.generate", *args],
+        [sys.executable, "-m", "loop.commands.generate", *args],
         cwd=ROOT,
         input=stdin,
         capture_output=True,
@@ -34,22 +35,11 @@ def command(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
 def files(trained, tmp_path):
     """(the arguments for a file of three dialogues, its output)."""
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    handler = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "out.jsonl"
-    yield (
-        [
-            "--adapter",
-            str(trained / "adapter"),
-            "--input",
-            str(path),
-            "--output",
-            str(out),
-            "--max-new-tokens",
-            "6",
-        ],
-        out,
-    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    args = ["--adapter", str(trained / "adapter"), "--input", str(path), "--output", str(out)]
+    handler = signal.getsignal(signal.SIGTERM)
+    yield [*args, "--max-new-tokens", "6"], out
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -63,27 +53,13 @@ def refused(capsys, *args: str) -> str:
 
 
 def test_the_command_reads_a_file_or_standard_input(trained, tmp_path, capsys, files):
-    (tmp_path / "d.txt").write_text("Doctor: 5?\nPatient: pain")
-    generate.main(
-        [
-            "--adapter",
-            str(trained / "adapter"),
-            "--dialogue",
-            str(tmp_path / "d.txt"),
-            "--max-new-tokens",
-            "8",
-        ]
-    )
-    piped = command(
-        "--adapter",
-        str(trained / "adapter"),
-        "--max-new-tokens",
-        "8",
-        stdin="Doctor: 5?\nPatient: pain",
-    )
-    assert (
-        piped.returncode == 0 and piped.stdout == capsys.readouterr().out and piped.stdout.strip()
-    ), piped.stderr
+    dialogue = "Doctor: 5?\nPatient: pain"
+    (tmp_path / "d.txt").write_text(dialogue)
+    args = ["--adapter", str(trained / "adapter"), "--max-new-tokens", "8"]
+    generate.main([*args, "--dialogue", str(tmp_path / "d.txt")])
+    piped = command(*args, stdin=dialogue)
+    assert piped.returncode == 0 and piped.stdout.strip(), piped.stderr
+    assert piped.stdout == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -100,48 +76,46 @@ def test_wrong_arguments_end_with_2(monkeypatch, capsys, args, stdin, words):
     assert words in refused(capsys, *args)
 
 
-def test_an_interrupted_file_is_gone_on_with(files, monkeypatch, capsys):
-    """Ctrl-C after a batch, then a line torn by a kill: the same command makes the file that an unbroken one makes, and writes no note twice."""
+def test_an_interrupted_file_is_resumed(files, monkeypatch, capsys):
+    """Ctrl-C after a batch, then a line torn by a kill.
+
+    The same command makes the file that an uninterrupted one makes, and writes no note twice.
+    """
     args, out = files
     generate.main(args)
     assert capsys.readouterr().out == f"3 notes in {out}, 3 of them cut off at --max-new-tokens\n"
-    whole = out.read_bytes()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    assert [row["id"] for row in rows] == ["b", "a", "3"] and all(
-        row["ended"] in (True, False) and row["turns_left_out"] == 0 for row in rows
-    )
+    complete = out.read_bytes()
+    rows = [json.loads(line) for line in complete.splitlines()]
+    assert [row["id"] for row in rows] == ["b", "a", "3"]
+    assert all(row["ended"] in (True, False) and row["turns_left_out"] == 0 for row in rows)
     out.unlink()
-    write, written = generate.write_batch, []
+    write = generate.write_batch
+    batches = []
 
-    def interrupted(model, tokenizer, keys, *rest):
-        if written:
-            raise KeyboardInterrupt
-        written.append(keys)
+    def recorded(model, tokenizer, keys, *rest):
+        batches.append(keys)
         return write(model, tokenizer, keys, *rest)
+
+    def interrupted(*args):
+        if batches:
+            raise KeyboardInterrupt
+        return recorded(*args)
 
     monkeypatch.setattr(generate, "write_batch", interrupted)
     with pytest.raises(SystemExit) as end:
         generate.main([*args, "--batch-size", "2"])
-    assert (
-        end.value.code == 130
-        and "the same command goes on" in capsys.readouterr().err
-        and len(out.read_bytes().splitlines()) == 2
-    )
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert len(out.read_bytes().splitlines()) == 2
     out.write_bytes(out.read_bytes()[:-20])
+    monkeypatch.setattr(generate, "write_batch", recorded)
+    generate.main(args)
+    assert out.read_bytes() == complete and batches == [["a", "3"], ["3", "b"]]
+    # Nothing is left to write, so no model is loaded.
     monkeypatch.setattr(
-        generate,
-        "write_batch",
-        lambda model, tokenizer, keys, *rest: (
-            written.append(keys) or write(model, tokenizer, keys, *rest)
-        ),
+        generate, "load_for_generation", lambda *_: pytest.fail("a model was loaded")
     )
     generate.main(args)
-    assert out.read_bytes() == whole and written == [["a", "3"], ["3", "b"]]
-    monkeypatch.setattr(
-        generate, "load_for_notes", lambda *_: pytest.fail("a model was loaded")
-    )  # nothing is left to write: no model is loaded
-    generate.main(args)
-    assert out.read_bytes() == whole and "pain" not in "".join(capsys.readouterr())
+    assert out.read_bytes() == complete and "pain" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -163,23 +137,24 @@ def test_a_bad_row_ends_with_2_before_a_model_is_loaded(files, monkeypatch, caps
     with open(args[3], "a") as file:
         file.write(line + "\n")
     monkeypatch.setattr(generate, "load_tokenizer", None)
-    said = refused(capsys, *args)
-    assert words in said and args[3] in said and "secret" not in said and not out.exists()
+    message = refused(capsys, *args)
+    assert words in message and args[3] in message and "secret" not in message
+    assert not out.exists()
 
 
 def test_another_adapters_notes_are_not_mixed_in(files, capsys):
     args, out = files
     generate.main(args)
-    kept = out.read_bytes()
+    before = out.read_bytes()
     capsys.readouterr()
-    assert "row 1: written with temperature 0.0, now 0.5" in refused(
-        capsys, *args, "--temperature", "0.5"
-    )
-    assert "row 1: written with strict False, now True" in refused(capsys, *args, "--strict")
+    message = refused(capsys, *args, "--temperature", "0.5")
+    assert "row 1: written with temperature 0.0, now 0.5" in message
+    message = refused(capsys, *args, "--strict")
+    assert "row 1: written with strict False, now True" in message
     rows = open(args[3]).read()
     open(args[3], "w").write(rows.replace("Patient: x", "Patient: y"))
     assert "(id a): its dialogue is not the input's" in refused(capsys, *args)
-    assert out.read_bytes() == kept
+    assert out.read_bytes() == before
     open(args[3], "w").write(rows)
     out.write_text('{"id": "a", "text": 1}\n')
     assert "row 1: was not written by this command" in refused(capsys, *args)
@@ -199,19 +174,16 @@ def test_options_that_make_no_sense_end_with_2(capsys, args, words):
     assert words in refused(capsys, "--adapter", "x", *args)
 
 
-def test_a_dialogue_over_the_context_is_cut_as_in_training(tiny_base):
+def test_a_dialogue_over_the_context_is_shortened_as_in_training(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     long = "\n".join(f"Doctor: question {i}?\nPatient: answer {i}." for i in range(40))
-    fitted = generate.fit_all(tokenizer, {"long": long, "short": "Patient: x"}, 500, 60)
+    fitted = fit_dialogues(tokenizer, {"long": long, "short": "Patient: x"}, 500, 60)
     text, turns = fitted["long"]
-    assert (
-        fitted["short"] == ("Patient: x", 0) and turns > 0 and f"[{turns} turns left out]" in text
-    )
+    assert fitted["short"] == ("Patient: x", 0)
+    assert turns > 0 and f"[{turns} turns left out]" in text
     assert text.startswith("Doctor: question 0?") and text.endswith("Patient: answer 39.")
-    assert (
-        len(generate.prompt_ids(tokenizer, text)) <= 440 < len(generate.prompt_ids(tokenizer, long))
-    )
+    assert len(prompt_ids(tokenizer, text)) <= 440 < len(prompt_ids(tokenizer, long))
     with pytest.raises(ConfigError, match="id one: does not fit"):
-        generate.fit_all(tokenizer, {"one": "Patient: " + "x " * 900}, 500, 60)
+        fit_dialogues(tokenizer, {"one": "Patient: " + "x " * 900}, 500, 60)
     with pytest.raises(ConfigError, match="--max-new-tokens 500"):
-        generate.fit_all(tokenizer, {}, 500, 500)
+        fit_dialogues(tokenizer, {}, 500, 500)
