@@ -397,23 +397,24 @@ def _questions(v: Visit, rng: random.Random, say: Say) -> list[list[str]]:
 def _background_questions(v: Visit, rng: random.Random, say: Say) -> list[list[list[str]]]:
     """Blocks of pairs about history, medicine, allergy and habit, in a random order."""
     if v.year:
-        reply = phrases.OPERATION_REPLY
+        history_replies = phrases.OPERATION_REPLY
     else:
-        reply = phrases.HISTORY_REPLY if v.history else phrases.NO_HISTORY
-    history = [say(phrases.HISTORY_ASK), say(reply)]
+        history_replies = phrases.HISTORY_REPLY if v.history else phrases.NO_HISTORY
+    history = [say(phrases.HISTORY_ASK), say(history_replies)]
     if v.medicine:
         medicine = [say(phrases.MEDICINE_ASK), say(phrases.MEDICINE_REPLY)]
     else:
         medicine = [say(phrases.NO_MEDICINE_ASK), say(phrases.NO_MEDICINE)]
-    reply = phrases.ALLERGY_REPLY if v.allergy else phrases.NO_ALLERGY
-    allergy = [say(phrases.ALLERGY_ASK), say(reply)]
+    allergy_replies = phrases.ALLERGY_REPLY if v.allergy else phrases.NO_ALLERGY
+    allergy = [say(phrases.ALLERGY_ASK), say(allergy_replies)]
     if rng.random() < 0.6:
         blocks = [[[history[0], f"{history[1]} {medicine[1]}"]], [allergy]]
     else:
         blocks = [[history, medicine], [allergy]]
     if v.habit:
         replies = {"smokes": phrases.SMOKER, "drinks": phrases.DRINKER, "does": phrases.NON_SMOKER}
-        habit = [say(phrases.HABIT_ASK), say(replies[v.habit.partition(" ")[0]])]
+        verb = v.habit.partition(" ")[0]
+        habit = [say(phrases.HABIT_ASK), say(replies[verb])]
         if rng.random() < 0.5:
             blocks[-1] = [[f"{allergy[0]} {habit[0]}", f"{allergy[1]} {habit[1]}"]]
         else:

@@ -7,6 +7,7 @@ the logger ends the run by raising `Finished`, and `write_profile` writes a trac
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,9 +31,8 @@ KINDS = [  # of GPU kernels: the first pattern that is in the name
     ("element by element", r"elementwise|vectorized|unrolled|add|mul"),
 ]
 
-TableRow = tuple[
-    str, int | None, float
-]  # name, calls (None: not counted), ms; of all recorded steps
+# Name, calls (None: they are not counted), milliseconds; of all recorded steps together.
+TableRow = tuple[str, int | None, float]
 
 
 def kernel_kind(kernel: str) -> str:
@@ -201,12 +201,12 @@ def _operator_table(profiler, ranges: set[str], step_ms: float) -> list[str]:
     return format_table("operator, without those that it calls", slowest, step_ms)
 
 
-def format_table(title: str, rows: list[TableRow], step_ms: float) -> list[str]:
+def format_table(title: str, rows: Sequence[TableRow], step_ms: float) -> list[str]:
     """The lines of a table under a title. step_ms: of one step, which is 100 %."""
     return ["", f"{title:84} {'a step':>9} {'ms':>9} {'share':>6}", *format_rows(rows, step_ms)]
 
 
-def format_rows(rows: list[TableRow], step_ms: float) -> list[str]:
+def format_rows(rows: Sequence[TableRow], step_ms: float) -> list[str]:
     """A line a row: name, calls a step, ms a step, and its fraction of a step."""
     lines = []
     for name, count, total_ms in rows:
