@@ -41,9 +41,9 @@ def inputs(device: str) -> dict[str, tuple]:
         angle.sin().bfloat16(),
     )
     return {
-        "down": (x, a_s, *drop),
-        "grad_down": (dhs, x, *drop),
-        "up": (dhs, a_s, *drop),
+        "lora_down": (x, a_s, *drop),
+        "grad_lora_a": (dhs, x, *drop),
+        "lora_grad_input": (dhs, a_s, *drop),
         "swiglu": (x, y, lora, lora),
         "swiglu_backward": (x, y, z, lora, lora),
         "rotate": rotary,

@@ -41,7 +41,7 @@ from kernels_check.table import table
 from loop.config.schema import Config, ConfigError
 from loop.kernels import check_results as verdicts_of_loop
 from loop.kernels.attention import packed_attention
-from loop.kernels.fuse import choose_layers
+from loop.kernels.fuse import choose_fused_layers
 from loop.monitor.mfu import utilisation
 from loop.optim.adamw import choose_fused_adamw
 
@@ -443,17 +443,17 @@ def half_dropped(term):
 
 def test_fused_terms():
     for name, args in fused.inputs("cpu").items():
-        term = getattr(loop.kernels, name)
+        term = getattr(loop.kernels.lora_ops, name)
         assert wrong(verdicts(fused.check_term(name, term, args, "cpu"))) == [], name
-    for name in ("down", "up", "swiglu", "swiglu_backward"):
-        broken = half_dropped(getattr(loop.kernels, name))
+    for name in ("lora_down", "lora_grad_input", "swiglu", "swiglu_backward"):
+        broken = half_dropped(getattr(loop.kernels.lora_ops, name))
         assert wrong(
             verdicts(fused.check_term(name, broken, fused.inputs("cpu")[name], "cpu"))
         ) == [f"fused {name}"]
     scaled = lambda *args: tuple(0.9 * part for part in loop.kernels.lora_ops.grad_lora_a(*args))  # noqa: E731
     assert wrong(
-        verdicts(fused.check_term("grad_down", scaled, fused.inputs("cpu")["grad_down"], "cpu"))
-    ) == ["fused grad_down"]
+        verdicts(fused.check_term("grad_lora_a", scaled, fused.inputs("cpu")["grad_lora_a"], "cpu"))
+    ) == ["fused grad_lora_a"]
 
 
 def test_ceilings():
@@ -679,7 +679,7 @@ def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
     )
 
     def chosen(wanted, ranks=here):
-        return choose_layers(
+        return choose_fused_layers(
             Config(base="x", data={"train": "x"}, fused_layers=wanted), torch.bfloat16, ranks
         )
 
@@ -687,7 +687,7 @@ def test_fused_layers_are_passed_over_aloud_or_refused_with_the_row(verdict):
     assert (
         chosen("auto", other_fails)[0] is False and "no such card" in chosen("auto", other_fails)[1]
     )
-    verdict(Row("fused down"), Row("fused rotate", **WRONG))
+    verdict(Row("fused lora_down"), Row("fused rotate", **WRONG))
     assert (
         chosen("auto")[0] is False
         and "fused rotate" in chosen("auto")[1]
