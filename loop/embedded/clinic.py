@@ -396,10 +396,11 @@ def _questions(v: Visit, rng: random.Random, say: Say) -> list[list[str]]:
 
 def _background_questions(v: Visit, rng: random.Random, say: Say) -> list[list[list[str]]]:
     """Blocks of pairs about history, medicine, allergy and habit, in a random order."""
+    history_replies: Sequence[str] = phrases.NO_HISTORY
     if v.year:
         history_replies = phrases.OPERATION_REPLY
-    else:
-        history_replies = phrases.HISTORY_REPLY if v.history else phrases.NO_HISTORY
+    elif v.history:
+        history_replies = phrases.HISTORY_REPLY
     history = [say(phrases.HISTORY_ASK), say(history_replies)]
     if v.medicine:
         medicine = [say(phrases.MEDICINE_ASK), say(phrases.MEDICINE_REPLY)]
