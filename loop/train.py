@@ -118,6 +118,7 @@ def train(
         data = data or load_training_data(config, tokenizer)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
+        lr_at = build_lr_schedule(config, len(plan))  # a function of the step
 
         # 2. All ranks, the run directory, and the checkpoint to resume from (step 0 if none).
         identity = RunIdentity.of(config, tokenizer, examples, plan)
@@ -141,20 +142,18 @@ def train(
         parameters = [p for _, p in trainable_parameters(engine.module)]
         seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has seeds of its own
         checkpointer.restore(engine)  # weights, optimizer state, generators
+        dropout = execution.dropout
         packing, warnings = prepare_engine(
             engine, execution, config, model_config, plan, lengths, ranks
         )
 
         # 4. Observers: watchdog, logs, validation.
         stack.enter_context(Watchdog(run_dir, ranks, config.run))
-        logger = make_logger(
-            config, execution, engine, ranks, state, len(plan), model_config, memory
-        )
-        logger.log_start(data, tokenizer, plan, packing, checkpointer.notes + warnings)
+        logger = make_logger(config, execution, engine, ranks, state, plan, model_config, memory)
+        logger.log_start(data, tokenizer, packing, checkpointer.notes + warnings)
         validator = Validator(config, execution, engine, tokenizer, data, ranks, stop, logger)
 
         # 5. The loop.
-        lr_at, dropout = build_lr_schedule(config, len(plan)), execution.dropout
         stopping = state.validation_due and not validator.run(state)  # the baseline
         for step in range(state.step, len(plan)):
             if stopping or state.diverged:
@@ -195,7 +194,7 @@ def train(
             logger.close({})
             raise TrainingDiverged(checkpointer.diverged_message(state))
         exported = export_result(engine, config, tokenizer, data, execution, stopping, logger)
-        return logger.finish(state, plan, exported, stop)
+        return logger.finish(state, exported, stop)
 
 
 if __name__ == "__main__":  # `python -m loop.train`

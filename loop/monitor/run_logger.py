@@ -47,7 +47,7 @@ class RunLogger:
         engine,
         ranks: Ranks,
         state: TrainState,
-        num_steps: int,
+        plan: BatchPlan,
         model_config,
         memory: PeakMemory,
     ) -> None:
@@ -59,7 +59,8 @@ class RunLogger:
         self.ranks = ranks
         self.folder = config.folder
         self.first_step = state.step
-        self.num_steps = num_steps
+        self.plan = plan
+        self.num_steps = len(plan)
         self.memory = memory
         self.mfu = utilisation(engine.module, model_config, ranks)
         self.timer = StepTimer(ranks.device)
@@ -109,7 +110,6 @@ class RunLogger:
         self,
         data: TrainingData,
         tokenizer,
-        plan: BatchPlan,
         packing: PackingSpec,
         notes: list[str],
     ) -> None:
@@ -127,7 +127,7 @@ class RunLogger:
             f"{len(data.valid):,} of {valid.rows:,} held out"
         )
         self._log_data_reports(data)
-        self._log_plan(data, plan, packing)
+        self._log_plan(data, packing)
         for note in filter(None, notes):
             self.say(note)
         self._write_prompts(data, tokenizer)
@@ -141,9 +141,9 @@ class RunLogger:
         with self._survive_full_disk():
             (self.folder / "data.json").write_text(json.dumps(reports, indent=1))
 
-    def _log_plan(self, data: TrainingData, plan: BatchPlan, packing: PackingSpec) -> None:
+    def _log_plan(self, data: TrainingData, packing: PackingSpec) -> None:
         """The batch arithmetic, the planned learning rate, and a picture of the first step."""
-        max_tokens = self.execution.max_tokens
+        plan, max_tokens = self.plan, self.execution.max_tokens
         rows = max_tokens // self.config.max_seq_len
         world_size = self.ranks.world_size
         text = describe_plan(plan, data.lengths, data.num_targets, self.config, world_size, rows)
@@ -297,9 +297,9 @@ class RunLogger:
                 for key, note in notes.items():
                     self.board.note(step, key, note)
 
-    def finish(self, state: TrainState, plan: BatchPlan, exported: dict, stop: StopRequest) -> dict:
+    def finish(self, state: TrainState, exported: dict, stop: StopRequest) -> dict:
         """Closes the files of a run that ends well, and returns what report.json holds now."""
-        metrics = {"fill": plan.fill} | exported | (state.eval_metrics or {})
+        metrics = {"fill": self.plan.fill} | exported | (state.eval_metrics or {})
         report = self.close(metrics)
         if report and report["steps"] < self.num_steps:
             steps = report["steps"]

@@ -92,7 +92,9 @@ def test_the_folder_tells_what_was_run(trained):
 
 
 def test_no_patients_word_leaves_the_files_it_came_in(trained):
-    """The run's folder is its owner's, and outside the named samples no line of a dialogue or note is in it or on the terminal."""
+    """The run's folder is its owner's, and outside the named samples no line of a dialogue or note
+    is in it or on the terminal.
+    """
     assert stat.S_IMODE(trained.stat().st_mode) == 0o700
     config = load_config(["--config", str(trained / "config.yaml")])
     lines = [
@@ -119,8 +121,8 @@ def test_where_no_terminal_shows_a_bar_there_is_a_line_a_minute(tmp_path, capsys
     config = SimpleNamespace(
         folder=tmp_path, max_grad_norm=1.0, monitor=SimpleNamespace(eval_steps=100)
     )
-    monitor = RunLogger.__new__(RunLogger)
-    vars(monitor).update(
+    logger = RunLogger.__new__(RunLogger)
+    vars(logger).update(
         on=True,
         config=config,
         ranks=SimpleNamespace(device=torch.device("cpu")),
@@ -128,22 +130,24 @@ def test_where_no_terminal_shows_a_bar_there_is_a_line_a_minute(tmp_path, capsys
         num_steps=900,
         tokens=0,
         seconds=0.0,
-        last=0.0,
-        said=0.0,
+        step_started=0.0,
+        last_line=0.0,
         clipped=0,
+        largest_micro_batch=0,
         mfu=lambda *_: {},
         timer=SimpleNamespace(stop=dict),
         scalars=lambda *_: None,
         bar=tqdm(total=900, disable=True),
     )
+    row = SimpleNamespace(input_ids=torch.zeros(1, 12))
+    result = SimpleNamespace(loss=1.5, grad_norm=0.5)
     for step in range(11, 100):  # of 31 seconds each: the second is the first after a minute
         now[0] += 31
-        monitor.step(step, 1.5, 0.5, 1e-4, np.array([5, 7]), 3)
-    said = capsys.readouterr().out.splitlines()
-    assert (
-        len(said) == 44
-        and said[0] == "step 12 of 900: loss 1.5000, norm 0.50, lr 1.00e-04, 0 tokens/s"
-    )
+        state = SimpleNamespace(step=step)
+        logger.log_step(state, result, 1e-4, np.array([5, 7]), 3, [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 44
+    assert lines[0] == "step 12 of 900: loss 1.5000, norm 0.50, lr 1.00e-04, 0 tokens/s"
 
 
 def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):

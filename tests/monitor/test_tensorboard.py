@@ -21,9 +21,12 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
+from loop.checkpoint.train_state import TrainState
 from loop.config.cli import load_config
-from loop.data.batch_plan import plan_batches
+from loop.data.batch_plan import PackingSpec, plan_batches
 from loop.data.conversations import read_split
+from loop.data.dataset import TrainingData
+from loop.data.report import DatasetReport
 from loop.data.tokenization import Example
 from loop.monitor.run_logger import RunLogger
 from loop.monitor.tensorboard import (
@@ -43,22 +46,21 @@ def board(trained):
     return board
 
 
+def last_layout(board) -> tuple[Layout, list[str]]:
+    """The layout that TensorBoard takes, and the tags of its charts."""
+    tensor = board.Tensors("custom_scalars__config__")[-1].tensor_proto
+    layout = Layout.FromString(tensor.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    return layout, [tag for chart in charts for tag in chart.multiline.tag]
+
+
 def test_the_layout_names_what_the_run_wrote_and_all_of_it(board):
     """No tag comes after the last layout. No chart shows perplexity, the loss in other units."""
-    shown = Layout.FromString(
-        board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-    )
-    tags = [
-        tag
-        for category in shown.category
-        for chart in category.chart
-        for tag in chart.multiline.tag
-    ]
+    layout, tags = last_layout(board)
     assert all(tag.startswith("^") and tag.endswith("$") for tag in tags)
-    assert len(tags) == len(set(tags)) and {tag[1:-1] for tag in tags} == set(
-        board.Tags()["scalars"]
-    ) - {"eval/perplexity"}
-    assert [c.title for c in shown.category] == list(CHARTS)
+    assert len(tags) == len(set(tags))
+    assert {tag[1:-1] for tag in tags} == set(board.Tags()["scalars"]) - {"eval/perplexity"}
+    assert [category.title for category in layout.category] == list(CHARTS)
 
 
 def test_charts_without_curves_are_left_out():
@@ -76,13 +78,10 @@ def test_the_phases_of_earlier_versions_are_still_shown():
 def test_clipped_steps_are_counted(trained, board):
     limit = load_config(["--config", str(trained / "config.yaml")]).max_grad_norm
     clipped = np.cumsum([e.value > limit for e in board.Scalars("train/grad_norm")])
-    assert [e.value for e in board.Scalars("train/clipped_steps")] == clipped.tolist() and clipped[
-        -1
-    ] > 0
-    assert [(e.step, e.value) for e in board.Scalars("plan/max_grad_norm")] == [
-        (1, limit),
-        (6, limit),
-    ]
+    assert [e.value for e in board.Scalars("train/clipped_steps")] == clipped.tolist()
+    assert clipped[-1] > 0
+    limits = [(e.step, e.value) for e in board.Scalars("plan/max_grad_norm")]
+    assert limits == [(1, limit), (6, limit)]
 
 
 def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
@@ -91,51 +90,48 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     config.folder.mkdir(parents=True)
     ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
     model = torch.nn.Linear(2, 2)
+    for p in model.parameters():
+        p.ds_numel = p.numel()
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     examples = [Example("a", np.arange(700), np.arange(700))] * 20
     plan = plan_batches([700] * 20, 4096, seed=0)
     assert len(plan) == 4
+    report = DatasetReport(20, 20, [], [], [], 0, False)
+    lengths = np.array([700] * 20)
+    reports = {"train": report, "valid": report}
+    data = TrainingData(examples, [], [], lengths, lengths - 1, None, reports)
+    execution = SimpleNamespace(
+        ds_config={}, description="", max_tokens=4096, estimate_memory=lambda tokens: {}
+    )
+    memory = SimpleNamespace(begin=lambda: None, beside=lambda estimate: "")
+    row = SimpleNamespace(input_ids=torch.zeros(1, 3500))
     for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
-        monitor = RunLogger(config, {}, engine, ranks, first, len(plan), lambda *_: {})
-        monitor.plan(plan, examples, 4, [[plan[0].tolist()]])
-        for step, norm in enumerate(norms, first + 1):
-            monitor.start_step()
-            monitor.step(step, 1.0, norm, 1e-3, np.array([700] * 5), 700)
-        monitor.close({})
+        state = TrainState(config.run, step=first, eval_metrics={})
+        logger = RunLogger(config, execution, engine, ranks, state, plan, None, memory)
+        logger.log_start(data, None, PackingSpec(4096, 1024), [])
+        for step, norm in enumerate(norms, first):
+            logger.start_step(step)
+            state.record(1.0, applied=True)
+            result = SimpleNamespace(loss=1.0, grad_norm=norm)
+            logger.log_step(state, result, 1e-3, np.array([700] * 5), 700, [row])
+        logger.close({})
     board = EventAccumulator(str(config.folder / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/clipped_steps")] == [
-        (1, 1),
-        (2, 1),
-        (3, 1),
-        (4, 2),
-    ]
-    assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4] and [
-        e.step for e in board.Scalars("plan/lr")
-    ] == [1, 2, 3, 4]
-    shown = Layout.FromString(
-        board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-    )
-    tags = {
-        tag[1:-1]
-        for category in shown.category
-        for chart in category.chart
-        for tag in chart.multiline.tag
-    }
-    assert (
-        tags == set(board.Tags()["scalars"])
-        and "plan/lr" in tags
-        and len(board.Images("plan/packed_rows_of_the_first_step")) == 1
-    )
+    clipped = [(e.step, e.value) for e in board.Scalars("train/clipped_steps")]
+    assert clipped == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4]
+    assert [e.step for e in board.Scalars("plan/lr")] == [1, 2, 3, 4]
+    _, patterns = last_layout(board)
+    tags = {pattern[1:-1] for pattern in patterns}
+    assert tags == set(board.Tags()["scalars"]) and "plan/lr" in tags
+    assert len(board.Images("plan/packed_rows_of_the_first_step")) == 1
 
 
 def test_the_configuration_is_there_to_compare_runs_by(trained, board):
     content = board.summary_metadata[SESSION_START_INFO_TAG].plugin_data.content
     start = parse_session_start_info_plugin_data(content)
     assert start.hparams["lr"].number_value == 1e-2 and start.hparams["lora.r"].number_value == 8
-    assert (
-        start.hparams["restart_steps"].string_value == "None"
-        and start.hparams["micro_batch_size"].string_value == "auto"
-    )
+    assert start.hparams["restart_steps"].string_value == "None"
+    assert start.hparams["micro_batch_size"].string_value == "auto"
     assert SESSION_END_INFO_TAG in board.summary_metadata
     assert EXPERIMENT_TAG not in board.summary_metadata, (
         "with a list of columns, TensorBoard would not put those first that differ"
@@ -145,21 +141,9 @@ def test_the_configuration_is_there_to_compare_runs_by(trained, board):
 def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
     args = ["--config", str(config_file)]
     one = flatten_hparams(load_config(args))
-    other = flatten_hparams(
-        load_config(
-            [
-                *args,
-                "micro_batch_size=1",
-                "restart_steps=3",
-                "max_steps=9",
-                "gradient_checkpointing=true",
-                "lr=1",
-                "lora.target_modules=[q_proj]",
-                "data.valid=null",
-                "data.limit=9",
-            ]
-        )
-    )
+    args += ["micro_batch_size=1", "restart_steps=3", "max_steps=9", "gradient_checkpointing=true"]
+    args += ["lr=1", "lora.target_modules=[q_proj]", "data.valid=null", "data.limit=9"]
+    other = flatten_hparams(load_config(args))
     assert one.keys() == other.keys()
     assert all(isinstance(one[k], str) == isinstance(other[k], str) for k in one)
 
@@ -176,11 +160,8 @@ def test_a_packed_row_is_drawn_document_by_document():
     row = picture[-20].tolist()  # through the middle of the band
     pale = [[255 - (255 - c) * 35 // 100 for c in color] for color in COLORS]
     assert row[1:64] == [pale[0]] * 63 and row[64:96] == [list(COLORS[0])] * 32
-    assert (
-        row[96] == [0, 0, 0] == row[0]
-        and row[97:128] == [pale[1]] * 31
-        and row[128:192] == [list(COLORS[1])] * 64
-    )
+    assert row[96] == [0, 0, 0] == row[0]
+    assert row[97:128] == [pale[1]] * 31 and row[128:192] == [list(COLORS[1])] * 64
     assert row[192:] == [list(UNUSED)] * 64
 
 
@@ -205,20 +186,10 @@ def test_memory_is_that_of_the_tensors(trained, board):
         for tag in board.Tags()["scalars"]
         if tag.startswith("memory/")
     }
-    assert set(parts) == {
-        f"{name}_gib"
-        for name in (
-            "frozen_weights",
-            "scales",
-            "trained_weights",
-            "masters",
-            "moments",
-            "gradients",
-        )
-    }
-    assert parts["moments_gib"] == pytest.approx(2 * parts["masters_gib"]) and parts[
-        "gradients_gib"
-    ] == pytest.approx(parts["masters_gib"])
+    names = ["frozen_weights", "scales", "trained_weights", "masters", "moments", "gradients"]
+    assert set(parts) == {f"{name}_gib" for name in names}
+    assert parts["moments_gib"] == pytest.approx(2 * parts["masters_gib"])
+    assert parts["gradients_gib"] == pytest.approx(parts["masters_gib"])
     assert [e.step for e in board.Scalars("memory/masters_gib")] == [1, 3, 6]
 
 
@@ -230,21 +201,18 @@ def test_no_patients_word_is_in_a_tag_or_a_value_beside_the_samples(trained, boa
         for line in c.dialogue.splitlines() + c.note.splitlines()
         if len(line) > 12
     }
-    named = [
-        str(tag) for tags in board.Tags().values() if isinstance(tags, list) for tag in tags
-    ] + list(board.summary_metadata)
-    told = (
-        named
-        + [str(m) for m in board.summary_metadata.values()]
-        + [str(board.Tensors(t)) for t in board.Tags()["tensors"] if "notes/" not in t]
-    )
-    assert len(lines) > 20 and not any(line in text for line in lines for text in told)
+    lists = [tags for tags in board.Tags().values() if isinstance(tags, list)]
+    texts = [str(tag) for tags in lists for tag in tags]
+    texts += board.summary_metadata
+    texts += [str(metadata) for metadata in board.summary_metadata.values()]
+    texts += [str(board.Tensors(tag)) for tag in board.Tags()["tensors"] if "notes/" not in tag]
+    assert len(lines) > 20
+    assert not any(line in text for line in lines for text in texts)
 
 
 def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
-    runs = len(
-        {path.parent for path in trained.parent.rglob("events.out.tfevents.*")}
-    )  # other tests may have left more than the one
+    # Other tests may have left more than the one run.
+    runs = len({path.parent for path in trained.parent.rglob("events.out.tfevents.*")})
     assert runs >= 1
     process = subprocess.Popen(
         [str(ROOT / "launch.sh"), "board", str(trained.parent)],
@@ -254,22 +222,20 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
         text=True,
     )
     try:
-        address, said = process.stdout.readline().partition("#")[0], process.stdout.readline()
-        assert (
-            address.startswith("http://127.0.0.1:")
-            and f"shows {runs} run(s) of {trained.parent}," in said
-        ), said
-        mine = psutil.Process(process.pid)
+        address = process.stdout.readline().partition("#")[0]
+        line = process.stdout.readline()
+        assert address.startswith("http://127.0.0.1:"), line
+        assert f"shows {runs} run(s) of {trained.parent}," in line
+        board = psutil.Process(process.pid)
         listening = [
-            c.laddr.ip
-            for p in (mine, *mine.children(recursive=True))
-            for c in p.net_connections()
-            if c.status == psutil.CONN_LISTEN
+            connection.laddr.ip
+            for p in (board, *board.children(recursive=True))
+            for connection in p.net_connections()
+            if connection.status == psutil.CONN_LISTEN
         ]
         assert listening == ["127.0.0.1"]
-        with urllib.request.urlopen(
-            f"{address}data/plugin/custom_scalars/layout", timeout=60
-        ) as answer:
+        layout = f"{address}data/plugin/custom_scalars/layout"
+        with urllib.request.urlopen(layout, timeout=60) as answer:
             assert [c["title"] for c in json.load(answer)["category"]] == list(CHARTS)
         process.send_signal(2)
         _, errors = process.communicate(timeout=20)
