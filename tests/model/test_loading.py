@@ -1,4 +1,4 @@
-"""The model: what is trainable, that documents of a row don't touch each other in it, and what is refused."""
+"""The model: what is trainable, that documents of a row stay apart in it, what is refused."""
 
 import numpy as np
 import pytest
@@ -114,7 +114,10 @@ def test_a_row_gives_what_its_documents_give_alone(tiny_base):
 
 
 def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
-    """ZeRO-3's are among them: it would gather for the recomputation, and keep what it gathered until the backward pass has ended."""
+    """ZeRO-3's are among them.
+
+    Otherwise it would gather for the recomputation, and keep that until the backward pass ends.
+    """
     model = load_base(tiny_base, torch.float32, "cpu", quantization=None)
     calls = {"layer": 0, "attention": 0}
     use_checkpointing(model)
@@ -131,7 +134,10 @@ def test_a_layer_is_recomputed_inside_of_its_hooks(tiny_base):
 
 
 def test_nf4_weights_are_never_repacked(tiny_base):
-    """bitsandbytes repacks them in place on CPUs with AVX512-BF16 (traps: gradients and shards would be wrong ever after)."""
+    """bitsandbytes repacks them in place on CPUs with AVX512-BF16.
+
+    Gradients and shards would be wrong ever after.
+    """
     model = load_base(tiny_base, torch.bfloat16, "cpu")
     linears = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert len(linears) == 3 * 7 and not any(m.support_avx512bf16_for_cpu for m in linears)
