@@ -310,7 +310,7 @@ def test_flash_attn_of_another_abi(monkeypatch):
         "flash_attn": "missing: flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E",
         "varlen": "missing: needs an NVIDIA GPU",
     }
-    monkeypatch.setattr(loop.backends, "available_backends", lambda device: broken)
+    monkeypatch.setattr(loop.kernels.attention_backends, "available_backends", lambda device: broken)
     found = {row.what: row for row in attention.main()}
     assert (
         found["attention flash_attn"].verdict == "wrong"
@@ -585,8 +585,8 @@ def three_backends(monkeypatch):
         "varlen": "1",
         "sdpa": "1",
     }
-    monkeypatch.setattr(loop.backends, "available_backends", lambda device: found)
-    monkeypatch.setattr(loop.backends, "keeps_documents_apart", lambda *args: True)
+    monkeypatch.setattr(loop.kernels.attention_backends, "available_backends", lambda device: found)
+    monkeypatch.setattr(loop.kernels.attention_backends, "keeps_documents_apart", lambda *args: True)
 
 
 def chosen(wanted="auto"):
