@@ -1,26 +1,32 @@
-"""LoRA's dropout with a mask that belongs to the example, so that neither ranks nor micro-batches change what a step computes.
+"""LoRA's dropout with masks that belong to examples.
 
-torch's own draws from the rank's generator: on another number of ranks an example would meet another mask. Here each document of a row gets
-random bits from a generator seeded with (seed, step, example), drawn once for all LoRA modules: module m reads them from column 16 m on. So
-two modules' masks at the same feature are independent draws, and one is a shifted copy of the other. That needs one mask of a row in
-memory and a hundredth of the random numbers, where torch draws and keeps one for each of the 154 modules of TinyLlama.
+So neither ranks nor micro-batches change what a step computes. torch's dropout draws from the
+rank's generator: on another number of ranks an example would get another mask. Here each document
+of a row gets random bits from a generator seeded with (seed, step, example), drawn once for all
+LoRA modules: module m reads them from column 16 m on. Two modules' masks at the same feature are
+independent draws; one mask is a shifted copy of the other. That needs one mask of a row in memory
+and a hundredth of the random numbers: torch keeps one for each of the 154 modules of TinyLlama.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-APART = 16  # columns between two modules: bytes that a kernel can read at a time
+COLUMN_STEP = 16  # columns between two modules: bytes that a kernel can read at a time
 
 
-class _Masked(torch.autograd.Function):
-    """x * keep * scale in one kernel, which is the one of dropout's own backward pass. x [1, T, F], keep bool [T, F]."""
+class _ApplyMask(torch.autograd.Function):
+    """x * keep * scale in one kernel, which is that of dropout's own backward pass.
+
+    x [1, T, F], keep bool [T, F]. keep is a view of the row's one mask, so nothing is saved for it.
+    """
 
     @staticmethod
     def forward(ctx, x, keep, scale):
-        ctx.keep, ctx.scale = keep, scale  # a view of the row's one mask: nothing is kept for it
+        ctx.keep, ctx.scale = keep, scale
         return torch.ops.aten.native_dropout_backward(x, keep, scale)
 
     @staticmethod
@@ -29,64 +35,95 @@ class _Masked(torch.autograd.Function):
 
 
 class PerExampleDropout(nn.Module):
-    """In the place of one LoRA module's nn.Dropout; `masks` is shared by all. Recomputing a checkpointed layer meets the same mask."""
+    """Replaces one LoRA module's nn.Dropout. A layer that is recomputed meets the same mask.
+
+    masks: shared by all LoRA modules; column: of the mask, where this module's begins.
+    """
 
     def __init__(self, masks: "DropoutMasks", column: int) -> None:
         super().__init__()
-        self.masks, self.column = masks, column
+        self.masks = masks
+        self.column = column
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, T, F] -> [1, T, F]."""
         if not self.training:
             return x
         keep, scale = self.mask(x.shape[-1])
-        return _Masked.apply(x, keep.expand(x.shape), scale)
+        return _ApplyMask.apply(x, keep.expand(x.shape), scale)
 
     def mask(self, width: int) -> tuple[torch.Tensor, float]:
-        """(keep bool [T, width], what a kept number is multiplied by)"""
-        return self.masks.keep[:, self.column : self.column + width], 1 / (1 - self.masks.p)
+        """(keep bool [T, width], the factor of the numbers that are kept)."""
+        keep = self.masks.keep[:, self.column : self.column + width]
+        return keep, 1 / (1 - self.masks.p)
 
 
 class DropoutMasks:
-    """The mask of the micro-batch that is being computed: `keep` bool [T, widest module + 16 for each module]."""
+    """The dropout mask of the current micro-batch, for all LoRA modules together.
+
+    `keep`, bool [T, width], is true where a number is kept; it exists from the first draw on.
+    `width` is 0 in a model without LoRA dropout, else that of `mask_width`.
+    """
+
+    keep: torch.Tensor
 
     def __init__(self, p: float, seed: int, device) -> None:
-        self.p, self.seed, self.device, self.width = p, seed, device, 0
+        self.p = p
+        self.seed = seed
+        self.device = device
+        self.width = 0
         self.generator = torch.Generator(device)
-        self.place = torch.empty(0, 0, dtype=torch.bool, device=device)
+        self.buffer = torch.empty(0, 0, dtype=torch.bool, device=device)  # [most tokens, width]
 
     def reserve(self, tokens: int) -> None:
-        """Rows of up to so many tokens have their mask at one address from now on."""
-        self.place = torch.ones(tokens, self.width, dtype=torch.bool, device=self.device)
-        self.keep = self.place
+        """Allocates the mask [tokens, width]; rows of up to `tokens` share its address from now on.
 
-    def draw(self, step: int, examples: list[int], cu_seqlens: torch.Tensor) -> None:
-        """examples: their numbers, in the order of the row; cu_seqlens: on the CPU. The same arguments give the same bits on the same
-        kind of device. Without LoRA dropout nothing is drawn."""
+        A later row of more tokens allocates a larger one.
+        """
+        self.buffer = torch.ones(tokens, self.width, dtype=torch.bool, device=self.device)
+        self.keep = self.buffer
+
+    def draw(self, step: int, examples: Sequence[int], cu_seqlens: torch.Tensor) -> None:
+        """Draws the mask of a row, in place. Without LoRA dropout nothing is drawn.
+
+        The same arguments give the same bits on the same kind of device.
+        examples: the numbers of the row's examples, in order; cu_seqlens: int [documents + 1] on
+        the CPU, where there may be more documents than examples, which padding adds.
+        """
         if not self.width:
             return
         bounds = cu_seqlens.tolist()
-        if len(self.place) < bounds[-1]:
-            self.reserve(bounds[-1])
-        self.keep = self.place[: bounds[-1]]
+        tokens = bounds[-1]
+        if len(self.buffer) < tokens:
+            self.reserve(tokens)
+        self.keep = self.buffer[:tokens]
         for example, start, end in zip(examples, bounds, bounds[1:]):
-            mixed = np.random.SeedSequence([self.seed, step, example]).generate_state(1, np.uint64)[
-                0
-            ]
-            self.generator.manual_seed(int(mixed) >> 1)  # a signed 64-bit number
+            sequence = np.random.SeedSequence([self.seed, step, example])
+            (state,) = sequence.generate_state(1, np.uint64)
+            self.generator.manual_seed(int(state) >> 1)  # it takes a signed 64-bit number
             self.keep[start:end].bernoulli_(1 - self.p, generator=self.generator)
 
 
+def mask_width(widths: Sequence[int]) -> int:
+    """The columns of a row's mask for LoRA modules with inputs of these widths."""
+    widest = -(-max(widths) // COLUMN_STEP) * COLUMN_STEP
+    return widest + COLUMN_STEP * len(widths)
+
+
 def install_dropout(model: nn.Module, p: float, seed: int, device) -> DropoutMasks:
-    """Puts ExampleDropout in the place of each nn.Dropout of the model's LoRA modules (of which there is none with p = 0)."""
+    """Replaces each nn.Dropout of the model's LoRA modules by PerExampleDropout.
+
+    With p = 0 there is none. Returns the masks, which have to be drawn for each micro-batch.
+    """
     masks = DropoutMasks(p, seed, device)
-    lora: list[Any] = [
-        m
-        for m in model.modules()
-        if any(isinstance(d, nn.Dropout) for d in getattr(m, "lora_dropout", {}).values())
-    ]
-    for number, module in enumerate(lora):
-        module.lora_dropout = nn.ModuleDict(
-            dict.fromkeys(module.lora_dropout, PerExampleDropout(masks, APART * number))
-        )
-        masks.width = max(masks.width, -(-module.in_features // APART) * APART + APART * len(lora))
+    loras: list[Any] = []
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", {}).values()
+        if any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
+            loras.append(module)
+    for number, module in enumerate(loras):
+        dropout = PerExampleDropout(masks, COLUMN_STEP * number)
+        module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, dropout))
+    if loras:
+        masks.width = mask_width([module.in_features for module in loras])
     return masks

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
-from ..kernels.dropout import APART
+from ..kernels.dropout import mask_width
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..optim.adamw import optimizer_spec
 
@@ -326,7 +326,7 @@ def dropout_mask_bytes(config: Config, counts: WeightCounts, tokens: int) -> int
     """Bytes of the dropout mask that all LoRA modules of a micro-batch share."""
     if not counts.widths or not config.lora["lora_dropout"]:
         return 0
-    return tokens * (-(-max(counts.widths) // APART) * APART + APART * len(counts.widths))
+    return tokens * mask_width(counts.widths)
 
 
 def estimate_memory(

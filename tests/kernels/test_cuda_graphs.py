@@ -1,5 +1,8 @@
-"""Layers that are replayed. Graphs themselves need a GPU (test_gpu.py compares whole runs); here a stand-in runs the layer again at each replay,
-with the same fixed places for what goes in and out."""
+"""Decoder layers as CUDA graphs.
+
+Graphs themselves need a GPU (test_gpu.py compares complete runs). Here a stand-in runs the layer
+again at each replay, with the same static inputs and outputs.
+"""
 
 import contextlib
 import copy
@@ -33,7 +36,7 @@ SHAPE = {
 
 
 class Again:
-    """A graph that computes instead of replaying: `work` writes into the places that the capture made."""
+    """A graph that computes instead of replaying: `work` writes into the static outputs."""
 
     def replay(self):
         self.work()
@@ -48,10 +51,9 @@ def stand_in(monkeypatch):
 
         def work():
             with torch.no_grad():
-                self.y.data.copy_(self.plain(self.x, *self.arguments.args, **self.arguments.kwargs))
-                self.dy.fill_(
-                    torch.nan
-                )  # recorded before that was given a place, so it may have worked in the same one
+                self.y.data.copy_(self.run_eagerly(self.x))
+                # It was recorded before dy was allocated, so it may use the same memory.
+                self.dy.fill_(torch.nan)
 
         self.forward_graph.work = work
         return y
@@ -61,11 +63,10 @@ def stand_in(monkeypatch):
 
         def work():
             with torch.enable_grad():
-                y = self.plain(self.x, *self.arguments.args, **self.arguments.kwargs)
-            for place, gradient in zip(
-                self.gradients, torch.autograd.grad(y, [self.x, *self.trained], self.dy)
-            ):
-                place.copy_(gradient)
+                y = self.run_eagerly(self.x)
+            gradients = torch.autograd.grad(y, [self.x, *self.trained], self.dy)
+            for static, gradient in zip(self.gradients, gradients):
+                static.copy_(gradient)
 
         self.backward_graph.work = work
         return dx
@@ -93,11 +94,8 @@ def examples(*lengths: int) -> list[Example]:
 
 def model_with_masks():
     torch.manual_seed(0)
-    return with_lora(
-        LlamaForCausalLM(
-            LlamaConfig(**SHAPE, attn_implementation=ATTENTION_BACKENDS["sdpa"].transformers_name)
-        )
-    )
+    attention = ATTENTION_BACKENDS["sdpa"].transformers_name
+    return with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=attention)))
 
 
 def step(model, masks, batch) -> dict[str, torch.Tensor]:
@@ -105,15 +103,18 @@ def step(model, masks, batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = summed_cross_entropy(model(**batch.model_inputs()).logits, batch.targets)
     loss.backward()
-    return {"loss": loss.detach()} | {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
-    }
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach()} | gradients
+
+
+def close(ours: dict, theirs: dict) -> bool:
+    return all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
 
 
 def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
-    """Rows of several sizes and documents one after the other: loss and every gradient, with dropout."""
+    """Rows of several sizes, one after the other: loss and every gradient, with dropout."""
     model, masks = model_with_masks()
-    plain, plain_masks = copy.deepcopy(model), model_with_masks()[1]
+    plain = copy.deepcopy(model)
     plain_masks = next(m.masks for m in plain.modules() if hasattr(m, "masks"))
     masks.reserve(64)
     replays = []
@@ -124,22 +125,17 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
     for lengths in ((20, 24), (24, 24, 16), (3,), (20, 24)):
         row = collate(examples(*lengths), PACKING)
         ours, theirs = step(model, masks, pad_to(row, 64, 8, 24)), step(plain, plain_masks, row)
-        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
+        assert close(ours, theirs)
     assert len(replays) == 4 * 3
     longer = collate(examples(24, 24, 20), PACKING)  # another size runs as it did
     ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
-    assert (
-        all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-6) for n in theirs)
-        and len(replays) == 4 * 3
-    )
+    assert close(ours, theirs) and len(replays) == 4 * 3
     release_graphs(decoder_layers(model))
-    assert all(
-        torch.equal(theirs[n], value) for n, value in step(plain, plain_masks, longer).items()
-    )
+    again = step(plain, plain_masks, longer)
+    assert all(torch.equal(theirs[n], value) for n, value in again.items())
     with torch.no_grad():
-        assert torch.equal(
-            model.eval()(**row.model_inputs()).logits, plain.eval()(**row.model_inputs()).logits
-        )
+        logits = [m.eval()(**row.model_inputs()).logits for m in (model, plain)]
+    assert torch.equal(*logits)
 
 
 def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
@@ -154,9 +150,8 @@ def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
         step(model, masks, row)
     for p in model.parameters():
         p.data = p.data.clone()
-    assert all(
-        torch.allclose(value, before[name]) for name, value in step(model, masks, row).items()
-    )
+    after = step(model, masks, row)
+    assert all(torch.allclose(value, before[name]) for name, value in after.items())
 
 
 def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
@@ -164,20 +159,22 @@ def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
     masks.reserve(64)
     last = decoder_layers(model)[2]
     call = type(last).__call__
-    last.__class__ = type(
-        "Other",
-        (type(last),),
-        {"__call__": lambda self, x, **kwargs: call(self, x, **kwargs | {"max_seqlen": 12})},
-    )
-    assert (
-        graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
-        == "layers get different arguments"
-    )
+
+    class Other(type(last)):
+        def __call__(self, x, **kwargs):
+            return call(self, x, **kwargs | {"max_seqlen": 12})
+
+    last.__class__ = Other
+    problem = graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    assert problem == "layers get different arguments"
     assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
 
 
 def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatch):
-    """Wrong by 2 % in one weight's gradient, no number in the last layer's; and a capture that fails. The run's generator stays as it is."""
+    """Wrong by 2 % in one weight's gradient, NaN in the last layer's, and captures that fail.
+
+    The run's generator stays as it is.
+    """
     backward = GraphedLayer.capture_backward
 
     def wrong(self, dy, pool):
@@ -204,12 +201,12 @@ def test_a_replay_that_computes_something_else_is_not_taken(stand_in, monkeypatc
         fails: "operation not permitted when stream is capturing",
         refuses: "AssertionError",
     }
-    for capture, said in expected.items():
+    for capture, problem in expected.items():
         monkeypatch.setattr(GraphedLayer, "capture_backward", capture)
         model, masks = model_with_masks()
         masks.reserve(64)
         state = torch.get_rng_state()
-        assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == said
+        assert graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu") == problem
         assert torch.equal(torch.get_rng_state(), state)
         assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
 
@@ -221,15 +218,12 @@ def test_a_row_has_room_for_every_micro_batch_of_the_plan():
     for ids in (plan[s] for s in range(len(plan))):
         row = pad_to(collate(examples(*lengths[ids]), PACKING), tokens, documents, 24)
         bounds = row.cu_seqlens
-        assert (
-            len(bounds) == documents + 1
-            and bounds[-1] == tokens == row.input_ids.shape[1] == row.position_ids.shape[1]
-        )
+        positions = row.position_ids[0]
+        assert len(bounds) == documents + 1
+        assert bounds[-1] == tokens == row.input_ids.shape[1] == len(positions)
         assert (bounds.diff() >= 0).all() and bounds.diff().max() <= 24
         starts = bounds[:-1][bounds.diff() > 0]
-        assert (row.position_ids[0, starts] == 0).all() and (row.position_ids[0] == 0).sum() == len(
-            starts
-        )
+        assert (positions[starts] == 0).all() and (positions == 0).sum() == len(starts)
     for larger in (collate(examples(24, 24, 20), PACKING), collate(examples(*[2] * 9), PACKING)):
         assert pad_to(larger, 64, 8, 24) is larger
 
@@ -244,9 +238,8 @@ def test_the_room_on_several_ranks_is_that_of_the_real_cuts():
         for rank in split_step(plan[step], lengths, 2, PackingSpec(tokens, 2048))
         for part in rank
     ]
-    assert (
-        len(parts) == 2 * len(plan) and tokens < 8.5 * 2048
-    )  # one micro-batch a rank and step, as with the larger capacity
+    # One micro-batch a rank and step, as with the larger capacity.
+    assert len(parts) == 2 * len(plan) and tokens < 8.5 * 2048
     assert max(lengths[part].sum() for part in parts) <= tokens and max(map(len, parts)) < documents
 
 
@@ -255,33 +248,23 @@ def test_the_room_holds_the_longest_example_of_all():
     lengths = np.array([100] * 120_000 + [1000])
     plan = plan_batches(lengths, 4000, 0)
     last = np.flatnonzero(plan.order == 120_000)[0]
-    plan = dataclasses.replace(
-        plan, order=np.roll(plan.order, -last - 1)
-    )  # as the plan's last example
+    # as the plan's last example
+    plan = dataclasses.replace(plan, order=np.roll(plan.order, -last - 1))
     assert padded_shape_of(plan, lengths, 32, 2048, 2048)[0] >= 1000
 
 
 @pytest.fixture(scope="module")
 def on_gpu():
-    """The same model twice on a GPU in bf16, fused, with attention that takes documents' bounds as a tensor."""
-    backend = next(
-        b
-        for b in ("flash_attn", "varlen")
-        if not available_backends("cuda")[b].startswith("missing")
-    )
+    """Makes the same model on a GPU, fused, in bf16, whose attention takes bounds as a tensor."""
+    versions = available_backends("cuda")
+    backend = next(b for b in ("flash_attn", "varlen") if not versions[b].startswith("missing"))
     shape = SHAPE | {"hidden_size": 128, "intermediate_size": 256}
+    attention = ATTENTION_BACKENDS[backend].transformers_name
 
     def make():
         torch.manual_seed(0)
-        model, masks = with_lora(
-            LlamaForCausalLM(
-                LlamaConfig(
-                    **shape, attn_implementation=ATTENTION_BACKENDS[backend].transformers_name
-                )
-            ),
-            torch.bfloat16,
-            device="cuda",
-        )
+        base = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation=attention))
+        model, masks = with_lora(base, torch.bfloat16, device="cuda")
         fuse(decoder_layers(model), False)
         return model, masks
 
@@ -292,29 +275,34 @@ def gpu_step(model, masks, batch) -> dict[str, torch.Tensor]:
     return step(model, masks, batch.to("cuda"))
 
 
+def relative_errors(ours: dict, theirs: dict) -> dict[str, float]:
+    errors = {}
+    for name, wanted in theirs.items():
+        gap = (ours[name].float() - wanted.float()).norm()
+        errors[name] = (gap / wanted.float().norm().clamp_min(1e-6)).item()
+    return errors
+
+
 @pytest.mark.gpu
 def test_real_graphs_replay_rows_with_hundreds_of_empty_documents(on_gpu):
-    """Against the same layers launched kernel by kernel on the row without its fill: bf16, and other sums in attention's backward pass."""
+    """Against the same layers launched kernel by kernel on the row without its padding.
+
+    They differ by bf16 and by other sums in attention's backward pass.
+    """
     (model, masks), (plain, plain_masks) = on_gpu(), on_gpu()
     masks.reserve(1024)
     assert graph_layers(model, decoder_layers(model), (1024, 400), 256, "cuda") is None
     for lengths in ((250, 200), (3,), tuple(range(2, 40)), (256, 256, 256, 256)):
         row = collate(examples(*lengths), PackingSpec(1024, 256))
-        ours, theirs = (
-            gpu_step(model, masks, pad_to(row, 1024, 400, 256)),
-            gpu_step(plain, plain_masks, row),
-        )
-        apart = {
-            n: ((ours[n].float() - t.float()).norm() / t.float().norm().clamp_min(1e-6)).item()
-            for n, t in theirs.items()
-        }
-        assert max(apart.values()) < 2e-2, (lengths, max(apart, key=apart.get), max(apart.values()))
+        ours = gpu_step(model, masks, pad_to(row, 1024, 400, 256))
+        errors = relative_errors(ours, gpu_step(plain, plain_masks, row))
+        assert max(errors.values()) < 2e-2, (lengths, errors)
     release_graphs(decoder_layers(model))
 
 
 @pytest.mark.gpu
 def test_a_capture_that_fails_leaves_the_gpu_usable(on_gpu):
-    """A layer that waits for the GPU can't be recorded; what follows computes as if nobody had tried."""
+    """A layer that waits for the GPU can't be recorded. What follows computes as ever."""
     (model, masks), (plain, plain_masks) = on_gpu(), on_gpu()
     masks.reserve(1024)
     last = decoder_layers(model)[2].mlp
@@ -323,12 +311,8 @@ def test_a_capture_that_fails_leaves_the_gpu_usable(on_gpu):
     stream = torch.cuda.current_stream()
     assert "captur" in graph_layers(model, decoder_layers(model), (1024, 40), 256, "cuda")
     assert torch.cuda.current_stream() == stream
-    assert (
-        torch.randn(9, device="cuda").isfinite().all()
-    )  # refused while the generator takes a capture to be under way
+    # Random numbers are refused while the generator expects a capture.
+    assert torch.randn(9, device="cuda").isfinite().all()
     row = collate(examples(250, 200), PackingSpec(1024, 256))
-    ours, theirs = gpu_step(model, masks, row), gpu_step(plain, plain_masks, row)
-    assert all(
-        ((ours[n].float() - t.float()).norm() / t.float().norm()).item() < 2e-2
-        for n, t in theirs.items()
-    )
+    errors = relative_errors(gpu_step(model, masks, row), gpu_step(plain, plain_masks, row))
+    assert max(errors.values()) < 2e-2, errors

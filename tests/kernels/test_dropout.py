@@ -21,18 +21,19 @@ def mask(
 
 
 def test_a_mask_follows_seed_step_and_example_and_not_the_row():
-    whole = mask(3, [7, 8, 9], [50, 60, 70])
-    assert torch.equal(whole[50:110], mask(3, [8], [60])) and torch.equal(
-        whole[110:], mask(3, [9, 7], [70, 50])[:70]
-    )
-    assert torch.equal(
-        mask(3, [], [1]), torch.ones(1, WIDTH, dtype=torch.bool)
-    )  # a rank without work
+    row = mask(3, [7, 8, 9], [50, 60, 70])
+    assert torch.equal(row[50:110], mask(3, [8], [60]))
+    assert torch.equal(row[110:], mask(3, [9, 7], [70, 50])[:70])
+    # a rank without work
+    assert torch.equal(mask(3, [], [1]), torch.ones(1, WIDTH, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_rate_is_right_and_draws_are_independent(p):
-    """Between examples, steps and seeds, between modules (shifted columns) and tokens: correlations of 120,000 draws are noise."""
+    """Correlations of 120,000 draws are noise.
+
+    Between examples, steps and seeds, between modules (shifted columns) and tokens.
+    """
     one = mask(3, [7], [200], p=p)
     noise = 5 / (one.numel() ** 0.5)
     assert abs(one.float().mean() - (1 - p)) < noise
@@ -45,13 +46,10 @@ def test_the_rate_is_right_and_draws_are_independent(p):
         one.roll(1, 0),
     ]
     for other in others:
-        assert (
-            abs(torch.corrcoef(torch.stack([one.flatten().float(), other.flatten().float()]))[0, 1])
-            < noise
-        )
-    assert (
-        (one.float().mean(0) - (1 - p)).abs() < 6 * (p * (1 - p) / 200) ** 0.5
-    ).all()  # no feature and no token is treated apart
+        both = torch.stack([one.flatten().float(), other.flatten().float()])
+        assert abs(torch.corrcoef(both)[0, 1]) < noise
+    # No feature and no token is treated apart.
+    assert ((one.float().mean(0) - (1 - p)).abs() < 6 * (p * (1 - p) / 200) ** 0.5).all()
     assert ((one.float().mean(1) - (1 - p)).abs() < 6 * (p * (1 - p) / WIDTH) ** 0.5).all()
 
 
@@ -77,10 +75,8 @@ def test_every_module_gets_its_own_columns_and_values_are_those_of_dropout():
     out = model[1].lora_dropout["default"](x)
     assert torch.allclose(out, x * masks.keep[:, 16:48] / 0.75)
     out.sum().backward()
-    assert (
-        torch.allclose(x.grad, masks.keep[:, 16:48].float()[None] / 0.75)
-        and 0 < (x.grad == 0).float().mean() < 0.5
-    )
+    assert torch.allclose(x.grad, masks.keep[:, 16:48].float()[None] / 0.75)
+    assert 0 < (x.grad == 0).float().mean() < 0.5
     model.eval()
     assert model[1].lora_dropout["default"](x) is x
 
