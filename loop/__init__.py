@@ -1,1 +1,1 @@
-"""A hand-written fine-tuning loop: QLoRA under DeepSpeed ZeRO-3, from doctor-patient dialogues to SOAP notes."""
+"""A hand-written fine-tuning loop: QLoRA under DeepSpeed ZeRO-3, from dialogues to SOAP notes."""

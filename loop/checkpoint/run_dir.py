@@ -60,7 +60,7 @@ def open_run_dir(config: Config, ranks: Ranks) -> Iterator[Path]:
 
 
 def _move_aside(run_dir: Path) -> Path:
-    """Renames runs/NAME to the first free one of runs/NAME.1, runs/NAME.2, ..., and returns that."""
+    """Renames runs/NAME to the first free one of runs/NAME.1, runs/NAME.2, ...; returns it."""
     paths = (run_dir.with_name(f"{run_dir.name}.{n}") for n in itertools.count(1))
     return run_dir.rename(next(path for path in paths if not path.exists()))
 

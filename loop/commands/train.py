@@ -1,4 +1,4 @@
-"""The training loop: QLoRA under DeepSpeed ZeRO-3 on packed rows. Read `train_step`, then `_train` from top to bottom."""
+"""`./launch.sh train`: the loop of loop/train.py, its errors as exit codes, and a summary."""
 
 import os
 import sys
@@ -18,22 +18,15 @@ from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
 from ..train import train
 
-FAILED = (
-    FloatingPointError,
-    AuditError,
-    RendezvousError,
-    RankLost,
-    OSError,
-)  # not a mistake in what was typed: exit code 1
+# What ends a run without a mistake in what was typed: exit code 1.
+FAILED = (FloatingPointError, AuditError, RendezvousError, RankLost, OSError)
 
 
 def leave_failed(error: Exception) -> NoReturn:
-    exit_process(
-        1,
-        f"error: {error}"
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, (RendezvousError, RankLost))
-        else "",
-    )
+    """Ends this rank. What all ranks have in common is said by rank 0 alone."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    own = isinstance(error, (RendezvousError, RankLost))
+    exit_process(1, f"error: {error}" if is_main or own else "")
 
 
 def main(argv: list[str] | None = None) -> None:

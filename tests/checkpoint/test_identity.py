@@ -149,7 +149,9 @@ def test_a_tokenizer_is_its_vocabulary_specials_and_template(tiny_base):
 
 
 def test_nothing_is_pickled_and_no_code_of_a_model_is_run():
-    """Read from the syntax tree, so that the docstrings may speak of it. Objects that travel between ranks are JSON (`Ranks.gather`)."""
+    """Read from the syntax tree, so that the docstrings may speak of it. Objects that travel
+    between ranks are JSON (`Ranks.gather`).
+    """
     forbidden = {
         "torch.load",
         "torch.save",
@@ -196,7 +198,9 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(this):
 
 
 def test_a_base_of_the_hub_is_hashed_with_its_weights_from_the_first_run_on(tiny_base, monkeypatch):
-    """Before them, the hash would be of config.json alone, and the same run another one as soon as they are there."""
+    """Before them, the hash would be of config.json alone, and the same run another one as soon as
+    they are there.
+    """
     fetched = []
     monkeypatch.setattr(
         "loop.model.streaming.snapshot_download",

@@ -1,4 +1,6 @@
-"""Every mistake of the configuration is one line that names the key, and comes before anything is loaded."""
+"""Every mistake of the configuration is one line that names the key, and comes before anything is
+loaded.
+"""
 
 import pytest
 import yaml

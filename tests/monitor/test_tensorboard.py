@@ -84,22 +84,30 @@ def test_clipped_steps_are_counted(trained, board):
     assert limits == [(1, limit), (6, limit)]
 
 
+def made_up_data() -> TrainingData:
+    """20 examples of 700 tokens, all of them supervised."""
+    examples = [Example("a", np.arange(700), np.arange(700))] * 20
+    lengths = np.array([700] * 20)
+    report = DatasetReport(20, 20, [], [], [], 0, False)
+    reports = {"train": report, "valid": report}
+    return TrainingData(examples, [], [], lengths, lengths - 1, None, reports)
+
+
+def bare_engine() -> SimpleNamespace:
+    model = torch.nn.Linear(2, 2)
+    for p in model.parameters():
+        p.ds_numel = p.numel()
+    return SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
 def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     """Four steps, then a resume after the second with other norms: TensorBoard shows one run."""
     config = load_config(["--config", str(config_file), "data.valid=null"])
     config.folder.mkdir(parents=True)
     ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
-    model = torch.nn.Linear(2, 2)
-    for p in model.parameters():
-        p.ds_numel = p.numel()
-    engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
-    examples = [Example("a", np.arange(700), np.arange(700))] * 20
-    plan = plan_batches([700] * 20, 4096, seed=0)
+    engine, data = bare_engine(), made_up_data()
+    plan = plan_batches(data.lengths, 4096, seed=0)
     assert len(plan) == 4
-    report = DatasetReport(20, 20, [], [], [], 0, False)
-    lengths = np.array([700] * 20)
-    reports = {"train": report, "valid": report}
-    data = TrainingData(examples, [], [], lengths, lengths - 1, None, reports)
     execution = SimpleNamespace(
         ds_config={}, description="", max_tokens=4096, estimate_memory=lambda tokens: {}
     )
