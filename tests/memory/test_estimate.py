@@ -1,9 +1,10 @@
-"""The memory counted before a run is the memory of the run: against figures by hand, tensors that are alive, and peaks seen on a GPU."""
+"""The memory estimate against figures by hand, tensors that are alive, and peaks seen on a GPU."""
 
 import gc
 import json
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from transformers import AutoConfig
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config
-from loop.memory.estimate import LOADED, STATES, count_weights, estimate_memory, peak_bytes
+from loop.memory.estimate import (
+    LOADED,
+    STATES,
+    RunShape,
+    count_weights,
+    estimate_memory,
+    peak_bytes,
+)
 from loop.memory.measure import PeakMemory
 
 SMALL = {
@@ -44,101 +52,102 @@ def seed_config(**changes) -> Config:
     return Config(base="x", data={"train": "x"}, **changes)
 
 
-def test_components_of_a_small_shape_by_hand():
-    """Two ranks, bf16, two rows of 100 tokens of which 30 have logits; grouped queries, tied embeddings, no dropout."""
-    shape = AutoConfig.for_model(
+def test_components_of_a_small_model_by_hand():
+    """Two ranks, bf16, two rows of 100 tokens of which 30 have logits.
+
+    Grouped queries, tied embeddings, no dropout.
+    """
+    model_config = AutoConfig.for_model(
         "llama", **SMALL | {"num_hidden_layers": 2, "tie_word_embeddings": True}
     )
     config = seed_config(
         max_seq_len=100,
         lora={"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"]},
     )
-    parts = estimate_memory(shape, config, DS, 2, 2, False, True, True, 0.15)
+    run = RunShape(world_size=2, fused=True, supervised_fraction=0.15, dequantized=True)
+    parts = estimate_memory(config, DS, model_config, run, 2, checkpointing=False)
     matrices = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640)
     adapter = 2 * 4 * (256 + 256 + 640 + 256)
     blocks = matrices // 64
+    codebooks = 14 * 4 * (256 + 1 + 16)  # two codes and an offset for each matrix
     assert parts["NF4 codes"] == matrices / 2 / 2
-    assert parts["quantisation state"] == blocks + 4 * blocks / 256 + 14 * 4 * (
-        256 + 1 + 16
-    )  # two codes and an offset for each matrix
+    assert parts["quantisation state"] == blocks + 4 * blocks / 256 + codebooks
     assert parts["16-bit weights"] == 2 * (1000 * 256 + 5 * 256) / 2
     assert parts["dequantised copies"] == 2 * matrices
     assert parts["adapter"] == 2 * adapter / 2
-    assert (parts["fp32 masters"], parts["Adam moments"], parts["gradients, fp32"]) == (
-        2 * adapter,
-        4 * adapter,
-        2 * adapter,
-    )
-    assert parts["gradient bucket"] == 400_000 and parts["dropout mask"] == 0
+    assert parts["fp32 masters"] == 2 * adapter
+    assert parts["Adam moments"] == 4 * adapter
+    assert parts["gradients, fp32"] == 2 * adapter
+    assert parts["gradient bucket"] == 400_000
+    assert parts["dropout mask"] == 0
     of_a_token = 2 * (4 * 256 + 2 * 256 + 2 * 128 + 2 * 640 + 7 * 4) + 4 * 4 + 8
     assert parts["activations"] == 200 * (2 * of_a_token + 4 * 256)
     assert parts["logits"] == 30 * 1000 * (2 + 4 + 4 + 4)
-    assert (
-        parts["gathered weights"] == matrices / 2 + 2 * (1000 * 256 + 5 * 256) + 2 * adapter
-    )  # within the reuse distance: all of it
-    small = estimate_memory(shape, config, DS, 2, 2, True, True, True, 0.15)
-    assert (
-        small["activations"] == 200 * (2 * 2 + 4) * 256
-        and small["activations"] + small["layer in work"] < parts["activations"]
-    )
+    # Within the reuse distance: all of it.
+    assert parts["gathered weights"] == matrices / 2 + 2 * (1000 * 256 + 5 * 256) + 2 * adapter
+    small = estimate_memory(config, DS, model_config, run, 2, checkpointing=True)
+    assert small["activations"] == 200 * (2 * 2 + 4) * 256
+    assert small["activations"] + small["layer in work"] < parts["activations"]
 
 
-def test_the_peaks_that_were_seen_on_an_h200():
-    """TinyLlama's shape, 16,384 tokens of the bench's examples (27 % supervised), one GPU, no checkpointing; GiB allocated at the peak."""
-    for fused, dequantized, seen in ((False, False, 35.3), (True, True, 21.2), (True, False, 19.4)):
-        parts = estimate_memory(
-            tinyllama_shape(),
-            seed_config(),
-            build_ds_config(seed_config()),
-            1,
-            8,
-            False,
-            fused,
-            dequantized,
-            0.27,
-        )
-        assert peak_bytes(parts) / 2**30 == pytest.approx(seen, rel=0.02)
+@pytest.mark.parametrize(
+    ("fused", "dequantized", "seen"),
+    [(False, False, 35.3), (True, True, 21.2), (True, False, 19.4)],
+)
+def test_the_peaks_that_were_seen_on_an_h200(fused, dequantized, seen):
+    """TinyLlama's shape, 16,384 tokens of the bench's examples (27 % supervised), one GPU.
+
+    No checkpointing; GiB allocated at the peak.
+    """
+    config = seed_config()
+    run = RunShape(1, fused, supervised_fraction=0.27, dequantized=dequantized)
+    parts = estimate_memory(config, build_ds_config(config), tinyllama_shape(), run, 8, False)
+    assert peak_bytes(parts) / 2**30 == pytest.approx(seen, rel=0.02)
 
 
-def test_every_way_to_train_is_counted():
-    shape, ds = tinyllama_shape(), build_ds_config(seed_config())
-    qlora, lora, full = (
-        estimate_memory(shape, seed_config(method=m), ds, 1, 1, True, True, False)
-        for m in ("qlora", "lora", "full")
-    )
-    assert qlora["NF4 codes"] + qlora["quantisation state"] < 0.26 * (
-        lora["16-bit weights"] - qlora["16-bit weights"]
-    )
-    assert (
-        full["16-bit weights"] == 0
-        and full["fp32 masters"] == 4 * 1_100_048_384
-        and full["update"] > 0
-    )
-    assert (
-        count_weights(shape, seed_config()).trained
-        and sum(count_weights(shape, seed_config()).trained) == 6_307_840
-    )
-    cpu = ds | {"zero_optimization": ds["zero_optimization"] | {"offload_param": {"device": "cpu"}}}
-    away = estimate_memory(shape, seed_config(), cpu, 1, 1, True, True, False)
-    assert (
-        away["NF4 codes"]
-        == away["16-bit weights"]
-        == away["adapter"]
-        == 0
-        < away["gathered weights"]
-    )
-    fp32 = estimate_memory(
-        shape, seed_config(), ds | {"bf16": {"enabled": False}}, 1, 1, True, True, False
-    )
-    assert (
-        fp32["fp32 masters"] == 0
-        and fp32["adapter"] == 2 * qlora["adapter"]
-        and fp32["NF4 codes"] == qlora["NF4 codes"]
-    )
+def test_every_way_to_train_is_estimated():
+    model_config, ds_config = tinyllama_shape(), build_ds_config(seed_config())
+    run = RunShape(world_size=1, fused=True)
+
+    def estimate(method: str = "qlora", ds_config: dict = ds_config) -> dict[str, int]:
+        return estimate_memory(seed_config(method=method), ds_config, model_config, run, 1, True)
+
+    qlora, lora, full = estimate("qlora"), estimate("lora"), estimate("full")
+    dense_bytes = lora["16-bit weights"] - qlora["16-bit weights"]
+    assert qlora["NF4 codes"] + qlora["quantisation state"] < 0.26 * dense_bytes
+    assert full["16-bit weights"] == 0
+    assert full["fp32 masters"] == 4 * 1_100_048_384
+    assert full["update"] > 0
+    assert sum(count_weights(seed_config(), model_config).trained) == 6_307_840
+    zero = ds_config["zero_optimization"] | {"offload_param": {"device": "cpu"}}
+    offloaded = estimate(ds_config=ds_config | {"zero_optimization": zero})
+    assert offloaded["NF4 codes"] == offloaded["16-bit weights"] == offloaded["adapter"] == 0
+    assert offloaded["gathered weights"] > 0
+    fp32 = estimate(ds_config=ds_config | {"bf16": {"enabled": False}})
+    assert fp32["fp32 masters"] == 0
+    assert fp32["adapter"] == 2 * qlora["adapter"]
+    assert fp32["NF4 codes"] == qlora["NF4 codes"]
+
+
+def test_cuda_graphs_are_for_layers_that_do_not_recompute():
+    config, model_config = seed_config(), tinyllama_shape()
+    ds_config = build_ds_config(config)
+    run = RunShape(world_size=1, fused=True)
+    graphs = replace(run, cuda_graphs=True)
+
+    def estimate(run: RunShape, checkpointing: bool) -> dict[str, int]:
+        return estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
+
+    assert estimate(run, True) == estimate(graphs, True)
+    more = estimate(graphs, False)["activations"] - estimate(run, False)["activations"]
+    assert more == 22 * 2048 * 2048 * 2  # the gradient of each layer's input, bf16
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, among those made under it: what a GPU's allocator would count."""
+    """Counts the bytes of the tensors that are alive, among those made under it.
+
+    That is what a GPU's allocator would count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,196 +156,186 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for storage in (
-            t.untyped_storage()
-            for t in tree_leaves(made)
-            if isinstance(t, torch.Tensor) and not t.is_meta
-        ):
-            if storage.nbytes() and id(storage) not in self.known:
-                self.known.add(id(storage))
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        for t in tree_leaves(made):
+            if isinstance(t, torch.Tensor) and not t.is_meta:
+                self._count(t.untyped_storage())
         self.most = max(self.most, self.now)
         return made
+
+    def _count(self, storage) -> None:
+        if storage.nbytes() and id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
 
     def _gone(self, key: int, size: int) -> None:
         self.known.remove(key)
         self.now -= size
 
 
-def worker(base: str) -> None:
-    """On each rank, for each kind of layers: the bytes of the tensors that are alive after a step, by component, what a forward pass keeps, and
-    the fullest moment of a step."""
+def storage_bytes(tensors) -> int:
+    """Bytes of the different storages."""
+    storages = [t.untyped_storage() for t in tensors if t.numel()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def cached_weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The dequantised copies that the fused layers of a model hold."""
+    from loop.kernels.fused_layers import LoraLinear
+
+    modules = {id(m) for m in module.modules()}
+    linears = [x for x in gc.get_objects() if type(x) is LoraLinear and id(x.module) in modules]
+    return [x.cached_weight for x in linears if x.cached_weight is not None]
+
+
+def live_components(engine, optimizer, masks) -> dict[str, int]:
+    """Bytes of the tensors that are alive after a step, by component."""
+    from loop.optim.adamw import trainable_parameters
+
+    zero = engine.optimizer
+    frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+    quantized = [p for p in frozen if hasattr(p, "quant_state")]
+    states = [s for p in quantized for s in (p.quant_state, p.quant_state.state2)]
+    moments = [t for state in optimizer.optimizer.state.values() for t in state.values()]
+    return {
+        "NF4 codes": storage_bytes(p.ds_tensor for p in quantized),
+        "quantisation state": storage_bytes(t for s in states for t in (s.absmax, s.code)),
+        "16-bit weights": storage_bytes(
+            p.ds_tensor for p in frozen if not hasattr(p, "quant_state")
+        ),
+        "dequantised copies": storage_bytes(cached_weights(engine.module)),
+        "adapter": storage_bytes(p.ds_tensor for _, p in trainable_parameters(engine.module)),
+        "fp32 masters": storage_bytes(zero.fp32_partitioned_groups_flat),
+        "Adam moments": storage_bytes(t for t in moments if torch.is_tensor(t) and t.numel() > 1),
+        "gradients, fp32": storage_bytes([zero.grad_partitions_flat_buffer]),
+        "gradient bucket": storage_bytes(b.buffer for b in zero.ipg_buckets.values()),
+        "dropout mask": storage_bytes([masks.buffer]),
+    }
+
+
+class GatheredWeights:
+    """The most bytes of gathered weights, looked at before and after layers run."""
+
+    def __init__(self, engine, modules) -> None:
+        self.parameters = list(engine.module.parameters())
+        self.most = 0
+        for module in modules:
+            module.register_forward_hook(self.look)
+            module.register_full_backward_pre_hook(self.look)
+
+    def look(self, *_) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        there = [p for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+        self.most = max(self.most, sum(p.numel() * p.element_size() for p in there))
+
+
+def saved_activations(engine, batch, draw) -> int:
+    """Bytes that a forward pass on one rank keeps for the backward pass, weights excluded."""
+    from loop.model.loss import summed_cross_entropy
+
+    frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+    # The weights are the shards themselves.
+    assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in frozen)
+    tensors = [*engine.module.parameters(), *cached_weights(engine.module)]
+    weights = {t.untyped_storage().data_ptr() for t in tensors}
+    saved = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        draw(0)
+        logits = engine(**batch.model_inputs()).logits
+        assert summed_cross_entropy(logits, batch.targets) > 0
+    log_probabilities = TARGETS * logits.shape[-1] * 4  # which the loss keeps
+    return sum(saved.values()) - log_probabilities
+
+
+def measure_case(
+    live: Live, base: str, ranks, fused, dequantized, checkpointing, reuse_distance=10**9
+) -> list:
+    """[fused, checkpointing, seen, parts, alive, resident, highest] of two steps.
+
+    seen: live bytes by component; parts: the estimate; alive: all live bytes after a step, resident
+    by the estimate; highest: live bytes at the fullest moment of the second step.
+    """
     import deepspeed
     import numpy as np
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     from loop.data.batch_plan import PackingSpec
     from loop.data.collate import collate
     from loop.data.tokenization import Example
     from loop.distributed.seeding import seed_everything
-    from loop.distributed.world import init_distributed
     from loop.kernels.dropout import install_dropout
     from loop.kernels.fuse import fuse
     from loop.model.activation_checkpointing import use_checkpointing
     from loop.model.loading import load_model, load_model_config
-    from loop.model.loss import summed_cross_entropy
     from loop.model.structure import decoder_layers
     from loop.optim.adamw import build_optimizer, trainable_parameters
     from loop.train import train_step
     from loop.zero3.replicated import replicate_weights
 
-    ranks, shape, ds = (
-        init_distributed(),
-        load_model_config(base),
-        build_ds_config(seed_config()) | DS,
+    model_config, ds_config = load_model_config(base), build_ds_config(seed_config()) | DS
+    ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
+    config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
+    run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)
+    parts = estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
+    gc.collect()
+    seed_everything(0)
+    model = load_model(config, ds_config, "cpu", "sdpa")
+    masks = install_dropout(model, config.lora["lora_dropout"], 0, "cpu")
+    assert not (fused and fuse(decoder_layers(model), dequantized))
+    if checkpointing:
+        use_checkpointing(model)
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, config), config=ds_config
     )
+    engine.train()
+    if ranks.world_size == 1:
+        replicate_weights(engine, ranks)
+    ids = np.arange(TOKENS, dtype=np.int32) % 900 + 5
+    example = Example("a", ids, np.where(ids < 5 + TARGETS, ids, -100))
+    batch = collate([example], PackingSpec(TOKENS, TOKENS))
+    layers = decoder_layers(engine.module)
+    gathered = GatheredWeights(engine, [*layers, engine.module.get_output_embeddings()])
 
-    def size(tensors) -> int:
-        """Bytes of the different storages."""
-        return sum(
-            {
-                s.data_ptr(): s.nbytes()
-                for t in tensors
-                if t.numel()
-                for s in [t.untyped_storage()]
-            }.values()
-        )
+    def draw(i: int) -> None:
+        masks.draw(0, [0], batch.cu_seqlens)
 
-    def case(
-        fused: bool, dequantized: bool, checkpointing: bool, reuse_distance: int = 10**9
-    ) -> list:
-        ds["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
-        config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
-        parts = estimate_memory(
-            shape,
-            config,
-            ds,
-            ranks.world_size,
-            1,
-            checkpointing,
-            fused,
-            dequantized,
-            TARGETS / TOKENS,
-        )
-        gc.collect()
-        seed_everything(0)
-        model = load_model(config, ds, "cpu", "sdpa")
-        masks = install_dropout(model, config.lora["lora_dropout"], 0, "cpu")
-        assert not (fused and fuse(decoder_layers(model), dequantized))
-        if checkpointing:
-            use_checkpointing(model)
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config), config=ds
-        )
-        engine.train()
-        if ranks.world_size == 1:
-            replicate_weights(engine, ranks)
-        ids = np.arange(TOKENS, dtype=np.int32) % 900 + 5
-        example = Example("a", ids, np.where(ids < 5 + TARGETS, ids, -100))
-        batch = collate([example], PackingSpec(TOKENS, TOKENS))
-        gathered = [0]
+    trained = [p for _, p in trainable_parameters(engine.module)]
+    for _ in range(2):  # ZeRO-3 knows the order of the layers after the first
+        live.most = 0
+        train_step(engine, trained, [batch], TARGETS, 1.0, ranks, draw_dropout=draw)
+    highest = live.most
+    if ranks.world_size > 1:
+        engine.empty_partition_cache()
+    seen = live_components(engine, optimizer, masks)
+    if reuse_distance > 1:
+        # Else the fullest moment is between the hooks: the output layer is put into its shape.
+        seen["gathered weights"] = gathered.most * (ranks.world_size > 1)
+    gc.collect()
+    alive = live.now
+    resident = sum(parts[name] for name in (*LOADED, *STATES, "dropout mask"))
+    if ranks.world_size == 1:
+        seen["activations"] = saved_activations(engine, batch, draw)
+    if fused and not checkpointing:
+        # A CPU's RMSNorm goes through fp32, and attention a document at a time puts its output
+        # together.
+        hidden, num_layers = model_config.hidden_size, model_config.num_hidden_layers
+        parts["activations"] += TOKENS * num_layers * (2 * 2 + 2) * hidden
+    engine.destroy()
+    return [fused, checkpointing, seen, parts, alive, resident, highest]
 
-        def most(*_):
-            there = [
-                p for p in engine.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE
-            ]
-            gathered[0] = max(gathered[0], sum(p.numel() * p.element_size() for p in there))
 
-        for module in (*decoder_layers(engine.module), engine.module.get_output_embeddings()):
-            module.register_forward_hook(most)
-            module.register_full_backward_pre_hook(most)
+def worker(base: str) -> None:
+    """On each rank, for each kind of layers: what `measure_case` returns, a line of JSON each."""
+    from loop.distributed.world import init_distributed
 
-        def draw(i: int) -> None:
-            masks.draw(0, [0], batch.cu_seqlens)
-
-        for _ in range(2):  # ZeRO-3 knows the order of the layers after the first
-            live.most = 0
-            train_step(
-                engine,
-                [p for _, p in trainable_parameters(engine.module)],
-                [batch],
-                TARGETS,
-                1.0,
-                ranks,
-                draw,
-            )
-        highest = live.most
-        engine.empty_partition_cache() if ranks.world_size > 1 else None
-        frozen = [p for p in engine.module.parameters() if not p.requires_grad]
-        four_bit = [p for p in frozen if hasattr(p, "quant_state")]
-        states = [
-            t
-            for p in four_bit
-            for s in (p.quant_state, p.quant_state.state2)
-            for t in (s.absmax, s.code)
-        ]
-        dense = [
-            f.cell_contents
-            for m in engine.module.modules()
-            for f in getattr(getattr(m, "forward", None), "__closure__", None) or ()
-        ]
-        dense = [
-            x.dense
-            for cell in dense
-            if isinstance(cell, list)
-            for x in cell
-            if getattr(x, "dense", None) is not None
-        ]
-        zero = engine.optimizer
-        seen = {
-            "NF4 codes": size(p.ds_tensor for p in four_bit),
-            "quantisation state": size(states),
-            "16-bit weights": size(p.ds_tensor for p in frozen if not hasattr(p, "quant_state")),
-            "dequantised copies": size(dense),
-            "adapter": size(p.ds_tensor for _, p in trainable_parameters(engine.module)),
-            "fp32 masters": size(zero.fp32_partitioned_groups_flat),
-            "Adam moments": size(
-                t
-                for s in optimizer.optimizer.state.values()
-                for t in s.values()
-                if torch.is_tensor(t) and t.numel() > 1
-            ),
-            "gradients, fp32": size([zero.grad_partitions_flat_buffer]),
-            "gradient bucket": size(b.buffer for b in zero.ipg_buckets.values()),
-            "dropout mask": size([masks.place]),
-        }
-        if (
-            reuse_distance > 1
-        ):  # else the fullest moment is between the hooks, when the output layer is put into its shape
-            seen["gathered weights"] = gathered[0] * (ranks.world_size > 1)
-        gc.collect()
-        alive = live.now
-        held = sum(parts[name] for name in (*LOADED, *STATES, "dropout mask"))
-        if ranks.world_size == 1:  # weights are taken up as the shard itself
-            assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in frozen)
-            weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()} | {
-                t.untyped_storage().data_ptr() for t in dense
-            }
-            kept = {}
-
-            def keep(t):
-                if t.untyped_storage().data_ptr() not in weights:
-                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-                return t
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                draw(0)
-                assert (
-                    summed_cross_entropy(engine(**batch.model_inputs()).logits, batch.targets) > 0
-                )
-            seen["activations"] = (
-                sum(kept.values()) - TARGETS * shape.vocab_size * 4
-            )  # the loss keeps logarithms of probabilities
-        if (
-            fused and not checkpointing
-        ):  # a CPU's RMSNorm goes through fp32, and attention a document at a time puts its output together
-            parts["activations"] += (
-                TOKENS * shape.num_hidden_layers * (2 * 2 + 2) * shape.hidden_size
-            )
-        engine.destroy()
-        return [fused, checkpointing, seen, parts, alive, held, highest]
-
+    ranks = init_distributed()
     for settings in (
         (False, False, False),
         (True, False, False),
@@ -344,47 +343,42 @@ def worker(base: str) -> None:
         (True, False, True, 1),
     ):
         with Live() as live:
-            print(json.dumps(case(*settings)))
+            print(json.dumps(measure_case(live, base, ranks, *settings)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_alive_is_what_was_counted(world_size, tiny_base, tmp_path):
+def test_what_is_alive_is_what_was_estimated(world_size, tiny_base, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
-    cases = [
-        json.loads(line)
-        for line in run_ok(world_size, "tests/memory/test_estimate.py", str(tmp_path)).splitlines()
-        if line.startswith("[")
-    ]
+    output = run_ok(world_size, "tests/memory/test_estimate.py", str(tmp_path))
+    cases = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     assert len(cases) == 4
-    for fused, checkpointing, seen, parts, alive, held, highest in cases:
-        print(
-            {name: (size, parts[name]) for name, size in seen.items()},
-            alive,
-            held,
-            highest,
-            peak_bytes(parts),
-        )
+    for fused, checkpointing, seen, parts, alive, resident, highest in cases:
+        peak = peak_bytes(parts)
+        print({name: (size, parts[name]) for name, size in seen.items()})
+        print(alive, resident, highest, peak)
         for name, size in seen.items():
             assert size == pytest.approx(parts[name], rel=0.1), (name, fused, checkpointing)
-        assert alive == pytest.approx(held, rel=0.1)  # nothing else is there
-        assert highest == pytest.approx(peak_bytes(parts), rel=0.1), (fused, checkpointing)
+        assert alive == pytest.approx(resident, rel=0.1)  # nothing else is there
+        assert highest == pytest.approx(peak, rel=0.1), (fused, checkpointing)
 
 
 def test_a_cpu_run_says_how_far_its_rss_rose():
-    measured = PeakMemory(torch.device("cpu"))
+    memory = PeakMemory(torch.device("cpu"))
     first = torch.ones(32 * 2**20)  # 128 MiB that are gone when the steps begin
     del first
-    measured.begin()
-    held = torch.ones(16 * 2**20)  # 64 MiB
-    line = measured.beside(dict.fromkeys(LOADED, 2**30) | {"allocator slack": 7})
-    assert "predicted 5.00 GiB at the peak" in line and "RSS rose" in line
-    assert len(held) and 0.05 < float(line.split("measured ")[1].split(" GiB")[0]) < 0.12
+    memory.begin()
+    second = torch.ones(16 * 2**20)  # 64 MiB
+    line = memory.beside(dict.fromkeys(LOADED, 2**30) | {"allocator slack": 7})
+    assert "predicted 5.00 GiB at the peak" in line
+    assert "RSS rose" in line
+    assert len(second)
+    assert 0.05 < float(line.split("measured ")[1].split(" GiB")[0]) < 0.12
 
 
 if __name__ == "__main__":

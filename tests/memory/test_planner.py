@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
+from loop.memory.estimate import RunShape
 from loop.memory.planner import CONTEXT, choose_micro_batch, plan_memory
 from loop.memory.report import describe_memory, read_gpus, settings_that_fit
 
@@ -29,11 +30,11 @@ def of_seed(**changes) -> tuple[Config, dict]:
 
 
 def test_auto_takes_the_fewest_micro_batches_that_fit():
-    shape = tinyllama_shape()
-
     def chosen(gpus: int, gib: float | None, **changes) -> tuple[int, bool]:
-        config, ds = of_seed(**changes)
-        return choose_micro_batch(config, ds, shape, gpus, gib and int(gib * GIB), True, False)
+        config, ds_config = of_seed(**changes)
+        run = RunShape(world_size=gpus, fused=True)
+        free_bytes = None if gib is None else int(gib * GIB)
+        return choose_micro_batch(config, ds_config, tinyllama_shape(), run, free_bytes)
 
     assert chosen(1, None) == (8, False)  # a CPU
     assert chosen(4, None) == (3, False)
@@ -41,128 +42,113 @@ def test_auto_takes_the_fewest_micro_batches_that_fit():
     assert chosen(1, 12) == (4, False)
     assert chosen(1, 2) == (3, True)  # recompute before giving up
     assert chosen(1, 120, micro_batch_size=3, gradient_checkpointing=True) == (3, True)
+    assert chosen(1, 0.001) == (1, True)  # it does not fit, and comes nearest
+    assert chosen(1, 0.001, gradient_checkpointing=False) == (1, False)
 
 
 def test_what_is_chosen_for_a_memory_fits_it():
-    """The question and the run go by one rule: whatever the memory, nothing larger would have fitted."""
-    config, ds = of_seed()
+    """The plan and the run use one rule: whatever the memory, nothing larger would have fitted."""
+    config, ds_config = of_seed()
     for gib in (4, 8, 16, 24, 40, 80):
-        answer = plan_memory(config, ds, tinyllama_shape(), 1, gib * GIB)
-        assert answer.fits and answer.total <= gib * GIB
-        if answer.rows < 8:
-            more = config.model_copy(
-                update={
-                    "micro_batch_size": answer.rows + 1,
-                    "gradient_checkpointing": answer.checkpointing,
-                    "cache_dequantized_weights": answer.dequantized,
-                }
-            )
-            assert not plan_memory(more, ds, tinyllama_shape(), 1, gib * GIB).fits
+        plan = plan_memory(config, ds_config, tinyllama_shape(), 1, gib * GIB)
+        assert plan.fits and plan.total <= gib * GIB
+        if plan.rows < 8:
+            changes = {
+                "micro_batch_size": plan.rows + 1,
+                "gradient_checkpointing": plan.checkpointing,
+                "cache_dequantized_weights": plan.dequantized,
+            }
+            more = config.model_copy(update=changes)
+            assert not plan_memory(more, ds_config, tinyllama_shape(), 1, gib * GIB).fits
 
 
 @pytest.mark.parametrize("dequantized", ["auto", True])
-def test_ranks_keep_all_weights_where_that_fits_and_nothing_is_recomputed_for_it(dequantized):
-    config, ds = of_seed(cache_dequantized_weights=dequantized)
+def test_weights_are_replicated_where_they_fit_and_nothing_is_recomputed_for_it(dequantized):
+    config, ds_config = of_seed(cache_dequantized_weights=dequantized)
     seen = {}
-    for shape, name in ((tinyllama_shape(), "1"), (LLAMA_70B, "70")):
+
+    def plan(model_config, gib: int, replicate: bool | str):
+        changed = config.model_copy(update={"replicate_weights": replicate})
+        return plan_memory(changed, ds_config, model_config, 2, gib * GIB)
+
+    for model_config, name in ((tinyllama_shape(), "1"), (LLAMA_70B, "70")):
         for gib in (3, 6, 12, 24, 48, 80, 120, 141):
-            answer = plan_memory(config, ds, shape, 2, gib * GIB)
-            parted = plan_memory(
-                config.model_copy(update={"replicate_weights": False}), ds, shape, 2, gib * GIB
-            )
-            whole = plan_memory(
-                config.model_copy(update={"replicate_weights": True}), ds, shape, 2, gib * GIB
-            )
-            assert answer.fits == parted.fits and answer.checkpointing == parted.checkpointing
-            assert answer == (
-                whole if whole.fits and whole.checkpointing == parted.checkpointing else parted
-            )
-            seen[name, gib] = answer.whole
+            auto = plan(model_config, gib, "auto")
+            sharded = plan(model_config, gib, False)
+            replicated = plan(model_config, gib, True)
+            assert auto.fits == sharded.fits
+            assert auto.checkpointing == sharded.checkpointing
+            as_good = replicated.fits and replicated.checkpointing == sharded.checkpointing
+            assert auto == (replicated if as_good else sharded)
+            seen[name, gib] = auto.replicated
     assert seen["1", 24] and not seen["70", 80]
     if dequantized == "auto":
-        assert (
-            seen["70", 141] and not plan_memory(config, ds, LLAMA_70B, 2, 80 * GIB).checkpointing
-        ), "which keeping them would have needed"
+        assert seen["70", 141]
+        # Replicating them would have needed checkpointing.
+        assert not plan(LLAMA_70B, 80, "auto").checkpointing
 
 
 def test_70_billion_weights_on_two_gpus_of_40_gib():
-    """PEFT's documentation reports 36.6 GB a GPU for QLoRA with checkpointing; one GPU can't, and two are the least that can."""
-    config, ds = of_seed(batch_size=4)
-    two = plan_memory(config, ds, LLAMA_70B, 2, 40 * GIB)
+    """One GPU can't, and two are the least that can.
+
+    PEFT's documentation reports 36.6 GB a GPU for QLoRA with checkpointing.
+    """
+    config, ds_config = of_seed(batch_size=4)
+    two = plan_memory(config, ds_config, LLAMA_70B, 2, 40 * GIB)
     assert two.fits and two.checkpointing and not two.dequantized
     assert 30 * GIB < sum(two.parts.values()) - CONTEXT < 40 * GIB
-    one = plan_memory(config, ds, LLAMA_70B, 1, 40 * GIB)
+    one = plan_memory(config, ds_config, LLAMA_70B, 1, 40 * GIB)
     assert not one.fits
-    ways = dict(settings_that_fit(config, ds, LLAMA_70B, 1, 40 * GIB))
-    assert "--gpus 2" in ways and any("offload_param" in typed for typed in ways)
+    proposals = dict(settings_that_fit(config, ds_config, LLAMA_70B, 1, 40 * GIB))
+    assert "--gpus 2" in proposals
+    assert any("offload_param" in typed for typed in proposals)
+
+
+FAST = {"gradient_checkpointing": False, "cache_dequantized_weights": True}
 
 
 @pytest.mark.parametrize(
     ("changes", "gib"),
     [
-        (
-            {
-                "gradient_checkpointing": False,
-                "cache_dequantized_weights": True,
-                "micro_batch_size": 8,
-            },
-            20,
-        ),
-        (
-            {
-                "gradient_checkpointing": False,
-                "cache_dequantized_weights": True,
-                "micro_batch_size": 8,
-            },
-            22,
-        ),
-        (
-            {
-                "gradient_checkpointing": False,
-                "cache_dequantized_weights": True,
-                "micro_batch_size": 1,
-            },
-            5,
-        ),
+        (FAST | {"micro_batch_size": 8}, 20),
+        (FAST | {"micro_batch_size": 8}, 22),
+        (FAST | {"micro_batch_size": 1}, 5),
         ({}, 2.5),
-        ({"fused": False}, 2.5),
+        ({"fused_layers": False}, 2.5),
     ],
 )
 def test_what_is_proposed_makes_it_fit(changes, gib):
     """Each proposal, typed as it stands there."""
-    config, ds = of_seed(**changes)
-    assert not plan_memory(config, ds, tinyllama_shape(), 1, int(gib * GIB)).fits
-    ways = settings_that_fit(config, ds, tinyllama_shape(), 1, int(gib * GIB))
-    assert ways
-    for typed, answer in ways:
-        gpus, ours = 1, ds
-        if found := re.match(r"--gpus (\d+)", typed):
-            gpus = int(found[1])
+    config, ds_config = of_seed(**changes)
+    memory, model_config = int(gib * GIB), tinyllama_shape()
+    assert not plan_memory(config, ds_config, model_config, 1, memory).fits
+    proposals = settings_that_fit(config, ds_config, model_config, 1, memory)
+    assert proposals
+    words = {"true": True, "false": False}
+    for typed, plan in proposals:
+        found = re.match(r"--gpus (\d+)", typed)
+        gpus = int(found[1]) if found else 1
+        typed_ds_config = ds_config
         if "offload_param" in typed:
-            ours = ds | {
-                "zero_optimization": ds["zero_optimization"] | {"offload_param": {"device": "cpu"}}
-            }
-        values = {
-            k: {"true": True, "false": False}.get(v) if v in ("true", "false") else int(v)
-            for k, v in re.findall(r"(\w+)=(\w+)", typed)
-        }
-        again = plan_memory(
-            config.model_copy(update=values), ours, tinyllama_shape(), gpus, int(gib * GIB)
-        )
-        assert again.fits and again == answer, typed
+            zero = ds_config["zero_optimization"] | {"offload_param": {"device": "cpu"}}
+            typed_ds_config = ds_config | {"zero_optimization": zero}
+        settings = re.findall(r"(\w+)=(\w+)", typed)
+        values = {key: words[v] if v in words else int(v) for key, v in settings}
+        typed_config = config.model_copy(update=values)
+        again = plan_memory(typed_config, typed_ds_config, model_config, gpus, memory)
+        assert again.fits and again == plan, typed
         if gpus > 2:
-            assert not plan_memory(
-                config.model_copy(update=values), ours, tinyllama_shape(), gpus - 1, int(gib * GIB)
-            ).fits
+            fewer = plan_memory(typed_config, typed_ds_config, model_config, gpus - 1, memory)
+            assert not fewer.fits
 
 
 def test_a_no_that_nothing_changes_is_said():
-    text, answer = describe_memory(*of_seed(), tinyllama_shape(), 1, int(1.1 * GIB), 0.3)
-    assert (
-        not answer.fits and "of 1.1 GiB: does not fit" in text and "no setting makes it fit" in text
-    )
-    text, answer = describe_memory(*of_seed(), tinyllama_shape(), 4, None, 0.3)
-    assert answer.fits and "fit" not in text.split("total")[1] and "of each of 4 GPU(s)" in text
+    text, plan = describe_memory(*of_seed(), tinyllama_shape(), 1, int(1.1 * GIB), 0.3)
+    assert not plan.fits
+    assert "of 1.1 GiB: does not fit" in text and "no setting makes it fit" in text
+    text, plan = describe_memory(*of_seed(), tinyllama_shape(), 4, None, 0.3)
+    assert plan.fits
+    assert "fit" not in text.split("total")[1] and "of each of 4 GPU(s)" in text
 
 
 def test_what_is_typed():
