@@ -1,9 +1,7 @@
-"""How much of a training set a run remembers: made-up identifiers, planted a known number of times, against ones it never saw.
+"""`evaluate --canaries`: how much of its training data a run memorises.
 
-The measure is the exposure of "The Secret Sharer" (Carlini et al. 2019, arXiv 1802.08232, section 4): a canary is a sentence with a random number
-in it; the trained model ranks it among numbers that were never there; the exposure is log2 of how many there are less log2 of its rank:
-by chance 1.44 bits on average (a rank drawn evenly), log2 of all for a number that is ranked first.
-`./launch.sh evaluate --canaries N [--repeats 1,4,16] [--config FILE] [key=value ...]` trains by the ordinary loop on the planted copy.
+It plants canaries in a copy of the data, trains on that by the ordinary loop, and measures their
+exposure (`evaluation.memorization`).
 """
 
 import re
@@ -16,30 +14,41 @@ from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
 from ..distributed.world import init_distributed
-from ..evaluation.memorization import REFERENCES, measure, prepare, table, times_seen
+from ..evaluation.memorization import (
+    NUM_REFERENCES,
+    exposure_table,
+    measure_exposures,
+    prepare_canary_run,
+    times_seen,
+)
 from ..model.loading import load_tokenizer
 from ..train import train
 from .train import FAILED, leave_failed
 
+NUMBER = r"[1-9]\d{0,3}"
+
+
+def take_canary_options(args: list[str]) -> tuple[int, list[int]]:
+    """(canaries for each number of repeats, the numbers of repeats), taken out of `args`.
+
+    Raises ConfigError.
+    """
+    options = take_options(args, {"--canaries": None, "--repeats": "1,4,16"})
+    count = options["--canaries"]
+    repeats = options["--repeats"]
+    if not re.fullmatch(NUMBER, count) or not re.fullmatch(f"{NUMBER}(,{NUMBER})*", repeats):
+        raise ConfigError(
+            f"--canaries {count} --repeats {repeats}: a whole number, and whole numbers with commas"
+        )
+    return int(count), sorted({int(n) for n in repeats.split(",")})
+
 
 def main(args: list[str]) -> None:
-    """What `evaluate --canaries` does. Raises ConfigError."""
-    options = take_options(args, {"--canaries": None, "--repeats": "1,4,16"})
-    if not re.fullmatch(r"[1-9]\d{0,3}", options["--canaries"]) or not re.fullmatch(
-        r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", options["--repeats"]
-    ):
-        raise ConfigError(
-            f"--canaries {options['--canaries']} --repeats {options['--repeats']}: a whole number, and whole numbers with commas"
-        )
-
+    """Does what `evaluate --canaries` is for. Raises ConfigError."""
+    count, repeats = take_canary_options(args)
     config = load_config(args)
     ranks = init_distributed(config.run)
-    config, canaries = prepare(
-        config,
-        int(options["--canaries"]),
-        sorted({int(n) for n in options["--repeats"].split(",")}),
-        ranks,
-    )
+    config, canaries = prepare_canary_run(config, count, repeats, ranks)
     tokenizer = load_tokenizer(config.base, config.revision)
     seen = times_seen(config, tokenizer, canaries)
     try:
@@ -47,18 +56,15 @@ def main(args: list[str]) -> None:
     except FAILED as error:
         leave_failed(error)
     if report and report["steps"] == report["planned_steps"]:
-        exposures = measure(config, canaries, tokenizer, ranks.device)
-        write_report(
-            config.folder,
-            {
-                "canaries": [
-                    vars(c) | {"seen": n, "exposure": bits}
-                    for c, n, bits in zip(canaries, seen, exposures)
-                ]
-            },
-        )
+        exposures = measure_exposures(config, canaries, tokenizer, ranks.device)
+        rows = [
+            vars(canary) | {"seen": visits, "exposure": bits}
+            for canary, visits, bits in zip(canaries, seen, exposures)
+        ]
+        write_report(config.folder, {"canaries": rows})
         print(
-            f"\nexposure of made-up record numbers, of at most {np.log2(REFERENCES + 1):.0f} bits; 1.44 on average by chance"
+            "\nexposure of made-up record numbers, of at most "
+            f"{np.log2(NUM_REFERENCES + 1):.0f} bits; 1.44 on average by chance"
         )
-        print("\n".join(table(canaries, seen, exposures)))
+        print("\n".join(exposure_table(canaries, seen, exposures)))
     torch.distributed.destroy_process_group()

@@ -1,9 +1,9 @@
-"""How much of a training set a run remembers: made-up identifiers, planted a known number of times, against ones it never saw.
+"""How much of its training data a run memorises: the exposure of planted canaries.
 
-The measure is the exposure of "The Secret Sharer" (Carlini et al. 2019, arXiv 1802.08232, section 4): a canary is a sentence with a random number
-in it; the trained model ranks it among numbers that were never there; the exposure is log2 of how many there are less log2 of its rank:
-by chance 1.44 bits on average (a rank drawn evenly), log2 of all for a number that is ranked first.
-`./launch.sh evaluate --canaries N [--repeats 1,4,16] [--config FILE] [key=value ...]` trains by the ordinary loop on the planted copy.
+The measure is that of "The Secret Sharer" (Carlini et al. 2019, arXiv 1802.08232, section 4). A
+canary is a sentence with a random number in it. The trained model ranks it among numbers that were
+never there. The exposure is log2 of how many they are, less log2 of its rank: 1.44 bits on average
+by chance (a rank drawn evenly), log2 of all for the number ranked first.
 """
 
 import copy
@@ -12,6 +12,7 @@ import json
 import os
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,50 +30,78 @@ from ..model.loading import load_base
 from ..model.lora import attach_adapter
 from ..model.quantization import compute_dtype
 
-DIGITS = 6  # of an identifier: a space of a million
-REFERENCES = 1023  # never-seen numbers that each canary's is ranked among; with it 1,024, so that the exposure ends at 10 bits
+NUM_DIGITS = 6  # of a record number: a million of them
+# Never-seen numbers that each canary's is ranked among: with it 1,024, so an exposure ends at 10.
+NUM_REFERENCES = 1023
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 @dataclasses.dataclass
 class Canary:
-    """A made-up patient's record number, and the ids of the rows that hold it: as many as `repeats`, none for a control."""
+    """A made-up patient's record number, and the ids of the rows that hold it."""
 
     name: str
     number: str
-    repeats: int
+    repeats: int  # the number of rows; 0 for a control
     rows: list[str]
 
     def sentence(self, number: str | None = None) -> str:
+        """The sentence with the canary's number, or with another one."""
         return f" Record number of {self.name}: {number or self.number}."
 
 
 def make_canaries(
     rows: list[Conversation], count: int, repeats: list[int], seed: int
 ) -> list[Canary]:
-    """`count` canaries for each number of repeats and as many controls, each in rows of its own, of the shorter half (with their sentence they
-    shall fit, too). Names and numbers stand nowhere in the rows. Raises ConfigError when there are too few rows."""
-    rng, text = random.Random(seed), "\n".join(f"{c.dialogue}\n{c.note}" for c in rows).lower()
-    shorter = sorted(rows, key=lambda c: len(dialogue_text(c) + note_text(c)))[: len(rows) // 2]
-    if count * sum(repeats) > len(shorter):
+    """`count` canaries for each number of repeats, and as many controls.
+
+    Each is given rows of its own, out of the shorter half, as rows shall fit with their sentence.
+    Names and numbers occur nowhere in the rows. Raises ConfigError when there are too few rows.
+
+    Args:
+        rows: the training data.
+        count: of canaries for each number of repeats.
+        repeats: in how many rows a canary is planted.
+        seed: of names, numbers and rows.
+    """
+    rng = random.Random(seed)
+    text = "\n".join(f"{c.dialogue}\n{c.note}" for c in rows).lower()
+    shorter = sorted(rows, key=_num_characters)[: len(rows) // 2]
+    needed = count * sum(repeats)
+    if needed > len(shorter):
         raise ConfigError(
-            f"--canaries {count} --repeats {','.join(map(str, repeats))}: needs {count * sum(repeats)} rows, and the shorter half of "
-            f"data.train has {len(shorter)}"
+            f"--canaries {count} --repeats {','.join(map(str, repeats))}: needs {needed} rows, "
+            f"and the shorter half of data.train has {len(shorter)}"
         )
-    free, taken, found = rng.sample([c.id for c in shorter], count * sum(repeats)), set(), []
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    free_rows = rng.sample([c.id for c in shorter], needed)
+    names: set[str] = set()
+    canaries = []
     for times in [*repeats, 0] * count:
-        name = number = ""  # which is in every text
-        while name in taken or name.lower() in text or number in text:
-            name = " ".join("".join(rng.sample(syllables, n)).title() for n in (2, 3))
-            number = f"{rng.randrange(10**DIGITS):0{DIGITS}}"
-        taken.add(name)
-        found.append(Canary(name, number, times, [free.pop() for _ in range(times)]))
-    return found
+        name, number = _made_up_patient(rng, names, text)
+        names.add(name)
+        canaries.append(Canary(name, number, times, [free_rows.pop() for _ in range(times)]))
+    return canaries
+
+
+def _num_characters(conversation: Conversation) -> int:
+    return len(dialogue_text(conversation) + note_text(conversation))
+
+
+def _made_up_patient(rng: random.Random, names: set[str], text: str) -> tuple[str, str]:
+    """(name, record number), neither in the lower-case text, the name not in `names`."""
+    while True:
+        name = " ".join("".join(rng.sample(SYLLABLES, n)).title() for n in (2, 3))
+        number = f"{rng.randrange(10**NUM_DIGITS):0{NUM_DIGITS}}"
+        if name not in names and name.lower() not in text and number not in text:
+            return name, number
 
 
 def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
-    """The rows as a source with the columns id, dialogue and soap, the canaries at the end of their notes. The dialogues stay as they were:
-    what only the note says can't be copied from the dialogue, it must be remembered."""
+    """The rows with the columns id, dialogue and soap, canaries at the end of their notes.
+
+    The dialogues stay as they are. What only the note holds can't be copied from the dialogue, so
+    it must be memorised.
+    """
     planted = {row: canary.sentence() for canary in canaries for row in canary.rows}
     return [
         {"id": c.id, "dialogue": c.dialogue, "soap": note_text(c).strip() + planted.get(c.id, "")}
@@ -80,31 +109,33 @@ def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
     ]
 
 
-def prepare(
+def prepare_canary_run(
     config: Config, count: int, repeats: list[int], ranks: Ranks
 ) -> tuple[Config, list[Canary]]:
-    """The configuration of the run on the planted copy, which lies in a folder beside the run's, and the canaries. Every rank must call it."""
-    train, valid = (read_split(config, split)[0] for split in ("train", "valid"))
+    """(the configuration of a run on data with canaries, the canaries). Every rank must call it.
+
+    The data are a copy in a folder beside the run's. Arguments as in `make_canaries`. Raises
+    ConfigError on all ranks.
+    """
+    train = read_split(config, "train")[0]
+    valid = read_split(config, "valid")[0]
     if config.data.weights or any(c.note is None for c in train + valid):
         raise ConfigError(
-            "--canaries needs a dialogue and a note in each row, and data.weights=null, so that it is known how often each is seen"
+            "--canaries needs a dialogue and a note in each row, and data.weights=null, so that it "
+            "is known how often each is seen"
         )
-    canaries, problem = make_canaries(train, count, repeats, config.seed), None
-    config = config.model_copy(
-        update={"run": config.run.model_copy(update={"name": f"{config.run.name}-canaries"})}
-    )
+    canaries = make_canaries(train, count, repeats, config.seed)
+    run = config.run.model_copy(update={"name": f"{config.run.name}-canaries"})
+    config = config.model_copy(update={"run": run})
     folder = config.folder.with_name(f"{config.run.name}-data")
+    problem = None
     if ranks.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)  # it holds a copy of the data
-            for split, rows in (("train", plant(train, canaries)), ("valid", plant(valid, []))):
-                write_atomically(
-                    folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-                )
+            _write_rows(folder, {"train": plant(train, canaries), "valid": plant(valid, [])})
         except OSError as error:
             problem = f"run.dir, run.name: {folder} cannot be written ({error.strerror})"
-    if problem := ranks.all_gather_json(problem)[0]:
+    problem = ranks.all_gather_json(problem)[0]
+    if problem:
         raise ConfigError(problem)
     data = {
         "train": str(folder / "train.jsonl"),
@@ -117,103 +148,124 @@ def prepare(
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), canaries
 
 
+def _write_rows(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """Writes SPLIT.jsonl for each split, in a folder that only its owner can read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # it holds a copy of the data
+    for split, rows in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(folder / f"{split}.jsonl", text)
+
+
 def times_seen(config: Config, tokenizer, canaries: list[Canary]) -> list[int]:
-    """How often the run's plan visits each canary. Raises ConfigError when a planted row is not trained on."""
+    """How often the run's plan visits each canary.
+
+    Raises ConfigError when a row with a canary is not trained on.
+    """
     examples, _ = load_examples(config, tokenizer, "train")
-    if lost := {row for c in canaries for row in c.rows} - {e.id for e in examples}:
+    planted = {row for canary in canaries for row in canary.rows}
+    lost = planted - {example.id for example in examples}
+    if lost:
         raise ConfigError(
-            f"--canaries: id {min(lost)} is longer than max_seq_len={config.max_seq_len} with its canary; raise it"
+            f"--canaries: id {min(lost)} is longer than max_seq_len={config.max_seq_len} with its "
+            "canary; raise it"
         )
+    lengths = np.array([len(example) for example in examples])
     plan = plan_batches(
-        np.array([len(e) for e in examples]),
-        config.tokens_per_step,
-        config.seed,
-        config.epochs,
-        config.max_steps,
+        lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps
     )
     visits = Counter(examples[i].id for i in plan.order)
-    return [sum(visits[row] for row in c.rows) for c in canaries]
+    return [sum(visits[row] for row in canary.rows) for canary in canaries]
 
 
 @torch.no_grad()
 def log_probs(model, rows: list[list[int]], batch_size: int = 32) -> torch.Tensor:
-    """The log-probability of each row of token ids behind what all rows begin with, in nats, float [n]. What they share is computed once."""
-    shared = len(os.path.commonprefix(rows))
-    cache = model(
-        input_ids=torch.tensor([rows[0][: shared - 1]], device=model.device), use_cache=True
-    ).past_key_values
+    """The log-probability of each row of token ids after its common prefix, in nats: float [rows].
+
+    The common prefix of all rows is computed once.
+    """
+    prefix = len(os.path.commonprefix(rows))
+    # The prefix's last token is computed with each row: it predicts the row's first own token.
+    prefix_ids = torch.tensor([rows[0][: prefix - 1]], device=model.device)
+    cache = model(input_ids=prefix_ids, use_cache=True).past_key_values
     found = []
     for start in range(0, len(rows), batch_size):
-        tails = [torch.tensor(row[shared - 1 :]) for row in rows[start : start + batch_size]]
-        ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-1).to(
-            model.device
-        )  # [b, 1 + tail]
-        here = copy.deepcopy(cache)
-        here.batch_repeat_interleave(len(tails))
+        tails = [torch.tensor(row[prefix - 1 :]) for row in rows[start : start + batch_size]]
+        padded = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-1)
+        ids = padded.to(model.device)  # [batch, 1 + tail]
+        batch_cache = copy.deepcopy(cache)
+        batch_cache.batch_repeat_interleave(len(tails))
         logits = model(
-            input_ids=ids[:, :-1].clamp(min=0), past_key_values=here, use_cache=True
+            input_ids=ids[:, :-1].clamp(min=0), past_key_values=batch_cache, use_cache=True
         ).logits.float()
-        each = torch.nn.functional.cross_entropy(
+        losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), ids[:, 1:].long(), ignore_index=-1, reduction="none"
-        )
-        found.append(-each.sum(1).cpu())
+        )  # [batch, tail]
+        found.append(-losses.sum(1).cpu())
     return torch.cat(found)
 
 
 def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: random.Random) -> float:
-    """In bits, from 0 to 10: where the model ranks the canary's number among never-seen ones, behind the dialogue and note of `context`."""
-    others = [n for n in rng.sample(range(10**DIGITS), REFERENCES + 1) if n != int(canary.number)][
-        :REFERENCES
-    ]
-    numbers = [canary.number, *(f"{n:0{DIGITS}}" for n in others)]
-    told = [
-        soap_messages(dialogue_text(context), note_text(context).strip() + canary.sentence(number))
+    """The exposure of a canary in bits, from 0 to 10.
+
+    Args:
+        model: on one device.
+        tokenizer: the model's.
+        canary: its number is ranked among never-seen ones.
+        context: a conversation; the canary's sentence follows its dialogue and note.
+        rng: draws the never-seen numbers.
+    """
+    drawn = rng.sample(range(10**NUM_DIGITS), NUM_REFERENCES + 1)
+    others = [n for n in drawn if n != int(canary.number)][:NUM_REFERENCES]
+    numbers = [canary.number, *(f"{n:0{NUM_DIGITS}}" for n in others)]
+    dialogue = dialogue_text(context)
+    note = note_text(context).strip()
+    conversations = [
+        Conversation("", soap_messages(dialogue, note + canary.sentence(number)))
         for number in numbers
     ]
-    scores = log_probs(
-        model,
-        [
-            e.input_ids.tolist()
-            for e in encode_examples(tokenizer, [Conversation("", messages) for messages in told])
-        ],
-    )
-    return float(np.log2(len(numbers)) - np.log2(int((scores >= scores[0]).sum())))
+    rows = [e.input_ids.tolist() for e in encode_examples(tokenizer, conversations)]
+    scores = log_probs(model, rows)
+    rank = int((scores >= scores[0]).sum())
+    return float(np.log2(len(numbers)) - np.log2(rank))
 
 
-def measure(config: Config, canaries: list[Canary], tokenizer, device) -> list[float]:
-    """The exposure of each canary to the model that the run made, in the context of the shortest held-out conversation."""
-    whole, options = (
-        config.method == "full",
-        {"quantization": config.quantization, "double_quant": config.double_quant},
-    )
-    base = str(config.folder / "model") if whole else config.base
+def measure_exposures(config: Config, canaries: list[Canary], tokenizer, device) -> list[float]:
+    """The exposure of each canary to the model that the run trained, in bits.
+
+    The context is the shortest conversation of the validation split, or of the training rows
+    without a canary where there is no validation split.
+    """
+    full = config.method == "full"
     model = load_base(
-        base, compute_dtype(build_ds_config(config)), device, revision=config.revision, **options
+        str(config.folder / "model") if full else config.base,
+        compute_dtype(build_ds_config(config)),
+        device,
+        revision=config.revision,
+        quantization=config.quantization,
+        double_quant=config.double_quant,
     ).eval()
-    model = model if whole else attach_adapter(model, str(config.folder / "adapter")).eval()
-    planted = {row for c in canaries for row in c.rows}
-    rows = read_split(config, "valid")[0] or [
-        c for c in read_split(config, "train")[0] if c.id not in planted
-    ]
-    context, rng = (
-        min(rows, key=lambda c: len(dialogue_text(c) + note_text(c))),
-        random.Random(config.seed),
-    )
+    if not full:
+        model = attach_adapter(model, str(config.folder / "adapter")).eval()
+    rows = read_split(config, "valid")[0]
+    if not rows:
+        planted = {row for canary in canaries for row in canary.rows}
+        rows = [c for c in read_split(config, "train")[0] if c.id not in planted]
+    context = min(rows, key=_num_characters)
+    rng = random.Random(config.seed)
     return [exposure(model, tokenizer, canary, context, rng) for canary in canaries]
 
 
-def table(canaries: list[Canary], seen: list[int], exposures: list[float]) -> list[str]:
-    """A line for each number of repeats, the never-seen ones first."""
+def exposure_table(canaries: list[Canary], seen: list[int], exposures: list[float]) -> list[str]:
+    """A line for each number of repeats, the controls first. Arguments: one of each canary."""
     lines = ["planted in    seen  canaries  exposure (bits)  lowest .. highest  ranked first"]
-    for times in sorted({c.repeats for c in canaries}):
-        visits, bits = zip(
-            *((n, bits) for c, n, bits in zip(canaries, seen, exposures) if c.repeats == times)
-        )
-        spread, first = (
-            f"{min(bits):>8.2f} .. {max(bits):>5.2f}",
-            bits.count(np.log2(REFERENCES + 1)),
-        )
+    highest = np.log2(NUM_REFERENCES + 1)
+    for repeats in sorted({canary.repeats for canary in canaries}):
+        group = [i for i, canary in enumerate(canaries) if canary.repeats == repeats]
+        visits = np.mean([seen[i] for i in group])
+        bits = [exposures[i] for i in group]
         lines.append(
-            f"{times or 'none':>10}  {np.mean(visits):>6.1f}  {len(bits):>8}  {np.mean(bits):>15.2f}  {spread}  {first:>12}"
+            f"{repeats or 'none':>10}  {visits:>6.1f}  {len(bits):>8}  {np.mean(bits):>15.2f}  "
+            f"{min(bits):>8.2f} .. {max(bits):>5.2f}  {bits.count(highest):>12}"
         )
     return lines

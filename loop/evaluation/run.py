@@ -1,0 +1,156 @@
+"""The evaluation of a split: the loss of the model, and the scores of its notes or of a file's."""
+
+import dataclasses
+from pathlib import Path
+
+import deepspeed
+
+from ..config.deepspeed import build_ds_config
+from ..config.schema import Config, ConfigError
+from ..data.batch_plan import PackingSpec
+from ..data.conversations import read_split
+from ..data.dataset import load_examples
+from ..data.tokenization import Example
+from ..distributed.seeding import seed_everything
+from ..distributed.world import Ranks, init_distributed
+from ..generation.notes_file import read_predictions
+from ..generation.sharded import generate_sharded
+from ..kernels.attention_backends import choose_backend
+from ..model.loading import load_model, load_model_config, load_tokenizer
+from ..model.quantization import compute_dtype
+from ..model.structure import attention_shape
+from .baselines import score_with_baselines
+from .html_report import write_page
+from .loss import example_losses
+from .scoring import Row, as_table, interval, ratio, unsupported
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated on which split."""
+
+    split: str  # "train", "valid" or "test"
+    adapter: str | None = None  # a folder; None: the base alone
+    num_notes: int | None = None  # examples that notes are written for; None: all
+    predictions: str | None = None  # a file whose notes are scored instead, without a model
+    reference: str | None = None  # the column to score against; None: the note's
+    html: str | None = None  # where a page with the notes is written
+
+
+def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
+    """The report of a split on rank 0, {} on the others. Every rank must call it.
+
+    Base and adapter are loaded under ZeRO-3 as in training. The report holds
+
+    - figures: the metrics, as `scoring.summarise` returns them, and the loss,
+    - examples, left out: of the loss, and rows that are no example,
+    - notes: how many were scored,
+    - unsupported: the unsupported facts of each note, by id.
+
+    What needs a model is left out where `predictions` are scored. Raises ConfigError, and
+    AttentionError where the attention that was asked for can't run here.
+    """
+    check_options(config, options)
+    reference_config = with_reference(config, options.reference)
+    conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
+    train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
+    report: dict = {"figures": {}}
+    if options.predictions:
+        ids = list(conversations)[: options.num_notes]
+        notes = read_predictions(options.predictions, ids)
+        ranks = init_distributed(config.run)
+    else:
+        ds_config = build_ds_config(config)
+        tokenizer = load_tokenizer(config.base, config.revision)
+        model_config = load_model_config(config.base, config.revision)
+        examples, dataset_report = load_examples(config, tokenizer, options.split)
+        # The reference column may lack some.
+        sampled = [e for e in examples if e.id in conversations][: options.num_notes]
+        ids = [e.id for e in sampled]
+        ranks = init_distributed(config.run)
+        engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
+        report["examples"] = len(examples)
+        report["left out"] = dataset_report.rows - dataset_report.kept
+        report["figures"]["loss"] = measure_loss(config, engine, examples, ranks)
+        max_new_tokens = config.monitor.sample_max_new_tokens
+        notes = generate_sharded(engine, tokenizer, sampled, max_new_tokens, ranks)
+    if ids:
+        chosen = [conversations[id] for id in ids]
+        rows, metrics = score_with_baselines(chosen, notes, train, ranks)
+        report["notes"] = len(ids)
+        report["figures"] |= metrics
+        report["unsupported"] = list_unsupported(rows)
+        if options.html and ranks.is_main:
+            title = f"{options.split}, {len(ids)} notes"
+            write_page(Path(options.html), title, rows, as_table(report["figures"]))
+    return report if ranks.is_main else {}
+
+
+def check_options(config: Config, options: EvaluationOptions) -> None:
+    """Raises ConfigError where the options don't fit the configuration."""
+    data = config.data
+    is_set = getattr(data, options.split) or (options.split == "valid" and data.valid_fraction)
+    if not is_set:
+        hint = "; --split valid takes the share that was held out" if data.valid_fraction else ""
+        raise ConfigError(f"data.{options.split} is not set{hint}")
+    if options.reference and "messages" in data.columns:
+        raise ConfigError(
+            f"--reference {options.reference}: data.columns maps messages, which hold the note "
+            "already; map dialogue and note"
+        )
+    if options.html and not Path(options.html).resolve().parent.is_dir():
+        raise ConfigError(f"--html {options.html}: there is no such folder")
+
+
+def with_reference(config: Config, reference: str | None) -> Config:
+    """The configuration that reads the column `reference` as the note; notes need no headings."""
+    columns = config.data.columns
+    if reference:
+        columns = columns | {"note": reference}
+    data = config.data.model_copy(update={"columns": columns, "headings": "optional"})
+    return config.model_copy(update={"data": data})
+
+
+def load_engine(config: Config, ds_config: dict, model_config, adapter: str | None, ranks: Ranks):
+    """A ZeRO-3 engine with the base and an adapter. Every rank must call it.
+
+    Args:
+        config: of the run.
+        ds_config: of `build_ds_config`.
+        model_config: the base's transformers configuration.
+        adapter: a folder, or None for the base with a new adapter, which changes no output.
+        ranks: all of them.
+    """
+    seed_everything(
+        config.seed
+    )  # equal on all ranks, of which each holds a shard of LoRA's weights
+    backend, _ = choose_backend(
+        config.attention, ranks.device, compute_dtype(ds_config), attention_shape(model_config)
+    )
+    model = load_model(config, ds_config, ranks.device, backend, adapter=adapter)
+    return deepspeed.initialize(model=model, config=ds_config)[0]
+
+
+def measure_loss(
+    config: Config, engine, examples: list[Example], ranks: Ranks
+) -> dict[str, float | None]:
+    """The token-weighted loss in nats, with its interval, as a metric of a report."""
+    rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    packing = PackingSpec(rows * config.max_seq_len, config.max_seq_len)
+    losses = example_losses(engine, examples, packing, ranks)
+    assert losses is not None  # there is no StopRequest that could have interrupted it
+    low, high = interval(losses)
+    return {"value": ratio(losses), "low": low, "high": high}
+
+
+def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:
+    """{id: the distinct facts of its note that the dialogue does not support}, where there are any.
+
+    A fact is written as "kind: value".
+    """
+    found = {}
+    for row in rows:
+        facts = sorted({f"{fact.kind}: {fact.value}" for fact in unsupported(row)})
+        if facts:
+            found[row.id] = facts
+    return found
