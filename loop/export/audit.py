@@ -275,7 +275,7 @@ def audit_run(config: Config) -> str:
     noted = json.loads(report.read_text()).get("audit") if report.is_file() else None
     if not noted:
         raise ConfigError(
-            f"{report}: notes no loss to compare with; the files are whole. Train with "
+            f"{report}: notes no loss to compare with; the files are complete. Train with "
             "run.export_check_examples above 0"
         )
     split = "valid" if noted["split"] == "valid" else "train"

@@ -105,8 +105,10 @@ def merge(
     with atomic_folder(Path(out)) as folder:
         check_free_space(out, folder, sum(sizes.values()))
         for file, names in shards.filename_to_tensors.items():
-            tensors = {name: merged(name) for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            # Without a name for the tensors: they must be freed before the next file's are made.
+            save_file(
+                {name: merged(name) for name in names}, folder / file, metadata={"format": "pt"}
+            )
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -1,4 +1,7 @@
-"""An adapter that is not the one that was trained is found, whichever way it was spoilt; the right one gives the run's loss to a stranger."""
+"""An adapter that is not the one that was trained is found, whichever way it was spoilt.
+
+The right one gives the run's loss to a stranger.
+"""
 
 import json
 import shutil
@@ -137,42 +140,36 @@ def test_each_fault_of_the_configuration_is_found(run, file, changes, words):
 
 
 def test_a_finished_run_has_been_audited(trained):
-    """The fixture's run asked a fresh process for the loss: transformers and PEFT, packed by nobody, NF4 quantised anew."""
+    """The fixture's run asked a new process for the loss: no packing, and NF4 quantised anew."""
     report = json.loads((trained / "report.json").read_text())
     noted = report["audit"]
     assert noted["examples"] == 5 and noted["fresh"] == pytest.approx(noted["loss"], rel=5e-3)
-    assert noted["loss"] == pytest.approx(
-        report["eval/loss"], rel=1e-3
-    )  # here the sample is all of data.valid
-    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][0][
-        "eval/loss"
-    ]
+    # Here the sample is all of data.valid.
+    assert noted["loss"] == pytest.approx(report["eval/loss"], rel=1e-3)
+    first_line = (trained / "metrics.jsonl").read_text().splitlines()[0]
+    before = json.loads(first_line)["eval/loss"]
     assert noted["fresh"] < 0.97 * before  # an adapter that does nothing would give the first loss
     assert "in a fresh process with PEFT alone" in (trained.parent / "stdout").read_text()
     says = json.loads((trained / "adapter" / "trained.json").read_text())
-    assert (
-        says["storage"] == "nf4"
-        and says["method"] == "qlora"
-        and says["double_quant"] is True
-        and says["revision"] is None
-    )
-    assert (
-        "import loop"
-        not in (source := Path(audit.__file__).with_name("standalone_loss.py").read_text())
-        and "from ." not in source
-    )
+    assert says["storage"] == "nf4" and says["method"] == "qlora"
+    assert says["double_quant"] is True and says["revision"] is None
+
+
+def test_the_standalone_process_gets_nothing_of_this_project():
+    source = Path(audit.__file__).with_name("standalone_loss.py").read_text()
+    assert "import loop" not in source and "from loop" not in source and "from ." not in source
 
 
 def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
-    """The files are as they should be for all that a hash can tell; it is the function that is another one."""
-    monkeypatch.setattr(
-        audit,
-        "standalone_loss",
-        lambda folder, examples, device, timeout: loss_of(
-            str(folder), device, [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
-        ),
-    )
-    folder, report = run.folder / "adapter", json.loads((run.folder / "report.json").read_text())
+    """The files are right for all that a hash can tell; the function is another one."""
+
+    def in_this_process(folder, examples, device, timeout):
+        rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
+        return loss_of(str(folder), device, rows)
+
+    monkeypatch.setattr(audit, "standalone_loss", in_this_process)
+    folder = run.folder / "adapter"
+    report = json.loads((run.folder / "report.json").read_text())
     examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
     assert (
         audit_loss(folder, examples, report["audit"]["loss"], "cpu")["fresh"]
@@ -188,9 +185,8 @@ def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
 def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
     examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
     late = audit_loss(run.folder / "adapter", examples, 1.0, "cpu", timeout=0.01)
-    assert late[
-        "fresh"
-    ] == "TimeoutExpired" and "was not measured (TimeoutExpired)" in audit.describe_audit(late)
+    assert late["fresh"] == "TimeoutExpired"
+    assert "was not measured (TimeoutExpired)" in audit.describe_audit(late)
     for code, name, said in (
         (-9, "", "signal 9"),
         (1, "torch.OutOfMemoryError: no", "not enough memory"),

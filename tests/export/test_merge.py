@@ -1,9 +1,13 @@
-"""The merged model is the adapted one, in a folder that others load; what can't be merged is refused before anything is written."""
+"""The merged model is the adapted one, in a folder that others load.
+
+What can't be merged is refused before anything is written.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,9 +97,13 @@ def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
 
 @pytest.mark.parametrize("into", merging.WAYS)
 def test_every_weight_is_the_rounded_sum(trained, tiny_base, tmp_path, into):
-    """Bit for bit: what transformers loads or dequantises, plus B A scale, added in fp32 and rounded once; the rest of the base as it was."""
+    """Bit for bit: what transformers loads or dequantises, plus B A scale, rounded once from fp32.
+
+    The rest of the base is as it was.
+    """
     merged = tensors(merge(str(trained / "adapter"), str(tmp_path / "m"), into=into))
-    model = load_base(tiny_base, torch.bfloat16, "cpu", quantization="nf4" if into == "nf4" else None)
+    quantization = "nf4" if into == "nf4" else None
+    model = load_base(tiny_base, torch.bfloat16, "cpu", quantization=quantization)
     base = (model.dequantize(dtype=torch.bfloat16) if into == "nf4" else model).state_dict()
     lora = load_file(trained / "adapter" / "adapter_model.safetensors")
     assert merged.keys() == tensors(tiny_base).keys()
@@ -104,16 +112,16 @@ def test_every_weight_is_the_rounded_sum(trained, tiny_base, tmp_path, into):
         key = f"base_model.model.{name.removesuffix('.weight')}"
         expected = base[name]
         if f"{key}.lora_A.weight" in lora:
-            delta = (
-                lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float() * 2.0
-            )  # lora_alpha 16, r 8
-            expected, adapted = (expected.float() + delta).bfloat16(), adapted + 1
+            product = lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float()
+            delta = product * 2.0  # lora_alpha 16, r 8
+            expected = (expected.float() + delta).bfloat16()
+            adapted += 1
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected), name
     assert adapted == 7 * 3
 
 
 def test_bases_and_merged_models_may_be_sharded(trained, tiny_base, tmp_path, monkeypatch):
-    """The same tensors, whatever the files; and never more in memory than one of the files to be written."""
+    """The same tensors, whatever the files; and never more in memory than one of the new files."""
     whole = tensors(merge(str(trained / "adapter"), str(tmp_path / "whole")))
     AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(
         tmp_path / "base", max_shard_size="100KB"
@@ -122,21 +130,26 @@ def test_bases_and_merged_models_may_be_sharded(trained, tiny_base, tmp_path, mo
         shutil.copy(path, tmp_path / "base")
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "trained.json").unlink()  # it knows the base by its files
-    held, save = [], merging.save_file
-    monkeypatch.setattr(
-        merging,
-        "save_file",
-        lambda t, *a, **k: held.append(sum(2 * x.numel() for x in t.values())) or save(t, *a, **k),
-    )
+    sizes, saved = [], []
+    save, merge_tensor = merging.save_file, merging.merge_tensor
+
+    def save_file(tensors, *args, **options):
+        saved.extend(weakref.ref(tensor) for tensor in tensors.values())
+        sizes.append(sum(2 * tensor.numel() for tensor in tensors.values()))
+        save(tensors, *args, **options)
+
+    def merge_when_freed(*args):
+        assert not any(tensor() is not None for tensor in saved)
+        return merge_tensor(*args)
+
+    monkeypatch.setattr(merging, "save_file", save_file)
+    monkeypatch.setattr(merging, "merge_tensor", merge_when_freed)
     monkeypatch.setattr(merging, "FILE_BYTES", 1)
     out = merge(str(tmp_path / "adapter"), str(tmp_path / "m"), str(tmp_path / "base"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     total = sum(2 * t.numel() for t in whole.values())
-    assert (
-        len(set(index["weight_map"].values())) == len(held) > 2
-        and max(held) <= total / 3
-        and index["metadata"]["total_size"] == total
-    )
+    assert len(set(index["weight_map"].values())) == len(sizes) > 2
+    assert max(sizes) <= total / 3 and index["metadata"]["total_size"] == total
     assert {path.name for path in out.glob("*.safetensors")} == set(index["weight_map"].values())
     sharded = tensors(out)
     assert sharded.keys() == whole.keys() == index["weight_map"].keys() and all(

@@ -33,10 +33,11 @@ def test_the_seed_configuration_trains_6307840_parameters():
 
 def documents(seed: int, lengths=(30, 50, 20)) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [
-        Example(str(i), ids := rng.integers(5, 300, n).astype(np.int32), ids.copy())
-        for i, n in enumerate(lengths)
-    ]
+    examples = []
+    for i, length in enumerate(lengths):
+        ids = rng.integers(5, 300, length).astype(np.int32)
+        examples.append(Example(str(i), ids, ids.copy()))
+    return examples
 
 
 @pytest.mark.parametrize(
