@@ -81,7 +81,7 @@ def _check_numbers(ds_config: dict[str, Any], path: Path, config: Config) -> Non
             "clipping gets copies of them only"
         )
     for key in QUANTIZED_WEIGHTS:
-        if zero.get(key) and config.method == "qlora":
+        if zero.get(key) and config.quantization:
             raise ConfigError(
                 f"{path.name}: {key} (qwZ) would round NF4 codes as if they were numbers"
             )

@@ -1,9 +1,9 @@
 """A quantised base loaded straight into its ZeRO-3 shards, one module at a time.
 
-transformers partitions while it loads only what is not quantised. Of a quantised base each rank
-would first hold all weights (35 GB for 70 billion) before the engine shards them. Here a rank reads
-the tensors of one module, quantises them, keeps its shard and drops the rest. At its peak it holds
-its shards, the quantisation states, which are never sharded, and one module. The model is bit for
+transformers partitions only plain weights while it loads. Each rank would hold all weights of a
+quantised base (35 GB for 70 billion) before the engine shards them. Here a rank reads the tensors
+of one module, quantises them, keeps its shard and drops the rest. At its peak it holds its shards,
+the quantisation states, which are never sharded, and one module. The model is bit for
 bit the one that transformers loads. All ranks of a machine map the same files, so each byte comes
 from the disk once a machine.
 """
