@@ -1,4 +1,7 @@
-"""`python -m kernels_check [--json FILE]`: every check, one table. Exit 0 where QLoRA training can start, 1 where it can't."""
+"""`python -m kernels_check [--json FILE]`: every check, one table.
+
+The exit code is 0 where QLoRA training can start, 1 where it can't.
+"""
 
 import argparse
 import json
@@ -8,33 +11,30 @@ from pathlib import Path
 
 from kernels_check.run import run_all
 from kernels_check.table import table
-from loop.kernels import check_results as verdicts
+from loop.kernels import check_results
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_check", description=__doc__.splitlines()[0]
-    )
+    description = "Every check, one table. Exit 0 where QLoRA training can start, 1 where it can't."
+    parser = argparse.ArgumentParser(prog="python -m kernels_check", description=description)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
-    target, start = parser.parse_args().json, time.perf_counter()
+    json_path = parser.parse_args().json
+    start = time.perf_counter()
     rows = run_all()
     print(table(rows))
     blocking = [row.what for row in rows if row.blocks()]
-    verdict = (
-        f"QLoRA training can't start: {', '.join(blocking)}"
-        if blocking
-        else "QLoRA training can start"
-    )
+    if blocking:
+        summary = f"QLoRA training can't start: {', '.join(blocking)}"
+    else:
+        summary = "QLoRA training can start"
     try:
-        kept = f"The loop will go by this table, kept in {verdicts.save(map(asdict, rows))}"
+        saved = f"The loop will go by this table, kept in {check_results.save(map(asdict, rows))}"
     except OSError as error:
-        kept = f"The loop will not know: {error}"
-    print(f"\n{verdict} ({time.perf_counter() - start:.0f} s). {kept}")
-    if target:
-        target.write_text(
-            json.dumps({"can_start": not blocking, "rows": [asdict(row) for row in rows]}, indent=1)
-            + "\n"
-        )
+        saved = f"The loop will not know: {error}"
+    print(f"\n{summary} ({time.perf_counter() - start:.0f} s). {saved}")
+    if json_path:
+        report = {"can_start": not blocking, "rows": [asdict(row) for row in rows]}
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if blocking else 0
 
 

@@ -1,7 +1,8 @@
-"""What the machine can do at all: bf16 matrix rate and memory bandwidth, on random data, medians of five.
+"""What the machine can do at all: bf16 matrix rate and memory bandwidth, on random data.
 
-In the field: a GPU that is power-capped, shared or throttled trains at half its speed and nothing says so; zeros as data draw
-less power and flatter the rate by a fifth. MFU and the plan for a run want these figures, not those of the data sheet.
+In the field: a GPU that is power-capped, shared or throttled trains at half its speed and nothing
+tells. Zeros as data draw less power and flatter the rate by a fifth. The MFU and the plan for a run
+need these rates, not those of the data sheet.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,28 +14,36 @@ from kernels_check.table import emit
 
 
 def check_matrix_rate(device: str, matmul: Callable = torch.mm) -> Iterator[Row]:
-    """TFLOP/s of a square bf16 product, fp32 as reference: "slow" where bf16 has less than half the rate of fp32 (emulated)."""
+    """TFLOP/s of a square bf16 product; its error is against fp32.
+
+    "slow" where bf16 has less than half the rate of fp32: it is emulated.
+    """
     size = 8192 if device == "cuda" else 1024
+    flops = 2 * size**3
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     a16, b16 = a.bfloat16(), b.bfloat16()
     error = relative_error(matmul(a16, b16), a16.float() @ b16.float())
-    rate = 2 * size**3 / best_seconds(lambda: matmul(a16, b16), device) / 1e12
-    plain = 2 * size**3 / best_seconds(lambda: a @ b, device) / 1e12
+    bf16_rate = flops / best_seconds(lambda: matmul(a16, b16), device) / 1e12
+    fp32_rate = flops / best_seconds(lambda: a @ b, device) / 1e12
     yield judge(
         "bf16 matrix product",
-        f"fp32 {plain:.3g} TFLOP/s",
+        f"fp32 {fp32_rate:.3g} TFLOP/s",
         error,
         1e-2,
         "bf16 is emulated or throttled here",
-        speed=rate,
-        slowest=plain / 2,
+        speed=bf16_rate,
+        slowest=fp32_rate / 2,
         unit="TFLOP/s",
     )
 
 
 def check_bandwidth(device: str, copy: Callable = torch.Tensor.copy_) -> Iterator[Row]:
-    """GB/s of a copy, read and write counted; the error is the share of elements that did not arrive."""
-    source = torch.randn((1 << 30 if device == "cuda" else 1 << 27) // 4, device=device)
+    """GB/s of a copy, where reading and writing both count.
+
+    The error is the fraction of elements that did not arrive.
+    """
+    num_bytes = 1 << 30 if device == "cuda" else 1 << 27
+    source = torch.randn(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     copy(target, source)
     lost = (target != source).double().mean().item()

@@ -1,6 +1,7 @@
-"""Documents of one packed row must not see one another. Run by the attention check.
+"""Documents of one packed row must not see one another. The attention check runs it.
 
-In the field: a leak of a percent hides in the rounding of bf16 and in no loss curve (trl#3910), so this asks for bits.
+In the field: a leak of a percent hides in the rounding of bf16 and in no loss curve (trl#3910). So
+this check compares bits.
 """
 
 from collections.abc import Iterator
@@ -12,27 +13,21 @@ from kernels_check.rows import Row, judge
 
 
 def check_leak(name: str, version: str, attend: Attend, device: str) -> Iterator[Row]:
-    """Change a token of one document: no other may move by a bit, nor send it a gradient. The error is absolute."""
+    """Changes a token of one document: no other may move by a bit, nor send it a gradient.
+
+    The error is absolute.
+    """
     row, bounds, longest = packed_row(LENGTHS, 64, device)
     start, end = bounds[2:4].tolist()
     others = torch.ones(len(row[0]), dtype=torch.bool, device=device)
     others[start:end] = False
     row = [x.requires_grad_() for x in row]
     before = attend(*row, bounds, longest)
-    sent = max(
-        x[start:end].abs().max().item()
-        for x in torch.autograd.grad(before[others].float().sum(), row)
-    )
-    after = attend(
-        *(x.detach().index_fill(0, torch.tensor([start], device=device), 3.0) for x in row),
-        bounds,
-        longest,
-    )
+    gradients = torch.autograd.grad(before[others].float().sum(), row)
+    sent = max(gradient[start:end].abs().max().item() for gradient in gradients)
+    token = torch.tensor([start], device=device)
+    changed = [x.detach().index_fill(0, token, 3.0) for x in row]
+    after = attend(*changed, bounds, longest)
     moved = (after[others] - before[others]).abs().max().item()
-    yield judge(
-        f"attention {name}, leak",
-        version,
-        max(moved, sent),
-        0.0,
-        "documents see one another: don't train with it, use attention=sdpa",
-    )
+    remedy = "documents see one another: don't train with it, use attention=sdpa"
+    yield judge(f"attention {name}, leak", version, max(moved, sent), 0.0, remedy)

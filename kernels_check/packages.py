@@ -1,7 +1,7 @@
-"""Versions against the pins, and whether the packages import. Run by the environment check.
+"""Versions against the pins, and whether the packages import. The environment check runs it.
 
-In the field: a range in a requirements file lets a new release change the numbers; an extension built for another torch fails
-as `undefined symbol` (flash-attention#931).
+In the field: a range in a requirements file lets a new release change the numbers, and an extension
+built for another torch fails as `undefined symbol` (flash-attention#931).
 """
 
 import importlib
@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from kernels_check.rows import Row, guarded
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
-# The other pins build and test; training starts without them.
-TRAINS = (
+# Training can't start without these. The other pins are for building and testing.
+REQUIRED = (
     "torch",
     "deepspeed",
     "transformers",
@@ -34,8 +34,11 @@ def check_package(
     version_of: Callable = importlib.metadata.version,
     load: Callable = importlib.import_module,
 ) -> Iterator[Row]:
-    """Installed, imports, is what its record says, and the pinned version. Another version is remarked on and stops nothing:
-    the other rows tell what it does. The build tag after `+` (cpu, cu130) is not part of a pin."""
+    """Whether a package is installed, imports, is what its record tells, and is the pinned version.
+
+    Another version gets a note and stops nothing: the other rows tell what it does. The build tag
+    after `+` (cpu, cu130) is not part of a pin.
+    """
     try:
         version = version_of(name)
     except importlib.metadata.PackageNotFoundError:
@@ -43,13 +46,9 @@ def check_package(
         return
     loaded = getattr(load(name.replace("-", "_")), "__version__", version)
     if str(loaded).split("+")[0] != version.split("+")[0]:
-        remedy = f"pip install --force-reinstall --no-cache-dir {name}=={pin}"
-        yield Row(
-            name,
-            version,
-            "wrong",
-            note=f"a stale build: what is imported calls itself {loaded}: {remedy}",
-        )
+        reinstall = f"pip install --force-reinstall --no-cache-dir {name}=={pin}"
+        note = f"a stale build: what is imported calls itself {loaded}: {reinstall}"
+        yield Row(name, version, "wrong", note=note)
     elif version.split("+")[0] != pin:
         yield Row(name, version, note=f"tested with {pin} (./launch.sh setup installs that)")
     else:
@@ -57,33 +56,30 @@ def check_package(
 
 
 def check_native(version: str, library: object) -> Iterator[Row]:
-    """bitsandbytes' C library: where it does not load, the package puts an object in its place that fails at first use."""
+    """bitsandbytes' C library. Where it does not load, an object stands in that fails when used."""
+    what = "bitsandbytes library"
     if "ErrorHandler" in type(library).__name__:
-        yield Row(
-            "bitsandbytes library",
-            version,
-            "wrong",
-            note="it did not load: see `python -m bitsandbytes`; reinstall for this CUDA",
-        )
+        note = "it did not load: see `python -m bitsandbytes`; reinstall for this CUDA"
+        yield Row(what, version, "wrong", note=note)
     else:
-        yield Row("bitsandbytes library", version)
+        yield Row(what, version)
 
 
 def pins(text: str) -> dict[str, str]:
     """Name and version of each `name==version` line whose marker holds for this Python."""
     lines = (line.split("#")[0].strip() for line in text.splitlines())
-    wanted = [Requirement(line) for line in lines if line]
+    requirements = [Requirement(line) for line in lines if line]
     return {
-        r.name: str(r.specifier).removeprefix("==")
-        for r in wanted
-        if r.marker is None or r.marker.evaluate()
+        requirement.name: str(requirement.specifier).removeprefix("==")
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate()
     }
 
 
 def main(load: Callable = importlib.import_module) -> Iterator[Row]:
     for name, pin in pins(CONSTRAINTS.read_text()).items():
-        yield from guarded(name, check_package, name, pin, load=load, required=name in TRAINS)
-    if bnb := sys.modules.get("bitsandbytes"):  # otherwise its own row has said why
-        yield from guarded(
-            "bitsandbytes library", check_native, bnb.__version__, bnb.cextension.lib
-        )
+        yield from guarded(name, check_package, name, pin, load=load, required=name in REQUIRED)
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb:  # otherwise its own row tells why
+        library = bnb.cextension.lib
+        yield from guarded("bitsandbytes library", check_native, bnb.__version__, library)

@@ -1,8 +1,9 @@
-"""Imported once by the server of `processes.py`: the slow libraries that every check would otherwise import anew.
+"""Imports the slow libraries once, in the server of `processes.py`, for all checks.
 
-Only what leaves the GPU alone when it is imported: a CUDA that was touched before a fork is unusable after it. bitsandbytes,
-and with it peft, asks the GPU for its capability. Nor the compiler, which may start helpers of its own. What can't be
-imported is for the checks to tell, not for this file.
+It takes only those that leave the GPU alone when they are imported: a CUDA that was used before a
+fork is unusable after it. bitsandbytes, and with it peft, asks the GPU for its capability. The
+compiler is left out, as it may start helpers of its own. What can't be imported is not reported
+here: the checks do that.
 """
 
 import contextlib
@@ -10,7 +11,13 @@ import importlib
 
 import torch
 
-LIBRARIES = ["transformers.models.llama.modeling_llama", "deepspeed", "loop.kernels.attention"]
-for _name in LIBRARIES if torch.cuda.device_count() else [*LIBRARIES, "bitsandbytes", "peft"]:
+LIBRARIES = [
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "loop.kernels.attention",
+]
+if not torch.cuda.device_count():
+    LIBRARIES += ["bitsandbytes", "peft"]
+for _name in LIBRARIES:
     with contextlib.suppress(Exception):
         importlib.import_module(_name)

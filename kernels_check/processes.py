@@ -1,8 +1,10 @@
-"""A process for each check and each rank, because the faults looked for include segfaults and hangs (a flash-attn of another
-ABI, a collective that never ends), and those must become rows, not the end of the table.
+"""A process for each check and each rank.
 
-Imports took most of the check's time. So the processes are forked from a server that has imported the libraries once
-(multiprocessing's "forkserver"), and are fresh interpreters only where that does not work.
+The faults to be found include segfaults and hangs (a flash-attn of another ABI, a collective that
+never ends). They must become rows, not the end of the table.
+Imports took most of the check's time. So the processes are forked from a server that has imported
+the libraries once (multiprocessing's "forkserver"). Where that does not work they are new
+interpreters.
 """
 
 import contextlib
@@ -15,17 +17,22 @@ import torch
 
 
 def _fork_works() -> None:
-    """In a forked process: exit code 0 where CUDA is untouched and torch's threads still work (a hang is one way to fail)."""
+    """In a forked process: exit code 0 where CUDA is untouched and torch's threads still work.
+
+    A hang is one way to fail.
+    """
     torch.ones(1 << 20).sum().item()
     raise SystemExit(torch.cuda._is_in_bad_fork())
 
 
 @functools.cache
 def context() -> ForkServerContext | SpawnContext:
-    """The kind of process that works here, tried out in milliseconds once the server runs; starting it takes seconds."""
-    os.environ.setdefault(
-        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # "is there a GPU" must not touch CUDA before a fork
+    """The kind of process that works here.
+
+    The server takes seconds to start. Then one process is tried out, in milliseconds.
+    """
+    # "Is there a GPU" must not touch CUDA before a fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload(["kernels_check.preload"])
     with contextlib.suppress(OSError, EOFError):  # the server itself died of an import
@@ -39,19 +46,20 @@ def context() -> ForkServerContext | SpawnContext:
 
 
 def send_output_to(path: str | os.PathLike) -> None:
-    """What this process and those that it starts print, C libraries included, goes to a file."""
+    """Sends what this process and its children print, C libraries included, to a file."""
     with open(path, "a") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
 
 
 @contextlib.contextmanager
 def output_to(path: str | os.PathLike):
-    """The same for a while."""
-    kept = os.dup(1), os.dup(2)
+    """The same within a `with` block."""
+    originals = os.dup(1), os.dup(2)
     send_output_to(path)
     try:
         yield
     finally:
-        for number, original in enumerate(kept, start=1):
+        for number, original in enumerate(originals, start=1):
             os.dup2(original, number)
             os.close(original)

@@ -1,4 +1,4 @@
-"""A check answers in rows. This file makes them and judges them."""
+"""The result of a check, in rows: how they are made and judged."""
 
 import math
 import sys
@@ -12,17 +12,19 @@ import torch
 
 @dataclass
 class Row:
-    """One line of the table. `error` and `bound` are relative unless the name says otherwise; `speed` is in `unit`,
-    where "x" means times as fast as the plain reference. A row that is `required` and not ok or slow stops training."""
+    """One line of the table.
+
+    A row that is `required` and is neither ok nor slow stops training.
+    """
 
     what: str
     version: str = ""
     verdict: str = "ok"  # ok | slow | wrong | missing
-    error: float | None = None
+    error: float | None = None  # relative, unless the check tells otherwise; so is `bound`
     bound: float | None = None
-    speed: float | None = None
-    unit: str = "x"
-    note: str = ""  # the reason and the remedy where the verdict is not ok; else a remark
+    speed: float | None = None  # in `unit`
+    unit: str = "x"  # "x": times as fast as the plain reference
+    note: str = ""  # where it is not ok: the reason and the remedy; else a remark
     required: bool = True
 
     def blocks(self) -> bool:
@@ -40,14 +42,22 @@ def judge(
     slowest: float = 0.0,
     unit: str = "x",
 ) -> Row:
-    """wrong where the error passes its bound or is no number, slow where the speed is under `slowest`, otherwise ok."""
+    """The row of a measurement.
+
+    wrong where the error is above `bound` or is no number, slow where the speed is under `slowest`,
+    otherwise ok. remedy: what to do where it is not ok.
+    """
     row = Row(what, version, "ok", error, bound, speed, unit)
     if not math.isfinite(error):
-        row.verdict, row.error, row.note = "wrong", None, f"the result holds NaN or inf; {remedy}"
+        row.verdict = "wrong"
+        row.error = None
+        row.note = f"the result holds NaN or inf; {remedy}"
     elif error > bound:
-        row.verdict, row.note = "wrong", remedy
+        row.verdict = "wrong"
+        row.note = remedy
     elif speed is not None and speed < slowest:
-        row.verdict, row.note = "slow", f"under {slowest:g} {unit}: right, but {remedy}"
+        row.verdict = "slow"
+        row.note = f"under {slowest:g} {unit}: right, but {remedy}"
     return row
 
 
@@ -58,9 +68,16 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def best_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Shortest wall time of `run` after one call that warms it up: what other programs add to a time is never negative.
-    A GPU is waited for before each reading of the clock."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    """The shortest wall time of `run`, after one call that warms it up.
+
+    The shortest, because other programs can only add to a time. A GPU is waited for before each
+    reading of the clock.
+    """
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     times = []
     for _ in range(repeats + 1):
         wait()
@@ -73,23 +90,30 @@ def best_seconds(run: Callable[[], object], device: str, repeats: int = 5) -> fl
 
 def failure(what: str, error: BaseException, required: bool = True) -> Row:
     """The row of a check that raised: an absent library is missing, everything else is wrong."""
-    text = next(
-        (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no message"
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    text = lines[-1][:160]
     if "undefined symbol" in str(error):
-        remedy = "it was built for another torch: install the build for this one, or build it from source"
-        return Row(what, "", "wrong", note=f"{text[:160]}; {remedy}", required=required)
-    if isinstance(error, ModuleNotFoundError):
-        remedy = "; install it (./launch.sh help: setup)" if text.startswith("No module") else ""
-        return Row(what, "", "missing", note=text[:160] + remedy, required=required)
-    return Row(what, "", "wrong", note=f"{type(error).__name__}: {text[:160]}", required=required)
+        verdict = "wrong"
+        remedy = "install the build for this one, or build it from source"
+        note = f"{text}; it was built for another torch: {remedy}"
+    elif isinstance(error, ModuleNotFoundError):
+        verdict = "missing"
+        note = text
+        if text.startswith("No module"):
+            note += "; install it (./launch.sh help: setup)"
+    else:
+        verdict = "wrong"
+        note = f"{type(error).__name__}: {text}"
+    return Row(what, "", verdict, note=note, required=required)
 
 
 def guarded(
     what: str, check: Callable[..., Iterable[Row]], *args, required: bool = True, **kwargs
 ) -> Iterator[Row]:
-    """The rows of a check; where it raises, the rows so far and one that says so. The traceback goes to stderr.
-    `required=False` holds for all of them."""
+    """The rows of a check. Where it raises, the rows so far and one for the failure.
+
+    The traceback goes to stderr. `required=False` holds for all of its rows.
+    """
     try:
         for row in check(*args, **kwargs):
             row.required = row.required and required

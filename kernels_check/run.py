@@ -28,28 +28,28 @@ CHECKS = (
     "ceilings",
 )
 OPTIONAL = ("compiled", "fused", "ceilings")  # training starts without them
-TOGETHER = (
-    "compiled",
-    "zero3",
-    "environment",
-)  # side by side, the longest first: what they find does not hang on the clock
+# Side by side, the longest first: their results do not depend on the clock.
+CONCURRENT = ("compiled", "zero3", "environment")
 
 
-def rows_of(name: str) -> Iterator[Row]:
-    """The rows of `kernels_check.NAME`. A package that can't be imported has its own row in the environment's check."""
+def check_rows(name: str) -> Iterator[Row]:
+    """The rows of `kernels_check.NAME`.
+
+    A package that can't be imported has its own row in the environment's check.
+    """
     try:
         yield from importlib.import_module(f"kernels_check.{name}").main()
     except ImportError as error:
-        yield Row(
-            name,
-            "",
-            "missing",
-            note=f"not checked: {str(error).splitlines()[0][:160]}; see the row of that package",
-        )
+        reason = str(error).splitlines()[0][:160]
+        note = f"not checked: {reason}; see the row of that package"
+        yield Row(name, "", "missing", note=note)
 
 
-def answer(check: Callable[[], Iterable[Row]], out: Path, log: Path) -> None:
-    """In the check's process: a JSON line a row, at once, so that what was found before a segfault or a hang is kept."""
+def write_rows(check: Callable[[], Iterable[Row]], out: Path, log: Path) -> None:
+    """In the check's process: writes a JSON line for each row, and what is printed to `log`.
+
+    Each line is written at once, so that a segfault or a hang does not lose the rows before it.
+    """
     os.setpgid(0, 0)  # a group of its own, which its ranks join
     send_output_to(log)
     with out.open("w") as file:
@@ -58,8 +58,8 @@ def answer(check: Callable[[], Iterable[Row]], out: Path, log: Path) -> None:
 
 
 @dataclass
-class Running:
-    """A check under way: its process, what it has answered and what it has printed."""
+class RunningCheck:
+    """A check in its process, and the folder with its rows and its log."""
 
     name: str
     required: bool
@@ -72,67 +72,70 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def read(self, name: str) -> str:
+        """A file of the folder; "" where it does not exist."""
+        path = Path(self.folder.name, name)
+        return path.read_text(errors="replace") if path.exists() else ""
 
-def begin(check: Callable[[], Iterable[Row]], name: str, required: bool = True) -> Running:
+
+def begin(check: Callable[[], Iterable[Row]], name: str, required: bool = True) -> RunningCheck:
     folder = tempfile.TemporaryDirectory()
-    process = context().Process(
-        target=answer, args=(check, Path(folder.name, "rows"), Path(folder.name, "log"))
-    )
+    rows, log = Path(folder.name, "rows"), Path(folder.name, "log")
+    process = context().Process(target=write_rows, args=(check, rows, log))
     process.start()
-    return Running(name, required, folder, process)
+    return RunningCheck(name, required, folder, process)
 
 
-def finish(running: Running, timeout: float = 120) -> list[Row]:
+def finish(running: RunningCheck, timeout: float = 120) -> list[Row]:
     """The check's rows; a crash, a time-out or silence adds one more, under the check's name."""
     running.process.join(timeout)
-    code = running.process.exitcode
-    if code != 0:
+    exit_code = running.process.exitcode
+    if exit_code != 0:
         running.end()
-    out, log = (
-        path.read_text(errors="replace") if path.exists() else ""
-        for path in (Path(running.folder.name, n) for n in ("rows", "log"))
-    )
+    lines = running.read("rows").splitlines()
+    log = running.read("log")
     running.folder.cleanup()
-    rows = [Row(**json.loads(line)) for line in out.splitlines() if line.endswith("}")]
-    if code is None:
-        trouble = f"no end within {timeout:g} s"
-    elif code < 0:
-        trouble = f"killed by {signal.Signals(-code).name} {f'after the row {rows[-1].what!r}' if rows else 'before its first row'}"
-    elif code or not rows:
-        trouble = f"exit {code} after {len(rows)} rows: {([line.strip() for line in log.splitlines() if line.strip()] or ['no message'])[-1][:160]}"
-    else:
+    rows = [Row(**json.loads(line)) for line in lines if line.endswith("}")]
+    if exit_code == 0 and rows:
         return rows
-    return [
-        *rows,
-        Row(
-            running.name,
-            "",
-            "wrong",
-            note=f"{trouble}; see `python -m kernels_check.{running.name}`",
-            required=running.required,
-        ),
-    ]
+    if exit_code is None:
+        problem = f"no end within {timeout:g} s"
+    elif exit_code < 0:
+        when = f"after the row {rows[-1].what!r}" if rows else "before its first row"
+        problem = f"killed by {signal.Signals(-exit_code).name} {when}"
+    else:
+        printed = [line.strip() for line in log.splitlines() if line.strip()] or ["no message"]
+        problem = f"exit {exit_code} after {len(rows)} rows: {printed[-1][:160]}"
+    note = f"{problem}; see `python -m kernels_check.{running.name}`"
+    return [*rows, Row(running.name, "", "wrong", note=note, required=running.required)]
+
+
+def show_progress(text: str) -> None:
+    """Writes over the last line, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
 
 
 def run_all() -> list[Row]:
     """Every check's rows, in the order of CHECKS."""
 
-    def start(name: str) -> Running:
+    def start(name: str) -> RunningCheck:
         required = name not in OPTIONAL
-        return begin(partial(guarded, name, rows_of, name, required=required), name, required)
+        return begin(partial(guarded, name, check_rows, name, required=required), name, required)
 
     with tempfile.NamedTemporaryFile() as log, output_to(log.name):
         context()  # the server starts here: what libraries and ranks print goes where it writes
-    running, found = {name: start(name) for name in TOGETHER}, {}
+    running = {name: start(name) for name in CONCURRENT}
+    results: dict[str, list[Row]] = {}
+    others = [name for name in CHECKS if name not in CONCURRENT]
     try:
-        for name in (*TOGETHER, *(name for name in CHECKS if name not in TOGETHER)):
-            print(
-                f"\rchecking {name:<12}", end="", file=sys.stderr, flush=True
-            ) if sys.stderr.isatty() else None
-            running[name] = running.get(name) or start(name)
-            found[name] = finish(running[name])
+        for name in (*CONCURRENT, *others):
+            show_progress(f"checking {name:<12}")
+            if name not in running:
+                running[name] = start(name)
+            results[name] = finish(running[name])
     finally:
         for check in running.values():
-            check.end()  # interrupted: nothing goes on unseen
-    print("\r" + " " * 24 + "\r", end="", file=sys.stderr) if sys.stderr.isatty() else None
-    return [row for name in CHECKS for row in found[name]]
+            check.end()  # after an interruption nothing goes on unseen
+    show_progress(" " * 24 + "\r")
+    return [row for name in CHECKS for row in results[name]]
