@@ -427,5 +427,9 @@ def test_the_numbers_about_the_code():
     said = int(re.search(r"About ([\d,]+) lines", README)[1].replace(",", ""))
     files = [path for path in ROOT.glob("loop/**/*.py") if "embedded" not in path.parts]
     assert abs(sum(len(path.read_text().splitlines()) for path in files) - said) < 150
+    evening = TOUR.split("## Reading order")[1].split("### ")[0]
+    paths = re.findall(r"`(loop/[\w/]+\.py)`", evening)
+    lines = sum(len((ROOT / path).read_text().splitlines()) for path in paths)
+    assert abs(lines - int(re.search(r"some ([\d,]+) lines", evening)[1].replace(",", ""))) < 150
     shown = runpy.run_path(str(ROOT / "tests" / "broken" / "shown.py"))["SHOWN"]
     assert len(shown) == 15 and ALL.count("fifteen classic mistakes") == 2
