@@ -65,6 +65,7 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     counts = [_count_words(text) for text in corpus]
     document_frequency = collections.Counter(word for count in counts for word in count)
     idf = {word: math.log(len(corpus) / n) for word, n in document_frequency.items()}
+    # word -> (the texts that hold it, its weight in each)
     postings: dict[str, tuple[list[int], list[float]]] = collections.defaultdict(lambda: ([], []))
     norms = np.ones(len(corpus))
     for i, count in enumerate(counts):
@@ -81,11 +82,11 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     }
     best = []
     for query in queries:
-        dots = np.zeros(len(corpus))
+        dots = np.zeros(len(corpus))  # the query's own norm changes no order
         for word, n in _count_words(query).items():
             if word in arrays:
-                ids, weights = arrays[word]
-                dots[ids] += (1 + math.log(n)) * idf[word] * weights
+                text_ids, text_weights = arrays[word]
+                dots[text_ids] += (1 + math.log(n)) * idf[word] * text_weights
         best.append(int((dots / norms).argmax()))
     return best
 

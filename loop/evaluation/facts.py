@@ -33,7 +33,7 @@ _UNITS = """mg=milligram,milligrams,mgs mcg=microgram,micrograms,ug g=gram,grams
 
 def _units_by_form(table: str) -> dict[str, str]:
     """{every form of a unit, itself included: the unit} of "unit=form,form" entries."""
-    units = {}
+    units: dict[str, str] = {}
     for entry in table.split():
         unit, forms = entry.split("=")
         units |= dict.fromkeys([unit, *filter(None, forms.split(","))], unit)
