@@ -7,6 +7,7 @@ are alive. `planner.py` asks whether the sum fits.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -101,7 +102,8 @@ def _count_weights(config: Config, model_config) -> WeightCounts:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
     trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    widths = tuple(m.in_features for m in model.modules() if hasattr(m, "lora_A"))
+    lora_modules: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
+    widths = tuple(module.in_features for module in lora_modules)
     return WeightCounts(matrices, other, trained, widths)
 
 

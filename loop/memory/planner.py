@@ -107,12 +107,14 @@ def choose_micro_batch(
         free_bytes: beside the weights and the optimizer's state. None: a CPU, which takes all rows
             at once without checkpointing.
     """
-    sizes = [config.micro_batch_size]
     if config.micro_batch_size == "auto":
         sizes = list(range(max_rows(config, run.world_size), 0, -1))
-    choices = [config.gradient_checkpointing]
+    else:
+        sizes = [config.micro_batch_size]
     if config.gradient_checkpointing == "auto":
         choices = [False, True]
+    else:
+        choices = [config.gradient_checkpointing]
     for checkpointing in choices:
         for rows in sizes:
             if free_bytes is None:

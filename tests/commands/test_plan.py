@@ -11,17 +11,8 @@ from loop.commands.plan import main, plot
 
 
 def test_the_command(config_file, capsys, tmp_path):
-    main(
-        [
-            "--config",
-            str(config_file),
-            "--tokens-per-second",
-            "50",
-            "--tensorboard",
-            str(tmp_path / "tb"),
-            "max_seq_len=512",
-        ]
-    )
+    args = ["--config", str(config_file), "--tokens-per-second", "50"]
+    main([*args, "--tensorboard", str(tmp_path / "tb"), "max_seq_len=512"])
     out = capsys.readouterr().out
     for words in (
         "4 rows x 512 = 2,048 tokens",
@@ -34,11 +25,17 @@ def test_the_command(config_file, capsys, tmp_path):
     ):
         assert words in out, words
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert (
-        "plan/lr" in board.Tags()["scalars"]
-        and "plan/tokens_of_an_example" in board.Tags()["histograms"]
-    )
+    assert "plan/lr" in board.Tags()["scalars"]
+    assert "plan/tokens_of_an_example" in board.Tags()["histograms"]
     assert any("plan" in tag for tag in board.Tags()["tensors"])
+
+
+def test_a_wrong_schedule_or_optimizer_is_one_line(config_file, capsys):
+    for setting in ("lr_schedule=liner", "optimizer=adam"):
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(config_file), setting])
+        assert ended.value.code == 2
+        assert f"{setting}: must be one of" in capsys.readouterr().err
 
 
 def test_the_time_is_the_last_runs_where_there_is_one(config_file, capsys, tmp_path):
@@ -62,23 +59,11 @@ def test_whether_it_fits_is_answered_from_the_shape_alone(tiny_base, config_file
     main([*args, "--gpus", "2", "--gpu-memory=2"])
     out = capsys.readouterr().out
     assert "of each of 2 GPU(s)" in out and "of 2 GiB: fits" in out and "on 2 rank(s)" in out
-    main(
-        [
-            *args,
-            "--gpu-memory",
-            "1.5",
-            "gradient_checkpointing=false",
-            "fused_layers=false",
-            "batch_size=64",
-            "micro_batch_size=64",
-        ]
-    )
+    large = ["gradient_checkpointing=false", "fused_layers=false"]
+    main([*args, "--gpu-memory", "1.5", *large, "batch_size=64", "micro_batch_size=64"])
     out = capsys.readouterr().out
-    assert (
-        "of each of 1 GPU(s)" in out
-        and "of 1.5 GiB: does not fit" in out
-        and "would fit: micro_batch_size=" in out
-    )
+    assert "of each of 1 GPU(s)" in out and "of 1.5 GiB: does not fit" in out
+    assert "would fit: micro_batch_size=" in out
 
 
 @pytest.mark.parametrize(

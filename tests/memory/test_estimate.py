@@ -216,10 +216,13 @@ def live_components(engine, optimizer, masks) -> dict[str, int]:
 class GatheredWeights:
     """The most bytes of gathered weights, looked at before and after layers run."""
 
-    def __init__(self, engine, modules) -> None:
+    def __init__(self, engine) -> None:
+        from loop.model.structure import decoder_layers
+
         self.parameters = list(engine.module.parameters())
         self.most = 0
-        for module in modules:
+        layers = decoder_layers(engine.module)
+        for module in (*layers, engine.module.get_output_embeddings()):
             module.register_forward_hook(self.look)
             module.register_full_backward_pre_hook(self.look)
 
@@ -255,40 +258,23 @@ def saved_activations(engine, batch, draw) -> int:
     return sum(saved.values()) - log_probabilities
 
 
-def measure_case(
-    live: Live, base: str, ranks, fused, dequantized, checkpointing, reuse_distance=10**9
-) -> list:
-    """[fused, checkpointing, seen, parts, alive, resident, highest] of two steps.
-
-    seen: live bytes by component; parts: the estimate; alive: all live bytes after a step, resident
-    by the estimate; highest: live bytes at the fullest moment of the second step.
-    """
+def make_engine(config: Config, ds_config: dict, run: RunShape, checkpointing: bool, ranks):
+    """(engine, ZeRO-3's optimizer, LoRA's dropout masks)"""
     import deepspeed
-    import numpy as np
 
-    from loop.data.batch_plan import PackingSpec
-    from loop.data.collate import collate
-    from loop.data.tokenization import Example
     from loop.distributed.seeding import seed_everything
     from loop.kernels.dropout import install_dropout
     from loop.kernels.fuse import fuse
     from loop.model.activation_checkpointing import use_checkpointing
-    from loop.model.loading import load_model, load_model_config
+    from loop.model.loading import load_model
     from loop.model.structure import decoder_layers
-    from loop.optim.adamw import build_optimizer, trainable_parameters
-    from loop.train import train_step
+    from loop.optim.adamw import build_optimizer
     from loop.zero3.replicated import replicate_weights
 
-    model_config, ds_config = load_model_config(base), build_ds_config(seed_config()) | DS
-    ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
-    config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
-    run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)
-    parts = estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
-    gc.collect()
     seed_everything(0)
     model = load_model(config, ds_config, "cpu", "sdpa")
     masks = install_dropout(model, config.lora["lora_dropout"], 0, "cpu")
-    assert not (fused and fuse(decoder_layers(model), dequantized))
+    assert not (run.fused and fuse(decoder_layers(model), run.dequantized))
     if checkpointing:
         use_checkpointing(model)
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -297,16 +283,48 @@ def measure_case(
     engine.train()
     if ranks.world_size == 1:
         replicate_weights(engine, ranks)
+    return engine, optimizer, masks
+
+
+def make_batch():
+    """One example of TOKENS tokens, of which TARGETS are supervised."""
+    import numpy as np
+
+    from loop.data.batch_plan import PackingSpec
+    from loop.data.collate import collate
+    from loop.data.tokenization import Example
+
     ids = np.arange(TOKENS, dtype=np.int32) % 900 + 5
     example = Example("a", ids, np.where(ids < 5 + TARGETS, ids, -100))
-    batch = collate([example], PackingSpec(TOKENS, TOKENS))
-    layers = decoder_layers(engine.module)
-    gathered = GatheredWeights(engine, [*layers, engine.module.get_output_embeddings()])
+    return collate([example], PackingSpec(TOKENS, TOKENS))
+
+
+def measure_case(
+    live: Live, base: str, ranks, fused, dequantized, checkpointing, reuse_distance=10**9
+) -> list:
+    """[fused, checkpointing, seen, parts, alive, resident, highest] of two steps.
+
+    seen: live bytes by component; parts: the estimate; alive: all live bytes after a step, resident
+    by the estimate; highest: live bytes at the fullest moment of the second step.
+    """
+    from loop.model.loading import load_model_config
+    from loop.optim.adamw import trainable_parameters
+    from loop.train import train_step
+
+    model_config, ds_config = load_model_config(base), build_ds_config(seed_config()) | DS
+    ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
+    config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
+    run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)
+    parts = estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
+    gc.collect()
+    engine, optimizer, masks = make_engine(config, ds_config, run, checkpointing, ranks)
+    batch = make_batch()
+    gathered = GatheredWeights(engine)
 
     def draw(i: int) -> None:
         masks.draw(0, [0], batch.cu_seqlens)
 
-    trained = [p for _, p in trainable_parameters(engine.module)]
+    _, trained = zip(*trainable_parameters(engine.module))
     for _ in range(2):  # ZeRO-3 knows the order of the layers after the first
         live.most = 0
         train_step(engine, trained, [batch], TARGETS, 1.0, ranks, draw_dropout=draw)
@@ -325,8 +343,8 @@ def measure_case(
     if fused and not checkpointing:
         # A CPU's RMSNorm goes through fp32, and attention a document at a time puts its output
         # together.
-        hidden, num_layers = model_config.hidden_size, model_config.num_hidden_layers
-        parts["activations"] += TOKENS * num_layers * (2 * 2 + 2) * hidden
+        width = model_config.num_hidden_layers * model_config.hidden_size
+        parts["activations"] += TOKENS * width * (2 * 2 + 2)
     engine.destroy()
     return [fused, checkpointing, seen, parts, alive, resident, highest]
 
