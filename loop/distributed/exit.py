@@ -1,4 +1,7 @@
-"""From the command line to a configuration: YAML + `key=value`, every mistake one line that names the key."""
+"""How a process ends: with one line on stderr, and with the exit code that was meant.
+
+Exit code 2 is a user's mistake, 1 any other failure.
+"""
 
 import contextlib
 import errno
@@ -11,33 +14,43 @@ from typing import NoReturn
 
 
 def exit_with_config_error(error: Exception) -> NoReturn:
-    """One line on stderr and exit code 2. Where all ranks make the same mistake, rank 0 says it and the launcher ends the others
-    while they wait; a rank that is alone with its mistake gets to say it after that."""
+    """Ends this rank with one line on stderr and exit code 2.
+
+    Where all ranks make the same mistake, rank 0 reports it, and the launcher ends the others while
+    they wait. A rank that is alone with its mistake reports it after that wait.
+    """
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    exit_process(2, f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
+    if rank == "0":
+        exit_process(2, f"error: {error}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+    exit_process(2, f"error on rank {rank}: {error}")
 
 
 @contextlib.contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """Prints, and ends quietly where nobody listens any more (`| head`, a terminal that was closed): no failure, since all is saved."""
+    """A context for printing: where nobody reads any more, it ends quietly.
+
+    As under `| head`, or when a terminal was closed. That is no failure, since all is saved.
+    """
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left in the buffer goes there
+        # What is left in the buffer goes there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_process(code: int, message: str = "") -> NoReturn:
-    """Ends this process. Not by sys.exit once it belongs to a process group: gloo's threads may then abort it, with a code of their own."""
+    """Ends this process with an exit code, after a message on stderr.
+
+    Once it belongs to a process group it does not end by sys.exit: gloo's threads may then abort
+    it, with a code of their own.
+    """
     if message:
-        sys.stderr.write(message + "\n")  # one write: lines must not mix
+        sys.stderr.write(message + "\n")  # one write: the lines of several ranks must not mix
     sys.stdout.flush()
     sys.stderr.flush()
     distributed = sys.modules.get("torch.distributed")

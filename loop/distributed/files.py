@@ -1,41 +1,45 @@
-"""A run's folder: made, locked against a second run, and its files whole whenever the process is killed."""
+"""Files and folders that are complete or absent, whenever the process is killed."""
 
 import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..config.schema import ConfigError
 
 
 @contextlib.contextmanager
-def atomic_folder(out: Path):
-    """A new folder that becomes `out` at the end, and is gone when something goes wrong. Raises ConfigError where `out` is in use."""
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A context with a new folder that becomes `out` at the end, and is deleted after an error.
+
+    Raises ConfigError where `out` is a file or a folder that is not empty.
+    """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already and is not an empty folder")
-    aside = out.absolute().with_name(f".writing-{out.absolute().name}")
+    temporary = out.absolute().with_name(f".writing-{out.absolute().name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(out)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is whole whenever the process is killed, the old text or the new one, and readable by its owner alone."""
-    aside = path.with_name(f".writing-{path.name}")
-    with open(
-        os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-    ) as file:
+    """Writes a text file that only its owner can read: killed meanwhile, it has the old text."""
+    temporary = path.with_name(f".writing-{path.name}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-    aside.replace(path)
+    temporary.replace(path)
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -43,7 +47,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

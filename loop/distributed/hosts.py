@@ -1,55 +1,64 @@
-"""Starts a command's ranks for ./launch.sh, here or on the machines of a hostfile, and sees them to a good end.
-
-On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. It would pass a SIGTERM on to one rank after the other and kill
-what is left after 30 seconds, so a stop goes past it: every rank gets one SIGTERM, at once, and its own time to save.
-
-On other machines ssh starts ./launch.sh, with `--node-rank`. Its standard input is the line to it: first the hosts, then a sign of life now and
-then, "stop" or "kill"; when it closes or falls silent, because the one who started all is gone, that is a stop as well. DeepSpeed's own way there,
-pdsh, cuts the connections at a signal: what the ranks say of their end is lost, it ends before they have saved, and killed it leaves them training.
-"""
+"""Which machines a run has, and how many ranks each: from --gpus, --hostfile and --node-rank."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 from ..config.schema import ConfigError
 
 Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CPU ranks
+CPU_RANKS = 2  # without GPUs, if --gpus does not say
 
 
 def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
-    """Lines of `NAME slots=N`, as DeepSpeed has them. gpus: of each machine, if not all its slots. Raises ConfigError with file and line."""
+    """The machines of a hostfile: lines of `NAME slots=N`, as DeepSpeed has them.
+
+    gpus: how many of each machine's slots are used, None for all. Raises ConfigError with the
+    file's name and line.
+    """
     hosts: Hosts = {}
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--hostfile '{path}': {getattr(error, 'strerror', None) or 'not a text'}"
-        ) from error
+        reason = getattr(error, "strerror", None) or "not a text"
+        raise ConfigError(f"--hostfile '{path}': {reason}") from error
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if not words:
             continue
-        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not slots.isdecimal() or not int(slots) or words[0] in hosts or words[1] == slots:
+        name, slots = words[0], _slots(words)
+        if slots is None or name in hosts:
             raise ConfigError(
-                f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and each name once: {line.strip()[:60]}"
+                f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and "
+                f"each name once: {line.strip()[:60]}"
             )
-        if gpus and gpus > int(slots):
+        if gpus and gpus > slots:
             raise ConfigError(
-                f"--gpus {gpus} is more than the slots of {words[0]} ({path}, line {number})"
+                f"--gpus {gpus} is more than the slots of {name} ({path}, line {number})"
             )
-        hosts[words[0]] = list(range(gpus or int(slots)))
+        hosts[name] = list(range(gpus or slots))
     if not hosts:
         raise ConfigError(f"--hostfile {path}: names no machine; a line is `NAME slots=N`")
     return hosts
 
 
+def _slots(words: list[str]) -> int | None:
+    """The N of the words NAME slots=N; None where they are something else."""
+    if len(words) != 2 or not words[1].startswith("slots="):
+        return None
+    number = words[1].removeprefix("slots=")
+    return int(number) if number.isdecimal() and int(number) else None
+
+
 def local_hosts(visible: str, gpus: int | None = None) -> Hosts:
-    """visible: the numbers of the GPUs that may be used, "0,1". Without any there are ranks on the CPU, two if `gpus` does not say how many."""
+    """This machine alone. visible: the numbers of the GPUs that may be used, e.g. "0,1".
+
+    Without any there are `gpus` ranks on the CPU, by default two. Raises ConfigError.
+    """
     if not visible:
-        return {"localhost": list(range(gpus or 2))}
+        return {"localhost": list(range(gpus or CPU_RANKS))}
     if set(visible) - set("0123456789,"):
         raise ConfigError(f"CUDA_VISIBLE_DEVICES must hold numbers such as 0,1, not '{visible}'")
     numbers = [int(number) for number in visible.split(",") if number]
@@ -59,9 +68,23 @@ def local_hosts(visible: str, gpus: int | None = None) -> Hosts:
 
 
 def find_hosts(
-    gpus: str | None, hostfile: str | None, node: str | None, visible: str, line=None
+    gpus: str | None,
+    hostfile: str | None,
+    node: str | None,
+    visible: str,
+    commands: BinaryIO | None = None,
 ) -> Hosts:
-    """The run's machines by the options as they were typed. visible: as in `this_machine`; line: from which hosts "-" are read."""
+    """The run's machines.
+
+    Args:
+        gpus: the option --gpus, as it was typed.
+        hostfile: the option --hostfile, as it was typed.
+        node: the option --node-rank, as it was typed.
+        visible: as in `local_hosts`.
+        commands: the launcher's standard input, for --hostfile=-; its first line holds the hosts.
+
+    Raises ConfigError.
+    """
     if gpus is not None and not (gpus.isdecimal() and int(gpus)):
         raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
     count = int(gpus) if gpus else None
@@ -69,33 +92,35 @@ def find_hosts(
         raise ConfigError(
             "--hostfile: there is no ssh here; start each machine by hand with --node-rank"
         )
-    if line:
-        try:
-            hosts = json.loads(line.readline())
-        except ValueError as error:
-            raise ConfigError(
-                "--hostfile -: is how ./launch.sh starts other machines; name a file"
-            ) from error
+    if commands:
+        hosts = _read_first_line(commands)
+    elif hostfile is None:
+        hosts = local_hosts(visible, count)
     else:
-        hosts = (
-            local_hosts(visible, count)
-            if hostfile is None
-            else read_hostfile(Path(hostfile), count)
-        )
+        hosts = read_hostfile(Path(hostfile), count)
     if node is not None:
         if hostfile is None or not node.isdecimal() or int(node) >= len(hosts):
             raise ConfigError(
-                f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 upwards ({len(hosts)} machines)"
+                f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 "
+                f"upwards ({len(hosts)} machines)"
             )
-        here = list(hosts)[int(node)]
-        hosts[here] = local_hosts(visible, len(hosts[here]))[
-            "localhost"
-        ]  # which ones those of other machines are, they know
+        # Other machines know themselves which of their GPUs may be used.
+        this = list(hosts)[int(node)]
+        hosts[this] = local_hosts(visible, len(hosts[this]))["localhost"]
     return hosts
 
 
-def number_of(name: str, default: int) -> int:
-    """The environment's number of this name."""
+def _read_first_line(commands: BinaryIO) -> Hosts:
+    try:
+        return json.loads(commands.readline())
+    except ValueError as error:
+        raise ConfigError(
+            "--hostfile -: is how ./launch.sh starts other machines; name a file"
+        ) from error
+
+
+def read_number(name: str, default: int) -> int:
+    """The number in an environment variable. Raises ConfigError where it holds something else."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise ConfigError(f"{name}={text}: must be a whole number")

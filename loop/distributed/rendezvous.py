@@ -1,4 +1,8 @@
-"""How ranks find each other, on one machine or on many: with a deadline, and with the names of those that did not come."""
+"""How ranks find each other, on one machine or many: with a deadline, and naming those absent.
+
+torch's own rendezvous waits in silence and ends with "timed out". Here every rank leaves its name
+in a store where all can read it.
+"""
 
 import datetime
 import os
@@ -8,68 +12,51 @@ import time
 
 import torch.distributed as dist
 
+from .stop import StopRequest
+
+ANNOUNCE_SECONDS = 20  # rank 0 says whom it waits for
+
 
 class RendezvousError(RuntimeError):
     """Not all ranks came. Exit code 1: nothing that was typed need be wrong."""
 
 
 def join_process_group(
-    backend: str, minutes: float, timeout: datetime.timedelta, stop=None
+    backend: str, minutes: float, timeout: datetime.timedelta, stop: StopRequest | None = None
 ) -> None:
-    """Makes the process group of all ranks, who have `minutes` to come (machines start at different times). timeout: of a later collective;
-    stop: a StopRequest, at which the waiting ends.
+    """Makes the process group of all ranks. Machines may start at different times.
 
-    torch's own rendezvous waits in silence and ends with "timed out"; here every rank leaves its name where all can read it."""
-    rank, world_size, started = (
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        time.monotonic(),
-    )
+    Args:
+        backend: nccl or gloo.
+        minutes: how long ranks wait for each other.
+        timeout: of a later collective.
+        stop: a request to stop ends the waiting.
+
+    Raises RendezvousError.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    leads = (
-        rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    )  # torchrun's agent keeps the list itself
+    started = time.monotonic()
+    # torchrun's agent runs the store itself.
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
-            host, port, None, leads, datetime.timedelta(minutes=minutes), wait_for_workers=False
+            host,
+            port,
+            None,
+            rank == 0 and not agent_has_store,
+            datetime.timedelta(minutes=minutes),
+            wait_for_workers=False,
         )
-        missing, said = list(range(world_size)), False
         store.set(f"joined/{rank}", backend)
-        while missing := [r for r in missing if not store.check([f"joined/{r}"])]:
-            waited, names = (
-                time.monotonic() - started,
-                f"rank {', '.join(map(str, missing))} of {world_size}",
-            )
-            if stop and stop.reason not in (
-                None,
-                "run.max_hours",
-            ):  # the time limit counts at a step's end
-                raise RendezvousError(
-                    f"rank {rank}: asked to stop ({stop.reason}) while it waited for {names}"
-                )
-            if waited > 60 * minutes:
-                raise RendezvousError(
-                    f"{names} did not come within run.rendezvous_timeout_minutes={minutes:g}; are all machines started, with the same number "
-                    "of ranks?"
-                )
-            if rank == 0 and waited > 20 and not said:
-                said = True
-                print(
-                    f"waiting for {names}, up to run.rendezvous_timeout_minutes={minutes:g}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            time.sleep(0.2)
-        if backend != (
-            theirs := store.get("joined/0").decode()
-        ):  # else each side would wait for the other's first collective
-            raise RendezvousError(
-                f"rank {rank} on {socket.gethostname()} would use {backend}, and rank 0 {theirs}: does nvidia-smi find the GPUs of both?"
-            )
+        _wait_for_all(store, started, minutes, stop)
+        _check_backend(store, backend)
     except dist.DistError as error:  # rank 0's machine does not answer
+        reason = str(error).strip().splitlines()[0][:100]
         raise RendezvousError(
-            f"rank {rank}: {host}:{port} (MASTER_ADDR, MASTER_PORT) gave no answer within run.rendezvous_timeout_minutes={minutes:g}; is rank 0 "
-            f"started, and the port open? ({str(error).strip().splitlines()[0][:100]})"
+            f"rank {rank}: {host}:{port} (MASTER_ADDR, MASTER_PORT) gave no answer within "
+            f"run.rendezvous_timeout_minutes={minutes:g}; is rank 0 started, and the port open? "
+            f"({reason})"
         ) from error
     store.set_timeout(timeout)
     dist.init_process_group(
@@ -79,3 +66,43 @@ def join_process_group(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+def _wait_for_all(
+    store: dist.Store, started: float, minutes: float, stop: StopRequest | None
+) -> None:
+    """Returns when every rank's name is in the store. started: on the monotonic clock."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = f"run.rendezvous_timeout_minutes={minutes:g}"
+    announced = False
+    missing = list(range(world_size))
+    while True:
+        missing = [r for r in missing if not store.check([f"joined/{r}"])]
+        if not missing:
+            return
+        waited = time.monotonic() - started
+        names = f"rank {', '.join(map(str, missing))} of {world_size}"
+        # The time limit counts at a step's end.
+        if stop and stop.reason not in (None, "run.max_hours"):
+            raise RendezvousError(
+                f"rank {rank}: asked to stop ({stop.reason}) while it waited for {names}"
+            )
+        if waited > 60 * minutes:
+            raise RendezvousError(
+                f"{names} did not come within {limit}; are all machines started, with the same "
+                "number of ranks?"
+            )
+        if rank == 0 and waited > ANNOUNCE_SECONDS and not announced:
+            announced = True
+            print(f"waiting for {names}, up to {limit}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _check_backend(store: dist.Store, backend: str) -> None:
+    """Two backends would wait for each other's first collective for ever."""
+    theirs = store.get("joined/0").decode()
+    if backend != theirs:
+        raise RendezvousError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} would use {backend}, and rank 0 "
+            f"{theirs}: does nvidia-smi find the GPUs of both?"
+        )

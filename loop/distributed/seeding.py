@@ -1,4 +1,4 @@
-"""Ranks, and how they agree: start-up, sums over ranks, and what each has to tell the others."""
+"""The random generators of a rank: seeded, saved and restored; and sums in a fixed order."""
 
 import os
 import random
@@ -8,11 +8,13 @@ import torch
 
 
 def use_deterministic_kernels(on: bool) -> None:
-    """Sums in a fixed order on GPUs, too. A kernel that has no such order runs as it is: `train --verify-resume` shows what that makes."""
+    """Makes GPUs sum in a fixed order, where a kernel offers one; call it before any GPU work.
+
+    A kernel without such an order runs as it is. `train --verify-resume` shows what that means.
+    """
     if on:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it at its first call
+        # cuBLAS reads it at its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on, warn_only=True)
 
 
@@ -25,18 +27,23 @@ def seed_everything(seed: int) -> None:
 
 def get_rng_state() -> dict:
     """The state of every generator of this rank, in JSON's types."""
-    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
     state = {
-        "torch": _hex(torch.get_rng_state()),
-        "python": [python[0], list(python[1]), python[2]],
-        "numpy": numpy
-        | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}},
+        "torch": _to_hex(torch.get_rng_state()),
+        "python": [version, list(words), gauss],
+        "numpy": {
+            **numpy,
+            "state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]},
+        },
     }
-    return state | ({"cuda": _hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        state["cuda"] = _to_hex(torch.cuda.get_rng_state())
+    return state
 
 
 def set_rng_state(state: dict) -> None:
-    """Puts back what `rng_state` gave."""
+    """Restores what `get_rng_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(state["numpy"])
@@ -45,7 +52,7 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(_from_hex(state["cuda"]))
 
 
-def _hex(state: torch.Tensor) -> str:
+def _to_hex(state: torch.Tensor) -> str:
     return state.numpy().tobytes().hex()
 
 

@@ -1,12 +1,14 @@
 """From the command line to a configuration."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 from helpers import ROOT
 
-from loop.config.cli import load_config
+from loop.config.cli import RENAMED, load_config
 from loop.config.schema import Config, ConfigError
 
 SEED = ROOT / "loop" / "configs" / "soap_qlora.yaml"
@@ -25,13 +27,9 @@ def test_overrides_reach_every_depth():
         "gradient_checkpointing=true",
         "betas=[0.8, 0.9]",
     )
-    assert (
-        c.lr == 2e-4
-        and c.lora["r"] == 16
-        and c.data.train == ["a.jsonl", "b.jsonl"]
-        and c.run.resume is False
-    )
-    assert c.gradient_checkpointing is True and c.betas == (0.8, 0.9) and c.lora["lora_alpha"] == 16
+    assert c.lr == 2e-4 and c.lora["r"] == 16 and c.run.resume is False
+    assert c.data.train == ["a.jsonl", "b.jsonl"] and c.gradient_checkpointing is True
+    assert c.betas == (0.8, 0.9) and c.lora["lora_alpha"] == 16
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "lr: {x: 1}"])
@@ -55,24 +53,24 @@ def test_a_data_file_given_as_the_configuration_is_not_quoted(tmp_path):
 
 def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "loop.train", "--config", str(SEED), "lr=abc"],
+        [sys.executable, "-m", "loop.commands.train", "--config", str(SEED), "lr=abc"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("error: lr='abc'")
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: lr='abc'")
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_reader_who_has_gone_is_no_failure(closed):
     """As under `| head -1`; another OSError is still one."""
-    code = "from loop.cli import even_if_nobody_reads as quiet\nwith quiet():\n    " + (
-        "print('x' * 10**6)" if closed else "open('/no/such/file')"
-    )
+    body = "print('x' * 10**6)" if closed else "open('/no/such/file')"
+    code = f"""
+from loop.distributed.exit import ignore_broken_pipe
+with ignore_broken_pipe():
+    {body}
+"""
     p = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -82,8 +80,37 @@ def test_a_reader_who_has_gone_is_no_failure(closed):
     )
     p.stdout.close()
     error = p.stderr.read()
-    assert (
-        (p.wait(60), error) == (0, "")
-        if closed
-        else (p.wait(60) == 1 and "FileNotFoundError" in error)
-    )
+    if closed:
+        assert (p.wait(60), error) == (0, "")
+    else:
+        assert p.wait(60) == 1 and "FileNotFoundError" in error
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_refused_on_the_command_line_and_read_in_a_file(old, new, tmp_path):
+    value = "0.5" if new == "data.valid_fraction" else "true"
+    value = "3" if new.startswith("run.") else value
+    with pytest.raises(ConfigError, match=f"^{re.escape(old)} is {re.escape(new)} now$"):
+        load(f"{old}={value}")
+    section, _, name = old.rpartition(".")
+    text = f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}"
+    path = tmp_path / "c.yaml"
+    path.write_text(f"base: x\n{text}\n")
+    config = load_config(["--config", str(path), "data.train=x"])
+    changed = load(f"{new}={value}")
+    for part in new.split("."):
+        config, changed = getattr(config, part), getattr(changed, part)
+    assert config == changed == yaml.safe_load(value)
+    with pytest.raises(ConfigError, match=f"{re.escape(old)} is .* now, and both are there"):
+        name = new.rpartition(".")[2]
+        both = text.replace("}", f", {name}: {value}}}") if section else f"{text}\n{name}: {value}"
+        path.write_text(f"base: x\n{both}\n")
+        load_config(["--config", str(path), "data.train=x"])
+
+
+def test_an_old_key_ends_a_command_with_2_and_one_line():
+    command = [sys.executable, "-m", "loop.commands.plan", "--config", str(SEED), "keep_whole=true"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: keep_whole is replicate_weights now\n")
+    with pytest.raises(ConfigError, match="run.bad_steps.* is run.max_skipped_in_a_row now"):
+        load("run={bad_steps: 1}")

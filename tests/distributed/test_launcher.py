@@ -1,6 +1,8 @@
-"""launch.sh, with a toy `loop.train` in the place of the real one: what reaches the ranks, and what comes back."""
+"""launch.sh with a toy in the place of train: what reaches the ranks, and what comes back."""
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +18,18 @@ from loop.distributed.hosts import find_hosts, local_hosts, read_hostfile
 from loop.distributed.launcher import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = "train evaluate generate merge audit preview plan board profile check bench test setup help".split()
+COMMANDS = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].split()
+# What the launcher is made of.
+COPIED = (
+    "config/cli.py",
+    "config/schema.py",
+    "distributed/exit.py",
+    "distributed/hosts.py",
+    "distributed/launcher.py",
+)
 
-# A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a signal, at a "step".
+# A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a
+# signal, at a "step".
 TOY = """
 import os, signal, sys, time
 args, rank = sys.argv[1:], os.environ.get("RANK", "none")
@@ -46,13 +57,15 @@ while "wait=1" in args:
 
 def make_clone(folder):
     """A folder with launch.sh and a toy package, as a user's clone."""
-    (folder / "loop").mkdir(parents=True)
-    shutil.copy(ROOT / "launch.sh", folder)
-    shutil.copy(ROOT / "constraints.txt", folder)
-    (folder / "loop" / "__init__.py").write_text("")
-    (folder / "loop" / "train.py").write_text(TOY)
-    for name in ("launcher.py", "cli.py", "config.py"):
-        shutil.copy(ROOT / "loop" / name, folder / "loop")
+    loop = folder / "loop"
+    for package in ("", "commands", "config", "distributed"):
+        (loop / package).mkdir(parents=True)
+        (loop / package / "__init__.py").touch()
+    for name in ("launch.sh", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name in COPIED:
+        shutil.copy(ROOT / "loop" / name, loop / name)
+    (loop / "commands" / "train.py").write_text(TOY)
     return folder
 
 
@@ -63,17 +76,14 @@ def clone(tmp_path):
 
 @pytest.fixture
 def two_clones(tmp_path):
-    """For two runs at once, which saves time, and shows that they do not get in each other's way."""
+    """For two runs at once, which saves time, and shows that they don't disturb each other."""
     return make_clone(tmp_path / "one"), make_clone(tmp_path / "two")
 
 
-def start(clone, *args, **env):
-    env = {**os.environ, "LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", **env}
-    env = {
-        name: value
-        for name, value in env.items()
-        if value is not None and name != "OMP_NUM_THREADS"
-    }
+def start(clone, *args, **changes):
+    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"} | changes
+    env.pop("OMP_NUM_THREADS", None)
+    env = {name: value for name, value in env.items() if value is not None}
     command = [str(clone / "launch.sh"), *args]
     return subprocess.Popen(
         command, cwd=clone, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -95,15 +105,10 @@ def living(clone):
     """The processes that run in this clone (each test has its own folder)."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if (
-                process.cwd() == str(clone)
-                and process.name() != "sleep"
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
+        with contextlib.suppress(psutil.Error):
+            dead = process.status() == psutil.STATUS_ZOMBIE
+            if process.cwd() == str(clone) and process.name() != "sleep" and not dead:
                 found.append(process)
-        except psutil.Error:
-            pass
     return found
 
 
@@ -157,14 +162,14 @@ def test_flash_attention_needs_nvcc(clone):
 
 
 def test_a_command_runs_once_and_gets_its_arguments_untouched(clone):
-    (clone / "loop" / "plan.py").write_text(TOY)
+    (clone / "loop" / "commands" / "plan.py").write_text(TOY)
     assert run(clone, "plan", "--gpus", "8", "a=b c")[0] == 0
     assert events(clone, "none")[0] == "args --gpus 8 a=b c"
 
 
 def test_board_runs_once_and_profile_on_the_ranks_of_train(clone):
     for name in ("board", "profile"):
-        shutil.copy(clone / "loop" / "train.py", clone / "loop" / f"{name}.py")
+        (clone / "loop" / "commands" / f"{name}.py").write_text(TOY)
     assert run(clone, "board", "my runs")[0] == 0 and events(clone, "none")[0] == "args my runs"
     assert run(clone, "profile", "--gpus=2", "lr=1")[0] == 0
     assert [events(clone, rank)[0] for rank in (0, 1)] == ["args lr=1"] * 2
@@ -224,7 +229,12 @@ def test_when_a_rank_dies_the_others_end_too(clone):
 
 def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
     process = start(clone, "wait=1")
-    wait_until(lambda: any("loop.launcher" in p.cmdline() and p.children() for p in living(clone)))
+
+    def launcher_has_a_child():
+        launchers = [p for p in living(clone) if "loop.distributed.launcher" in p.cmdline()]
+        return any(p.children() for p in launchers)
+
+    wait_until(launcher_has_a_child)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM
@@ -255,19 +265,20 @@ def test_ranks_go_to_the_gpus_that_may_be_used(visible, gpus, found):
     "set_to, numbers", [(None, "0,1,2,3"), ("3,1", "3,1"), ("", ""), ("-1", "")]
 )
 def test_gpus_are_the_visible_ones_or_all(clone, set_to, numbers):
-    for name, body in {
+    scripts = {
         "python": 'echo "visible=$CUDA_VISIBLE_DEVICES $@"',
         "nvidia-smi": r'printf "GPU %d: H200\n" 0 1 2 3',
-    }.items():
+    }
+    for name, body in scripts.items():
         (clone / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (clone / name).chmod(0o755)
-    env = {
+    changes = {
         "LOOP_PYTHON": str(clone / "python"),
         "PATH": f"{clone}:/usr/bin:/bin",
         "DS_ACCELERATOR": None,
     }
-    code, out, _ = run(clone, "lr=1", CUDA_VISIBLE_DEVICES=set_to, **env)
-    assert (code, out) == (0, f"visible={numbers} -u -m loop.launcher train lr=1\n")
+    code, out, _ = run(clone, "lr=1", CUDA_VISIBLE_DEVICES=set_to, **changes)
+    assert (code, out) == (0, f"visible={numbers} -u -m loop.distributed.launcher train lr=1\n")
 
 
 def test_a_hostfile_names_machines_and_their_slots(tmp_path):
@@ -327,11 +338,8 @@ def test_under_nohup_the_end_of_the_terminal_is_no_request():
         requests = StopSignals(None)
         os.kill(os.getpid(), signal.SIGHUP)
         assert not requests.stop
-        for after, killed in (
-            (0, False),
-            (0, False),
-            (1.1, True),
-        ):  # one request may come twice at once
+        # One request may come twice at once.
+        for after, killed in ((0, False), (0, False), (1.1, True)):
             requests.since -= after
             os.kill(os.getpid(), signal.SIGTERM)
             assert requests.stop and requests.kill is killed
@@ -368,10 +376,9 @@ def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err.count("stopping") == 1 and "Traceback" not in err
     for rank in (0, 1):
-        assert events(clone, rank)[0] == "args wait=1 a='b c' $HOME; \"d" and events(clone, rank)[
-            1
-        ].startswith("env 2 ")
-        assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
+        args, env, *rest = events(clone, rank)
+        assert args == "args wait=1 a='b c' $HOME; \"d" and env.startswith("env 2 ")
+        assert rest == [f"signal {int(signal.SIGTERM)}", "saved"]
         (clone / f"events.{rank}").unlink()
     process = cluster("--hostfile=hosts", "fail=1")
     _, err = process.communicate(timeout=30)
@@ -417,13 +424,16 @@ case "$*" in
   -c*) exit "${FAKE_OLD:-0}" ;;
   --version) echo "Python 3.99.0" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$FAKE_LOG" ;;
-  "-m pip "*) echo "$*" >>"$FAKE_LOG"; sleep "${FAKE_SLEEP:-0}"; [[ "$*" != *"${FAKE_FAILS:-no such package}"* ]] ;;
+  "-m pip "*)
+    echo "$*" >>"$FAKE_LOG"
+    sleep "${FAKE_SLEEP:-0}"
+    [[ "$*" != *"${FAKE_FAILS:-no such package}"* ]] ;;
 esac
 """
 
 
 @pytest.fixture
-def fresh(clone):
+def new_clone(clone):
     python = clone / "fake_python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
@@ -434,14 +444,8 @@ def fresh(clone):
         return start(clone, "setup", PYTHON=str(python), LOOP_PYTHON=None, FAKE_LOG=str(log), **env)
 
     def calls():
-        return (
-            [
-                line.split("constraints.txt ")[-1].split()[-1]
-                for line in log.read_text().splitlines()
-            ]
-            if log.exists()
-            else []
-        )
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.split("constraints.txt ")[-1].split()[-1] for line in lines]
 
     return set_up, calls
 
@@ -453,8 +457,8 @@ def last_words(calls):
     return [Path(word).name for word in calls()]
 
 
-def test_set_up_installs_torch_first_and_only_once(clone, fresh):
-    set_up, calls = fresh
+def test_set_up_installs_torch_first_and_only_once(clone, new_clone):
+    set_up, calls = new_clone
     assert set_up().wait(10) == 0 and last_words(calls) == ALL
     assert set_up().wait(10) == 0 and calls() == []
     with open(clone / "constraints.txt", "a") as file:
@@ -462,19 +466,19 @@ def test_set_up_installs_torch_first_and_only_once(clone, fresh):
     assert set_up().wait(10) == 0 and last_words(calls) == ALL[1:]
 
 
-def test_a_set_up_that_broke_off_is_repeated_from_the_start(fresh):
-    set_up, calls = fresh
+def test_an_interrupted_set_up_is_repeated_from_the_start(new_clone):
+    set_up, calls = new_clone
     assert set_up(FAKE_FAILS="deepspeed").wait(10) == 1 and last_words(calls) == ALL[:3]
     assert set_up().wait(10) == 0 and last_words(calls) == ALL
 
 
-def test_two_first_runs_at_once_set_up_once(fresh):
-    set_up, calls = fresh
+def test_two_first_runs_at_once_set_up_once(new_clone):
+    set_up, calls = new_clone
     both = [set_up(FAKE_SLEEP="0.3"), set_up(FAKE_SLEEP="0.3")]
     assert [process.wait(15) for process in both] == [0, 0] and last_words(calls) == ALL
 
 
-def test_an_old_python_is_refused(fresh):
-    process = fresh[0](FAKE_OLD="1")
+def test_an_old_python_is_refused(new_clone):
+    process = new_clone[0](FAKE_OLD="1")
     _, err = process.communicate(timeout=10)
     assert process.returncode == 2 and "3.10" in err

@@ -1,5 +1,8 @@
-"""Two "hosts" on one machine: two launchers with node ranks, each in a PID namespace of its own where that is allowed, so that neither can look at
-the other's processes. How one ./launch.sh reaches both: test_launch.py."""
+"""Two "hosts" on one machine: two launchers with node ranks.
+
+Each has a PID namespace of its own where that is allowed, so that neither can look at the other's
+processes. How one ./launch.sh reaches both: test_launcher.py.
+"""
 
 import os
 import shutil
@@ -8,21 +11,23 @@ import sys
 import time
 
 import pytest
-from test_watchdog import wait_until_doing
 from helpers import ROOT, free_port
+from test_watchdog import wait_until_doing
 
 APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 if not shutil.which("unshare") or subprocess.run([*APART, "true"], capture_output=True).returncode:
     APART = []
 
-OTHERS = [("settings", "lr"), ("code", "code of loop/")]
+OTHERS = [("settings", "lr"), ("code", "code of loop/")]  # what differs, and how it is named
 
 
 class Hosts:
-    """The launchers of one run; `start(node, *args)` starts one with these arguments for loop.train."""
+    """The launchers of one run; `start(node, *args)` starts one with these arguments for train."""
 
     def __init__(self, config_file):
-        self.config_file, self.port, self.started = config_file, str(free_port()), []
+        self.config_file = config_file
+        self.port = str(free_port())
+        self.started = []
         self.hostfile = config_file.parent / "hosts"
         self.hostfile.write_text("one slots=1\ntwo slots=1\n")
 
@@ -77,29 +82,29 @@ def test_a_host_that_starts_late_is_waited_for(hosts):
     time.sleep(8)
     second = hosts.start(1, "max_steps=2")
     for process in (first, second):
-        code, said = ends(process, 180)
-        assert code == 0, said[-2000:]
+        code, output = ends(process, 180)
+        assert code == 0, output[-2000:]
 
 
 @pytest.mark.slow
 def test_a_host_that_never_starts_is_named(hosts):
     started = time.monotonic()
-    code, said = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
+    code, output = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
     assert (
         code == 1
-        and "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1" in said
-        and "Traceback" not in said
+        and "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1" in output
+        and "Traceback" not in output
     )
     assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow
 def test_rank_0_that_cannot_be_reached_is_named(hosts):
-    code, said = ends(hosts.start(1, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
+    code, output = ends(hosts.start(1, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
     assert (
         code == 1
-        and "gave no answer within run.rendezvous_timeout_minutes=0.1; is rank 0 started" in said
-        and "Traceback" not in said
+        and "gave no answer within run.rendezvous_timeout_minutes=0.1; is rank 0 started" in output
+        and "Traceback" not in output
     )
 
 
@@ -113,27 +118,24 @@ def test_a_host_with_something_else_is_refused_on_both(hosts, tmp_path, what, na
         root = tmp_path / "other"
         shutil.copytree(ROOT / "loop", root / "loop", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "ds_config.json", root)
-        (root / "loop" / "soap.py").write_text(
-            (ROOT / "loop" / "soap.py").read_text() + "\n# changed\n"
-        )
+        with (root / "loop" / "data" / "soap.py").open("a") as file:
+            file.write("\n# changed\n")
     else:
         more = ["lr=2e-3"] if what == "settings" else ["data.limit=20"]
     both = [hosts.start(0, "max_steps=2"), hosts.start(1, "max_steps=2", *more, root=root)]
     for process, rank in zip(both, (0, 1)):
-        code, said = ends(process, 120)
-        assert code == 2, said[-2000:]
+        code, output = ends(process, 120)
+        assert code == 2, output[-2000:]
         if rank == 0:
-            assert (
-                f"error: rank 1 has another {named} than rank 0" in said and "Traceback" not in said
-            )
+            assert f"error: rank 1 has another {named} than rank 0" in output
+            assert "Traceback" not in output
 
 
 def test_a_host_that_dies_ends_the_other(hosts, config_file):
-    """All of its processes at once, as when the machine goes. The one left says so and ends; the next start goes on."""
+    """All of its processes at once, as when the machine goes. The one left says so and ends."""
     folder = config_file.parent / "runs" / "t"
-    first, second = (
-        hosts.start(node, "epochs=40", "run.heartbeat_timeout_minutes=0.1") for node in (0, 1)
-    )
+    options = ("epochs=40", "run.heartbeat_timeout_minutes=0.1")
+    first, second = (hosts.start(node, *options) for node in (0, 1))
     wait_until_doing(folder, 1, "micro-batch", step=4)
     if APART:
         second.kill()  # --kill-child: the namespace goes with it
@@ -141,6 +143,6 @@ def test_a_host_that_dies_ends_the_other(hosts, config_file):
         subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
         second.kill()
     started = time.monotonic()
-    code, said = ends(first, 60)
-    assert code != 0 and "rank 1" in said, said[-2000:]
+    code, output = ends(first, 60)
+    assert code != 0 and "rank 1" in output, output[-2000:]
     assert time.monotonic() - started < 60

@@ -1,4 +1,4 @@
-"""Ranks end together: on a signal to one of them, at the time limit, and when one is gone or stands still."""
+"""Ranks end together: on a signal to one, at the time limit, when one is gone or stands still."""
 
 import json
 import os
@@ -20,17 +20,25 @@ def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen
     port = str(free_port())
     ranks = []
     for rank in range(world_size):
-        place = {
+        env = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
         }
-        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "loop.train", "--config", str(config_file), *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | place | quiet, **pipes))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loop.train", "--config", str(config_file), *args],
+            cwd=ROOT,
+            env=os.environ | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ranks.append(process)
     return ranks
 
 
@@ -57,37 +65,31 @@ def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
 def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does_the_note_again(
     config_file,
 ):
-    shown = "monitor.sample_notes=[valid-1, valid-2, valid-3, valid-4]"  # two for each rank
-    args, folder = (
-        ["epochs=40", shown, "monitor.sample_max_new_tokens=300"],
-        config_file.parent / "runs" / "t",
-    )
+    run_dir = config_file.parent / "runs" / "t"
+    sample = run_dir / "samples" / "step-000003.md"
+    args = [
+        "epochs=40",
+        "monitor.sample_notes=[valid-1, valid-2, valid-3, valid-4]",  # two for each rank
+        "monitor.sample_max_new_tokens=300",
+    ]
     ranks = start(config_file, *args)
-    wait_until_doing(folder, 1, "sample notes, token", step=3)
-    ranks[1].send_signal(
-        signal.SIGTERM
-    )  # it breaks off at once; rank 0 writes its note to the end and learns of it then
+    wait_until_doing(run_dir, 1, "sample notes, token", step=3)
+    # It stops at once; rank 0 writes its note to the end and learns of it then.
+    ranks[1].send_signal(signal.SIGTERM)
     output = finish(ranks)
     assert [p.returncode for p in ranks] == [0, 0], output
     assert "asked to stop (another rank was): saved after step 3" in output[0]
-    manifest = json.loads((folder / "checkpoints" / "newest" / "manifest.json").read_text())
-    assert (
-        manifest["step"] == 3
-        and manifest["figures"] is None
-        and not (folder / "samples" / "step-000003.md").exists()
-    )
+    manifest = json.loads((run_dir / "checkpoints" / "newest" / "manifest.json").read_text())
+    assert manifest["step"] == 3 and manifest["figures"] is None and not sample.exists()
     again = start(config_file, *args)
-    wait_until_doing(folder, 0, "micro-batch", step=5)
+    wait_until_doing(run_dir, 0, "micro-batch", step=5)
     again[0].send_signal(signal.SIGINT)
     output = finish(again)
-    assert [p.returncode for p in again] == [
-        0,
-        0,
-    ] and f"resumed from {folder}/checkpoints/step-000003" in output[0], output
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/loss" in line][:2] == [0, 3] and (
-        folder / "samples" / "step-000003.md"
-    ).exists()
+    assert [p.returncode for p in again] == [0, 0], output
+    assert f"resumed from {run_dir}/checkpoints/step-000003" in output[0], output
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/loss" in line][:2] == [0, 3]
+    assert sample.exists()
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 5
 
@@ -105,12 +107,22 @@ def python(code: str, **env: str) -> subprocess.Popen:
     return process
 
 
+SHOW_REASON = """
+import time
+from loop.distributed.stop import StopRequest
+
+request = StopRequest()
+print("up", flush=True)
+while True:
+    time.sleep(0.05)
+    if request.reason:
+        print(request.reason, flush=True)
+"""
+
+
 def test_a_second_signal_stops_at_once():
-    """The first is a wish; a repeat within three seconds is the same Ctrl-C, a later one means now."""
-    process = python(
-        "import time; from loop.distributed.stop import StopRequest; s = StopRequest(); print('up', flush=True)\n"
-        "while True: time.sleep(0.05); s.reason and print(s.reason, flush=True)"
-    )
+    """A repeat within three seconds is the same Ctrl-C; a later one means now."""
+    process = python(SHOW_REASON)
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "SIGUSR1\n"
     process.send_signal(signal.SIGTERM)
@@ -122,11 +134,18 @@ def test_a_second_signal_stops_at_once():
     process.stdout.close()
 
 
+NO_STEP_ENDS = """
+import time
+from loop.distributed.stop import StopRequest
+
+StopRequest()
+print("up", flush=True)
+time.sleep(100)
+"""
+
+
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
-    process = python(
-        "import time; from loop.distributed.stop import StopRequest; StopRequest(); print('up', flush=True); time.sleep(100)",
-        LOOP_GRACE_SECONDS="1",
-    )
+    process = python(NO_STEP_ENDS, LOOP_GRACE_SECONDS="1")
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 1
     process.stdout.close()
@@ -143,7 +162,10 @@ def test_the_time_limit_is_a_request_to_stop(monkeypatch):
 
 @pytest.fixture
 def dog(tmp_path, monkeypatch):
-    """The watchdog of rank 0 of 2, with a limit of a minute, not yet entered; what would end the process is noted instead."""
+    """The watchdog of rank 0 of 2, with a limit of a minute, not yet entered.
+
+    What would end the process is noted instead.
+    """
     ended = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
     alone = SimpleNamespace(rank=0, world_size=2, all_gather_json=lambda value: [value])
@@ -154,19 +176,15 @@ def dog(tmp_path, monkeypatch):
 
 
 def other_rank(dog, **changes) -> None:
-    beat = (
-        dog.me
-        | {
-            "rank": 1,
-            "step": 7,
-            "doing": "micro-batch 2 of 3",
-            "turns": 5,
-            "since": time.time(),
-            "alive": time.time(),
-        }
-        | changes
-    )
-    (dog.folder / "rank-1.json").write_text(json.dumps(beat))
+    now = {
+        "rank": 1,
+        "step": 7,
+        "doing": "micro-batch 2 of 3",
+        "turns": 5,
+        "since": time.time(),
+        "alive": time.time(),
+    }
+    (dog.folder / "rank-1.json").write_text(json.dumps(dog.me | now | changes))
 
 
 def dead_pid() -> int:
@@ -191,9 +209,8 @@ def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
     ago = time.time() - 100
-    monkeypatch.setattr(
-        watchdog, "_activity", {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
-    )
+    activity = {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
+    monkeypatch.setattr(watchdog, "_activity", activity)
     other_rank(dog, since=ago)  # it has come less far than this one
     assert dog._find_stalled().startswith(
         "rank 1 stands still in step 7 (micro-batch 2 of 3, for 100 s)"
@@ -225,9 +242,8 @@ def test_what_one_rank_finds_all_are_told(dog, capfd):
     dog.ranks.world_size = 9
     other_rank(dog)
     beat = json.loads((dog.folder / "rank-1.json").read_text())
-    (dog.folder / "rank-5.json").write_text(
-        json.dumps(beat | {"rank": 5, "pid": dead_pid()})
-    )  # rank 4's to find
+    found_by_rank_4 = beat | {"rank": 5, "pid": dead_pid()}
+    (dog.folder / "rank-5.json").write_text(json.dumps(found_by_rank_4))
     with dog:
         time.sleep(1.5)
         assert not dog.ended
@@ -244,10 +260,8 @@ def test_a_collective_that_fails_with_another_rank_is_that_ranks_loss(dog):
             "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
         )
     dog.over.clear()
-    with (
-        pytest.raises(RuntimeError, match="out of memory"),
-        dog,
-    ):  # its own error, upon which the other ended
+    # Its own error, after which the other ended.
+    with pytest.raises(RuntimeError, match="out of memory"), dog:
         raise RuntimeError("out of memory")
 
 

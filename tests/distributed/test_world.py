@@ -1,25 +1,66 @@
 """Ranks: what they tell each other, and how they begin."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import run_ok
 
+from loop.config.schema import RunConfig
+from loop.distributed import world
 from loop.distributed.seeding import seed_everything
+
+RUN = RunConfig(rendezvous_timeout_minutes=7, stall_timeout_minutes=4)
+
+
+COLLECTIVES = """
+import torch.distributed as dist
+from loop.distributed.world import init_distributed
+
+ranks = init_distributed()
+values = [None, "a", {"Ä€": [1.5, float("nan")] * 40}]
+gathered = ranks.all_gather_json(values[ranks.rank])
+assert gathered[:2] == values[:2] and str(gathered[2]) == str(values[2]), gathered
+assert ranks.any(ranks.rank == 2) and not ranks.any(False)
+assert ranks.all(True) and not ranks.all(ranks.rank == 2)
+assert ranks.sum_scalars(ranks.rank, 1) == [3.0, 3.0]
+dist.barrier()
+dist.destroy_process_group()
+print("agreed")
+"""
 
 
 def test_every_rank_gets_what_every_rank_says():
-    """Values of unequal length, of JSON's types, NaN and other alphabets included; and nothing is pickled on the way."""
-    code = (
-        "import torch.distributed as dist; from loop.distributed import init_distributed; ranks = init_distributed()\n"
-        "said = ranks.all_gather_json([None, 'a', {'Ä€': [1.5, float('nan')] * 40}][ranks.rank])\n"
-        "assert said[:2] == [None, 'a'] and str(said[2]) == str({'Ä€': [1.5, float('nan')] * 40}), said\n"
-        "assert ranks.any(ranks.rank == 2) and not ranks.any(False) and ranks.sum_scalars(ranks.rank, 1) == [3.0, 3.0]\n"
-        "dist.barrier(); dist.destroy_process_group(); print('agreed')"
-    )
-    assert "agreed" in run_ok(3, "-c", code)
+    """Values of unequal length, of JSON's types, NaN and other alphabets included.
+
+    Nothing is pickled on the way.
+    """
+    assert "agreed" in run_ok(3, "-c", COLLECTIVES)
+
+
+# With `stop`, as the training loop has it: the watchdog is to speak before a collective ends.
+@pytest.mark.parametrize(
+    ("arguments", "minutes"),
+    [
+        ({}, (10, 30)),
+        ({"run": RUN}, (7, 30)),
+        ({"run": RUN, "stop": SimpleNamespace(reason=None)}, (7, 12)),
+    ],
+)
+def test_how_long_ranks_and_collectives_wait(arguments, minutes, monkeypatch):
+    joined = []
+    monkeypatch.setattr(world, "join_process_group", lambda *args: joined.append(args))
+    monkeypatch.setattr(world.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(world, "_terminate_with_parent", lambda: None)
+    monkeypatch.setattr(world, "on_gpu", lambda: False)
+    for name in world.SINGLE_PROCESS:  # what it sets is gone after the test
+        monkeypatch.setenv(name, world.SINGLE_PROCESS[name])
+    world.init_distributed(**arguments)
+    ((backend, rendezvous, timeout, stop),) = joined
+    assert (backend, stop) == ("gloo", arguments.get("stop"))
+    assert (rendezvous, timeout.total_seconds() / 60) == minutes
 
 
 @pytest.mark.parametrize("seed", [0, 2**40])
