@@ -58,7 +58,7 @@ def test_on_a_gpu_only_the_step_end_is_waited_for(monkeypatch):
 
 
 def test_timing_a_step_costs_less_than_a_hundredth_of_the_shortest_step():
-    """The shortest step that tests/bench/README.md names takes 91 ms; this one has four micro-batches."""
+    """The shortest step of tests/bench/README.md is 91 ms; this one has four micro-batches."""
     timer = StepTimer(torch.device("cpu"))
     best = float("inf")
     for _ in range(200):
