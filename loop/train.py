@@ -150,7 +150,7 @@ def train(
         # 4. Observers: watchdog, logs, validation.
         stack.enter_context(Watchdog(run_dir, ranks, config.run))
         logger = make_logger(config, execution, engine, ranks, state, plan, model_config, memory)
-        logger.log_start(data, tokenizer, packing, checkpointer.notes + warnings)
+        logger.log_start(data, tokenizer, packing, checkpointer, warnings)
         validator = Validator(config, execution, engine, tokenizer, data, ranks, stop, logger)
 
         # 5. The loop.

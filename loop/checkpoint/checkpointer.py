@@ -68,6 +68,7 @@ class Checkpointer:
         if path:
             force = self.config.run.resume == "force"
             self.notes += self.identity.check_compatible(path, manifest, plan, force)
+        self.start_note = f"resumed from {path}" if path else f"run folder  {self.run_dir}"
         self.plan = plan
         return TrainState.from_manifest(self.config.run, manifest)
 

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, write_report
 from ..checkpoint.train_state import TrainState
 from ..config.schema import Config
@@ -111,9 +112,10 @@ class RunLogger:
         data: TrainingData,
         tokenizer,
         packing: PackingSpec,
-        notes: list[str],
+        checkpointer: Checkpointer,
+        warnings: list[str],
     ) -> None:
-        """The run in advance: machine, base, data, plan, and `notes`, what a person should know."""
+        """The run in advance: machine, base, data, plan, and what a person should know."""
         if not self.on:
             return
         trained = sum(p.ds_numel for _, p in trainable_parameters(self.engine.module))
@@ -128,6 +130,7 @@ class RunLogger:
         )
         self._log_data_reports(data)
         self._log_plan(data, packing)
+        notes = [*checkpointer.notes, *warnings, checkpointer.start_note]
         for note in filter(None, notes):
             self.say(note)
         self._write_prompts(data, tokenizer)

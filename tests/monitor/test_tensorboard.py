@@ -112,11 +112,12 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
         ds_config={}, description="", max_tokens=4096, estimate_memory=lambda tokens: {}
     )
     memory = SimpleNamespace(begin=lambda: None, beside=lambda estimate: "")
+    checkpointer = SimpleNamespace(notes=[], start_note="")
     row = SimpleNamespace(input_ids=torch.zeros(1, 3500))
     for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
         state = TrainState(config.run, step=first, eval_metrics={})
         logger = RunLogger(config, execution, engine, ranks, state, plan, None, memory)
-        logger.log_start(data, None, PackingSpec(4096, 1024), [])
+        logger.log_start(data, None, PackingSpec(4096, 1024), checkpointer, [])
         for step, norm in enumerate(norms, first):
             logger.start_step(step)
             state.record(1.0, applied=True)
