@@ -24,7 +24,7 @@ class Row:
     bound: float | None = None
     speed: float | None = None  # in `unit`
     unit: str = "x"  # "x": times as fast as the plain reference
-    note: str = ""  # where it is not ok: the reason and the remedy; else a remark
+    note: str = ""  # where it is not ok: the reason and the remedy; else a warning or ""
     required: bool = True
 
     def blocks(self) -> bool:

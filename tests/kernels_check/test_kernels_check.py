@@ -123,7 +123,7 @@ def test_check_without_its_package_is_not_checked_rather_than_wrong(monkeypatch)
     assert "not checked" in row.note and "bitsandbytes" in row.note
 
 
-def test_table_names_remedies_and_remarks():
+def test_table_names_remedies_and_notes():
     text = table(
         [
             Row("fine"),
