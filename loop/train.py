@@ -155,8 +155,9 @@ def train(
 
         # 5. The loop.
         stopping = state.validation_due and not validator.run(state)  # the baseline
+        checkpointer.amend(state, logger)  # where it was a resumed run's last validation
         for step in range(state.step, len(plan)):
-            if stopping or state.diverged:
+            if stopping or state.ended:
                 break
             set_activity("reading and packing examples", step + 1)
             logger.start_step(step)
@@ -186,13 +187,13 @@ def train(
             if last or state.step % config.monitor.eval_steps == 0:
                 completed = validator.run(state, skip=stopping or state.diverged)
                 stopping = stopping or not completed
-            if last or stopping or state.diverged or state.step % config.run.save_steps == 0:
-                checkpointer.save(engine, state, logger)
+            checkpointer.save_if_due(engine, state, stopping, logger)
 
         # 6. The adapter, checked against the trained weights; the report.
         if state.diverged:
             logger.close({})
             raise TrainingDiverged(checkpointer.diverged_message(state))
+        checkpointer.restore_best(engine, state, logger)  # with run.export=best
         exported = export_result(engine, config, tokenizer, data, execution, stopping, logger)
         return logger.finish(state, exported, stop)
 

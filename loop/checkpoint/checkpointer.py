@@ -12,8 +12,10 @@ from ..data.batch_plan import BatchPlan
 from ..distributed.seeding import get_rng_state, set_rng_state
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
+from ..evaluation.choosing import Choice
 from ..optim.adamw import trainable_parameters
 from ..zero3.optimizer_state import (
+    MASTER,
     adam_step,
     create_adam_state,
     gather_full_state,
@@ -21,7 +23,7 @@ from ..zero3.optimizer_state import (
     tensor_kinds,
 )
 from .identity import RunIdentity
-from .store import CheckpointStore
+from .store import CheckpointStore, read_masters, step_of
 from .train_state import TrainState
 
 
@@ -32,11 +34,13 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, config: Config, identity: RunIdentity) -> None:
+        """Raises ConfigError where `monitor.best` is no metric that can choose."""
         self.run_dir = run_dir
         self.ranks = ranks
         self.config = config
         self.identity = identity
-        self.store = CheckpointStore(run_dir, config.run.keep_checkpoints)
+        self.choice = Choice.of(config)
+        self.store = CheckpointStore(run_dir, config.run.keep_checkpoints, self.choice)
         self.path: Path | None = None  # of the checkpoint that the run resumes from
         self.manifest: dict = {}
         self.notes: list[str] = []  # on skipped checkpoints and changed settings
@@ -70,7 +74,7 @@ class Checkpointer:
             self.notes += self.identity.check_compatible(path, manifest, plan, force)
         self.start_note = f"resumed from {path}" if path else f"run folder  {self.run_dir}"
         self.plan = plan
-        return TrainState.from_manifest(self.config.run, manifest)
+        return TrainState.from_manifest(self.config.run, manifest, self.choice)
 
     def restore(self, engine) -> None:
         """Puts the checkpoint of `find_latest` into the engine, right after `deepspeed.initialize`.
@@ -97,6 +101,64 @@ class Checkpointer:
         # With another number of ranks the generators keep their seeds: each belongs to one rank.
         if len(self.manifest["rng"]) == self.ranks.world_size:
             set_rng_state(self.manifest["rng"][self.ranks.rank])
+
+    def restore_best(self, engine, state: TrainState, logger) -> None:
+        """With run.export=best: puts the weights of the best checkpoint into the engine.
+
+        `state.exported_step` tells whose weights the engine holds then. Only the weights are
+        restored, so nothing can be trained after that. Without a validated checkpoint, the last
+        step's weights stay. Every rank must call it, at the end of the run.
+        """
+        state.exported_step = state.step
+        if self.config.run.export != "best":
+            return
+        set_activity("restoring the best checkpoint")
+        found: list = [None, [], None]
+        if self.ranks.is_main:
+            path, manifest = self.store.best()
+            if path:
+                value = self.choice.value_of_checkpoint(manifest)
+                found = [path.name, sorted(manifest["files"]), value]
+        name, files, value = self.ranks.all_gather_json(found)[0]
+        if not name:
+            logger.say("exported    the last step's weights: no validated checkpoint is there")
+            return
+        path = self.store.folder / name
+        if step_of(path) != state.step:
+            # A GPU may still prefetch for a step that won't come.
+            engine.empty_partition_cache()
+            parameters: dict[str, Any] = dict(trainable_parameters(engine.module))
+            for key, tensor in read_masters(path, files):
+                scatter_full_tensor(parameters[key], MASTER, tensor, self.ranks)
+        state.exported_step = step_of(path)
+        logger.say(
+            f"exported    the weights of step {state.exported_step}, the best by {self.choice}: "
+            f"{value:.4f}"
+        )
+
+    def save_if_due(self, engine, state: TrainState, stopping: bool, logger) -> None:
+        """Saves where the configuration says so, and before the run ends. Every rank must call it.
+
+        The best validation so far is saved as well, where its weights may be wanted: with
+        run.export=best, or where monitor.best names a metric of notes.
+        """
+        run = self.config.run
+        wanted = run.export == "best" or self.choice.is_of_notes
+        due = state.step == len(self.plan) or state.step % run.save_steps == 0
+        if due or stopping or state.ended or (wanted and state.is_best):
+            self.save(engine, state, logger)
+
+    def amend(self, state: TrainState, logger) -> None:
+        """Adds the validation that was due after a resume to the checkpoint that lacks it.
+
+        So that checkpoint can be the best, as in a run that was not interrupted.
+        """
+        lacks_it = self.path is not None and self.manifest.get("figures") is None
+        if self.ranks.is_main and lacks_it and not state.validation_due:
+            try:
+                self.store.amend(self.path, state.to_manifest())
+            except OSError as error:
+                logger.say(f"{self.path}: its validation is not noted there: {error}")
 
     def save(self, engine, state: TrainState, logger) -> None:
         """Writes a checkpoint of `state`. A failed write is said, and the run goes on.

@@ -7,16 +7,18 @@ and renamed, so one with its final name is complete. `newest` and `best` are sym
 
 import contextlib
 import json
-import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..distributed.files import fsync, sha256
 from ..distributed.watchdog import set_activity
+from ..evaluation.choosing import Choice
+from ..zero3.optimizer_state import MASTER
 
 Manifest = (
     dict  # of JSON's types; `TrainState.to_manifest` and `Checkpointer.save` say what is in it
@@ -24,11 +26,13 @@ Manifest = (
 
 
 class CheckpointStore:
-    """The last `keep` checkpoints of a run directory, and the one with the best validation loss."""
+    """The last `keep` checkpoints of a run directory, and the one of the best validation."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    def __init__(self, run_dir: Path, keep: int, choice: Choice = Choice()) -> None:
+        """choice: what validations are judged by."""
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        self.choice = choice
         self.corrupt: set[str] = set()  # names of checkpoints that failed verification
 
     def finished(self) -> list[Path]:
@@ -82,6 +86,41 @@ class CheckpointStore:
                 notes.append(f"{path.name} passed over: {error}")
         return None, {}, notes
 
+    def best(self) -> tuple[Path | None, Manifest]:
+        """The best checkpoint among those that verify, and its manifest; (None, {}) without one.
+
+        Only a validated one can be the best. Of equal ones it is the earliest.
+        """
+        while path := self._best_of([p for p in self.finished() if p.name not in self.corrupt]):
+            try:
+                return path, verified_manifest(path)
+            except (OSError, ValueError, KeyError, TypeError):
+                self.corrupt.add(path.name)
+        return None, {}
+
+    def amend(self, path: Path, changes: Manifest) -> None:
+        """Changes entries in the manifest of a checkpoint, atomically, and links the best anew.
+
+        Raises OSError when the disk is full; the checkpoint is what it was then.
+        """
+        manifest = json.loads((path / "manifest.json").read_text())
+        temporary = path / ".manifest.json"
+        temporary.write_text(json.dumps(manifest | changes))
+        fsync(temporary)
+        temporary.replace(path / "manifest.json")
+        fsync(path)
+        if best := self._best_of([p for p in self.finished() if p.name not in self.corrupt]):
+            self._link("best", best)
+
+    def _best_of(self, paths: list[Path]) -> Path | None:
+        """The best of some checkpoints, oldest first; None where none was validated."""
+        best, best_value = None, None
+        for path in paths:
+            value = value_of(path, self.choice)
+            if self.choice.is_better(value, best_value):
+                best, best_value = path, value
+        return best
+
     def _temporary(self, step: int) -> Path:
         return self.folder / f".writing-{step:06d}"
 
@@ -102,9 +141,7 @@ class CheckpointStore:
             for p in self.finished()
             if p == newest or (p.name not in self.corrupt and step_of(p) < step_of(newest))
         ]
-        losses = {p: validation_loss(p) for p in complete}
-        known = [p for p in complete if losses[p] is not None]
-        best = min(known, key=lambda p: losses[p], default=newest)
+        best = self._best_of(complete) or newest
         with contextlib.suppress(OSError):  # some file systems have no links; deletion goes on
             self._link("newest", newest)
             self._link("best", best)
@@ -138,10 +175,22 @@ def verified_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def validation_loss(path: Path) -> float | None:
-    """The validation loss in a checkpoint's manifest; None where it has none."""
+def read_masters(path: Path, files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, fp32 weight) of each trained weight of a checkpoint, one at a time.
+
+    files: of its manifest.
+    """
+    for file_name in files:
+        with safe_open(path / file_name, "pt") as file:
+            for key in file.keys():
+                name, kind = key.rsplit(".", 1)
+                if kind == MASTER:
+                    yield name, file.get_tensor(key)
+
+
+def value_of(path: Path, choice: Choice) -> float | None:
+    """What a checkpoint's validation is judged by; None where it has no such finite number."""
     try:
-        loss = json.loads((path / "manifest.json").read_text())["figures"]["eval/loss"]
-        return loss if math.isfinite(loss) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return choice.value_of_checkpoint(json.loads((path / "manifest.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -4,6 +4,7 @@ import dataclasses
 from collections import deque
 
 from ..config.schema import RunConfig
+from ..evaluation.choosing import Choice
 from ..optim.skip import loss_spike_threshold
 
 RECENT_LOSSES = 50  # a loss spike is measured against so many
@@ -22,16 +23,33 @@ class TrainState:
     recent_losses: deque[float] = dataclasses.field(
         default_factory=lambda: deque(maxlen=RECENT_LOSSES)
     )
+    choice: Choice = Choice()  # what validations are judged by
+    best: float | None = None  # value of the best validation so far
+    best_step: int | None = None  # the steps that were done then
+    validations_since_best: int = 0
+    exported_step: int | None = None  # at the end: the step whose weights the engine holds
 
     @classmethod
-    def from_manifest(cls, run: RunConfig, manifest: dict) -> "TrainState":
-        """The state that `to_manifest` wrote; the state of a new run for an empty manifest."""
+    def from_manifest(
+        cls, run: RunConfig, manifest: dict, choice: Choice = Choice()
+    ) -> "TrainState":
+        """The state that `to_manifest` wrote; the state of a new run for an empty manifest.
+
+        Where the run chose by something else so far, or by nothing, the count begins anew.
+        """
+        best = manifest.get("best", {})
+        if best.get("by") != str(choice):
+            best = {}
         return cls(
             run,
             step=manifest.get("step", 0),
             eval_metrics=manifest.get("figures"),
             skipped_steps=manifest.get("skipped", 0),
             recent_losses=deque(manifest.get("recent_losses", []), maxlen=RECENT_LOSSES),
+            choice=choice,
+            best=best.get("value"),
+            best_step=best.get("step"),
+            validations_since_best=best.get("validations_since", 0),
         )
 
     def to_manifest(self) -> dict:
@@ -41,6 +59,12 @@ class TrainState:
             "figures": self.eval_metrics,
             "skipped": self.skipped_steps,
             "recent_losses": list(self.recent_losses),
+            "best": {
+                "by": str(self.choice),
+                "value": self.best,
+                "step": self.best_step,
+                "validations_since": self.validations_since_best,
+            },
         }
 
     def record(self, loss: float, applied: bool) -> None:
@@ -53,6 +77,37 @@ class TrainState:
         else:
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
+
+    def record_validation(self, figures: dict[str, float] | None) -> None:
+        """Takes the figures of the validation after `step`, and whether it is the best so far.
+
+        figures: {} without validation examples; None: it was not completed and stays due. The
+        validation before the first step is no candidate, as nothing is trained yet.
+        """
+        self.eval_metrics = figures
+        if not figures or self.step == 0:
+            return
+        value = self.choice.value(figures)
+        if self.choice.is_better(value, self.best):
+            self.best, self.best_step, self.validations_since_best = value, self.step, 0
+        else:
+            self.validations_since_best += 1
+
+    @property
+    def is_best(self) -> bool:
+        """True when the validation after `step` is the best one so far."""
+        return self.best_step is not None and self.best_step == self.step
+
+    @property
+    def out_of_patience(self) -> bool:
+        """True when `run.patience` validations in a row were no better than one before them."""
+        patience = self.run.patience
+        return patience is not None and self.validations_since_best >= patience
+
+    @property
+    def ended(self) -> bool:
+        """True when no further step shall be made, whatever the plan says."""
+        return self.diverged or self.out_of_patience
 
     @property
     def validation_due(self) -> bool:

@@ -55,7 +55,7 @@ def main(args: list[str]) -> None:
         report = train(config, build_ds_config(config))
     except FAILED as error:
         leave_failed(error)
-    if report and report["steps"] == report["planned_steps"]:
+    if report and (report["steps"] == report["planned_steps"] or report["ended_early"]):
         exposures = measure_exposures(config, canaries, tokenizer, ranks.device)
         rows = [
             vars(canary) | {"seen": visits, "exposure": bits}

@@ -12,6 +12,7 @@ from ..config.schema import ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
 from ..distributed.watchdog import RankLost
+from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
 from ..kernels.attention import AttentionError
 from ..monitor.quiet import quiet_libraries
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
+        Choice.of(config)  # a mistake there is said before the data is read
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)

@@ -117,8 +117,8 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(
         2,
         ge=1,
-        description="How many of the last checkpoints stay; the one with the best validation loss "
-        "stays beside them.",
+        description="How many of the last checkpoints stay; the one of the best validation stays "
+        "beside them (see monitor.best).",
     )
     max_skipped_in_a_row: int = Field(
         3, ge=1, description="Save and end after so many skipped steps in a row (1: at the first)."
@@ -152,8 +152,16 @@ class RunConfig(Section):
         allow_inf_nan=False,
         description="How long ranks wait for each other at the start.",
     )
-    export: Literal["last", "none"] = Field(
-        "last", description="What is exported at the end: the last step's weights, or nothing."
+    export: Literal["best", "last", "none"] = Field(
+        "last",
+        description="What is exported at the end: the weights of the last step, those of the best "
+        "validation (see monitor.best), or nothing.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="End after so many validations in a row without a better one than before (see "
+        "monitor.best); null: never.",
     )
     export_check_examples: int = Field(
         8,
@@ -179,9 +187,78 @@ class MonitorConfig(Section):
         description="Ids of validation examples whose notes are written and shown at each "
         "evaluation; the text of no other example comes into a log.",
     )
-    sample_max_new_tokens: int = Field(
-        400, ge=1, description="The longest of those notes, in tokens."
+    best: str = Field(
+        "loss",
+        description="What makes a validation the best one: loss, the lowest validation loss; or "
+        "the highest value of a metric of evaluate, on notes that are written at each validation, "
+        "e.g. rouge1, rougeLsum, sections (S, O, A, P in order), facts/supported, facts/kept.",
     )
+    best_notes: int | None = Field(
+        None,
+        ge=1,
+        description="For a metric of notes: they are written for so many validation examples, the "
+        "first ones in the order of their ids; null: for monitor.sample_notes.",
+    )
+
+
+class GenerationSettings(Section):
+    """How notes are written: the samples of a run, and those of evaluate and generate.
+
+    What a base's own generation_config.json asks for never counts.
+    """
+
+    # A note that is cut off is lost, while a limit that no note reaches costs nothing: notes end
+    # by themselves, or are ended where they run in circles.
+    max_new_tokens: int = Field(600, ge=1, description="The longest note, in tokens.")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="0 takes the most likely token; above 0 tokens are drawn, and a higher one "
+        "makes them more varied.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="With a temperature: draw from the most likely tokens that have this "
+        "probability together (arXiv 1904.09751).",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="With a temperature: draw no token whose probability is below this fraction of "
+        "the most likely one's (arXiv 2407.01082).",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**62, description="With a temperature: another seed, other notes."
+    )
+    no_repeat_ngram: int = Field(
+        0,
+        ge=0,
+        description="No so many tokens in a row occur twice in a note; what the dialogue holds "
+        "does not count; 0: they may.",
+    )
+    end_loops: bool = Field(
+        True,
+        description="End a note that runs in circles: one whose last 48 tokens or more are at "
+        "least four times the same 1 to 64 tokens.",
+    )
+    forced_headings: bool = Field(
+        False, description="Force the headings S, O, A and P, and nothing else."
+    )
+
+    @model_validator(mode="after")
+    def _check_sampling(self):
+        for name, off in (("top_p", 1), ("min_p", 0)):
+            value = getattr(self, name)
+            if not self.temperature and value != off:
+                raise ValueError(
+                    f"{name}={value} means something only with a temperature above 0; set both, "
+                    "or neither"
+                )
+        return self
 
 
 # What a run's `lora` adds to or changes.
@@ -308,6 +385,9 @@ class Config(Section):
     )
     run: RunConfig = Field(RunConfig(), description="The run directory and checkpoints.")
     monitor: MonitorConfig = Field(MonitorConfig(), description="Evaluation and samples.")
+    generation: GenerationSettings = Field(
+        GenerationSettings(), description="How notes are written."
+    )
 
     @field_validator("lora")
     @classmethod
@@ -349,7 +429,30 @@ class Config(Section):
         if name.name in ("", "..") or name.is_absolute():
             raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
         self._check_sources()
+        self._check_choice()
         return self
+
+    def _check_choice(self) -> None:
+        """What chooses the best validation must be measured."""
+        run, monitor = self.run, self.monitor
+        if run.export == "best" or run.patience or monitor.best != "loss":
+            if not self.data.valid and not self.data.valid_fraction:
+                raise ValueError(
+                    "run.export=best, run.patience and monitor.best need validation examples: set "
+                    "data.valid or data.valid_fraction"
+                )
+        if monitor.best == "loss":
+            return
+        if self.data.supervise == "all":
+            raise ValueError(
+                f"monitor.best={monitor.best}: there are no notes with data.supervise=all; set it "
+                "to loss"
+            )
+        if not monitor.best_notes and not monitor.sample_notes:
+            raise ValueError(
+                f"monitor.best={monitor.best}: a metric of notes; set monitor.best_notes to the "
+                "number of validation examples to write them for"
+            )
 
     def _check_sources(self) -> None:
         data = self.data

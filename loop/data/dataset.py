@@ -48,6 +48,12 @@ def load_training_data(config: Config, tokenizer) -> TrainingData:
             f"monitor.sample_notes: {sorted(missing)[0]} is not an id of data.valid, or is longer "
             "than max_seq_len"
         )
+    run = config.run
+    if not valid and (run.export == "best" or run.patience or config.monitor.best != "loss"):
+        raise ConfigError(
+            "run.export=best, run.patience and monitor.best need validation examples, and "
+            f"data.valid_fraction={config.data.valid_fraction} of data.train is none; raise it"
+        )
     return TrainingData(
         train=train,
         valid=valid,

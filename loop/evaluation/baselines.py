@@ -33,10 +33,7 @@ def score_with_baselines(
         train: searched for the most similar dialogue; if empty, that baseline is left out.
     """
     set_activity("scoring notes")
-    rows = [
-        Row(c.id, dialogue_text(c), note_text(c), *notes[c.id])
-        for c in sorted(conversations, key=lambda c: c.id)
-    ]
+    rows = rows_of(conversations, notes)
     mine = rows[ranks.rank :: ranks.world_size]
     systems = {"notes": mine}
     if train:
@@ -54,6 +51,14 @@ def score_with_baselines(
         for name in systems
     }
     return rows, summarise(scores)
+
+
+def rows_of(conversations: list[Conversation], notes: dict[str, Note]) -> list[Row]:
+    """What is scored, in the order of the ids. notes: the note of each conversation, by id."""
+    return [
+        Row(c.id, dialogue_text(c), note_text(c), *notes[c.id])
+        for c in sorted(conversations, key=lambda c: c.id)
+    ]
 
 
 def most_similar(queries: list[str], corpus: list[str]) -> list[int]:

@@ -1,12 +1,15 @@
-"""Validation in mid-run: the loss of the validation split, and a few sample notes."""
+"""Validation in mid-run: the loss of the validation split, a few sample notes, and scored notes."""
 
 from ..config.schema import Config
 from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
+from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
+from ..generation.decode import ROWS, Note
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
+from .choosing import chosen_examples, read_references, score_notes
 from .loss import evaluate_loss
 
 
@@ -24,7 +27,7 @@ class Validator:
         stop: StopRequest,
         logger,
     ) -> None:
-        """logger: a monitor's RunLogger."""
+        """logger: a monitor's RunLogger. Raises ConfigError where notes can't be scored."""
         self.config = config
         # Rows of an evaluation are not padded to the shape of CUDA graphs: those run in training.
         self.packing = PackingSpec(execution.max_tokens, config.max_seq_len)
@@ -34,6 +37,8 @@ class Validator:
         self.ranks = ranks
         self.stop = stop
         self.logger = logger
+        self.chosen = chosen_examples(config, data)
+        self.references = read_references(config, self.chosen)
 
     def run(self, state, skip: bool = False) -> bool:
         """Fills `state.eval_metrics` and returns True; or returns False, and logs nothing.
@@ -41,24 +46,32 @@ class Validator:
         False when `skip`, or when the run is asked to stop meanwhile: `state.eval_metrics` is None
         then, so that the resumed run repeats the validation. state: a checkpoint's TrainState.
         """
-        state.eval_metrics = None if skip else self._evaluate(state.step)
+        figures = None if skip else self._evaluate(state.step)
+        # What chooses must be the same number on all ranks, to the bit.
+        state.record_validation(self.ranks.all_gather_json(figures)[0])
         return state.eval_metrics is not None
 
     def _evaluate(self, step: int) -> dict[str, float] | None:
         if not self.data.valid:
             return {}
         metrics = evaluate_loss(self.engine, self.data.valid, self.packing, self.ranks, self.stop)
-        notes = generate_sharded(
-            self.engine,
-            self.tokenizer,
-            self.data.samples,
-            self.config.monitor.sample_max_new_tokens,
-            self.ranks,
-            self.stop,
-            # A few notes, of which each rank writes some.
-            -(-len(self.data.samples) // self.ranks.world_size),
-        )
+        # A few notes, of which each rank writes some.
+        notes = self._write(self.data.samples, -(-len(self.data.samples) // self.ranks.world_size))
+        scored = notes if self.chosen is self.data.samples else self._write(self.chosen, ROWS)
         if self.ranks.any(self.stop.requested):
             return None
+        metrics |= score_notes(self.references, scored, self.ranks)
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
+
+    def _write(self, examples: list[Example], rows: int) -> dict[str, Note]:
+        """Notes of examples by id, cut off when the run is asked to stop. rows: of a batch."""
+        return generate_sharded(
+            self.engine,
+            self.tokenizer,
+            examples,
+            self.config.generation.max_new_tokens,
+            self.ranks,
+            self.stop,
+            rows,
+        )

@@ -22,6 +22,7 @@ from ..data.dataset import TrainingData
 from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
+from ..evaluation.choosing import Choice
 from ..generation.sharded import prompt_of
 from ..memory.breakdown import memory_breakdown
 from ..memory.measure import PeakMemory, peak_gpu_bytes
@@ -290,9 +291,12 @@ class RunLogger:
     def log_validation(self, step: int, metrics: dict[str, float], notes: dict[str, str]) -> None:
         """Validation metrics after `step` steps, and sample notes by id."""
         self.scalars(step, metrics)
+        choice = Choice.of(self.config)
+        value = metrics.get(choice.key, math.nan)
+        also = f", {choice} {value:.4f}" if choice.is_of_notes else ""
         self.say(
             f"step {step}: validation loss {metrics['eval/loss']:.4f}, "
-            f"perplexity {metrics['eval/perplexity']:.2f}"
+            f"perplexity {metrics['eval/perplexity']:.2f}{also}"
         )
         if self.on and notes:
             with self._survive_full_disk():
@@ -303,8 +307,16 @@ class RunLogger:
     def finish(self, state: TrainState, exported: dict, stop: StopRequest) -> dict:
         """Closes the files of a run that ends well, and returns what report.json holds now."""
         metrics = {"fill": self.plan.fill} | exported | (state.eval_metrics or {})
+        if exported:
+            metrics["exported_step"] = state.exported_step
+        metrics["best"] = state.to_manifest()["best"]
+        patience = f"run.patience={self.config.run.patience}: no better {state.choice} since step "
+        early = state.out_of_patience and state.step < self.num_steps
+        metrics["ended_early"] = f"{patience}{state.best_step}" if early else None
         report = self.close(metrics)
-        if report and report["steps"] < self.num_steps:
+        if early:
+            self.say(f"step {state.step}: the end, by {metrics['ended_early']}")
+        elif report and report["steps"] < self.num_steps:
             steps = report["steps"]
             saved = f"saved after step {steps}" if steps else "before the first step"
             self.say(

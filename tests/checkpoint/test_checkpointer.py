@@ -272,7 +272,9 @@ def checkpointer_in(run_dir: Path) -> Checkpointer:
     """That of the only rank of a run."""
     alone = SimpleNamespace(is_main=True, all_gather_json=lambda value: [value], any=bool)
     config = SimpleNamespace(
-        run=SimpleNamespace(keep_checkpoints=2, resume=True), model_dump=lambda mode: {}
+        run=SimpleNamespace(keep_checkpoints=2, resume=True),
+        monitor=SimpleNamespace(best="loss"),
+        model_dump=lambda mode: {},
     )
     identity = SimpleNamespace(at_step=lambda plan, step: {}, versions={})
     return Checkpointer(run_dir, alone, config, identity)
