@@ -134,7 +134,8 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
         "lr": 1e-2,
         "max_steps": 6,
         "run": {"dir": str(folder), "name": "run", "save_steps": 2},
-        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 12},
+        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"]},
+        "generation": {"max_new_tokens": 12},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "stdout").write_text(

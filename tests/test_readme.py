@@ -61,10 +61,10 @@ SHORTER = {
     "train": [
         "max_steps=2",
         "data.limit=8",
-        "monitor.sample_max_new_tokens=8",
+        "generation.max_new_tokens=8",
         "run.export_check_examples=0",
     ],
-    "evaluate": ["data.limit=4", "monitor.sample_max_new_tokens=8"],
+    "evaluate": ["data.limit=4", "generation.max_new_tokens=8"],
     "generate": ["--max-new-tokens", "16"],
 }
 ELSEWHERE = {

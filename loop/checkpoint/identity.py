@@ -35,6 +35,7 @@ ONLY_HOW = {  # where and how a run computes, not what
     "deepspeed",
     "run",
     "monitor",
+    "generation",
 }
 NOT_SETTINGS = {*IN_STATE, *IN_PLAN, *HASHED, *BY_FIELD, *ONLY_HOW}
 MAY_DIFFER_BETWEEN_RANKS = ("device", "commit")  # of the versions

@@ -8,19 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, GenerationSettings
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
-from ..generation.decode import ROWS, Note, generate_notes, generate_with_headings, sampling
+from ..generation.decode import ROWS, Note, write_notes
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
 from ..generation.notes_file import NotesFile, digest, read_dialogues
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
 
-# Options that change a note; another adapter or base does so, too.
-NOTE_OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "strict")
+OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0}  # what has no effect
+RENAMED_OPTIONS = {"strict": "forced-headings"}
 MOST_SHOWN = 8  # ids in a warning
 
 
@@ -35,44 +36,75 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
     add("--input", help="a JSONL file with `dialogue` and `id`")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
-    add("--max-new-tokens", type=int, default=600, help="longest note")
     add("--batch-size", type=int, default=ROWS, help="dialogues at a time")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0, the default, takes the most likely token",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="with a temperature: draw from the most likely tokens that have this probability "
-        "together",
-    )
-    add("--seed", type=int, default=0, help="with a temperature: another seed, other notes")
-    add("--strict", action="store_true", help="force the four headings, and nothing else")
+    # Without these the settings are those of the adapter's run.
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--max-new-tokens", type=int, help="longest note")
+    add("--temperature", type=float, help="0 takes the most likely token")
+    add("--top-p", type=float, help="draw from the most likely tokens of this probability together")
+    add("--min-p", type=float, help="draw no token below this fraction of the most likely one's")
+    add("--seed", type=int, help="another seed, other notes")
+    add("--no-repeat-ngram", type=int, help="no so many tokens twice in a note")
+    add("--end-loops", action=yes_or_no, help="end a note that runs in circles")
+    add("--forced-headings", action=yes_or_no, help="force the four headings, and nothing else")
     return parser
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command's options. Raises ConfigError where they make no sense."""
+    for old, new in RENAMED_OPTIONS.items():
+        if f"--{old}" in (sys.argv if argv is None else argv):
+            raise ConfigError(f"--{old} is --{new} now")
     args = build_parser().parse_args(argv)
-    in_range = {
-        "max_new_tokens": args.max_new_tokens > 0,
-        "batch_size": args.batch_size > 0,
-        "temperature": args.temperature >= 0,
-        "top_p": 0 < args.top_p <= 1,
-        "seed": args.seed >= 0,
-    }
-    for name, good in in_range.items():
-        if not good:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
-    if not args.temperature and (args.top_p != 1 or args.seed):
-        raise ConfigError("--top-p and --seed: mean something only with --temperature above 0")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: must be 1 or more")
+    # The run's temperature is not known yet.
+    check_settings({"temperature": 1.0} | given_settings(args))
     if bool(args.input) != bool(args.output) or (args.input and args.dialogue != "-"):
         raise ConfigError("give --input FILE.jsonl and --output FILE.jsonl, or --dialogue FILE")
     return args
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of GenerationSettings that the command line names, with their values."""
+    values = {name: getattr(args, name) for name in GenerationSettings.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def option(name: str) -> str:
+    """How a key of GenerationSettings is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(values: dict[str, Any], source: str = "") -> GenerationSettings:
+    """The settings with these values. Raises ConfigError naming the option, or the `source`."""
+    try:
+        return GenerationSettings(**values)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        what = mistake["msg"].removeprefix("Value error, ")
+        name = str(mistake["loc"][0]) if mistake["loc"] else ""
+        where = source or (f"{option(name)} {values[name]}" if name else "")
+        raise ConfigError(": ".join(filter(None, (where, source and name, what)))) from error
+
+
+def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSettings:
+    """The settings of the adapter's run, changed by the command line's.
+
+    source: of `generation_source`. Raises ConfigError.
+    """
+    given = given_settings(args)
+    trained = source.get("generation") or {}
+    check_settings(trained, f"--adapter {args.adapter}: trained.json: generation")
+    values = trained | given
+    if not values.get("temperature"):
+        idle = [option(name) for name, off in OF_SAMPLING.items() if given.get(name, off) != off]
+        if idle:
+            raise ConfigError(
+                f"{' and '.join(idle)}: means something only with --temperature above 0"
+            )
+        values = {key: v for key, v in values.items() if key not in OF_SAMPLING}
+    return check_settings(values)
 
 
 def read_dialogue(path: str) -> str:
@@ -87,7 +119,12 @@ def read_dialogue(path: str) -> str:
     return dialogue
 
 
-def open_output(args: argparse.Namespace, dialogues: dict[str, str], source: dict) -> NotesFile:
+def open_output(
+    args: argparse.Namespace,
+    dialogues: dict[str, str],
+    source: dict,
+    generation: GenerationSettings,
+) -> NotesFile:
     """The output file, whose lines tell what made them. source: of `generation_source`."""
     made_by: dict[str, Any] = {
         "adapter": None,
@@ -97,33 +134,24 @@ def open_output(args: argparse.Namespace, dialogues: dict[str, str], source: dic
     if args.adapter:
         weights = Path(args.adapter) / "adapter_model.safetensors"
         made_by["adapter"] = digest(weights.read_bytes())
-    made_by |= {name: getattr(args, name) for name in NOTE_OPTIONS}
+    made_by |= generation.model_dump(mode="json")
     return NotesFile(args.output, dialogues, made_by)
 
 
 def write_batch(
-    model, tokenizer, keys: list[str], dialogues: list[str], args: argparse.Namespace
+    model, tokenizer, keys: list[str], dialogues: list[str], generation: GenerationSettings
 ) -> list[Note]:
-    """The notes of some dialogues, as the options say. keys: the dialogues' ids."""
-
-    def logits_processor(section: str = ""):
-        if not args.temperature:
-            return None
-        note_keys = [f"{key} {section}" for key in keys]
-        return sampling(args.temperature, args.top_p, args.seed, note_keys)
-
-    if args.strict:
-        return generate_with_headings(
-            model, tokenizer, dialogues, args.max_new_tokens, logits_processor
-        )
-    prompts = [prompt_ids(tokenizer, dialogue) for dialogue in dialogues]
-    return generate_notes(
-        model, tokenizer, prompts, args.max_new_tokens, logits_processor=logits_processor()
-    )
+    """The notes of some dialogues. keys: the dialogues' ids."""
+    prompts = {key: prompt_ids(tokenizer, text) for key, text in zip(keys, dialogues)}
+    return write_notes(model, tokenizer, prompts, generation)
 
 
 def write_file(
-    dialogues: dict[str, tuple[str, int]], output: NotesFile, load, args: argparse.Namespace
+    dialogues: dict[str, tuple[str, int]],
+    output: NotesFile,
+    load,
+    generation: GenerationSettings,
+    batch_size: int,
 ) -> None:
     """Writes the notes that the output lacks, in batches of like length, and closes it.
 
@@ -131,17 +159,18 @@ def write_file(
         dialogues: of `fit_dialogues`.
         output: the file.
         load: gives (model, tokenizer); it is not called where no note is missing.
-        args: the command's options.
+        generation: the settings.
+        batch_size: dialogues at a time.
     """
     missing = [key for key in dialogues if key not in output.done]
     missing.sort(key=lambda key: len(dialogues[key][0]))
     bar = tqdm(total=len(dialogues), initial=len(output.done), unit="note", dynamic_ncols=True)
     with contextlib.closing(output), bar:
         model, tokenizer = load() if missing else (None, None)
-        for start in range(0, len(missing), args.batch_size):
-            keys = missing[start : start + args.batch_size]
+        for start in range(0, len(missing), batch_size):
+            keys = missing[start : start + batch_size]
             texts = [dialogues[key][0] for key in keys]
-            notes = write_batch(model, tokenizer, keys, texts, args)
+            notes = write_batch(model, tokenizer, keys, texts, generation)
             for key, note in zip(keys, notes):
                 turns_left_out = dialogues[key][1]
                 output.add(key, note, turns_left_out)
@@ -167,26 +196,41 @@ def generate(args: argparse.Namespace) -> None:
     else:
         dialogues = {args.dialogue: read_dialogue(args.dialogue)}
     source = generation_source(args.adapter, args.base)
-    output = open_output(args, dialogues, source) if args.output else None
+    generation = choose_settings(args, source)
+    output = open_output(args, dialogues, source, generation) if args.output else None
     tokenizer = load_tokenizer(source["base"], source["revision"])
     model_config = load_model_config(source["base"], source["revision"])
     context = model_config.max_position_embeddings
-    fitted = fit_dialogues(tokenizer, dialogues, context, args.max_new_tokens)
+    fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
     warn_of_shortened(fitted, context)
     device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:
-        write_file(fitted, output, load, args)
-        cut_off = sum(not row["ended"] for row in output.done.values())
-        ending = f", {cut_off} of them cut off at --max-new-tokens" if cut_off else ""
-        print(f"{len(fitted)} notes in {args.output}{ending}")
+        write_file(fitted, output, load, generation, args.batch_size)
+        rows = output.done.values()
+        endings = describe_endings([(row["ended"], row["looped"]) for row in rows])
+        print(", ".join([f"{len(fitted)} notes in {args.output}", *endings]))
     else:
         ((key, (dialogue, _)),) = fitted.items()
         model, tokenizer = load()
-        (note,) = write_batch(model, tokenizer, [key], [dialogue], args)
+        (note,) = write_batch(model, tokenizer, [key], [dialogue], generation)
+        for ending in describe_endings([(note.ended, note.looped)]):
+            print(f"of 1 note: {ending}", file=sys.stderr)
         with contextlib.suppress(BrokenPipeError):
             print(note.text)
+
+
+def describe_endings(notes: list[tuple[bool | None, bool]]) -> list[str]:
+    """How many notes did not come to their own end, and why, a phrase for each reason.
+
+    notes: `ended` and `looped` of each.
+    """
+    counts = {
+        "cut off at --max-new-tokens": sum(not ended and not looped for ended, looped in notes),
+        "ran in circles and ended there": sum(looped for _, looped in notes),
+    }
+    return [f"{count} of them {what}" for what, count in counts.items() if count]
 
 
 def main(argv: list[str] | None = None) -> None:

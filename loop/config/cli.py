@@ -24,6 +24,7 @@ RENAMED = {  # old key -> its name now
     "run.join_minutes": "run.rendezvous_timeout_minutes",
     "run.audit": "run.export_check_examples",
     "data.valid_share": "data.valid_fraction",
+    "monitor.sample_max_new_tokens": "generation.max_new_tokens",
 }
 
 
@@ -96,19 +97,28 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def rename_key(tree: dict[str, Any], old: str, new: str, path: Path) -> None:
-    """Moves a value of the tree from `old` to `new`, both in the same section. path: for messages.
+    """Moves a value of the tree from `old` to `new`, into another section if need be.
 
-    Raises ConfigError where the tree holds both.
+    path: for messages. Raises ConfigError where the tree holds both, or where the new key's section
+    is a value.
     """
     *sections, old_name = old.split(".")
-    new_name = new.rpartition(".")[2]
     section: Any = tree
     for name in sections:
         section = section.get(name) if isinstance(section, dict) else None
-    if isinstance(section, dict) and old_name in section:
-        if new_name in section:
-            raise ConfigError(f"--config {path}: {old} is {new} now, and both are there")
-        section[new_name] = section.pop(old_name)
+    if not isinstance(section, dict) or old_name not in section:
+        return
+    *sections, new_name = new.split(".")
+    target: Any = tree
+    for name in sections:
+        if target.get(name) is None:  # as YAML reads a section without keys
+            target[name] = {}
+        target = target[name]
+        if not isinstance(target, dict):
+            raise ConfigError(f"--config {path}: {name} is a value, not a section")
+    if new_name in target:
+        raise ConfigError(f"--config {path}: {old} is {new} now, and both are there")
+    target[new_name] = section.pop(old_name)
 
 
 def apply_override(tree: dict[str, Any], arg: str) -> None:

@@ -80,13 +80,19 @@ COMMANDS = {
             "-)",
             "--input FILE": "a JSONL file with `dialogue` and `id`",
             "--output FILE": "the JSONL file for its notes; an unfinished one is resumed",
-            "--max-new-tokens N": "the longest note (default: 600)",
             "--batch-size N": "dialogues at a time",
-            "--temperature T": "0, the default, takes the most likely token",
+            "--max-new-tokens N": "the longest note; this and what follows stand for the keys of "
+            "generation, and without them the settings of the adapter's run hold",
+            "--temperature T": "0 takes the most likely token",
             "--top-p P": "with a temperature: draw from the most likely tokens that have this "
-            "probability together (default: 1)",
-            "--seed N": "with a temperature: another seed, other notes (default: 0)",
-            "--strict": "force the four headings, and nothing else",
+            "probability together",
+            "--min-p P": "with a temperature: draw no token whose probability is below this "
+            "fraction of the most likely one's",
+            "--seed N": "with a temperature: another seed, other notes",
+            "--no-repeat-ngram N": "no N tokens in a row occur twice in a note; 0: they may",
+            "--end-loops": "end a note that runs in circles; --no-end-loops: go on",
+            "--forced-headings": "force the four headings, and nothing else; --no-forced-headings: "
+            "leave them to the model",
         },
     ),
     "merge": Command(

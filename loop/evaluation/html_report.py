@@ -59,7 +59,8 @@ def _row_section(row: Row, wrong: list[Fact]) -> str:
         "note": mark_facts(row.note, wrong, "mark", "not in the dialogue"),
     }
     cells = "".join(f"<div><h3>{name}</h3><p>{text}</p></div>" for name, text in columns.items())
-    ended = ", cut off before its end" if row.ended is False else ""
+    ended = ", ran in circles" if row.looped else ""
+    ended += ", cut off before its end" if row.ended is False else ""
     heading = f"<h2>{html.escape(row.id)}: {len(wrong)} unsupported{ended}</h2>"
     return f'<section>{heading}<div class="row">{cells}</div></section>'
 

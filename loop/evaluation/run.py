@@ -45,6 +45,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     - figures: the metrics, as `scoring.summarise` returns them, and the loss,
     - examples, left out: of the loss, and rows that are no example,
     - notes: how many were scored,
+    - generation: the settings that they were written with,
     - unsupported: the unsupported facts of each note, by id.
 
     What needs a model is left out where `predictions` are scored. Raises ConfigError, and
@@ -72,8 +73,8 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         report["examples"] = len(examples)
         report["left out"] = dataset_report.rows - dataset_report.kept
         report["figures"]["loss"] = measure_loss(config, engine, examples, ranks)
-        max_new_tokens = config.monitor.sample_max_new_tokens
-        notes = generate_sharded(engine, tokenizer, sampled, max_new_tokens, ranks)
+        notes = generate_sharded(engine, tokenizer, sampled, config.generation, ranks)
+        report["generation"] = config.generation.model_dump(mode="json")
     if ids:
         chosen = [conversations[id] for id in ids]
         rows, metrics = score_with_baselines(chosen, notes, train, ranks)

@@ -35,6 +35,7 @@ class Row(NamedTuple):
     reference: str
     note: str
     ended: bool | None = None  # whether the note reached its end-of-sequence token; None: unknown
+    looped: bool = False  # whether it was cut off because it ran in circles
 
 
 class ParsedNote:
@@ -105,6 +106,11 @@ def ended(note: ParsedNote) -> Score:
     return float(bool(note.row.ended)), float(note.row.ended is not None)
 
 
+def looped(note: ParsedNote) -> Score:
+    """Not counted where nobody knows, as for notes from a file."""
+    return float(note.row.looped), float(note.row.ended is not None)
+
+
 def markdown(note: ParsedNote) -> Score:
     return float(bool(_MARKDOWN.search(note.row.note))), 1.0
 
@@ -171,6 +177,7 @@ METRICS: dict[str, Metric] = {
         for heading in HEADINGS
     },
     "ended": Metric("ended by itself (EOS)", ended),
+    "looped": Metric("ran in circles, cut off", looped),
     "markdown": Metric("has markdown", markdown),
     "repetition": Metric("repeated 4-grams", repetition),
     "length": Metric("words, of the reference's", length, "{:.2f}".format),

@@ -70,7 +70,7 @@ class Validator:
             self.engine,
             self.tokenizer,
             examples,
-            self.config.generation.max_new_tokens,
+            self.config.generation,
             self.ranks,
             self.stop,
             rows,

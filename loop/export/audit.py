@@ -23,6 +23,7 @@ from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.files import sha256
 from ..distributed.world import on_gpu
+from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.lora import read_adapter
 
@@ -105,15 +106,18 @@ def audit_weights(folder: Path, trained: dict[str, torch.Tensor]) -> None:
 # ------------------------------------------------------------------ what the files say of the run
 
 
-def provenance(config: Config, dtype: torch.dtype, weights: Path) -> dict:
+def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict:
     """The content of `trained.json`, which lies beside an adapter.
 
     It has the base's name and fingerprint, how the base was stored while the adapter was trained on
-    it (generation, merging and audits store it alike), and the hash of the adapter's weights.
-    dtype: of the adapter; weights: its file.
+    it (generation, merging and audits store it alike), how the run's own notes were written, the
+    prompt (None where the rows brought their own), and the hash of the adapter's weights.
+    dtype: of the adapter; weights: its file, or None for a full model.
     """
     dtype_name = str(dtype).removeprefix("torch.")
-    return {
+    own_prompts = "messages" in config.data.columns or config.data.supervise == "all"
+    tokenizer = load_tokenizer(config.base, config.revision)
+    described = {
         "base": config.base,
         "revision": config.revision,
         "base_fingerprint": base_fingerprint(config.base, config.revision),
@@ -121,8 +125,11 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path) -> dict:
         "storage": config.quantization or dtype_name,
         "double_quant": config.double_quant,
         "dtype": dtype_name,
-        "sha256": sha256(weights),
+        "generation": config.generation.model_dump(mode="json"),
+        "prompt": None if own_prompts else describe_prompt(tokenizer),
+        "max_seq_len": config.max_seq_len,
     }
+    return described | {"sha256": sha256(weights)} if weights else described
 
 
 def audit_config(folder: Path, config: Config, lora: PeftConfig) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from ..config.cli import load_config
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, GenerationSettings
 from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
 from ..data.tokenization import Example
 from ..distributed.files import atomic_folder
-from ..generation.decode import ROWS, generate_notes
+from ..generation.decode import ROWS, write_notes
 from ..generation.loading import load_for_generation
 from ..generation.sharded import prompt_of
 from ..model.loading import load_tokenizer
@@ -57,16 +57,21 @@ def recommend(rows: dict[str, dict]) -> str:
     return f"ship {best}: the losses are as good as equal, and {why}"
 
 
-def write_notes(
-    adapter: str | None, base: str | None, prompts: list[list[int]], max_new_tokens: int, device
+def notes_of(
+    adapter: str | None,
+    base: str | None,
+    prompts: dict[str, list[int]],
+    generation: GenerationSettings,
+    device,
 ) -> list[str]:
-    """The notes of prompts, by a model that is loaded for them and freed again."""
+    """The notes of prompts, which have ids, by a model that is loaded for them and freed again."""
     if not prompts:
         return []
     model, tokenizer = load_for_generation(adapter, base, device)
     texts = []
     for start in range(0, len(prompts), ROWS):
-        notes = generate_notes(model, tokenizer, prompts[start : start + ROWS], max_new_tokens)
+        batch = dict(list(prompts.items())[start : start + ROWS])
+        notes = write_notes(model, tokenizer, batch, generation)
         texts += [note.text for note in notes]
     del model
     gc.collect()
@@ -103,14 +108,18 @@ def compare_ways(
         raise ConfigError(
             f"--report {config_file}: data.{split} is not set, so there is nothing to measure on"
         )
-    prompts = [prompt_of(e).tolist() for e in examples[: max(notes, 0)]]
-    max_new_tokens = config.monitor.sample_max_new_tokens
+    prompts = {e.id: prompt_of(e).tolist() for e in examples[: max(notes, 0)]}
     with atomic_folder(Path(out)) as folder:
         for way in WAYS:
             merge(adapter, str(folder / way), None, way, device)
-        rows = measure_ways(adapter, folder, examples, prompts, max_new_tokens, device)
+        rows = measure_ways(adapter, folder, examples, prompts, config.generation, device)
         recommendation = recommend(rows)
-        report = {"split": split, "ways": rows, "verdict": recommendation}
+        report = {
+            "split": split,
+            "ways": rows,
+            "verdict": recommendation,
+            "generation": config.generation.model_dump(mode="json"),
+        }
         (folder / "report.json").write_text(json.dumps(report, indent=2))
     lines = [
         f"{split}: loss on {len(examples)} examples, {len(prompts)} notes",
@@ -125,8 +134,8 @@ def measure_ways(
     adapter: str,
     folder: Path,
     examples: list[Example],
-    prompts: list[list[int]],
-    max_new_tokens: int,
+    prompts: dict[str, list[int]],
+    generation: GenerationSettings,
     device,
 ) -> dict[str, dict]:
     """Of the adapter and of each merged model in `folder`: loss, and how many notes are complete.
@@ -143,10 +152,10 @@ def measure_ways(
         if isinstance(loss, str):
             raise ConfigError(f"{way}: its loss could not be measured ({loss})")
         if way == ADAPTER:
-            notes = write_notes(adapter, None, prompts, max_new_tokens, device)
+            notes = notes_of(adapter, None, prompts, generation, device)
             adapters_notes = notes
         else:
-            notes = write_notes(None, str(model), prompts, max_new_tokens, device)
+            notes = notes_of(None, str(model), prompts, generation, device)
         rows[way] = {
             "loss": loss,
             "sections": sum(has_all_sections(note) for note in notes),

@@ -1,24 +1,19 @@
 """Writes notes in batches with a KV cache: greedy, sampled, or with forced headings."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from ..config.schema import GenerationSettings
 from ..data.conversations import Conversation
-from ..data.soap import HEADINGS, before_next_heading, soap_messages
-from ..data.tokenization import encode_examples
+from ..data.soap import HEADINGS, before_next_heading
+from ..data.tokenization import IGNORE, encode_examples
 from ..distributed.watchdog import set_activity
+from .controls import LoopDetector, logits_processors
 
 ROWS = 16  # notes of a batch
 TAIL_TOKENS = 16  # of a note, which `until` sees
@@ -26,49 +21,17 @@ TAIL_TOKENS = 16  # of a note, which `until` sees
 
 class Note(NamedTuple):
     text: str
-    # True: by its end-of-sequence token. False: cut off at its last allowed token. None: unknown.
+    # True: by its end-of-sequence token. False: cut off, at its last allowed token or because it
+    # ran in circles. None: unknown.
     ended: bool | None
-
-
-class GumbelSampler(LogitsProcessor):
-    """Turns the greedy choice into a sample from the distribution.
-
-    The largest of log-probabilities with Gumbel noise added is a sample (Gumbel 1954). Each note
-    has a generator of its own, so it does not depend on its neighbours, on the batch, or on what
-    was written before it.
-    """
-
-    def __init__(self, seed: int, keys: list[str]) -> None:
-        """keys: one for each note of the batch."""
-        self.generators = [self._generator(f"{seed} {key}") for key in keys]
-
-    @staticmethod
-    def _generator(text: str) -> torch.Generator:
-        digest = hashlib.sha256(text.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores: [notes, V]."""
-        uniform = torch.stack(
-            [torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators]
-        )  # [notes, V]
-        return scores.double() - (-uniform.log()).log().to(scores.device)
-
-
-def sampling(temperature: float, top_p: float, seed: int, keys: list[str]) -> LogitsProcessorList:
-    """The logits processors with which `generate_notes` samples instead of being greedy.
-
-    top_p: of Holtzman et al., arXiv 1904.09751.
-    """
-    return LogitsProcessorList(
-        [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), GumbelSampler(seed, keys)]
-    )
+    looped: bool = False  # ran in circles; with forced headings, in one section or more
 
 
 class NoteLimits:
     """A stopping criterion: ends each note of a batch at its own number of tokens.
 
-    `max_tokens`, int64 [notes], shrinks where a note is cut off earlier.
+    `max_tokens`, int64 [notes], shrinks where a note is cut off earlier. `looped`, bool [notes],
+    are those that were cut off because they ran in circles.
     """
 
     def __init__(
@@ -78,6 +41,7 @@ class NoteLimits:
         max_tokens: torch.Tensor,
         stop=None,
         until: Callable[[str], bool] | None = None,
+        end_loops: bool = False,
     ) -> None:
         """Arguments as in `generate_notes`; prompt_width: tokens of the padded prompts."""
         self.tokenizer = tokenizer
@@ -85,6 +49,9 @@ class NoteLimits:
         self.max_tokens = max_tokens
         self.stop = stop
         self.until = until
+        self.loops = LoopDetector(len(max_tokens)) if end_loops else None
+        self.looped = torch.zeros(len(max_tokens), dtype=torch.bool)
+        self.ended = torch.zeros_like(self.looped)  # by their EOS; padding follows
 
     def __call__(self, ids: torch.Tensor, scores, **_) -> torch.Tensor:
         """Which notes are finished, bool [notes]; transformers asks after each token.
@@ -100,6 +67,12 @@ class NoteLimits:
             tails = self.tokenizer.batch_decode(ids[:, start:])
             met = torch.tensor([self.until(tail) for tail in tails])
             self.max_tokens[met] = self.max_tokens[met].clamp(max=count)
+        if self.loops:
+            self.ended |= ids[:, -1].cpu() == self.tokenizer.eos_token_id
+            looping = self.loops.update(ids[:, self.prompt_width :])
+            looping &= ~self.ended & (self.max_tokens >= count)
+            self.looped |= looping
+            self.max_tokens[looping] = count
         return (self.max_tokens <= count).to(ids.device)
 
 
@@ -113,8 +86,11 @@ def generate_notes(
     stop=None,
     logits_processor: LogitsProcessorList | None = None,
     until: Callable[[str], bool] | None = None,
+    end_loops: bool = False,
 ) -> list[Note]:
     """The notes of some prompts, written as one left-padded batch with a KV cache.
+
+    Nothing that the base's generation_config.json asks for counts.
 
     Args:
         model: its mode, its attention and its `use_cache` are the same afterwards.
@@ -125,33 +101,30 @@ def generate_notes(
             take part in every all-gather.
         stop: a StopRequest; the notes are cut off when it is set. A rank that was not asked itself
             writes its own to the end.
-        logits_processor: makes the choice another than the greedy one, as `sampling` does.
+        logits_processor: makes the choice another than the greedy one, as `logits_processors` do.
         until: a note is cut off when this is true for the text of its last tokens. The white space
             around the notes stays then.
+        end_loops: cut off and mark a note that runs in circles.
     """
     pad_token = tokenizer.pad_token_id
     if pad_token is None:
         pad_token = tokenizer.eos_token_id
     ids, mask = pad_left(prompts, pad_token)
     width = ids.shape[1]
-    limits = NoteLimits(
-        tokenizer, width, torch.tensor(max_new_tokens).expand(len(prompts)).clone(), stop, until
+    max_tokens = torch.tensor(max_new_tokens).expand(len(prompts)).clone()
+    limits = NoteLimits(tokenizer, width, max_tokens, stop, until, end_loops)
+    greedy = GenerationConfig(
+        max_new_tokens=int(max_tokens.max()),
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad_token,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with generation_mode(model) as device:
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=int(limits.max_tokens.max()),
-            # Greedy, whatever the base's generation_config.json asks for.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad_token,
-            eos_token_id=tokenizer.eos_token_id,
+            generation_config=greedy,
             synced_gpus=synced,
             stopping_criteria=[limits],
             logits_processor=logits_processor,
@@ -161,7 +134,10 @@ def generate_notes(
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     if not until:
         texts = [text.strip() for text in texts]
-    return [Note(text, tokenizer.eos_token_id in row) for text, row in zip(texts, rows)]
+    return [
+        Note(text, tokenizer.eos_token_id in row, bool(looped))
+        for text, row, looped in zip(texts, rows, limits.looped)
+    ]
 
 
 def pad_left(prompts: list[list[int]], pad_token: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,74 +156,140 @@ def generation_mode(model) -> Iterator[torch.device]:
     """Puts a model into evaluation mode, with a KV cache, and restores it. Gives its device.
 
     Packed attention has no cache, so PyTorch's own attention stands in; it takes the padding mask.
+    The base's generation_config is put aside: transformers would fill in from it whatever a call
+    leaves open.
     """
     config = model.config
     was_training = model.training
     attention = config._attn_implementation
     use_cache = config.use_cache
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    generation_config = base.generation_config
     try:
+        base.generation_config = GenerationConfig()
         model.eval()
         base.set_attn_implementation("sdpa")
         config.use_cache = True
         yield base.device
     finally:
+        base.generation_config = generation_config
         base.set_attn_implementation(attention)
         config.use_cache = use_cache
         model.train(was_training)
 
 
-def generate_with_headings(
+def write_notes(
     model,
     tokenizer,
-    dialogues: list[str],
-    max_new_tokens: int,
-    make_logits_processor: Callable[[str], LogitsProcessorList | None] = lambda heading: None,
+    prompts: dict[str, list[int]],
+    generation: GenerationSettings,
+    synced: bool = False,
+    stop=None,
 ) -> list[Note]:
-    """Notes with the four headings forced and nothing else.
+    """The notes of one batch as the settings say: the one way from a run's settings to its notes.
 
-    Where the model would end the note or begin another section, the next heading is inserted, and
-    the model continues from there.
+    A note depends on the model, its prompt, its id and the settings.
 
     Args:
         model: as in `generate_notes`.
         tokenizer: the model's.
-        dialogues: one for each note.
-        max_new_tokens: of each note, not counting the headings.
-        make_logits_processor: gives the `logits_processor` for a heading's section.
+        prompts: token ids, by the dialogue's id.
+        generation: the settings.
+        synced: as in `generate_notes`.
+        stop: as in `generate_notes`.
     """
-    texts = [""] * len(dialogues)
-    tokens_left = [max_new_tokens] * len(dialogues)
-    ended: list[bool | None] = [True] * len(dialogues)
+    ids = list(prompts)
+    if generation.forced_headings:
+        return generate_with_headings(
+            model,
+            tokenizer,
+            list(prompts.values()),
+            generation.max_new_tokens,
+            lambda heading, begun: logits_processors(generation, ids, heading, begun),
+            synced,
+            stop,
+            generation.end_loops,
+        )
+    return generate_notes(
+        model,
+        tokenizer,
+        list(prompts.values()),
+        generation.max_new_tokens,
+        synced,
+        stop,
+        logits_processors(generation, ids, "", [[] for _ in ids]),
+        end_loops=generation.end_loops,
+    )
+
+
+def generate_with_headings(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    make_logits_processor: Callable[[str, list[list[int]]], LogitsProcessorList | None],
+    synced: bool = False,
+    stop=None,
+    end_loops: bool = False,
+) -> list[Note]:
+    """Notes with the four headings forced and nothing else.
+
+    Where the model would end the note or begin another section, the next heading is inserted, and
+    the model continues from there. So it does where a section runs in circles.
+
+    Args:
+        model: as in `generate_notes`.
+        tokenizer: the model's.
+        prompts: token ids, one list for each note.
+        max_new_tokens: of each note, not counting the headings.
+        make_logits_processor: gives the `logits_processor` for a heading's section, of the heading
+            and the tokens of each note so far.
+        synced: as in `generate_notes`.
+        stop: as in `generate_notes`.
+        end_loops: as in `generate_notes`.
+    """
+    texts = [""] * len(prompts)
+    tokens_left = [max_new_tokens] * len(prompts)
+    ended: list[bool | None] = [True] * len(prompts)
+    looped = [False] * len(prompts)
     for heading in HEADINGS:
         texts = [f"{text}\n{heading}:".strip() for text in texts]
+        begun = _encode_beginnings(tokenizer, texts)
         sections = generate_notes(
             model,
             tokenizer,
-            _prompts_with_beginnings(tokenizer, dialogues, texts),
+            [prompt + ids for prompt, ids in zip(prompts, begun)],
             tokens_left,
-            logits_processor=make_logits_processor(heading),
-            until=_begins_next_section,
+            synced,
+            stop,
+            make_logits_processor(heading, begun),
+            _begins_next_section,
+            end_loops,
         )
         bodies = [before_next_heading(section.text) for section in sections]
         ended = [section.ended or body != section.text for body, section in zip(bodies, sections)]
+        looped = [before or section.looped for before, section in zip(looped, sections)]
         texts = [f"{text} {body.strip()}".strip() for text, body in zip(texts, bodies)]
         tokens_left = [
             max(1, left - len(tokenizer(body, add_special_tokens=False)["input_ids"]))
             for left, body in zip(tokens_left, bodies)
         ]
-    return [Note(text, note_ended) for text, note_ended in zip(texts, ended)]
+    return [Note(*note) for note in zip(texts, ended, looped)]
 
 
-def _prompts_with_beginnings(
-    tokenizer, dialogues: list[str], beginnings: list[str]
-) -> list[list[int]]:
-    """The prompts with the notes' beginnings, tokenised as in training, without the final EOS."""
+def _encode_beginnings(tokenizer, beginnings: list[str]) -> list[list[int]]:
+    """The token ids of notes' beginnings, tokenised as answers in training, without an EOS.
+
+    What stands before the answer's place in the template does not change them.
+    """
     conversations = [
-        Conversation("", soap_messages(dialogue, beginning))
-        for dialogue, beginning in zip(dialogues, beginnings)
+        Conversation("", [{"role": "user", "content": "-"}, {"role": "assistant", "content": text}])
+        for text in beginnings
     ]
-    return [e.input_ids[:-1].tolist() for e in encode_examples(tokenizer, conversations)]
+    return [
+        example.input_ids[example.labels != IGNORE][:-1].tolist()
+        for example in encode_examples(tokenizer, conversations)
+    ]
 
 
 def _begins_next_section(tail: str) -> bool:

@@ -89,7 +89,7 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
                 f"{where}: has no text `note`: "
                 "write one, an empty one where the model wrote nothing"
             )
-        found[key] = Note(row["note"], row.get("ended"))
+        found[key] = Note(row["note"], row.get("ended"), row.get("looped") is True)
     missing = [key for key in ids if key not in found]
     if missing:
         raise ConfigError(
@@ -176,6 +176,7 @@ class NotesFile:
             "id": key,
             "note": note.text,
             "ended": note.ended,
+            "looped": note.looped,
             "turns_left_out": turns_left_out,
             "dialogue": digest(self.dialogues[key]),
             "by": self.by,

@@ -6,12 +6,13 @@ import numpy as np
 import psutil
 import torch
 
+from ..config.schema import GenerationSettings
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
-from .decode import ROWS, Note, generate_notes
+from .decode import ROWS, Note, write_notes
 
 
 def prompt_of(example: Example) -> np.ndarray:
@@ -40,12 +41,12 @@ def generate_sharded(
     engine,
     tokenizer,
     examples: list[Example],
-    max_new_tokens: int,
+    generation: GenerationSettings,
     ranks: Ranks,
     stop=None,
     rows: int = ROWS,
 ) -> dict[str, Note]:
-    """The greedy notes of some examples by id, on every rank. Every rank must call it.
+    """The notes of some examples by id, on every rank. Every rank must call it.
 
     Each rank writes its shard of the batches. Where the full model fits, it is gathered once and
     the ranks write on their own; the engine's hooks are off meanwhile, as they would gather again,
@@ -55,7 +56,7 @@ def generate_sharded(
         engine: of DeepSpeed, ZeRO-3.
         tokenizer: the model's.
         examples: their prompts are read.
-        max_new_tokens: of a note.
+        generation: the settings.
         ranks: any number of them writes the same notes.
         stop: a StopRequest; the notes are cut off when the run is asked to stop.
         rows: notes of a batch. What is in a batch depends on the examples and `rows` alone, not on
@@ -79,8 +80,8 @@ def generate_sharded(
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
         for ids in mine:
-            batch = [prompts[id] for id in ids]
-            notes = generate_notes(engine.module, tokenizer, batch, max_new_tokens, lockstep, stop)
+            batch = {id: prompts[id] for id in ids}
+            notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop)
             written |= dict(zip(ids, notes))
     found: dict[str, Note] = {}
     for shard in ranks.all_gather_json(written):

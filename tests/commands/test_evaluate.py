@@ -29,7 +29,7 @@ def test_any_number_of_ranks_and_any_batch_gives_the_same_metrics(trained):
     reports = []
     for world_size, rows in ((1, "2"), (4, "1")):
         html = str(trained.parent / f"{world_size}.html")
-        args = ["--html", html, "monitor.sample_max_new_tokens=6", f"micro_batch_size={rows}"]
+        args = ["--html", html, "generation.max_new_tokens=6", f"micro_batch_size={rows}"]
         out = run_ok(world_size, *command(trained, "--split", "train", *args))
         reports.append(report_of(trained)["evaluate/train"])
         assert "ROUGE-Lsum" in out and "adapter" in out and "pain" not in out

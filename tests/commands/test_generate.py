@@ -149,8 +149,8 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
     capsys.readouterr()
     message = refused(capsys, *args, "--temperature", "0.5")
     assert "row 1: written with temperature 0.0, now 0.5" in message
-    message = refused(capsys, *args, "--strict")
-    assert "row 1: written with strict False, now True" in message
+    message = refused(capsys, *args, "--forced-headings")
+    assert "row 1: written with forced_headings False, now True" in message
     rows = open(args[3]).read()
     open(args[3], "w").write(rows.replace("Patient: x", "Patient: y"))
     assert "(id a): its dialogue is not the input's" in refused(capsys, *args)
@@ -166,12 +166,18 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
         (["--input", "x.jsonl"], "--output"),
         (["--input", "nowhere.jsonl", "--output", "o.jsonl"], "nowhere.jsonl: No such file"),
         (["--temperature", "-1"], "--temperature -1.0"),
-        (["--top-p", "0.5"], "--top-p"),
+        (["--top-p", "0.5"], "--top-p: means something only with --temperature above 0"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--seed", "1", "--temperature", "0"], "--seed: means something only with --temperature"),
+        (["--no-repeat-ngram", "-1"], "--no-repeat-ngram -1"),
         (["--batch-size", "0"], "--batch-size 0"),
+        (["--strict"], "--strict is --forced-headings now"),
     ],
 )
-def test_options_that_make_no_sense_end_with_2(capsys, args, words):
-    assert words in refused(capsys, "--adapter", "x", *args)
+def test_options_that_make_no_sense_end_with_2(trained, monkeypatch, capsys, args, words):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Doctor: hi"))
+    monkeypatch.setattr(generate, "load_tokenizer", None)  # it is said before anything is loaded
+    assert words in refused(capsys, "--adapter", str(trained / "adapter"), *args)
 
 
 def test_a_dialogue_over_the_context_is_shortened_as_in_training(tiny_base):

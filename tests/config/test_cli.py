@@ -89,7 +89,7 @@ with ignore_broken_pipe():
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_old_key_is_refused_on_the_command_line_and_read_in_a_file(old, new, tmp_path):
     value = "0.5" if new == "data.valid_fraction" else "true"
-    value = "3" if new.startswith("run.") else value
+    value = "3" if new.startswith(("run.", "generation.")) else value
     with pytest.raises(ConfigError, match=f"^{re.escape(old)} is {re.escape(new)} now$"):
         load(f"{old}={value}")
     section, _, name = old.rpartition(".")
@@ -102,8 +102,13 @@ def test_an_old_key_is_refused_on_the_command_line_and_read_in_a_file(old, new, 
         config, changed = getattr(config, part), getattr(changed, part)
     assert config == changed == yaml.safe_load(value)
     with pytest.raises(ConfigError, match=f"{re.escape(old)} is .* now, and both are there"):
-        name = new.rpartition(".")[2]
-        both = text.replace("}", f", {name}: {value}}}") if section else f"{text}\n{name}: {value}"
+        new_section, _, name = new.rpartition(".")
+        if new_section != section:
+            both = f"{text}\n{new_section}: {{{name}: {value}}}"
+        elif section:
+            both = text.replace("}", f", {name}: {value}}}")
+        else:
+            both = f"{text}\n{name}: {value}"
         path.write_text(f"base: x\n{both}\n")
         load_config(["--config", str(path), "data.train=x"])
 

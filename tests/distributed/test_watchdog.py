@@ -70,7 +70,7 @@ def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does
     args = [
         "epochs=40",
         "monitor.sample_notes=[valid-1, valid-2, valid-3, valid-4]",  # two for each rank
-        "monitor.sample_max_new_tokens=300",
+        "generation.max_new_tokens=300",
     ]
     ranks = start(config_file, *args)
     wait_until_doing(run_dir, 1, "sample notes, token", step=3)

@@ -5,13 +5,8 @@ import torch
 from transformers import LogitsProcessor
 
 from loop.data.soap import HEADINGS, parse_note
-from loop.generation.decode import (
-    GumbelSampler,
-    Note,
-    generate_notes,
-    generate_with_headings,
-    sampling,
-)
+from loop.generation.controls import GumbelSampler, sampling
+from loop.generation.decode import Note, generate_notes, generate_with_headings
 from loop.generation.loading import load_for_generation, prompt_ids
 
 DIALOGUES = ["Doctor: 1?\nPatient: pain 2", "Doctor: hello, how are you today?", "Patient: x"]
@@ -167,13 +162,14 @@ def test_a_sampled_note_depends_on_seed_and_id_alone(loaded):
 def test_strict_forces_the_headings_and_nothing_else(loaded):
     """A model without headings, one that ends at once, one that begins a section too early."""
     model, tokenizer = loaded
-    for note in generate_with_headings(model, tokenizer, DIALOGUES, 4):
+    prompts = [prompt_ids(tokenizer, dialogue) for dialogue in DIALOGUES]
+    for note in generate_with_headings(model, tokenizer, prompts, 4, lambda *_: None):
         assert list(parse_note(note.text)) == list(HEADINGS)
     words = [
         [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for text in (" a b", " c\nPlan: d", "")
     ]
-    notes = generate_with_headings(model, tokenizer, DIALOGUES, 32, lambda heading: [Force(words)])
+    notes = generate_with_headings(model, tokenizer, prompts, 32, lambda *_: [Force(words)])
     assert [note.text for note in notes] == [
         "S: a b\nO: a b\nA: a b\nP: a b",
         "S: c\nO: c\nA: c\nP: c",
@@ -181,7 +177,5 @@ def test_strict_forces_the_headings_and_nothing_else(loaded):
     ]
     assert [note.ended for note in notes] == [True, True, True]
     endless = [words[0][:1]]
-    (note,) = generate_with_headings(
-        model, tokenizer, DIALOGUES[:1], 6, lambda heading: [Force(endless)]
-    )
+    (note,) = generate_with_headings(model, tokenizer, prompts[:1], 6, lambda *_: [Force(endless)])
     assert note.ended is False

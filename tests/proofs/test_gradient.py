@@ -79,7 +79,7 @@ WATCHED = [
         "lora.lora_dropout=0.3",
         "monitor.eval_steps=1",
         "monitor.sample_notes=[valid-1, valid-2, valid-3]",
-        "monitor.sample_max_new_tokens=8",
+        "generation.max_new_tokens=8",
         f"replicate_weights={name == 'watched, whole'}",
         patch={"gathered": name == "watched, gathered"},
     )

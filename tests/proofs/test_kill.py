@@ -177,7 +177,8 @@ def test_fifty_kills_change_nothing(config_file):
     config |= {
         "epochs": 3,
         "lora": {"lora_dropout": 0.2},
-        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"], "sample_max_new_tokens": 8},
+        "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"]},
+        "generation": {"max_new_tokens": 8},
     }
     config_file.write_text(json.dumps(config))
     rng, kills, done, number = (
