@@ -185,8 +185,7 @@ def train(
 
             last = state.step == len(plan)
             if last or state.step % config.monitor.eval_steps == 0:
-                completed = validator.run(state, skip=stopping or state.diverged)
-                stopping = stopping or not completed
+                stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)
 
         # 6. The adapter, checked against the trained weights; the report.
@@ -194,7 +193,9 @@ def train(
             logger.close({})
             raise TrainingDiverged(checkpointer.diverged_message(state))
         checkpointer.restore_best(engine, state, logger)  # with run.export=best
-        exported = export_result(engine, config, tokenizer, data, execution, stopping, logger)
+        exported = export_result(
+            engine, config, tokenizer, data, plan, execution, state, stopping, logger
+        )
         return logger.finish(state, exported, stop)
 
 

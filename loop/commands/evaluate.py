@@ -14,7 +14,10 @@ from ..distributed.rendezvous import RendezvousError
 from ..evaluation.run import EvaluationOptions, evaluate_split
 from ..evaluation.scoring import as_table
 from ..export.audit import AuditError, check_adapter
+from ..export.card import record_evaluation
+from ..generation.prompt import check_prompt
 from ..kernels.attention import AttentionError
+from ..model.loading import load_tokenizer
 from ..model.lora import read_adapter
 from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
@@ -68,6 +71,32 @@ def choose_weights(config: Config, options: EvaluationOptions) -> tuple[Config, 
     return config, dataclasses.replace(options, adapter=adapter)
 
 
+def take_flag(args: list[str], name: str) -> bool:
+    """Whether the flag is among `args`, out of which it is taken."""
+    given = name in args
+    if given:
+        args.remove(name)
+    return given
+
+
+def own_folder(config: Config, options: EvaluationOptions) -> Path | None:
+    """The folder of the trained weights that are evaluated; None for a base alone or a file."""
+    if options.predictions:
+        return None
+    if options.adapter:
+        return Path(options.adapter)
+    model = config.folder / "model"
+    return model if config.method == "full" and model.is_dir() else None
+
+
+def check_own_prompt(config: Config, options: EvaluationOptions) -> None:
+    """Raises ConfigError where the weights were trained with another prompt than this code's."""
+    folder = own_folder(config, options)
+    if folder:
+        tokenizer = load_tokenizer(config.base, config.revision)
+        check_prompt("--adapter" if options.adapter else "base", str(folder), tokenizer)
+
+
 def print_report(config: Config, options: EvaluationOptions, report: dict) -> None:
     evaluated = options.predictions or options.adapter or f"{config.base} without an adapter"
     counts = [
@@ -93,14 +122,29 @@ def record_report(config: Config, options: EvaluationOptions, report: dict) -> N
     print(f"with every unsupported fact in {config.folder / 'report.json'}")
 
 
+def record_in_card(config: Config, options: EvaluationOptions, report: dict) -> None:
+    """Adds the figures to the card of the weights that were evaluated, if they have one."""
+    folder = own_folder(config, options)
+    if not folder:
+        return
+    reference = f", against {options.reference}" if options.reference else ""
+    try:
+        record_evaluation(folder, f"{options.split}{reference}", report)
+    except OSError as error:
+        print(f"not in the card of {folder}: {error}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if "--canaries" in args:
             return measure_canaries(args)
+        any_prompt = take_flag(args, "--any-prompt")
         options = take_evaluation_options(args)
         config, options = choose_weights(load_config(args), options)
+        if not any_prompt:
+            check_own_prompt(config, options)
         if config.data.supervise == "all":  # there is no prompt to write a note for
             options = dataclasses.replace(options, num_notes=0)
         report = evaluate_split(config, options)
@@ -111,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     if report:
         print_report(config, options, report)
         record_report(config, options, report)
+        record_in_card(config, options, report)
     torch.distributed.destroy_process_group()
 
 

@@ -17,6 +17,7 @@ from ..distributed.world import on_gpu
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
 from ..generation.notes_file import NotesFile, digest, read_dialogues
+from ..generation.prompt import check_prompt
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
 
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
     add("--input", help="a JSONL file with `dialogue` and `id`")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
+    add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
     add("--batch-size", type=int, default=ROWS, help="dialogues at a time")
     # Without these the settings are those of the adapter's run.
     yes_or_no = argparse.BooleanOptionalAction
@@ -199,6 +201,9 @@ def generate(args: argparse.Namespace) -> None:
     generation = choose_settings(args, source)
     output = open_output(args, dialogues, source, generation) if args.output else None
     tokenizer = load_tokenizer(source["base"], source["revision"])
+    if not args.any_prompt:
+        option = "--adapter" if args.adapter else "--base"
+        check_prompt(option, args.adapter or args.base, tokenizer)
     model_config = load_model_config(source["base"], source["revision"])
     context = model_config.max_position_embeddings
     fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)

@@ -63,6 +63,7 @@ COMMANDS = {
             "--predictions FILE": "score the notes of this JSONL file instead, without a model",
             "--reference COLUMN": "score against this column instead of the note's",
             "--html FILE": "write a page with dialogues, notes and references side by side",
+            "--any-prompt": "evaluate even an adapter that was trained with another prompt",
             "--canaries N": "instead: what a run remembers of N made-up patients; it trains on a "
             "copy of the data with their record numbers planted in it",
             "--repeats LIST": "with --canaries: how often each of them is planted (default: "
@@ -80,6 +81,7 @@ COMMANDS = {
             "-)",
             "--input FILE": "a JSONL file with `dialogue` and `id`",
             "--output FILE": "the JSONL file for its notes; an unfinished one is resumed",
+            "--any-prompt": "write even where the model was trained with another prompt",
             "--batch-size N": "dialogues at a time",
             "--max-new-tokens N": "the longest note; this and what follows stand for the keys of "
             "generation, and without them the settings of the adapter's run hold",

@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..checkpoint.train_state import TrainState
 from ..config.schema import Config
-from ..data.batch_plan import PackingSpec
+from ..data.batch_plan import BatchPlan, PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
@@ -30,6 +31,7 @@ from .audit import (
     describe_audit,
     provenance,
 )
+from .card import TRAINED, describe_run, write_papers
 
 
 def export_result(
@@ -37,7 +39,9 @@ def export_result(
     config: Config,
     tokenizer,
     data: TrainingData,
+    plan: BatchPlan,
     execution: Execution,
+    state: TrainState,
     stopping: bool,
     logger,
 ) -> dict:
@@ -47,6 +51,7 @@ def export_result(
     has changed a weight. Every rank must call it. Raises what `export_model` raises.
 
     Args:
+        state: of the run; it tells the step whose weights the engine holds.
         stopping: the run was asked to stop, so there is no time to measure the loss.
         logger: the run's RunLogger.
     """
@@ -64,7 +69,9 @@ def export_result(
     if sample:
         packing = PackingSpec(execution.max_tokens, config.max_seq_len)
         loss = evaluate_loss(engine, sample, packing, ranks)["eval/loss"]
-    folder, audit = export_model(engine, config, tokenizer, config.folder, ranks, sample, loss)
+    step = state.step if state.exported_step is None else state.exported_step
+    facts = describe_run(config, data, plan, step) if ranks.is_main else {}
+    folder, audit = export_model(engine, config, tokenizer, facts, ranks, sample, loss)
     logger.say(describe_audit(audit))
     if audit:
         audit = audit | {"split": "valid" if data.valid else "train"}
@@ -75,15 +82,15 @@ def export_model(
     engine,
     config: Config,
     tokenizer,
-    folder: Path,
+    facts: dict,
     ranks: Ranks,
     sample: list[Example],
     loss: float,
 ) -> tuple[Path, dict]:
     """Writes what was trained: `adapter/` in PEFT's format, or `model/` in the hub's layout.
 
-    `model/` is written with method=full. Both come with the tokenizer. Every rank must call it:
-    under ZeRO-3 a tensor that is not gathered would be saved empty (trl#4416).
+    `model/` is written with method=full. Both come with the tokenizer and a model card. Every rank
+    must call it: under ZeRO-3 a tensor that is not gathered would be saved empty (trl#4416).
 
     The files are written to a temporary folder, audited, and renamed. So nobody ever finds half a
     model, or one that was not trained: the audit reads the files from disk again, and with a
@@ -93,7 +100,7 @@ def export_model(
     Raises on all ranks AuditError when the audit fails, OSError when nothing can be written.
 
     Args:
-        folder: the run's folder.
+        facts: of `describe_run`, for trained.json and the card.
         sample: examples for the audit's loss; []: only the files are audited.
         loss: the trained weights' loss on `sample`, in nats per supervised token.
     """
@@ -101,15 +108,17 @@ def export_model(
     # A GPU may still prefetch for a step that won't come. What is in flight can't be gathered.
     engine.empty_partition_cache()
     state = gather_trained_weights(engine.module, ranks)
-    target = folder / ("model" if config.method == "full" else "adapter")
+    target = config.folder / ("model" if config.method == "full" else "adapter")
     audit: dict = {}
     write_error = audit_error = None
     if ranks.is_main:
-        temporary = folder / f".writing-{target.name}"
+        temporary = config.folder / f".writing-{target.name}"
         try:
             audit = write_and_audit(
                 engine.module, state, tokenizer, config, temporary, sample, loss, ranks.device
             )
+            trained = provenance_of(temporary, config, next(iter(state.values())).dtype)
+            write_papers(temporary, trained | facts)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
@@ -151,6 +160,13 @@ def write_and_audit(
         torch.cuda.empty_cache()
     timeout = 30 * config.run.stall_timeout_minutes
     return audit_loss(folder, sample, loss, device, timeout)
+
+
+def provenance_of(folder: Path, config: Config, dtype: torch.dtype) -> dict:
+    """What trained.json says of a written folder: the audited file, or of a full model anew."""
+    if (folder / TRAINED).is_file():
+        return json.loads((folder / TRAINED).read_text())
+    return provenance(config, dtype, None)
 
 
 def gather_trained_weights(model, ranks: Ranks) -> dict[str, torch.Tensor]:

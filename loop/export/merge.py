@@ -27,6 +27,7 @@ from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import config_errors_for, resolve_base
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
+from .card import TRAINED, write_papers
 
 # What an adapter is merged into: the base as published, or its dequantised weights.
 WAYS = ("16bit", *QUANTIZATIONS)
@@ -70,8 +71,8 @@ def merge(
 ) -> Path:
     """Writes the merged model to `out`, in bf16, and returns that folder.
 
-    The folder also has the base's tokenizer and other files, and the chat template of the training.
-    Nothing is left of it when something goes wrong.
+    The folder also has the base's tokenizer and other files, the chat template of the training, a
+    model card, and a Modelfile for Ollama. Nothing is left of it when something goes wrong.
 
     Args:
         adapter: a folder that PEFT loads.
@@ -115,6 +116,7 @@ def merge(
         copy_other_files(source, folder)
         write_config(source, adapted.architecture, folder)
         write_chat_template(adapter, source, folder)
+        write_papers(folder, trained_of_merged(trained, source.name, into))
     return Path(out)
 
 
@@ -147,7 +149,7 @@ def download_base(hub_id: str, revision: str | None) -> Path:
         snapshot_download(
             hub_id,
             revision=revision,
-            allow_patterns=[*OTHER_FILES, "*.safetensors"],
+            allow_patterns=[*OTHER_FILES, "*.safetensors", "README.md"],
             ignore_patterns=["*/*"],
         )
     )
@@ -334,8 +336,19 @@ def copy_other_files(base: StoredBase, folder: Path) -> None:
     """Copies the base's tokenizer, licence and the like."""
     for pattern in OTHER_FILES:
         for path in base.folder.glob(pattern):
-            if path.name != INDEX:
+            if path.name not in (INDEX, TRAINED):
                 shutil.copyfile(path, folder / path.name)
+
+
+def trained_of_merged(trained: dict[str, Any], base: str, into: str) -> dict[str, Any]:
+    """The content of trained.json for a merged model. base, into: as `merge` got them.
+
+    trained: of its adapter. The hash of its weights has another name, as it is not the model's.
+    """
+    described = {key: value for key, value in trained.items() if key != "sha256"}
+    if "sha256" in trained:
+        described["adapter_sha256"] = trained["sha256"]
+    return described | {"base": base, "merged_into": into}
 
 
 def write_config(base: StoredBase, architecture: str, folder: Path) -> None:

@@ -59,7 +59,7 @@ def fetch_base(base: str, revision: str | None) -> Path:
     """
     if Path(base).is_dir():
         return Path(base)
-    patterns = ["*.json", "*.safetensors"]
+    patterns = ["*.json", "*.safetensors", "README.md"]  # the last names the licence
     return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
 
 

@@ -1,0 +1,67 @@
+"""The code that a model card shows: a note, written with transformers and PEFT alone.
+
+The parts are templates of str.format; a card's reader runs them in the folder of the card.
+"""
+
+_IMPORTS = """\
+import torch
+from transformers import AutoTokenizer, GenerationConfig{imports}
+
+folder = "."  # where this card lies
+dtype = torch.{{dtype}}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+_PEFT = ", BitsAndBytesConfig\nfrom peft import AutoPeftModelForCausalLM"
+
+# How the model is loaded, by what lies in the folder.
+RECIPE = {
+    "model": _IMPORTS.format(imports=", AutoModelForCausalLM")
+    + """\
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+""",
+    "adapter": _IMPORTS.format(imports="\nfrom peft import AutoPeftModelForCausalLM")
+    + """\
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+""",
+    "adapter_nf4": _IMPORTS.format(imports=_PEFT)
+    + """\
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double_quant},
+    bnb_4bit_compute_dtype=dtype,
+)
+model = AutoPeftModelForCausalLM.from_pretrained(
+    folder, dtype=dtype, device_map={{"": device}}, quantization_config=nf4
+).eval()
+""",
+}
+
+# What writes a note, for all of them.
+WRITING = """\
+pad_token = tokenizer.pad_token_id
+# In place of the settings that the base brings.
+model.generation_config = GenerationConfig(
+{options}    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
+)
+
+SYSTEM = {system}
+REQUEST = {request}
+
+
+@torch.no_grad()
+def write_note(conversation):
+    messages = [
+        {{"role": "system", "content": SYSTEM}},
+        {{"role": "user", "content": REQUEST + conversation.strip()}},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(device)
+    ids = model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask)
+    return tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+print(write_note("Doctor: What brings you in?\\nPatient: A cough for a week."))
+"""
