@@ -9,7 +9,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
 stamp=$here/.venv/launch.stamp
-commands="train evaluate generate merge audit preview plan board profile check bench break test setup help"
+commands="train evaluate generate merge export audit preview plan board profile check bench break test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
        ./launch.sh COMMAND --help        its options, and all keys of the configuration
 
@@ -19,6 +19,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where the time of a step goes
+  export     a checkpoint as adapter or model
   setup      only set up .venv, as the first use of any command does; or an attention kernel
   break      what a classic mistake does to the curves; without a name it lists the mistakes
 

@@ -12,6 +12,7 @@ from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..export.audit import AuditError
 from ..export.compare import compare_ways
+from ..export.from_checkpoint import adapter_of_checkpoint
 from ..export.merge import WAYS, merge
 from ..monitor.quiet import quiet_libraries
 
@@ -20,7 +21,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch.sh merge", description="Fold an adapter into its base."
     )
-    parser.add_argument("--adapter", required=True, help="a run's adapter/ folder")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", help="a run's adapter/ folder")
+    which.add_argument("--checkpoint", help="instead: runs/NAME/checkpoints/step-000200 or best")
     parser.add_argument("--out", required=True, help="the folder to write, new or empty")
     parser.add_argument("--base", help="the base, where it is not the one the adapter names")
     parser.add_argument(
@@ -46,12 +49,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Merges as asked; returns what to print."""
+    if args.checkpoint:
+        with adapter_of_checkpoint(args.checkpoint) as adapter:
+            return merge_adapter(adapter, args)
+    return merge_adapter(args.adapter, args)
+
+
+def merge_adapter(adapter: str, args: argparse.Namespace) -> str:
+    """Merges an adapter's folder as asked; returns what to print."""
     device = "cuda:0" if on_gpu() else "cpu"
     if args.report:
         return compare_ways(
-            args.adapter, args.out, args.base, args.report, args.split, args.notes, device
+            adapter, args.out, args.base, args.report, args.split, args.notes, device
         )
-    folder = merge(args.adapter, args.out, args.base, args.into, device)
+    folder = merge(adapter, args.out, args.base, args.into, device)
     return f"merged into {args.into}: {folder}"
 
 

@@ -99,9 +99,10 @@ COMMANDS = {
     ),
     "merge": Command(
         "Fold an adapter into its base: an ordinary model folder.",
-        "--adapter DIR --out DIR",
+        "(--adapter DIR | --checkpoint DIR) --out DIR",
         {
             "--adapter DIR": "a run's adapter/ folder",
+            "--checkpoint DIR": "instead: runs/NAME/checkpoints/step-000200 or best",
             "--out DIR": "the folder to write, new or empty",
             "--base BASE": "the base, where it is not the one that the adapter names",
             "--into WAY": "16bit: the base as published; nf4: its dequantized NF4 weights "
@@ -112,10 +113,21 @@ COMMANDS = {
             "--notes N": "how many notes to write and compare (default: 16)",
         },
     ),
+    "export": Command(
+        "Write what a run would have exported at a checkpoint: an adapter, or a model.",
+        "--checkpoint DIR --out DIR",
+        {
+            "--checkpoint DIR": "runs/NAME/checkpoints/step-000200, or best or newest",
+            "--out DIR": "the folder to write, new or empty",
+        },
+    ),
     "audit": Command(
         "Whether a run's adapter is what was trained: its files, and its loss with PEFT alone.",
-        "--config runs/NAME/config.yaml",
-        {},
+        "--config runs/NAME/config.yaml | --checkpoint DIR",
+        {
+            "--checkpoint DIR": "instead: whether runs/NAME/checkpoints/step-000200 (or best) is "
+            "what was trained, by its validation loss",
+        },
         takes_config=True,
     ),
     "preview": Command(
