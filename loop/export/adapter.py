@@ -87,14 +87,13 @@ def export_model(
     sample: list[Example],
     loss: float,
 ) -> tuple[Path, dict]:
-    """Writes what was trained: `adapter/` in PEFT's format, or `model/` in the hub's layout.
+    """Writes what was trained: `adapter/` in PEFT's format; with method=full the hub's `model/`.
 
-    `model/` is written with method=full. Both come with the tokenizer and a model card. Every rank
-    must call it: under ZeRO-3 a tensor that is not gathered would be saved empty (trl#4416).
+    Both come with tokenizer and model card. Every rank must call it: under ZeRO-3 a tensor that is
+    not gathered would be saved empty (trl#4416).
 
-    The files are written to a temporary folder, audited, and renamed. So nobody ever finds half a
-    model, or one that was not trained: the audit reads the files from disk again, and with a
-    `sample` of examples a standalone process must get the run's `loss` on them.
+    The files are written to a temporary folder, audited, and renamed. The audit reads them from
+    disk again, and with a `sample` of examples a standalone process must get the `loss` on them.
 
     Returns (the folder, the result of `audit_loss`); the result is {} on other ranks than 0.
     Raises on all ranks AuditError when the audit fails, OSError when nothing can be written.

@@ -21,7 +21,7 @@ from ..evaluation.scoring import METRICS
 from ..generation.prompt import prompt_texts
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.streaming import fetch_base
-from .card_text import RECIPE, WRITING
+from .card_text import NO_REPEAT, NO_REPEAT_ARGUMENT, RECIPE, WRITING
 from .ollama import modelfile
 
 CARD = "README.md"
@@ -69,7 +69,7 @@ def describe_run(config: Config, data: TrainingData, plan: BatchPlan, step: int)
             "examples": len(examples),
             "tokens": sum(len(e) for e in examples),
             "supervised_tokens": sum(e.num_targets for e in examples),
-            "sha256": examples_fingerprint(examples),
+            "fingerprint": examples_fingerprint(examples),
         }
     recipe = config.model_dump(mode="json", include=set(RECIPE_KEYS))
     if config.method == "full":
@@ -135,8 +135,7 @@ def write_papers(folder: Path, trained: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(str(folder))
     prompt = trained.get("prompt") or prompt_texts()
     context = trained.get("max_seq_len") or CONTEXT
-    max_new_tokens = settings_of(trained).max_new_tokens
-    text = modelfile(tokenizer, prompt, context, max_new_tokens)
+    text = modelfile(tokenizer, prompt, context, settings_of(trained))
     (folder / "Modelfile").write_text(text)
 
 
@@ -214,7 +213,7 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
         "tags": ["soap-notes", "medical", "summarization", method],
     }
     if data:
-        matter["datasets"] = [f"sha256-{data['train']['sha256']}"]
+        matter["datasets"] = [f"sha256-{data['train']['fingerprint']}"]
     return matter
 
 
@@ -235,12 +234,25 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
         dtype=trained.get("dtype", "bfloat16"),
         double_quant=trained.get("double_quant", True),
         options=generation_options(settings),
+        **no_repeat_code(settings.no_repeat_ngram),
     )
     lines = [f"With {libraries} alone:", f"```python\n{code.strip()}\n```"]
     beyond = beyond_the_recipe(settings)
     if beyond:
         lines.append(f"The project's `generate` also {' and '.join(beyond)}.")
     return "\n\n".join(lines)
+
+
+def no_repeat_code(n: int) -> dict[str, str]:
+    """The parts of the code that keep n tokens in a row from occurring twice; 0: nothing does."""
+    libraries = "AutoTokenizer, GenerationConfig"
+    if not n:
+        return {"libraries": libraries, "no_repeat": "", "argument": ""}
+    return {
+        "libraries": f"{libraries}, LogitsProcessor, LogitsProcessorList",
+        "no_repeat": NO_REPEAT.format(n=n),
+        "argument": NO_REPEAT_ARGUMENT,
+    }
 
 
 def generation_options(settings: GenerationSettings) -> str:
@@ -257,8 +269,6 @@ def beyond_the_recipe(settings: GenerationSettings) -> list[str]:
     parts = []
     if settings.end_loops:
         parts.append("ends a note that runs in circles")
-    if settings.no_repeat_ngram:
-        parts.append(f"writes no {settings.no_repeat_ngram} tokens in a row twice in a note")
     if settings.forced_headings:
         parts.append("forces the four headings")
     return parts
@@ -310,7 +320,8 @@ def _number(value: Any) -> str:
 def recipe_section(trained: dict[str, Any]) -> str:
     """The recipe, the steps and tokens, and the versions."""
     if "recipe" not in trained:
-        return "Not recorded."
+        steps = f" It had made {trained['steps']:,} steps." if "steps" in trained else ""
+        return f"Not recorded.{steps}"
     rows = {
         "steps": f"{trained['steps']:,} of {trained['planned_steps']:,} planned",
         "tokens": _number(trained["tokens"]),
@@ -359,9 +370,7 @@ def limits_section(trained: dict[str, Any]) -> str:
     ]
     data = trained.get("data")
     if data:
-        lines.append(
-            f"- It was trained on {data['train']['examples']:,} examples and knows no more."
-        )
+        lines.append(f"- It was trained on {data['train']['examples']:,} examples.")
     if "max_seq_len" in trained:
         lines.append(
             f"- Conversation and note together had at most {trained['max_seq_len']:,} tokens."

@@ -348,7 +348,7 @@ def trained_of_merged(trained: dict[str, Any], base: str, into: str) -> dict[str
     described = {key: value for key, value in trained.items() if key != "sha256"}
     if "sha256" in trained:
         described["adapter_sha256"] = trained["sha256"]
-    return described | {"base": base, "merged_into": into}
+    return described | {"base": base, "merged_into": into, "dtype": "bfloat16"}
 
 
 def write_config(base: StoredBase, architecture: str, folder: Path) -> None:

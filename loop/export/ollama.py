@@ -2,7 +2,7 @@
 
 import jinja2
 
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, GenerationSettings
 from ..data.soap import soap_messages
 from ..data.tokenization import render
 
@@ -15,14 +15,14 @@ NO_TEMPLATE = """\
 """
 
 
-def modelfile(tokenizer, prompt: dict, context: int, max_new_tokens: int) -> str:
+def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSettings) -> str:
     """The text of a Modelfile that lies in the folder of a merged or full model.
 
     Args:
         tokenizer: the model's.
         prompt: of trained.json, with `system` and `request`.
         context: tokens that prompt and note may have together.
-        max_new_tokens: of a note.
+        settings: how the run wrote its notes; the longest note is taken from there.
     """
     template = go_template(tokenizer, prompt)
     system = prompt["system"]
@@ -36,12 +36,16 @@ def modelfile(tokenizer, prompt: dict, context: int, max_new_tokens: int) -> str
     if '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [
-        "PARAMETER temperature 0",
+        f"PARAMETER temperature {settings.temperature:g}",
         "# Ollama's own penalty counts the words of the conversation, which a note must use.",
         "PARAMETER repeat_penalty 1",
         f"PARAMETER num_ctx {context}",
-        f"PARAMETER num_predict {max_new_tokens}",
+        f"PARAMETER num_predict {settings.max_new_tokens}",
     ]
+    if settings.no_repeat_ngram or settings.forced_headings:
+        lines.append(
+            "# Ollama has no generation.no_repeat_ngram and no generation.forced_headings."
+        )
     if tokenizer.eos_token:
         lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
     return "\n".join(lines) + "\n"

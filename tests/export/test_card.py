@@ -14,7 +14,7 @@ from loop.commands import evaluate, generate
 from loop.config.schema import GenerationSettings
 from loop.data.soap import REQUEST, SYSTEM
 from loop.export import card
-from loop.export.card import base_license, record_evaluation, write_card
+from loop.export.card import base_license, record_evaluation, write_card, write_papers
 from loop.export.merge import merge
 from loop.generation import prompt as prompts
 from loop.generation.decode import write_notes
@@ -53,6 +53,14 @@ def recorded(model, tokens: list) -> None:
     model.generate = writing
 
 
+def written_again(folder: Path, out: Path, **generation) -> tuple[Path, GenerationSettings]:
+    """A copy of a folder whose card has these settings, and the settings."""
+    shutil.copytree(folder, out)
+    settings = {"end_loops": False, **generation}
+    write_papers(out, json.loads((out / "trained.json").read_text()) | {"generation": settings})
+    return out, GenerationSettings(**settings)
+
+
 @pytest.fixture(scope="module")
 def merged(trained, tmp_path_factory) -> Path:
     """The run's adapter, with settings that notes can be compared by, merged."""
@@ -64,11 +72,14 @@ def merged(trained, tmp_path_factory) -> Path:
     return merge(str(folder / "adapter"), str(folder / "m"), into="nf4")
 
 
-def test_the_cards_code_writes_the_notes_of_generate(merged, monkeypatch, capsys, tmp_path):
-    """The merged folder by transformers alone, token for token: in fp32 by the functions of
-    `generate`, in bf16 by the command itself.
-    """
-    settings = GenerationSettings(max_new_tokens=24, end_loops=False)
+@pytest.mark.parametrize("no_repeat_ngram", [0, 1, 2])
+def test_the_cards_code_writes_the_notes_of_generate(
+    merged, monkeypatch, tmp_path, no_repeat_ngram
+):
+    """The merged folder by transformers alone, in fp32, token for token."""
+    folder, settings = written_again(
+        merged, tmp_path / "m", max_new_tokens=24, no_repeat_ngram=no_repeat_ngram
+    )
     model = load_base(str(merged), torch.float32, "cpu", quantization=None).eval()
     tokenizer = load_tokenizer(str(merged))
     tokens: list = []
@@ -77,19 +88,21 @@ def test_the_cards_code_writes_the_notes_of_generate(merged, monkeypatch, capsys
         write_notes(model, tokenizer, {"x": prompt_ids(tokenizer, d)}, settings)[0].text
         for d in DIALOGUES
     ]
-    names = run_code(merged, monkeypatch, "float32")
+    names = run_code(folder, monkeypatch, "float32")
     theirs: list = []
     recorded(names["model"], theirs)
     assert [names["write_note"](d) for d in DIALOGUES] == ours
     assert theirs == tokens and len({*map(tuple, tokens)}) == len(DIALOGUES)
+
+
+def test_the_cards_code_prints_what_the_command_prints(merged, monkeypatch, capsys, tmp_path):
+    """In the precision of the card, bf16."""
+    names = run_code(merged, monkeypatch, "bfloat16")
+    (tmp_path / "d.txt").write_text(DIALOGUES[0])
+    options = ["--base", str(merged), "--dialogue", str(tmp_path / "d.txt")]
     capsys.readouterr()
-    for d in DIALOGUES[:1]:
-        (tmp_path / "d.txt").write_text(d)
-        options = ["--base", str(merged), "--dialogue", str(tmp_path / "d.txt")]
-        generate.main([*options, "--max-new-tokens", "24", "--no-end-loops"])
-        written = capsys.readouterr().out
-        note = run_code(merged, monkeypatch, "bfloat16")["write_note"](d)
-        assert written == note + "\n"
+    generate.main([*options, "--max-new-tokens", "24", "--no-end-loops"])
+    assert capsys.readouterr().out == names["write_note"](DIALOGUES[0]) + "\n"
 
 
 def test_the_merged_model_writes_the_adapters_notes(merged, trained, tiny_base, monkeypatch):
@@ -126,7 +139,7 @@ def test_the_card_says_what_made_the_adapter(trained):
     says = json.loads((trained / "adapter" / "trained.json").read_text())
     matter = front_matter(text)
     assert matter["library_name"] == "peft" and matter["license"] == "other"
-    assert matter["datasets"] == [f"sha256-{says['data']['train']['sha256']}"]
+    assert matter["datasets"] == [f"sha256-{says['data']['train']['fingerprint']}"]
     assert "/" not in matter["base_model"]  # a local folder's path is nobody's business
     assert SYSTEM in text and REQUEST.strip() in text and says["prompt"]["sha256"] in text
     assert says["max_seq_len"] == 512 and says["recipe"]["lora"]["r"] == 8
@@ -136,7 +149,7 @@ def test_the_card_says_what_made_the_adapter(trained):
     assert 0 < says["supervised_tokens"] < says["tokens"]
     loss = json.loads((trained / "report.json").read_text())["eval/loss"]
     assert says["figures"]["validation_loss"] == loss
-    assert f"Validation loss {loss:.4f} nats a token, on 6 examples" in text
+    assert f"Validation loss {loss:.4f} nats a token, on 5 examples" in text
     assert "clinician must review" in text and "trained on 35 examples" in text
     assert "valid-" not in text + json.dumps(says) and "Patient: pain" not in text
     assert not (trained / "adapter" / "Modelfile").exists()
@@ -207,7 +220,7 @@ def test_what_the_code_cannot_do_is_said(tmp_path, monkeypatch):
     settings = {"no_repeat_ngram": 6, "forced_headings": True, "temperature": 0.7, "top_p": 0.9}
     write_card(tmp_path, {"base": "owner/name", "generation": settings, "prompt": None})
     text = (tmp_path / "README.md").read_text()
-    assert "writes no 6 tokens in a row twice" in text and "forces the four headings" in text
+    assert "No 6 tokens in a row occur twice" in text and "forces the four headings" in text
     assert "do_sample=True" in text and "temperature=0.7" in text and "top_p=0.9" in text
     assert "brought their own prompts" in text
     assert front_matter(text)["base_model"] == "owner/name"

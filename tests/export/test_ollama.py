@@ -8,6 +8,7 @@ import re
 import pytest
 from helpers import ROOT
 
+from loop.config.schema import GenerationSettings
 from loop.data.soap import REQUEST, SYSTEM, soap_messages
 from loop.data.tokenization import PLAIN_TEMPLATE, render
 from loop.export.ollama import go_template, modelfile
@@ -47,7 +48,9 @@ def tokenizer():
 @pytest.mark.parametrize("template", [None, ZEPHYR, CHATML, LLAMA_2, LLAMA_3, PLAIN_TEMPLATE])
 def test_the_template_gives_the_prompt_of_the_training(tokenizer, template):
     tokenizer.chat_template = template or tokenizer.chat_template
-    text = modelfile(tokenizer, describe_prompt(tokenizer), 1024, 300)
+    text = modelfile(
+        tokenizer, describe_prompt(tokenizer), 1024, GenerationSettings(max_new_tokens=300)
+    )
     found = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
     system = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
     assert found and system and system.group(1) == SYSTEM
@@ -78,5 +81,5 @@ def test_another_template_is_left_to_the_reader(tokenizer, template):
     tokenizer.chat_template = template
     prompt = describe_prompt(tokenizer)
     assert go_template(tokenizer, prompt) is None
-    text = modelfile(tokenizer, prompt, 1024, 300)
+    text = modelfile(tokenizer, prompt, 1024, GenerationSettings(max_new_tokens=300))
     assert "TEMPLATE is missing" in text and "\nTEMPLATE" not in text and "\nFROM ." in text
