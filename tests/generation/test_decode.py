@@ -1,12 +1,17 @@
 """How a model writes notes."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LogitsProcessor
 
+from loop.config.schema import GenerationSettings
 from loop.data.soap import HEADINGS, parse_note
 from loop.generation.controls import GumbelSampler, sampling
-from loop.generation.decode import Note, generate_notes, generate_with_headings
+from loop.generation.decode import Note, generate_notes, generate_with_headings, write_notes
 from loop.generation.loading import load_for_generation, prompt_ids
 
 DIALOGUES = ["Doctor: 1?\nPatient: pain 2", "Doctor: hello, how are you today?", "Patient: x"]
@@ -73,6 +78,124 @@ def test_greedy_is_greedy_whatever_the_base_brings(loaded, monkeypatch):
     assert generate_notes(model, tokenizer, prompts, 6) == before
 
 
+PLANTED = {
+    "suppress_tokens": list(range(3, 200)),
+    "begin_suppress_tokens": list(range(3, 300)),
+    "bad_words_ids": [[token] for token in range(10, 250)],
+    "sequence_bias": [[[100], 50.0]],
+    "guidance_scale": 3.0,
+    "encoder_repetition_penalty": 2.0,
+    "encoder_no_repeat_ngram_size": 2,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "exponential_decay_length_penalty": [2, 3.0],
+    "stop_strings": ["a", "e"],
+    "forced_bos_token_id": 1,
+    "forced_eos_token_id": 310,
+    "min_length": 300,
+    "min_new_tokens": 20,
+    "max_length": 5,
+    "max_time": 0.001,
+    "num_beams": 3,
+    "do_sample": True,
+    "temperature": 0.1,
+    "top_k": 3,
+    "top_p": 0.3,
+    "min_p": 0.5,
+    "typical_p": 0.2,
+    "eos_token_id": [4, 5, 6],
+    "prompt_lookup_num_tokens": 3,
+    "return_dict_in_generate": True,
+    "cache_implementation": "static",
+    "a_key_of_its_own": 1,
+}
+
+
+@pytest.mark.parametrize("keys", [list(PLANTED), *([key] for key in PLANTED)], ids=str)
+def test_what_a_base_asks_for_never_leaks_in(tiny_base, tmp_path, keys):
+    """All of it in its generation_config.json, and each key alone."""
+
+    def write(base: str) -> tuple[list[Note], list[Note]]:
+        model, tokenizer = load_for_generation(None, base, "cpu")
+        prompts = {str(i): prompt_ids(tokenizer, d) for i, d in enumerate(DIALOGUES)}
+        settings = {"max_new_tokens": 24, "end_loops": False}
+        sampled = GenerationSettings(temperature=1.0, **settings)
+        greedy = GenerationSettings(**settings)
+        before = model.generation_config.to_dict()
+        notes = tuple(write_notes(model, tokenizer, prompts, s) for s in (greedy, sampled))
+        assert model.generation_config.to_dict() == before
+        return notes
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    path = Path(base) / "generation_config.json"
+    content = json.loads(path.read_text()) | {key: PLANTED[key] for key in keys}
+    path.write_text(json.dumps(content))
+    assert write(str(base)) == write(tiny_base)
+
+
+def test_a_note_that_runs_in_circles_is_ended_and_marked(loaded):
+    """Its neighbour goes on; a note that ended before is none, though padding repeats."""
+    model, tokenizer = loaded
+    a, b, c = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    prompts = [prompt_ids(tokenizer, d) for d in DIALOGUES]
+    varied = [c, *(token for i in range(100) for token in [a] * (i % 9) + [b])]
+    rows = [[c, *[a, b] * 60], [*varied[:90], eos], [b, eos]]
+    notes = generate_notes(
+        model, tokenizer, prompts, 100, logits_processor=[Force(rows)], end_loops=True
+    )
+    text = tokenizer.decode(varied[:90])
+    assert notes == [Note("c" + "ab" * 24, False, True), Note(text, True), Note("b", True)]
+    notes = generate_notes(model, tokenizer, prompts, 100, logits_processor=[Force(rows)])
+    assert notes == [Note("c" + "ab" * 49 + "a", False), Note(text, True), Note("b", True)]
+
+
+def test_a_section_that_runs_in_circles_is_followed_by_the_next(loaded):
+    model, tokenizer = loaded
+    a, eos = tokenizer("a", add_special_tokens=False)["input_ids"][0], tokenizer.eos_token_id
+    sections = iter([[[a]], [[a, eos]], [[a, eos]], [[a, eos]]])
+    prompts = [prompt_ids(tokenizer, DIALOGUES[0])]
+    (note,) = generate_with_headings(
+        model, tokenizer, prompts, 200, lambda *_: [Force(next(sections))], end_loops=True
+    )
+    assert note == Note(f"S: {'a' * 48}\nO: a\nA: a\nP: a", True, True)
+
+
+@pytest.mark.parametrize("forced_headings", [False, True])
+def test_no_ngram_of_a_written_note_occurs_twice(loaded, monkeypatch, forced_headings):
+    """Neither within a section nor across them, whatever the dialogue repeats."""
+    model, tokenizer = loaded
+    prompt = prompt_ids(tokenizer, "Doctor: pain pain pain pain?\nPatient: pain pain.")
+    generate, seen = model.generate, []
+
+    def recording(**kwargs):
+        out = generate(**kwargs)
+        ids = out[0, len(prompt) :].tolist()  # the note with its beginning
+        seen.append((ids, out.shape[1] - kwargs["input_ids"].shape[1]))
+        return out
+
+    def repeated(no_repeat_ngram: int) -> int:
+        """How many 3-grams occur in the note a second time, where their last token is written."""
+        seen.clear()
+        generation = GenerationSettings(
+            max_new_tokens=60,
+            end_loops=False,
+            forced_headings=forced_headings,
+            no_repeat_ngram=no_repeat_ngram,
+        )
+        write_notes(model, tokenizer, {"1": prompt}, generation)
+        assert len(seen) == (len(HEADINGS) if forced_headings else 1)
+        count = 0
+        for ids, written in seen:
+            grams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
+            first = max(0, len(grams) - written)
+            count += sum(grams[i] in grams[:i] for i in range(first, len(grams)))
+        return count
+
+    monkeypatch.setattr(model, "generate", recording)
+    assert repeated(3) == 0 < repeated(0)
+
+
 def test_the_model_is_left_as_it_was(loaded):
     model, tokenizer = loaded
     model.train()
@@ -117,10 +240,11 @@ def test_a_stop_request_cuts_notes_off(loaded):
         requested = True
 
     model, tokenizer = loaded
-    ((note, ended),) = generate_notes(
+    ((note, ended, looped),) = generate_notes(
         model, tokenizer, [prompt_ids(tokenizer, DIALOGUES[0])], 50, stop=Stop()
     )
-    assert not ended and len(tokenizer(note, add_special_tokens=False)["input_ids"]) <= 1
+    assert not ended and not looped
+    assert len(tokenizer(note, add_special_tokens=False)["input_ids"]) <= 1
 
 
 def test_a_draw_follows_the_distribution():
