@@ -21,7 +21,7 @@ from .scoring import METRICS, ratio, score_note
 
 LOSS = "loss"
 # A higher value of these is no better note.
-NOT_FOR_CHOOSING = ("markdown", "repetition", "length", LOSS)
+NOT_FOR_CHOOSING = ("looped", "markdown", "repetition", "length", LOSS)
 
 
 @dataclass(frozen=True)

@@ -149,11 +149,12 @@ def check_base(saved: SavedStep, trained: dict[str, Any]) -> None:
 def facts_of_run(saved: SavedStep, tokenizer) -> dict[str, Any]:
     """What the card says of the run; only the step where the run's data is not at hand."""
     config = saved.config
-    try:
+    facts: dict[str, Any] = {"steps": saved.step}
+    with contextlib.suppress(ConfigError):
         data = load_training_data(config, tokenizer)
-    except ConfigError:
-        return {"steps": saved.step}
-    return describe_run(config, data, plan_run(config, data.lengths, data.weights), saved.step)
+        plan = plan_run(config, data.lengths, data.weights)
+        facts = describe_run(config, data, plan, saved.step)
+    return facts | {"versions": saved.manifest["versions"]}  # of the training, not of today
 
 
 @contextlib.contextmanager

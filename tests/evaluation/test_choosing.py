@@ -39,7 +39,9 @@ def test_the_loss_chooses_unless_a_metric_is_named(config_file):
         assert choice_of(config_file, f"monitor.best={name}", "monitor.best_notes=2").metric == name
 
 
-@pytest.mark.parametrize("name", ["rouge9", "repetition", "length", "markdown", "eval/loss"])
+@pytest.mark.parametrize(
+    "name", ["rouge9", "repetition", "looped", "length", "markdown", "eval/loss"]
+)
 def test_a_metric_that_cannot_choose_is_refused_with_those_that_can(config_file, name):
     with pytest.raises(ConfigError, match=f"^monitor.best={name}: must be one of loss, rouge1, "):
         choice_of(config_file, f"monitor.best={name}", "monitor.best_notes=2")
