@@ -97,7 +97,10 @@ def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSetting
     """
     given = given_settings(args)
     trained = source.get("generation") or {}
-    check_settings(trained, f"--adapter {args.adapter}: trained.json: generation")
+    named = f"--adapter {args.adapter}" if args.adapter else f"--base {args.base}"
+    if not isinstance(trained, dict):
+        raise ConfigError(f"{named}: trained.json: generation is not an object")
+    check_settings(trained, f"{named}: trained.json: generation")
     values = trained | given
     if not values.get("temperature"):
         idle = [option(name) for name, off in OF_SAMPLING.items() if given.get(name, off) != off]
@@ -214,28 +217,29 @@ def generate(args: argparse.Namespace) -> None:
     if output:
         write_file(fitted, output, load, generation, args.batch_size)
         rows = output.done.values()
-        endings = describe_endings([(row["ended"], row["looped"]) for row in rows])
-        print(", ".join([f"{len(fitted)} notes in {args.output}", *endings]))
+        endings = count_endings([(row["ended"], row["looped"]) for row in rows])
+        parts = [f"{count} of them {what}" for what, count in endings.items()]
+        print(", ".join([f"{len(fitted)} notes in {args.output}", *parts]))
     else:
         ((key, (dialogue, _)),) = fitted.items()
         model, tokenizer = load()
         (note,) = write_batch(model, tokenizer, [key], [dialogue], generation)
-        for ending in describe_endings([(note.ended, note.looped)]):
-            print(f"of 1 note: {ending}", file=sys.stderr)
+        for what in count_endings([(note.ended, note.looped)]):
+            print(f"the note was {what}", file=sys.stderr)
         with contextlib.suppress(BrokenPipeError):
             print(note.text)
 
 
-def describe_endings(notes: list[tuple[bool | None, bool]]) -> list[str]:
-    """How many notes did not come to their own end, and why, a phrase for each reason.
+def count_endings(notes: list[tuple[bool | None, bool]]) -> dict[str, int]:
+    """How many notes did not come to their own end, by what they were; {} where all did.
 
     notes: `ended` and `looped` of each.
     """
     counts = {
         "cut off at --max-new-tokens": sum(not ended and not looped for ended, looped in notes),
-        "ran in circles and ended there": sum(looped for _, looped in notes),
+        "cut off for running in circles": sum(looped for _, looped in notes),
     }
-    return [f"{count} of them {what}" for what, count in counts.items() if count]
+    return {what: count for what, count in counts.items() if count}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,9 @@
 """Loads a model to generate with, and fits dialogues to its context."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from ..config.schema import ConfigError
@@ -32,16 +36,37 @@ def load_for_generation(adapter: str | None, base: str | None, device):
 def generation_source(adapter: str | None, base: str | None) -> dict:
     """The base to generate with, its revision, and how it is stored, with the keys of trained.json.
 
+    `generation` is among them where a run of this project trained adapter or base: the settings of
+    its own notes.
+
     adapter: a folder, or None for the base alone. base: replaces the one that the adapter names.
-    Raises ConfigError for a folder that is no adapter, and without adapter and base.
+    Raises ConfigError for a folder that is no adapter, for a trained.json that is broken, and
+    without adapter and base.
     """
     if not adapter and not base:
         raise ConfigError("give --adapter DIR or --base DIR")
     if adapter:
-        trained = read_adapter(adapter)
+        trained: dict[str, Any] = read_adapter(adapter)
     else:
         trained = {"revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
+        trained["generation"] = _settings_of_model(str(base))
     return trained | {"base": base} if base else trained
+
+
+def _settings_of_model(base: str) -> dict | None:
+    """`generation` of the trained.json beside a merged or a fully trained model, if there is one.
+
+    Raises ConfigError where the file is broken.
+    """
+    path = Path(base) / "trained.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("generation")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"--base {base}: trained.json is broken ({type(error).__name__})"
+        ) from error
 
 
 def prompt_ids(tokenizer, dialogue: str) -> list[int]:
