@@ -203,7 +203,7 @@ def write_full_model(model, state: dict[str, torch.Tensor], folder: Path) -> Non
             state.setdefault(first, state[second])
         else:
             state.setdefault(second, state[first])
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=dict(state))  # it empties the dict
     audit_weights(folder, state)
 
 

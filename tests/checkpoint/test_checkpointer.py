@@ -26,6 +26,7 @@ from loop.config.cli import load_config
 from loop.config.schema import ConfigError, RunConfig
 from loop.data.batch_plan import plan_run
 from loop.data.dataset import load_examples, visit_weights
+from loop.evaluation.choosing import Choice
 from loop.model.loading import load_tokenizer
 
 STEPS = 6
@@ -334,6 +335,43 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     ).is_file()
 
 
+def test_the_best_is_the_earliest_of_equal_ones_and_the_next_whole_one(tmp_path):
+    store = CheckpointStore(tmp_path, 9)
+    assert store.best() == (None, {})
+    for step, loss in ((1, float("nan")), (2, None), (3, 2.0), (4, 1.0), (5, 1.0)):
+        a_write(store, step, loss)
+    best, manifest = store.best()
+    assert best.name == "step-000004" and manifest["step"] == 4
+    assert (store.folder / "best").readlink().name == "step-000004"
+    flip_a_bit(best / "state-00000.safetensors")
+    assert store.best()[0].name == "step-000005"
+    (store.folder / "step-000005" / "manifest.json").write_text("{")
+    assert store.best()[0].name == "step-000003"
+
+
+def test_the_best_goes_by_the_metric_of_the_notes_that_were_asked_for(tmp_path):
+    choice = Choice("rouge1", "2 notes")
+    store = CheckpointStore(tmp_path, 1, choice)
+    values = [(1, 0.2, choice), (2, 0.5, choice), (3, 0.9, Choice("rouge1", "3 notes"))]
+    for step, value, by in [*values, (4, 0.5, choice), (5, None, choice)]:
+        figures = {"eval/loss": 9.0 - step} | ({"eval/rouge1": value} if value else {})
+        manifest = {"step": step, "figures": figures, "best": {"by": str(by)}}
+        store.write(step, iter([{"w.master": torch.zeros(4)}]), manifest)
+    assert steps(store) == [2, 5] and store.best()[0].name == "step-000002"
+
+
+def test_a_validation_that_was_made_later_is_added_to_its_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, 2)
+    a_write(store, 2, 2.0)
+    a_write(store, 4)
+    assert (store.folder / "best").readlink().name == "step-000002"
+    path = store.folder / "step-000004"
+    store.amend(path, {"figures": {"eval/loss": 1.0}})
+    assert store.newest()[:2] == (path, json.loads((path / "manifest.json").read_text()))
+    assert (store.folder / "best").readlink().name == "step-000004" == store.best()[0].name
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "state-00000.safetensors"]
+
+
 def test_corrupt_ones_never_push_out_a_complete_one(tmp_path):
     """Steps 4 and 6 are torn, the run goes on from 2: the new checkpoint of step 3 is the newest
     whole one, and stays with 2.
@@ -418,3 +456,42 @@ def test_the_counters_survive_a_manifest_and_too_many_skips_end_a_run():
     again = TrainState.from_manifest(run, json.loads(json.dumps(state.to_manifest())))
     assert (again.step, again.skipped_steps, list(again.recent_losses)) == (5, 3, [1.0, 2.0])
     assert not again.diverged and not again.validation_due
+
+
+def test_validations_are_counted_since_the_best_one():
+    run = RunConfig(patience=2)
+    state = TrainState(run)
+    state.record_validation({"eval/loss": 0.1})  # before the first step: no candidate
+    assert state.best is None and not state.validation_due and not state.is_best
+    for loss, best_step, count in (
+        (3.0, 1, 0),
+        (float("nan"), 1, 1),
+        (2.0, 3, 0),
+        (2.0, 3, 1),  # an equal one is no better
+    ):
+        state.record(1.0, applied=True)
+        assert not state.is_best
+        state.record_validation({"eval/loss": loss})
+        assert (state.best_step, state.validations_since_best) == (best_step, count)
+        assert state.is_best == (count == 0) and not state.ended
+    state.record(1.0, applied=True)
+    before = state.to_manifest()
+    state.record_validation(None)  # interrupted: it stays due and does not count
+    assert state.validation_due and state.to_manifest()["best"] == before["best"]
+    state.record_validation({})  # without examples
+    assert state.to_manifest()["best"] == before["best"]
+    state = TrainState.from_manifest(run, json.loads(json.dumps(before)))
+    state.record_validation({"eval/loss": 5.0})
+    assert state.out_of_patience and state.ended and not state.diverged
+    more = TrainState.from_manifest(RunConfig(patience=3), state.to_manifest())
+    assert more.best_step == 3 and not more.ended
+
+
+def test_a_count_by_something_else_begins_anew():
+    state = TrainState(RunConfig(), step=1)
+    state.record_validation({"eval/loss": 3.0})
+    by_notes = Choice("rouge1", "2 notes")
+    for manifest in (state.to_manifest(), {"step": 1, "figures": {}}):  # and of older code
+        again = TrainState.from_manifest(RunConfig(), manifest, by_notes)
+        assert (again.best, again.best_step, again.validations_since_best) == (None, None, 0)
+        assert again.to_manifest()["best"]["by"] == "rouge1 of 2 notes"
