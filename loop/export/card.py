@@ -347,19 +347,18 @@ def figures_section(trained: dict[str, Any]) -> str:
         lines = ["| figure | value | 95 % interval |", "|---|---|---|"]
         for key, values in report["figures"].items():
             if key in METRICS and values["value"] is not None:
-                lines.append(figure_row(key, values))
+                lines.append(figure_row(key, values["value"], values["low"], values["high"]))
         parts.append(f"{name}: {', '.join(counts)}.\n\n" + "\n".join(lines))
     if "merged_into" in trained and parts:
         parts.insert(0, "These are the figures of the adapter before it was merged.")
     return "\n\n".join(parts) or "None yet: the project's `evaluate` adds them."
 
 
-def figure_row(key: str, values: dict[str, float | None]) -> str:
-    """A line of the table. values: of `scoring.summarise`."""
+def figure_row(key: str, value: float, low: float | None, high: float | None) -> str:
+    """A line of the table, with an interval where there is one. key: of `METRICS`."""
     show = METRICS[key].format
-    low, high = values["low"], values["high"]
     span = f"{show(low)} to {show(high)}" if low is not None and high is not None else ""
-    return f"| {METRICS[key].title.strip()} | {show(values['value'])} | {span} |"
+    return f"| {METRICS[key].title.strip()} | {show(value)} | {span} |"
 
 
 def limits_section(trained: dict[str, Any]) -> str:
