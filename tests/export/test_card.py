@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import run_ok
 from peft import PeftModel
 
 from loop.commands import evaluate, generate
-from loop.config.schema import GenerationSettings
+from loop.config.schema import ConfigError, GenerationSettings
 from loop.data.soap import REQUEST, SYSTEM
 from loop.export import card
 from loop.export.card import base_license, record_evaluation, write_card, write_papers
@@ -165,6 +166,22 @@ def test_the_merged_model_has_papers_of_its_own(merged):
     modelfile = (merged / "Modelfile").read_text()
     assert "PARAMETER num_ctx 512" in modelfile and "PARAMETER num_predict 24" in modelfile
     assert 'TEMPLATE """<|system|>' in modelfile
+
+
+def test_a_full_model_has_them_too(config_file, tmp_path, monkeypatch):
+    """A run with method=full: no LoRA in its recipe, and code that writes notes."""
+    run_ok(1, "-m", "loop.train", "--config", str(config_file), "method=full", "max_steps=2")
+    folder = tmp_path / "runs" / "t" / "model"
+    text = (folder / "README.md").read_text()
+    says = json.loads((folder / "trained.json").read_text())
+    assert says["method"] == "full" and says["steps"] == 2 and "lora" not in says["recipe"]
+    assert front_matter(text)["library_name"] == "transformers" and "PEFT" not in text
+    assert "PARAMETER num_ctx 1024" in (folder / "Modelfile").read_text()
+    names = run_code(folder, monkeypatch, "bfloat16")
+    assert isinstance(names["write_note"](DIALOGUES[0]), str)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another prompt"):
+        patch.setattr(prompts, "SYSTEM", "x")
+        prompts.check_prompt("--base", str(folder), load_tokenizer(str(folder)))
 
 
 def test_a_merged_model_is_not_asked_another_prompt(merged, monkeypatch, capsys):
