@@ -52,7 +52,9 @@ class Checkpointer:
         exist and none is complete, as a person must say that all of that work is to be done again;
         and where the checkpoint belongs to another run (`RunIdentity.check_compatible`).
         """
-        name, manifest, notes = None, {}, []
+        name: str | None = None
+        manifest: dict = {}
+        notes: list[str] = []
         if self.ranks.is_main:
             path, manifest, notes = self.store.newest()
             name = path.name if path else None
@@ -153,12 +155,12 @@ class Checkpointer:
 
         So that checkpoint can be the best, as in a run that was not interrupted.
         """
-        lacks_it = self.path is not None and self.manifest.get("figures") is None
-        if self.ranks.is_main and lacks_it and not state.validation_due:
+        path, is_due = self.path, state.validation_due
+        if self.ranks.is_main and path and self.manifest.get("figures") is None and not is_due:
             try:
-                self.store.amend(self.path, state.to_manifest())
+                self.store.amend(path, state.to_manifest())
             except OSError as error:
-                logger.say(f"{self.path}: its validation is not noted there: {error}")
+                logger.say(f"{path}: its validation is not noted there: {error}")
 
     def save(self, engine, state: TrainState, logger) -> None:
         """Writes a checkpoint of `state`. A failed write is said, and the run goes on.

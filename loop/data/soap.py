@@ -102,12 +102,10 @@ def parse_note(note: str) -> dict[str, str]:
     """
     headings = list(_HEADING.finditer(note))
     ends = [heading.start() for heading in headings[1:]] + [len(note)]
-    sections: dict[str, str] = {}
+    bodies: dict[str, list[str]] = {}
     for heading, end in zip(headings, ends):
-        letter = heading.group(1)[0]
-        body = note[heading.end() : end].strip()
-        sections[letter] = f"{sections[letter]}\n{body}" if letter in sections else body
-    return sections
+        bodies.setdefault(heading.group(1)[0], []).append(note[heading.end() : end].strip())
+    return {letter: "\n".join(texts) for letter, texts in bodies.items()}
 
 
 def has_all_sections(note: str) -> bool:

@@ -7,8 +7,9 @@ Only what is stated is checked, not whether it is right: a dose that moved to an
 same visit passes, and so does "denies" in the place of "reports".
 """
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from .drugs import generic_name
@@ -89,9 +90,13 @@ def extract_facts(text: str) -> list[Fact]:
 
     A bare integer below 10 is no fact: in speech most are "one of them" or belong to a list.
     """
-    items = parse_items(text)
+    return _facts_of(text, parse_items(text))
+
+
+def _facts_of(text: str, items: list[Item]) -> list[Fact]:
+    """The facts of a text. items: of `parse_items`."""
     num_items = len(items)
-    items += _PADDING
+    items = items + _PADDING
     found: list[Fact] = []
     i = 0
     while i < num_items:
@@ -268,6 +273,14 @@ def _match_number(text: str, items: list[Item], i: int) -> Match | None:
     return Match("number", value, 1)
 
 
+def _match_long_number(text: str, items: list[Item], i: int) -> Match | None:
+    """A number of more digits than a float keeps, digit by digit; its unit is not looked at."""
+    word = items[i].word
+    if items[i].number is not None or not word.replace(".", "").isdecimal():
+        return None
+    return Match("number", word, 1)
+
+
 def _match_article(text: str, items: list[Item], i: int) -> Match | None:
     """A number such as "a year", "half a tablet" or "a pack and a half"."""
     unit = items[i + 1].word
@@ -323,6 +336,7 @@ MATCHERS: tuple[Matcher, ...] = (
     _match_times_per_period,
     _match_frequency,
     _match_number,
+    _match_long_number,
     _match_article,
     _match_drug,
     _match_side,
@@ -338,24 +352,35 @@ class Statements:
     """What a text states. `supports` tells whether it states a fact of another text."""
 
     def __init__(self, text: str) -> None:
-        self.facts = extract_facts(text)
+        items = parse_items(text)
+        self.facts = _facts_of(text, items)
         self.values = {(fact.kind, fact.value) for fact in self.facts}
-        numbers = [
-            (item.start, _format(item.number))
-            for item in parse_items(text)
-            if item.number is not None
-        ]
-        self.numbers = {number for _, number in numbers}
-        # Spans of facts in which a number has a meaning of its own: part of a dose, a date, an age.
-        measured = [
-            range(fact.start, fact.end)
-            for fact in self.facts
-            if not fact.value.replace(".", "").isdigit()
-        ]
-        self.bare_numbers = {
-            number for start, number in numbers if not any(start in span for span in measured)
+        numbers = [item for item in items if item.number is not None]
+        self.numbers = {_format(item.number) for item in numbers}
+        self.bare_numbers = {_format(item.number) for item in self._bare(numbers)}
+        # Every date, also without some of its parts.
+        self.dates = {
+            frozenset(parts)
+            for kind, value in self.values
+            if kind == "date"
+            for size in (1, 2, 3)
+            for parts in itertools.combinations(value.split(), size)
         }
-        self.dates = [set(fact.value.split()) for fact in self.facts if fact.kind == "date"]
+        self.sides: dict[str, set[str]] = {}  # by body part, "" where none is stated
+        for kind, value in self.values:
+            if kind == "side":
+                side, _, part = value.partition(" ")
+                self.sides.setdefault(part, set()).add(side)
+
+    def _bare(self, numbers: list[Item]) -> Iterator[Item]:
+        """The numbers without a meaning of their own: not part of a dose, a date, an age."""
+        measured = iter(f for f in self.facts if not f.value.replace(".", "").isdigit())
+        fact = next(measured, None)
+        for item in numbers:
+            while fact and fact.end <= item.start:
+                fact = next(measured, None)
+            if not fact or item.start < fact.start:
+                yield item
 
     def supports(self, fact: Fact) -> bool:
         """Whether the text states the fact, too.
@@ -382,18 +407,16 @@ class Statements:
         return number in (self.bare_numbers if unit else self.numbers)
 
     def _supports_date(self, value: str) -> bool:
-        parts = set(value.split())
-        if any(parts <= date for date in self.dates):
+        if frozenset(value.split()) in self.dates:
             return True
         return value[0] == "y" and value[1:] in self.numbers
 
     def _supports_side(self, value: str) -> bool:
         side, _, part = value.partition(" ")
-        stated = set()
-        for kind, other in self.values:
-            other_side, _, other_part = other.partition(" ")
-            if kind == "side" and (not part or other_part in ("", part)):
-                stated.add(other_side)
+        if part:
+            stated = self.sides.get("", set()) | self.sides.get(part, set())
+        else:
+            stated = set().union(*self.sides.values())
         return (
             side in stated or "both" in stated or (side == "both" and {"left", "right"} <= stated)
         )

@@ -69,4 +69,5 @@ def write_page(path: Path, title: str, rows: list[Row], table: str) -> None:
     """Writes the page, readable by its owner alone: it holds dialogues."""
     path.touch(mode=0o600)
     path.chmod(0o600)
-    path.write_text(as_page(title, rows, table), "utf-8")
+    # Half a surrogate pair, which UTF-8 lacks, is shown as \ud83d.
+    path.write_text(as_page(title, rows, table), "utf-8", errors="backslashreplace")

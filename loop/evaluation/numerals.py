@@ -18,6 +18,7 @@ DIGITS = ONES | {"oh": 0, "o": 0}  # after "point"
 # Before a "point" that belongs to no number, as in "at this point five of us".
 NOT_BEFORE_DECIMALS = ("this", "that", "the", "some", "what", "which", "one")
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
+MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # A code (b12, a1c, covid-19), a time of day and a decade (80s) are words, not numbers.
 _TOKEN = re.compile(
@@ -51,9 +52,10 @@ class _Token(NamedTuple):
 def parse_items(text: str) -> list[Item]:
     """The words, numbers and signs (/ % °) of a text, lower-case, in its order.
 
-    The numbers of a list at the start of lines ("1.", "2)") are left out.
+    The numbers of a list at the start of lines ("1.", "2)") are left out. A number of more than
+    MAX_DIGITS digits is the word of its digits.
     """
-    text = _LIST_NUMBER.sub(lambda match: " " * len(match.group()), text.lower())
+    text = _LIST_NUMBER.sub(lambda match: " " * len(match.group()), _lower(text))
     tokens = _tokenize(text)
     items: list[Item] = []
     i = 0
@@ -62,7 +64,8 @@ def parse_items(text: str) -> list[Item]:
         previous = tokens[i - 1].word if i else ""
         parsed = _parse_number(words, previous)
         if parsed is None:
-            items.append(Item(words[0], None, tokens[i].start, tokens[i].end))
+            word = words[0].replace(",", "")
+            items.append(Item(word, None, tokens[i].start, tokens[i].end))
             i += 1
         else:
             number, num_words = parsed
@@ -70,6 +73,14 @@ def parse_items(text: str) -> list[Item]:
             items.append(Item("", number, tokens[i].start, end))
             i += num_words
     return items
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, each character where it was; "İ", which has two then, is left."""
+    lower = text.lower()
+    if len(lower) == len(text):
+        return lower
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 def _tokenize(text: str) -> list[_Token]:
@@ -115,10 +126,13 @@ def _parse_number(words: list[str], previous: str) -> tuple[float, int] | None:
 
 
 def _written_number(word: str) -> tuple[float, int] | None:
-    """(the number that a word of digits is, 1)"""
+    """(the number that a word of digits is, 1); None where it is too long."""
     if not re.fullmatch(r"[\d.,]+", word):
         return None
-    return float(word.replace(",", "")), 1
+    digits = word.replace(",", "").lstrip("0")
+    if len(digits.partition(".")[0]) > MAX_DIGITS:
+        return None
+    return float(digits or "0"), 1
 
 
 def _decimal_digits(words: list[str]) -> list[str]:
@@ -150,8 +164,24 @@ def _spoken_number(words: list[str], start: int) -> tuple[float, int] | None:
     return value, end
 
 
-def _cardinal(words: list[str], start: int) -> tuple[int, int] | None:
-    """(a cardinal such as "two hundred and five" that begins at a word, the index after it)"""
+Cardinals = dict[int, tuple[int, int] | None]  # what `_cardinal` returns, by `start`
+
+
+def _cardinal(
+    words: list[str], start: int, found: Cardinals | None = None
+) -> tuple[int, int] | None:
+    """(a cardinal such as "two hundred and five" that begins at a word, the index after it)
+
+    found: those of these words that are known. Each "and" asks for what follows it, so that without
+    them "one thousand and one thousand and ..." would take twice as long with each "and".
+    """
+    found = {} if found is None else found
+    if start not in found:
+        found[start] = _read_cardinal(words, start, found)
+    return found[start]
+
+
+def _read_cardinal(words: list[str], start: int, found: Cardinals) -> tuple[int, int] | None:
     thousands = 0
     current = 0  # what follows the thousands
     i = start
@@ -170,7 +200,7 @@ def _cardinal(words: list[str], start: int) -> tuple[int, int] | None:
             current = 0
         elif word == "a" and i == start and words[i + 1 : i + 2] in (["hundred"], ["thousand"]):
             current = 1
-        elif not (i > start and _joins_hundreds(words, i)):
+        elif not (i > start and _joins_hundreds(words, i, found)):
             break
         i += 1
     if i == start or words[i - 1] == "and":
@@ -178,10 +208,10 @@ def _cardinal(words: list[str], start: int) -> tuple[int, int] | None:
     return thousands + current, i
 
 
-def _joins_hundreds(words: list[str], i: int) -> bool:
+def _joins_hundreds(words: list[str], i: int, found: Cardinals) -> bool:
     """Whether words[i] is the "and" of "one hundred and five"."""
     return (
         words[i] == "and"
         and words[i - 1] in ("hundred", "thousand")
-        and _cardinal(words, i + 1) is not None
+        and _cardinal(words, i + 1, found) is not None
     )

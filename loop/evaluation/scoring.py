@@ -13,8 +13,8 @@ import numpy as np
 
 from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
 from .facts import Fact, Statements, distinct, extract_facts
+from .rouge import ROUGE, rouge_scores
 
-ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 FACT_KINDS = {
     "number": "numbers, doses, ages",
     "often": "how often",
@@ -22,7 +22,8 @@ FACT_KINDS = {
     "drug": "drugs",
     "side": "left and right",
 }
-_MARKDOWN = re.compile(r"\*\*|__|`|^\s*(#{1,6}|[*+]) ", re.MULTILINE)
+# Of white space without line breaks: many empty lines would be read again from each of them.
+_MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
 
 Score = tuple[float, float]  # a metric's numerator and denominator for one note
 
@@ -50,16 +51,16 @@ class ParsedNote:
         return parse_note(self.row.note)
 
     @functools.cached_property
-    def rouge(self) -> dict:
-        """The scores of the note by name of the metric."""
-        return _rouge_scorer().score(self.row.reference, self.row.note)
+    def rouge(self) -> dict[str, float]:
+        """The F1 of the note by name of the metric."""
+        return rouge_scores(self.row.reference, self.row.note)
 
     @functools.cached_property
-    def section_rouge(self) -> dict[str, dict]:
-        """The scores of each section that the reference has, by heading."""
+    def section_rouge(self) -> dict[str, dict[str, float]]:
+        """The F1 of each section that the reference has, by heading."""
         reference = parse_note(self.row.reference)
         return {
-            heading: _rouge_scorer().score(reference[heading], self.sections.get(heading, ""))
+            heading: rouge_scores(reference[heading], self.sections.get(heading, ""))
             for heading in HEADINGS
             if reference.get(heading)
         }
@@ -73,24 +74,15 @@ class ParsedNote:
         return Statements(self.row.note)
 
 
-@functools.lru_cache(maxsize=1)
-def _rouge_scorer():
-    from rouge_score import rouge_scorer  # late: it takes a second, and training needs none of it
-
-    # As ACI-Bench does (Yim et al. 2023, doi 10.1038/s41597-023-02487-3): no stemmer. What it calls
-    # ROUGE-L is rougeLsum, with a line as a sentence.
-    return rouge_scorer.RougeScorer(list(ROUGE), use_stemmer=False)
-
-
 def rouge(note: ParsedNote, name: str) -> Score:
     """The F1 of a ROUGE (Lin 2004)."""
-    return note.rouge[name].fmeasure, 1.0
+    return note.rouge[name], 1.0
 
 
 def section_rouge(note: ParsedNote, heading: str, name: str) -> Score:
     """The F1 of one section: 0 if the note lacks it; not counted if the reference lacks it."""
     scores = note.section_rouge.get(heading)
-    return (scores[name].fmeasure, 1.0) if scores else (0.0, 0.0)
+    return (scores[name], 1.0) if scores else (0.0, 0.0)
 
 
 def has_sections_in_order(note: ParsedNote) -> Score:

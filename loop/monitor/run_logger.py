@@ -310,12 +310,13 @@ class RunLogger:
         if exported:
             metrics["exported_step"] = state.exported_step
         metrics["best"] = state.to_manifest()["best"]
-        patience = f"run.patience={self.config.run.patience}: no better {state.choice} since step "
         early = state.out_of_patience and state.step < self.num_steps
-        metrics["ended_early"] = f"{patience}{state.best_step}" if early else None
+        since = f"since step {state.best_step}" if state.best_step else "at all"
+        why = f"run.patience={self.config.run.patience}: no better {state.choice} {since}"
+        metrics["ended_early"] = why if early else None
         report = self.close(metrics)
         if early:
-            self.say(f"step {state.step}: the end, by {metrics['ended_early']}")
+            self.say(f"step {state.step}: the end, by {why}")
         elif report and report["steps"] < self.num_steps:
             steps = report["steps"]
             saved = f"saved after step {steps}" if steps else "before the first step"
