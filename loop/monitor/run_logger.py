@@ -119,7 +119,8 @@ class RunLogger:
         """The run in advance: machine, base, data, plan, and what a person should know."""
         if not self.on:
             return
-        trained = sum(p.ds_numel for _, p in trainable_parameters(self.engine.module))
+        parameters = trainable_parameters(self.engine.module)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
         train, valid = data.reports["train"], data.reports["valid"]
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "
