@@ -1,24 +1,32 @@
 """`evaluate`: the loss of a split, and its notes scored beside what they have to beat."""
 
 import dataclasses
+import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..checkpoint.identity import base_fingerprint
 from ..checkpoint.run_dir import write_report
 from ..config.cli import load_config, take_options
+from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error
+from ..distributed.files import sha256
 from ..distributed.rendezvous import RendezvousError
-from ..evaluation.run import EvaluationOptions, evaluate_split
+from ..evaluation.run import EvaluationOptions, EvaluationStopped, evaluate_split
 from ..evaluation.scoring import as_table
-from ..export.audit import AuditError, check_adapter
+from ..export.audit import WEIGHTS, AuditError, check_adapter
 from ..export.card import record_evaluation
+from ..generation.notes_file import digest
 from ..generation.prompt import check_prompt
 from ..kernels.attention import AttentionError
 from ..model.loading import load_tokenizer
 from ..model.lora import read_adapter
+from ..model.quantization import compute_dtype
 from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
 
@@ -31,7 +39,7 @@ def take_evaluation_options(args: list[str]) -> EvaluationOptions:
     num_notes = taken["--notes"]
     if split not in ("train", "valid", "test"):
         raise ConfigError(f"--split {split}: one of train, valid, test")
-    if num_notes is not None and not num_notes.isdigit():
+    if num_notes is not None and not re.fullmatch(r"[0-9]{1,9}", num_notes):
         raise ConfigError(f"--notes {num_notes}: must be a whole number")
     return EvaluationOptions(
         split=split,
@@ -97,11 +105,29 @@ def check_own_prompt(config: Config, options: EvaluationOptions) -> None:
         check_prompt("--adapter" if options.adapter else "base", str(folder), tokenizer)
 
 
+def written_by(config: Config, options: EvaluationOptions) -> dict[str, Any]:
+    """What makes the notes of these weights differ from others': hashes, and the base's storage.
+
+    Raises ConfigError where the base cannot be read.
+    """
+    adapter = None
+    if options.adapter:
+        # The configuration has the adapter's scale.
+        files = [Path(options.adapter) / name for name in ("adapter_config.json", WEIGHTS)]
+        adapter = digest("".join(sha256(path) for path in files))
+    return {
+        "base_fingerprint": base_fingerprint(config.base, config.revision),
+        "adapter": adapter,
+        "storage": config.quantization,
+        "double_quant": config.double_quant,
+        "dtype": str(compute_dtype(build_ds_config(config))).removeprefix("torch."),
+    }
+
+
 def print_report(config: Config, options: EvaluationOptions, report: dict) -> None:
     evaluated = options.predictions or options.adapter or f"{config.base} without an adapter"
-    counts = [
-        f"{report[key]:,} {key}" for key in ("examples", "left out", "notes") if key in report
-    ]
+    keys = ("examples", "left out", "notes", "notes reused", "notes written")
+    counts = [f"{report[key]:,} {key}" for key in keys if key in report]
     print(f"{options.split}, {evaluated}: {', '.join(counts)}")
     print(as_table(report["figures"]))
 
@@ -147,7 +173,11 @@ def main(argv: list[str] | None = None) -> None:
             check_own_prompt(config, options)
         if config.data.supervise == "all":  # there is no prompt to write a note for
             options = dataclasses.replace(options, num_notes=0)
+        if not options.predictions:
+            options = dataclasses.replace(options, by=written_by(config, options))
         report = evaluate_split(config, options)
+    except EvaluationStopped as stopped:
+        exit_process(130, str(stopped) if os.environ.get("RANK", "0") == "0" else "")
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except (AuditError, RendezvousError) as error:

@@ -88,9 +88,7 @@ def _summary_f1(lines: list[list[str]], note_lines: list[list[str]]) -> float:
     return _f1(hits, num_reference, num_note)
 
 
-def _union_lcs(
-    line: tuple[str, ...], holding: dict[str, list[tuple[str, ...]]]
-) -> list[int]:
+def _union_lcs(line: tuple[str, ...], holding: dict[str, list[tuple[str, ...]]]) -> list[int]:
     """Which words of a line belong to its LCS with some line of the note, in their order.
 
     holding: the different lines of the note that hold a word.

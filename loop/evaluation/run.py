@@ -1,20 +1,27 @@
 """The evaluation of a split: the loss of the model, and the scores of its notes or of a file's."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
-from ..data.conversations import read_split
+from ..data.conversations import dialogue_text, read_split
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
+from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks, init_distributed
-from ..generation.notes_file import read_predictions
-from ..generation.sharded import generate_sharded
+from ..generation.decode import Note
+from ..generation.notes_file import KeptNotes, digest, read_predictions
+from ..generation.sharded import generate_sharded, prompt_of
 from ..kernels.attention_backends import choose_backend
 from ..model.loading import load_model, load_model_config, load_tokenizer
 from ..model.quantization import compute_dtype
@@ -23,6 +30,8 @@ from .baselines import score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
 from .scoring import Row, as_table, interval, ratio, unsupported
+
+GOES_ON = "the same command goes on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +44,12 @@ class EvaluationOptions:
     predictions: str | None = None  # a file whose notes are scored instead, without a model
     reference: str | None = None  # the column to score against; None: the note's
     html: str | None = None  # where a page with the notes is written
+    # What writes the notes, beside `generation` and the prompts: base, adapter, storage.
+    by: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class EvaluationStopped(Exception):
+    """It was asked to stop; what was written is kept. Its text is one line that says so."""
 
 
 def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
@@ -44,12 +59,14 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
 
     - figures: the metrics, as `scoring.summarise` returns them, and the loss,
     - examples, left out: of the loss, and rows that are no example,
-    - notes: how many were scored,
+    - notes: how many were scored; how many were reused from an earlier evaluation by the same
+      weights and settings, and how many were written,
     - generation: the settings that they were written with,
     - unsupported: the unsupported facts of each note, by id.
 
-    What needs a model is left out where `predictions` are scored. Raises ConfigError, and
-    AttentionError where the attention that was asked for can't run here.
+    What needs a model is left out where `predictions` are scored. Raises ConfigError,
+    AttentionError where the attention that was asked for can't run here, and EvaluationStopped on
+    every rank.
     """
     check_options(config, options)
     reference_config = with_reference(config, options.reference)
@@ -69,11 +86,18 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         sampled = [e for e in examples if e.id in conversations][: options.num_notes]
         ids = [e.id for e in sampled]
         ranks = init_distributed(config.run)
+        stop = StopRequest()
         engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
         report["examples"] = len(examples)
         report["left out"] = dataset_report.rows - dataset_report.kept
-        report["figures"]["loss"] = measure_loss(config, engine, examples, ranks)
-        notes = generate_sharded(engine, tokenizer, sampled, config.generation, ranks)
+        report["figures"]["loss"] = measure_loss(config, engine, examples, ranks, stop)
+        dialogues = {id: dialogue_text(conversations[id]) for id in ids}
+        if ids:
+            with open_notes(config, options, sampled, dialogues, ranks) as kept:
+                notes = generate_sharded(
+                    engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
+                )
+                report |= finish_notes(kept, notes, ids, stop)
         report["generation"] = config.generation.model_dump(mode="json")
     if ids:
         chosen = [conversations[id] for id in ids]
@@ -133,15 +157,64 @@ def load_engine(config: Config, ds_config: dict, model_config, adapter: str | No
 
 
 def measure_loss(
-    config: Config, engine, examples: list[Example], ranks: Ranks
+    config: Config, engine, examples: list[Example], ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:
-    """The token-weighted loss in nats, with its interval, as a metric of a report."""
+    """The token-weighted loss in nats, with its interval, as a metric of a report.
+
+    Raises EvaluationStopped.
+    """
     rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
     packing = PackingSpec(rows * config.max_seq_len, config.max_seq_len)
-    losses = example_losses(engine, examples, packing, ranks)
-    assert losses is not None  # there is no StopRequest that could have interrupted it
+    losses = example_losses(engine, examples, packing, ranks, stop)
+    if losses is None:
+        raise EvaluationStopped(f"stopped{_why(stop)} before the first new note; {GOES_ON}")
     low, high = interval(losses)
     return {"value": ratio(losses), "low": low, "high": high}
+
+
+@contextlib.contextmanager
+def open_notes(
+    config: Config,
+    options: EvaluationOptions,
+    examples: list[Example],
+    dialogues: dict[str, str],
+    ranks: Ranks,
+) -> Iterator[KeptNotes]:
+    """A context with the file of the notes on these examples by these weights and settings.
+
+    It lies in runs/NAME/evaluate/SPLIT. Every rank must call it; raises ConfigError on all of them.
+    dialogues: of the examples, by id.
+    """
+    prompts = hashlib.sha256()
+    for example in examples:  # all of them: what is in a batch with a note may change its rounding
+        prompts.update(json.dumps([example.id, prompt_of(example).tolist()]).encode())
+    generation = config.generation.model_dump(mode="json")
+    by = options.by | {"generation": generation, "prompts": prompts.hexdigest()[:16]}
+    name = f"notes-{digest(json.dumps(by, sort_keys=True))[:8]}.jsonl"
+    folder = config.folder / "evaluate" / options.split
+    with contextlib.closing(KeptNotes(folder / name, dialogues, by, ranks)) as kept:
+        if kept.found and ranks.is_main:
+            print(f"{len(kept.found)} of {len(examples)} notes are in {kept.path.parent} already")
+        yield kept
+
+
+def finish_notes(
+    kept: KeptNotes, notes: dict[str, Note], ids: list[str], stop: StopRequest
+) -> dict[str, int]:
+    """How many notes were reused and written, for the report. Every rank must call it.
+
+    Raises EvaluationStopped where notes are missing.
+    """
+    missing = [id for id in ids if id not in notes]
+    if missing:
+        so_far = f"the {len(notes)} of {len(ids)} notes so far are in {kept.path.parent}"
+        raise EvaluationStopped(f"stopped{_why(stop)}; {so_far}, and {GOES_ON}")
+    kept.finish()
+    return {"notes reused": len(kept.found), "notes written": len(ids) - len(kept.found)}
+
+
+def _why(stop: StopRequest) -> str:
+    return f" by {stop.reason}" if stop.reason else ""
 
 
 def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:

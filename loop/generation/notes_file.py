@@ -14,7 +14,13 @@ from typing import Any, BinaryIO
 from ..config.schema import ConfigError
 from ..data.readers import BadRow, read_json
 from ..distributed.files import write_atomically
+from ..distributed.world import Ranks
 from .decode import Note
+
+# What helps against a file that holds other notes, by the option that named it.
+REMEDIES = {"--output": "name another file, or remove this one"}
+# Half a surrogate pair, which UTF-8 and tokenizers lack; JSON can spell it, "\\ud83d".
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tuple[str, dict]]:
@@ -42,7 +48,7 @@ def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tu
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: is not an object: write {{...}}")
         key = str(number if row.get("id") is None else row["id"])
-        if not re.fullmatch(r"\S{1,100}", key):
+        if not re.fullmatch(r"\S{1,100}", key) or SURROGATES.search(key):
             raise ConfigError(
                 f"{where}: its id must be a number, or 1 to 100 characters without a space"
             )
@@ -72,6 +78,8 @@ def read_dialogues(path: str) -> dict[str, str]:
     for where, row in rows.values():
         if not isinstance(row.get("dialogue"), str) or not row["dialogue"].strip():
             raise ConfigError(f"{where}: has no text `dialogue`: fill it or remove the row")
+        if SURROGATES.search(row["dialogue"]):
+            raise ConfigError(f"{where}: its dialogue holds half a surrogate pair: remove it")
     if not rows:
         raise ConfigError(f"--input {path}: the file is empty")
     return {key: row["dialogue"] for key, (_, row) in rows.items()}
@@ -99,7 +107,7 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     return found
 
 
-def _open_and_lock(path: str) -> BinaryIO:
+def _open_and_lock(path: str, option: str) -> BinaryIO:
     """The file, created where it is missing. Raises ConfigError where another run has it open."""
     try:
         # Notes are a patient's: only the file's owner may read them.
@@ -109,10 +117,10 @@ def _open_and_lock(path: str) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"--output {path}: another run writes to it; wait for its end, or name another file"
+            f"{option} {path}: another run writes to it; wait for its end, or name another file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}") from error
+        raise ConfigError(f"{option} {path}: {error.strerror}") from error
     return file
 
 
@@ -123,7 +131,9 @@ class NotesFile:
     `done` are the rows that the file holds, by id.
     """
 
-    def __init__(self, path: str, dialogues: dict[str, str], by: dict) -> None:
+    def __init__(
+        self, path: str, dialogues: dict[str, str], by: dict, option: str = "--output"
+    ) -> None:
         """Opens and locks the file: a new one, or one that an earlier run left unfinished.
 
         A torn last line, which that run was writing when it was killed, is cut off. Raises
@@ -133,31 +143,43 @@ class NotesFile:
             path: of the file.
             dialogues: texts by id.
             by: what writes the notes: every setting that changes them.
+            option: of the command line, which named the file; for messages.
         """
         self.path = Path(path)
         self.dialogues = dialogues
         self.by = by
-        self.file = _open_and_lock(path)
+        self.option = option
+        self.file = _open_and_lock(path, option)
         try:
             content = self.file.read()
-            rows = read_by_id(path, "--output", allow_torn=True)
-            for key, (where, row) in rows.items():
-                self._refuse_foreign(where, key, row)
-            if content and not rows and not content.startswith(b'{"id": "'):
+            self.done = self.read(path)
+            if content and not self.done and not content.startswith(b'{"id": "'):
                 raise ConfigError(
-                    f"--output {path}: was not written by this command; "
-                    "name another file, or remove this one"
+                    f"{option} {path}: was not written by this command; {self.remedy}"
                 )
         except ConfigError:
             self.file.close()
             raise
-        self.done = {key: row for key, (_, row) in rows.items()}
         self.file.seek(content.rfind(b"\n") + 1)
         self.file.truncate()
 
+    @property
+    def remedy(self) -> str:
+        return REMEDIES.get(self.option, "remove this file")
+
+    def read(self, path: str) -> dict[str, dict]:
+        """The rows of a file of such notes by id, this one or another, without a torn last line.
+
+        Raises ConfigError for a row that this run would not have written.
+        """
+        rows = read_by_id(path, self.option, allow_torn=True)
+        for key, (where, row) in rows.items():
+            self._refuse_foreign(where, key, row)
+        return {key: row for key, (_, row) in rows.items()}
+
     def _refuse_foreign(self, where: str, key: str, row: dict) -> None:
         """Raises ConfigError for a row that this run would not have written."""
-        remedy = "name another file, or remove this one"
+        remedy = self.remedy
         if not isinstance(row.get("by"), dict) or "note" not in row:
             raise ConfigError(f"{where}: was not written by this command; {remedy}")
         theirs = row["by"]
@@ -170,8 +192,11 @@ class NotesFile:
         if key not in self.dialogues or row.get("dialogue") != digest(self.dialogues[key]):
             raise ConfigError(f"{where} (id {key}): its dialogue is not the input's; {remedy}")
 
-    def add(self, key: str, note: Note, turns_left_out: int) -> None:
-        """Appends the note on the dialogue `key`; the line is complete when this returns."""
+    def add(self, key: str, note: Note, turns_left_out: int | None = None) -> None:
+        """Appends the note on the dialogue `key`; the line is complete when this returns.
+
+        turns_left_out: of the dialogue; None: not counted.
+        """
         row = {
             "id": key,
             "note": note.text,
@@ -191,13 +216,99 @@ class NotesFile:
         They were written in the order of the dialogues' lengths.
         """
         if all(key in self.done for key in self.dialogues):
-            lines = [json.dumps(self.done[key]) + "\n" for key in self.dialogues]
-            write_atomically(self.path, "".join(lines))
+            self.write_in_order(self.path, self.done)
         self.file.close()
+
+    def write_in_order(self, path: Path, rows: dict[str, dict]) -> None:
+        """Writes the row of each dialogue to a file that is complete or absent."""
+        lines = [json.dumps(rows[key]) + "\n" for key in self.dialogues]
+        write_atomically(path, "".join(lines))
+
+
+class KeptNotes:
+    """The notes of an evaluation, in a file as soon as they are written.
+
+    Each rank appends to a file of its own beside `path`, so nothing is exchanged, and whenever a
+    rank is killed only its present batch is lost. The next evaluation by the same settings finds
+    the notes of all of these files, on any number of ranks. `finish` makes them one file.
+    `found` are the notes that were there, by id, equal on every rank.
+    """
+
+    def __init__(self, path: Path, dialogues: dict[str, str], by: dict, ranks: Ranks) -> None:
+        """Opens this rank's file and reads all. Every rank must call it.
+
+        Raises ConfigError on all of them where a file is in use or holds other notes.
+
+        Args:
+            path: of the one file at the end.
+            dialogues: as in `NotesFile`.
+            by: as in `NotesFile`.
+            ranks: those that write.
+        """
+        self.path = path
+        self.ranks = ranks
+        self.file: NotesFile | None = None
+        problem, rows = None, {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = path.with_suffix(f".rank-{ranks.rank}.jsonl")
+            self.file = NotesFile(str(own), dialogues, by, "notes of an evaluation,")
+            for other in self._files():
+                rows |= self.file.read(str(other))
+        except ConfigError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path.parent}: cannot be made ({error.strerror}): make it writable"
+        # Ranks without a common disk read different files.
+        gathered = ranks.all_gather_json([problem, rows])
+        problem = next((problem for problem, _ in gathered if problem), None)
+        if problem:
+            self.close()
+            raise ConfigError(problem)
+        self.rows: dict[str, dict] = {}
+        for _, rows in gathered:
+            self.rows |= rows
+        self.found = {
+            key: Note(row["note"], row["ended"], row["looped"]) for key, row in self.rows.items()
+        }
+
+    def _files(self) -> list[Path]:
+        """The one file and those of ranks, of this evaluation and of earlier ones."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}*.jsonl"))
+
+    def add(self, notes: dict[str, Note]) -> None:
+        """Appends those of the notes that were not there; their lines are complete then."""
+        assert self.file is not None
+        for key, note in notes.items():
+            if key not in self.found:
+                self.file.add(key, note)
+
+    def finish(self) -> None:
+        """Puts the notes of all ranks into the one file. Every rank must call it, after the last.
+
+        Killed meanwhile, either the one file or those of the ranks have them.
+        """
+        assert self.file is not None
+        for rows in self.ranks.all_gather_json(self.file.done):
+            self.rows |= rows
+        if self.ranks.is_main:
+            self.file.write_in_order(self.path, self.rows)
+        self.ranks.any(False)  # rank 0 has written it
+        for path in self._files():
+            if path != self.path:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes this rank's file; without a note it is removed."""
+        if self.file is None:
+            return
+        if not self.file.done:
+            self.file.path.unlink(missing_ok=True)
+        self.file.file.close()
 
 
 def digest(data: str | bytes) -> str:
     """The first 16 hex digits of the SHA-256 of a text or of bytes."""
     if isinstance(data, str):
-        data = data.encode()
+        data = data.encode(errors="surrogatepass")
     return hashlib.sha256(data).hexdigest()[:16]

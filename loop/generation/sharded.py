@@ -13,6 +13,7 @@ from ..distributed.world import Ranks
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .decode import ROWS, Note, write_notes
+from .notes_file import KeptNotes
 
 
 def prompt_of(example: Example) -> np.ndarray:
@@ -45,8 +46,11 @@ def generate_sharded(
     ranks: Ranks,
     stop=None,
     rows: int = ROWS,
+    kept: KeptNotes | None = None,
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
+
+    Where the run is asked to stop some may be missing.
 
     Each rank writes its shard of the batches. Where the full model fits, it is gathered once and
     the ranks write on their own; the engine's hooks are off meanwhile, as they would gather again,
@@ -60,13 +64,17 @@ def generate_sharded(
         ranks: any number of them writes the same notes.
         stop: a StopRequest; the notes are cut off when the run is asked to stop.
         rows: notes of a batch. What is in a batch depends on the examples and `rows` alone, not on
-            the number of ranks: another padding would be another rounding.
+            the number of ranks: another padding would be another rounding. So a batch is written
+            whole where `kept` has a part of it.
+        kept: has the notes of an earlier run, and takes each batch that was not cut off.
     """
-    if not examples:
-        return {}
+    found = dict(kept.found) if kept else {}
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
-    batches = batch_by_length(prompts, rows)
+    batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
+    if not batches:
+        return {e.id: found[e.id] for e in examples}
     mine = batches[ranks.rank :: ranks.world_size]
+    num_own = len(mine)
     # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
     engine.empty_partition_cache()
     replicated = is_replicated(engine)
@@ -79,14 +87,19 @@ def generate_sharded(
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
-        for ids in mine:
+        for number, ids in enumerate(mine):
+            if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
+                break
             batch = {id: prompts[id] for id in ids}
             notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop)
+            if kept:
+                if number >= num_own or (stop and stop.requested):  # not its own, or cut off
+                    continue
+                kept.add(dict(zip(ids, notes)))
             written |= dict(zip(ids, notes))
-    found: dict[str, Note] = {}
     for shard in ranks.all_gather_json(written):
         found |= {id: Note(*note) for id, note in shard.items()}
-    return {e.id: found[e.id] for e in examples}
+    return {e.id: found[e.id] for e in examples if e.id in found}
 
 
 def batch_by_length(prompts: dict[str, list[int]], rows: int) -> list[list[str]]:

@@ -18,7 +18,9 @@ from loop.evaluation.html_report import as_page, write_page
 from loop.evaluation.numerals import parse_items
 from loop.evaluation.scoring import Row, score_note, summarise, unsupported
 
-REFERENCE = "S: Pain in the left knee since 7/29/2008.\nO: 120/80.\nA: Gout.\nP: 500 mg twice a day."
+REFERENCE = (
+    "S: Pain in the left knee since 7/29/2008.\nO: 120/80.\nA: Gout.\nP: 500 mg twice a day."
+)
 # What a note may repeat or hold, a degenerate one first of all.
 PIECES = {
     "digits": "9",
