@@ -116,7 +116,6 @@ def generate_notes(
     greedy = GenerationConfig(
         max_new_tokens=int(max_tokens.max()),
         do_sample=False,
-        num_beams=1,
         pad_token_id=pad_token,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from loop.commands import generate
 from loop.config.schema import ConfigError
+from loop.generation.decode import Note
 from loop.generation.loading import fit_dialogues, prompt_ids
 from loop.model.loading import load_tokenizer
 
@@ -116,6 +117,29 @@ def test_an_interrupted_file_is_resumed(files, monkeypatch, capsys):
     )
     generate.main(args)
     assert out.read_bytes() == complete and "pain" not in "".join(capsys.readouterr())
+
+
+def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypatch, capsys):
+    """Not counted as cut off at its longest; a note that went on behind its loop is counted."""
+    args, out = files
+    notes = {"a": Note("x", False, True), "b": Note("y", True, True), "3": Note("z", False)}
+    monkeypatch.setattr(
+        generate, "write_notes", lambda m, t, prompts, s: [notes[k] for k in prompts]
+    )
+    generate.main(args)
+    assert capsys.readouterr().out == (
+        f"3 notes in {out}, 1 of them cut off at --max-new-tokens, "
+        "2 of them cut off for running in circles\n"
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["id"]: (row["ended"], row["looped"]) for row in rows} == {
+        key: note[1:] for key, note in notes.items()
+    }
+    notes["-"] = Note("x", False, True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Patient: x"))
+    generate.main(["--adapter", str(trained / "adapter")])
+    said = capsys.readouterr()
+    assert said.out == "x\n" and "the note was cut off for running in circles\n" in said.err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,14 @@ def test_the_seed_configuration_is_the_missions():
         (["run.stall_timeout_minutes=.inf"], "run.stall_timeout_minutes"),
         (["seed=99999999999999999999"], "seed"),
         (["data.weights=[.nan]"], "data.weights"),
+        (["generation.temperature=-1"], "generation.temperature=-1"),
+        (["generation.temperature=.inf"], "generation.temperature=inf"),
+        (["generation.top_p=0"], "generation.top_p=0"),
+        (["generation.min_p=1.5"], "generation.min_p=1.5"),
+        (["generation.max_new_tokens=0"], "generation.max_new_tokens=0"),
+        (["generation.no_repeat_ngram=true"], "generation.no_repeat_ngram"),
+        (["generation.beams=2"], "generation.beams=2: unknown key"),
+        (["generation.top_p=0.9"], "generation: top_p=0.9 means something only with a temp"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(args, words):

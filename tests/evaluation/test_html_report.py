@@ -30,6 +30,8 @@ def test_the_worst_note_comes_first_and_a_cut_off_one_is_named():
     page = as_page("t", ROWS, "figures")
     worst = page.index("bad: 2 unsupported, cut off before its end")
     assert worst < page.index("good: 0 unsupported<")
+    looped = as_page("t", [ROWS[0]._replace(ended=False, looped=True)], "figures")
+    assert "unsupported, ran in circles, cut off before its end" in looped
 
 
 def test_the_page_needs_nothing_else_and_is_its_owners(tmp_path):

@@ -41,7 +41,8 @@ def test_a_note_like_the_reference_has_every_metric_at_its_best():
         *("length", "facts/supported", "facts/kept", "facts/supported/drug"),
     )
     assert {name: found[name] for name in best} == dict.fromkeys(best, 1)
-    assert found["markdown"] == found["repetition"] == 0
+    assert found["markdown"] == found["repetition"] == found["looped"] == 0
+    assert metrics(NOTE, ended=False, looped=True)["looped"] == 1
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_what_is_wrong_with_a_note_moves_its_metric(note, name, value):
 
 def test_what_nobody_knows_counts_nothing():
     """Whether a note from a file was cut off; a section that the reference lacks."""
-    assert metrics(NOTE)["ended"] is None
+    assert metrics(NOTE)["ended"] is metrics(NOTE)["looped"] is None
     assert score_note(Row("a", DIALOGUE, "S: Cough.", NOTE))["P/rouge1"] == (0, 0)
 
 
