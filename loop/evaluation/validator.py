@@ -56,7 +56,8 @@ class Validator:
             return {}
         metrics = evaluate_loss(self.engine, self.data.valid, self.packing, self.ranks, self.stop)
         # A few notes, of which each rank writes some.
-        notes = self._write(self.data.samples, -(-len(self.data.samples) // self.ranks.world_size))
+        rows = max(1, -(-len(self.data.samples) // self.ranks.world_size))
+        notes = self._write(self.data.samples, rows)
         scored = notes if self.chosen is self.data.samples else self._write(self.chosen, ROWS)
         if self.ranks.any(self.stop.requested):
             return None

@@ -68,8 +68,6 @@ def generate_sharded(
             whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
     """
-    if not examples:
-        return {}
     found = dict(kept.found) if kept else {}
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
     batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
