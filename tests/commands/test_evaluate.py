@@ -1,16 +1,25 @@
 """The evaluation of a split by its command."""
 
 import json
+import os
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from helpers import run_ok
+from helpers import ROOT, run_ok, write_rows
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loop.commands import evaluate
 from loop.config.cli import load_config
+from loop.distributed.files import sha256
 
 
 def command(trained, *args: str) -> list[str]:
@@ -33,6 +42,7 @@ def test_any_number_of_ranks_and_any_batch_gives_the_same_metrics(trained):
         out = run_ok(world_size, *command(trained, "--split", "train", *args))
         reports.append(report_of(trained)["evaluate/train"])
         assert "ROUGE-Lsum" in out and "adapter" in out and "pain" not in out
+        shutil.rmtree(trained / "evaluate")  # or the next one would find these notes
     losses = [report["figures"].pop("loss") for report in reports]
     assert reports[0] == reports[1]
     assert 32 < reports[0]["notes"] == reports[0]["examples"] == 40 - reports[0]["left out"]
@@ -53,6 +63,109 @@ def test_the_command_gives_the_runs_own_loss(trained):
     report = report_of(trained)
     loss = report["evaluate/valid"]["figures"]["loss"]["value"]
     assert loss == pytest.approx(report["eval/loss"], rel=2e-3)
+
+
+def launch(folder: Path, *args: str) -> subprocess.Popen:
+    """The command on two ranks, for the run in `folder`."""
+    env = os.environ | {
+        "LOOP_PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [str(ROOT / "launch.sh"), "evaluate", "--config", str(folder / "config.yaml"), *args],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def count_lines(folder: Path) -> int:
+    """Whole lines in the files of ranks."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.rank-*.jsonl"))
+
+
+def await_notes(process: subprocess.Popen, folder: Path, more_than: int) -> None:
+    """Waits until the files of ranks hold more whole lines."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if count_lines(folder) > more_than:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no note was written: {process.communicate()[0][-2000:]}")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the command and to what it started."""
+    everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everybody:
+        one.kill()
+    psutil.wait_procs(everybody, 30)
+    process.communicate()
+
+
+def test_a_stopped_evaluation_goes_on_with_the_notes_that_it_lacks(trained, tmp_path):
+    """Killed, then ended by SIGTERM, then finished by one rank: as if it had never been stopped."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "evaluate", ignore_errors=True)
+    rows = write_rows(tmp_path / "many.jsonl", "many", 120, 5)  # eight batches
+    args = [f"run.dir={tmp_path}", f"data.test={rows}", "generation.max_new_tokens=60"]
+    folder = run / "evaluate" / "test"
+    first = launch(run, *args)
+    await_notes(first, folder, 0)
+    kill_all(first)
+    kept = count_lines(folder)
+    second = launch(run, *args)
+    await_notes(second, folder, kept)
+    second.send_signal(signal.SIGTERM)
+    out = second.communicate(timeout=100)[0]
+    assert second.returncode == 130
+    assert "stopped by SIGTERM; the " in out and "the same command goes on" in out
+    assert "Traceback" not in out and "pain" not in out
+    out = run_ok(1, *command(run, *args))
+    resumed = report_of(run)["evaluate/test"]
+    reused, written = resumed.pop("notes reused"), resumed.pop("notes written")
+    assert reused > kept > 0 and written > 0 and reused + written == resumed["notes"]
+    assert f"{reused:,} notes reused, {written:,} notes written" in out
+    (whole,) = folder.iterdir()
+    assert stat.S_IMODE(whole.stat().st_mode) == 0o600
+    notes = [json.loads(line) for line in whole.read_text().splitlines()]
+    shutil.rmtree(folder)
+    run_ok(1, *command(run, *args))
+    uninterrupted = report_of(run)["evaluate/test"]
+    assert uninterrupted.pop("notes reused") == 0
+    assert uninterrupted.pop("notes written") == uninterrupted["notes"]
+    assert resumed == uninterrupted
+    assert notes == [json.loads(line) for line in whole.read_text().splitlines()]
+
+
+def test_notes_of_other_weights_or_settings_are_not_reused(trained, tmp_path):
+    """Each of them has a file of its own; the first one's is found again."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "evaluate", ignore_errors=True)
+    args = command(run, f"run.dir={tmp_path}", "--split", "valid", "generation.max_new_tokens=4")
+
+    def reused(*more: str) -> int:
+        run_ok(1, *args, *more)
+        report = report_of(run)["evaluate/valid"]
+        assert report["notes reused"] + report["notes written"] == report["notes"] > 3
+        return report["notes reused"]
+
+    assert reused() == 0
+    assert reused() == report_of(run)["evaluate/valid"]["notes"]
+    assert reused("generation.no_repeat_ngram=2") == 0
+    assert reused("--notes", "4") == 0  # another batch; a note may be rounded another way in it
+    weights = run / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor * 2 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    trained_json = run / "adapter" / "trained.json"
+    recorded = json.loads(trained_json.read_text()) | {"sha256": sha256(weights)}
+    trained_json.write_text(json.dumps(recorded))
+    assert reused() == 0
+    names = {path.name for path in (run / "evaluate" / "valid").iterdir()}
+    assert len(names) == 4 and not any("rank" in name for name in names)
 
 
 def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys):
@@ -93,6 +206,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
     [
         (["--split", "dev"], "--split dev"),
         (["--notes", "x"], "--notes x"),
+        (["--notes", "²"], "--notes ²"),
         (["--split"], "--split: its value is missing"),
         (["--adapter", "nowhere"], "--adapter nowhere"),
         (["--predictions", "nowhere"], "--predictions nowhere: No such file"),

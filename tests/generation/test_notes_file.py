@@ -8,7 +8,7 @@ import pytest
 
 from loop.config.schema import ConfigError
 from loop.generation.decode import Note
-from loop.generation.notes_file import NotesFile, read_predictions
+from loop.generation.notes_file import KeptNotes, NotesFile, read_dialogues, read_predictions
 
 DIALOGUES, BY = {"1": "Doctor: a", "2": "Doctor: b", "3": "Doctor: c"}, {"adapter": "x"}
 
@@ -97,3 +97,74 @@ def test_predictions_are_read_with_their_end(tmp_path):
         "7": Note("", False),
         "b": Note("S: x", None),
     }
+
+
+class OneRank:
+    """Ranks of one process."""
+
+    rank = 0
+    is_main = True
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
+    def all_gather_json(self, value) -> list:
+        return [json.loads(json.dumps(value))]
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+def test_kept_notes_of_any_ranks_are_found_and_become_one_file(tmp_path):
+    """Also those of a file whose last line is torn; a note that was there is not written again."""
+    path = tmp_path / "evaluate" / "notes-1.jsonl"
+    for rank, key in ((0, "2"), (3, "1")):
+        kept = KeptNotes(path, DIALOGUES, BY, OneRank(rank))
+        kept.add({key: Note(f"S: {key}", rank == 0, rank == 3)})
+        kept.close()
+    torn = path.with_suffix(".rank-3.jsonl")
+    torn.write_bytes(torn.read_bytes() + b'{"id": "3", "no')
+    assert stat.S_IMODE(torn.stat().st_mode) == 0o600
+    kept = KeptNotes(path, DIALOGUES, BY, OneRank())
+    assert kept.found == {"1": Note("S: 1", False, True), "2": Note("S: 2", True, False)}
+    kept.add({"2": Note("S: other", True), "3": Note("S: 3 \ud83d", True)})
+    kept.finish()
+    kept.close()
+    assert list(path.parent.iterdir()) == [path]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "2", "3"]
+    kept = KeptNotes(path, DIALOGUES, BY, OneRank())
+    assert kept.found["2"].text == "S: 2" and kept.found["3"].text == "S: 3 \ud83d"
+    kept.close()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_kept_notes_of_other_settings_or_of_a_running_evaluation_are_refused(tmp_path):
+    path = tmp_path / "notes-1.jsonl"
+    kept = KeptNotes(path, DIALOGUES, BY, OneRank())
+    with pytest.raises(ConfigError, match="another run writes to it"):
+        KeptNotes(path, DIALOGUES, BY, OneRank())
+    kept.add({"1": Note("S: 1", True)})
+    kept.close()
+    with pytest.raises(ConfigError, match="row 1: written with adapter x, now y; remove this file"):
+        KeptNotes(path, DIALOGUES, {"adapter": "y"}, OneRank(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made"):
+        KeptNotes(tmp_path / "file" / "notes-1.jsonl", DIALOGUES, BY, OneRank())
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"id": "a", "dialogue": "b \ud83d"}, "row 1: its dialogue holds half a surrogate pair"),
+        ({"id": "\ud83d", "dialogue": "b"}, "row 1: its id must be a number"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_where_a_tokenizer_would_fail(tmp_path, row, words):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=words):
+        read_dialogues(str(tmp_path / "d.jsonl"))
+
+
+def test_predictions_may_hold_anything(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "note": "x \ud83d\x00"}))
+    assert read_predictions(str(tmp_path / "p.jsonl"), ["a"])["a"].text == "x \ud83d\x00"
