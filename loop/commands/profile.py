@@ -35,6 +35,9 @@ def profiling_options(run_name: str) -> list[str]:
         "data.valid=null",
         "data.valid_fraction=0",
         "monitor.sample_notes=[]",
+        "monitor.best=loss",
+        "run.export=last",
+        "run.patience=null",
     ]
 
 

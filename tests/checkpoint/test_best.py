@@ -11,7 +11,8 @@ from helpers import run_ok, write_rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loop.commands import audit, export, merge
+from loop.commands import audit, export, merge, profile, verify_resume
+from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.export.audit import AuditError, check_adapter
 from loop.export.from_checkpoint import export_checkpoint
@@ -252,6 +253,21 @@ def test_an_interrupted_run_chooses_by_notes_as_the_whole_one(runs):
     reports = [record(runs, name)["report"] for name in ("notes", "notes 2")]
     assert reports[0]["best"] == reports[1]["best"]
     assert equal(adapter(runs, "notes halves"), adapter(runs, "notes"))
+
+
+def test_commands_that_shorten_a_run_need_no_validation(config_file, tmp_path, monkeypatch):
+    """`profile` and `train --verify-resume` take the data's validation examples away."""
+    choosing = ["run.export=best", "run.patience=1", "monitor.best=rouge1", "monitor.best_notes=2"]
+    options = ["--config", str(config_file), *choosing]
+    config = load_config([*options, *profile.profiling_options("t")])
+    assert config.monitor.best == "loss" and config.run.patience is None
+
+    def stop(folder, name, options, *short):
+        raise KeyboardInterrupt(load_config([*options, *short]).run.export)
+
+    monkeypatch.setattr(verify_resume, "launch", stop)
+    with pytest.raises(KeyboardInterrupt, match="last"):
+        verify_resume.verify(load_config(options), options, tmp_path)
 
 
 # ------------------------------------------------------------------ a checkpoint as an adapter
