@@ -123,3 +123,29 @@ def test_a_broken_section_of_trained_json_is_named(run, tmp_path, capsys):
             row_of_generate(tmp_path / "run", tmp_path)
         err = capsys.readouterr().err
         assert end.value.code == 2 and words in err and err.count("\n") == 1
+
+
+EVALUATE = """
+import sys
+import loop.generation.sharded as sharded
+from loop.commands.evaluate import main
+
+batch_by_length = sharded.batch_by_length
+sharded.batch_by_length = lambda prompts, rows: batch_by_length(prompts, 2)
+sharded.fits_unsharded = lambda *_: sys.argv[1] == "gathered"
+main(sys.argv[2:])
+"""
+
+
+def test_ranks_in_lockstep_write_the_same_steered_notes(run):
+    """Two ranks with batches of unequal length; the sections of a note end at unequal places."""
+    command = ["--config", str(run / "config.yaml"), "--split", "valid", "--notes", "3"]
+    written = []
+    for way in ("gathered", "lockstep"):
+        shutil.rmtree(run / "evaluate", ignore_errors=True)  # or the notes there are used again
+        run_ok(2, "-c", EVALUATE, way, *command)
+        (path,) = (run / "evaluate" / "valid").glob("*.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        written.append({row["id"]: (row["note"], row["ended"], row["looped"]) for row in rows})
+    assert written[0] == written[1] and len(written[0]) == 3
+    assert all(list(parse_note(note)) == list(HEADINGS) for note, _, _ in written[0].values())
