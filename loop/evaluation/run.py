@@ -13,7 +13,7 @@ import deepspeed
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
-from ..data.conversations import dialogue_text, read_split
+from ..data.conversations import Conversation, dialogue_text, read_split
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
@@ -72,33 +72,14 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     reference_config = with_reference(config, options.reference)
     conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
     train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
-    report: dict = {"figures": {}}
     if options.predictions:
+        report: dict = {"figures": {}}
         ids = list(conversations)[: options.num_notes]
         notes = read_predictions(options.predictions, ids)
         ranks = init_distributed(config.run)
     else:
-        ds_config = build_ds_config(config)
-        tokenizer = load_tokenizer(config.base, config.revision)
-        model_config = load_model_config(config.base, config.revision)
-        examples, dataset_report = load_examples(config, tokenizer, options.split)
-        # The reference column may lack some.
-        sampled = [e for e in examples if e.id in conversations][: options.num_notes]
-        ids = [e.id for e in sampled]
-        ranks = init_distributed(config.run)
-        stop = StopRequest()
-        engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
-        report["examples"] = len(examples)
-        report["left out"] = dataset_report.rows - dataset_report.kept
-        report["figures"]["loss"] = measure_loss(config, engine, examples, ranks, stop)
-        dialogues = {id: dialogue_text(conversations[id]) for id in ids}
-        if ids:
-            with open_notes(config, options, sampled, dialogues, ranks) as kept:
-                notes = generate_sharded(
-                    engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
-                )
-                report |= finish_notes(kept, notes, ids, stop)
-        report["generation"] = config.generation.model_dump(mode="json")
+        report, notes, ranks = evaluate_model(config, options, conversations)
+        ids = list(notes)
     if ids:
         chosen = [conversations[id] for id in ids]
         rows, metrics = score_with_baselines(chosen, notes, train, ranks)
@@ -109,6 +90,39 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
             title = f"{options.split}, {len(ids)} notes"
             write_page(Path(options.html), title, rows, as_table(report["figures"]))
     return report if ranks.is_main else {}
+
+
+def evaluate_model(
+    config: Config, options: EvaluationOptions, conversations: dict[str, Conversation]
+) -> tuple[dict, dict[str, Note], Ranks]:
+    """(what the report says of the model, its notes by id, the ranks). Every rank must call it.
+
+    conversations: of the split, by id. Raises as `evaluate_split` does.
+    """
+    ds_config = build_ds_config(config)
+    tokenizer = load_tokenizer(config.base, config.revision)
+    model_config = load_model_config(config.base, config.revision)
+    examples, dataset_report = load_examples(config, tokenizer, options.split)
+    # The reference column may lack some.
+    sampled = [e for e in examples if e.id in conversations][: options.num_notes]
+    ids = [e.id for e in sampled]
+    ranks = init_distributed(config.run)
+    stop = StopRequest()
+    dialogues = {id: dialogue_text(conversations[id]) for id in ids}
+    with open_notes(config, options, sampled, dialogues, ranks) as kept:
+        engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
+        report: dict = {
+            "figures": {"loss": measure_loss(config, engine, examples, ranks, stop)},
+            "examples": len(examples),
+            "left out": dataset_report.rows - dataset_report.kept,
+        }
+        notes = generate_sharded(
+            engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
+        )
+        if kept:
+            report |= finish_notes(kept, notes, ids, stop)
+    report["generation"] = config.generation.model_dump(mode="json")
+    return report, notes, ranks
 
 
 def check_options(config: Config, options: EvaluationOptions) -> None:
@@ -179,12 +193,15 @@ def open_notes(
     examples: list[Example],
     dialogues: dict[str, str],
     ranks: Ranks,
-) -> Iterator[KeptNotes]:
+) -> Iterator[KeptNotes | None]:
     """A context with the file of the notes on these examples by these weights and settings.
 
-    It lies in runs/NAME/evaluate/SPLIT. Every rank must call it; raises ConfigError on all of them.
+    None without examples. It lies in runs/NAME/evaluate/SPLIT. Every rank must call it; raises ConfigError on all of them.
     dialogues: of the examples, by id.
     """
+    if not examples:
+        yield None
+        return
     prompts = hashlib.sha256()
     for example in examples:  # all of them: what is in a batch with a note may change its rounding
         prompts.update(json.dumps([example.id, prompt_of(example).tolist()]).encode())

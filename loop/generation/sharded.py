@@ -38,6 +38,18 @@ def fits_unsharded(model, ranks: Ranks) -> bool:
     return not ranks.any(full_bytes > free_bytes / 2)
 
 
+def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
+    """(whether the model is gathered once, whether the ranks go in lockstep).
+
+    Every rank must call it.
+    """
+    # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
+    engine.empty_partition_cache()
+    replicated = is_replicated(engine)
+    gather = not replicated and fits_unsharded(engine.module, ranks)
+    return gather, not replicated and not gather and ranks.world_size > 1
+
+
 def generate_sharded(
     engine,
     tokenizer,
@@ -50,7 +62,7 @@ def generate_sharded(
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
 
-    Where the run is asked to stop some may be missing.
+    Some may be missing where the run is asked to stop.
 
     Each rank writes its shard of the batches. Where the full model fits, it is gathered once and
     the ranks write on their own; the engine's hooks are off meanwhile, as they would gather again,
@@ -75,21 +87,16 @@ def generate_sharded(
         return {e.id: found[e.id] for e in examples}
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
-    # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
-    engine.empty_partition_cache()
-    replicated = is_replicated(engine)
-    gather = not replicated and fits_unsharded(engine.module, ranks)
-    lockstep = not replicated and not gather and ranks.world_size > 1
+    gather, lockstep = choose_way(engine, ranks)
     if lockstep:
         # A rank that has one batch less writes another's, to take part in its all-gathers.
-        batches_per_rank = -(-len(batches) // ranks.world_size)
-        mine += batches[:1] * (batches_per_rank - len(mine))
+        mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
         for number, ids in enumerate(mine):
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
-                break
+                break  # in lockstep all of them, before the same batch
             batch = {id: prompts[id] for id in ids}
             notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop)
             if kept:
