@@ -196,7 +196,8 @@ def open_notes(
 ) -> Iterator[KeptNotes | None]:
     """A context with the file of the notes on these examples by these weights and settings.
 
-    None without examples. It lies in runs/NAME/evaluate/SPLIT. Every rank must call it; raises ConfigError on all of them.
+    None without examples. It lies in runs/NAME/evaluate/SPLIT. Every rank must call it; raises
+    ConfigError on all of them.
     dialogues: of the examples, by id.
     """
     if not examples:
