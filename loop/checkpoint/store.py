@@ -102,9 +102,8 @@ class CheckpointStore:
             for p in self.finished()
             if p == newest or (p.name not in self.corrupt and step_of(p) < step_of(newest))
         ]
-        losses = {p: validation_loss(p) for p in complete}
-        known = [p for p in complete if losses[p] is not None]
-        best = min(known, key=lambda p: losses[p], default=newest)
+        losses = [(loss, p) for p in complete for loss in [validation_loss(p)] if loss is not None]
+        best = min(losses, key=lambda pair: pair[0], default=(0.0, newest))[1]
         with contextlib.suppress(OSError):  # some file systems have no links; deletion goes on
             self._link("newest", newest)
             self._link("best", best)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import yaml
@@ -118,7 +119,8 @@ class RunLogger:
         """The run in advance: machine, base, data, plan, and what a person should know."""
         if not self.on:
             return
-        trained = sum(p.ds_numel for _, p in trainable_parameters(self.engine.module))
+        parameters: list[Any] = [p for _, p in trainable_parameters(self.engine.module)]
+        trained = sum(p.ds_numel for p in parameters)  # ZeRO-3 gives each a ds_numel
         train, valid = data.reports["train"], data.reports["valid"]
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "
