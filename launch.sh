@@ -20,7 +20,8 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where the time of a step goes
   export     a checkpoint as adapter or model
-  setup      only set up .venv, as the first use of any command does; or an attention kernel
+  setup      only set up .venv, as the first use of any command does; or an attention kernel, or
+             with --smollm2 an English base, where no hub can be reached
   break      what a classic mistake does to the curves; without a name it lists the mistakes
 
 train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, here or on the machines of a
@@ -69,7 +70,7 @@ setup() {
   wanted >"$stamp"
 } 9>"$here/.venv.lock"
 
-# `./launch.sh setup [--flash-attn-4 | --flash-attn]`, after the set-up itself.
+# `./launch.sh setup [--flash-attn-4 | --flash-attn | --smollm2]`, after the set-up itself.
 setup_extras() {
   case "$*" in
     "") echo "set up: $("$py" --version), $py" ;;
@@ -81,7 +82,8 @@ setup_extras() {
       echo "building flash-attn ... (up to an hour)"
       # 4 compilers at a time, as each can take more than 8 GiB.
       MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
-    *) die "setup takes --flash-attn-4 or --flash-attn, not: $*" ;;
+    --smollm2) "$py" -u -m loop.bases.fetch_smollm2 ;; # into the user's cache
+    *) die "setup takes --flash-attn-4, --flash-attn or --smollm2, not: $*" ;;
   esac
 }
 

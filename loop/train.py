@@ -131,9 +131,7 @@ def train(
         state = checkpointer.find_latest(plan)  # a TrainState
 
         # 3. A frozen NF4 base with LoRA and its optimizer, both partitioned by ZeRO-3.
-        model, execution = build_model(
-            config, ds_config, model_config, data.supervised_fraction, ranks
-        )
+        model, execution = build_model(config, ds_config, model_config, data, ranks)
         optimizer = build_optimizer(model, config)
         engine, optimizer, *_ = initialize(
             model=model, optimizer=optimizer, config=execution.ds_config

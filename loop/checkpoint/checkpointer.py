@@ -52,13 +52,11 @@ class Checkpointer:
         exist and none is complete, as a person must say that all of that work is to be done again;
         and where the checkpoint belongs to another run (`RunIdentity.check_compatible`).
         """
-        name: str | None = None
-        manifest: dict = {}
-        notes: list[str] = []
+        found: list = [None, {}, []]  # name of the checkpoint, its manifest, notes
         if self.ranks.is_main:
             path, manifest, notes = self.store.newest()
-            name = path.name if path else None
-        name, manifest, notes = self.ranks.all_gather_json([name, manifest, notes])[0]
+            found = [path.name if path else None, manifest, notes]
+        name, manifest, notes = self.ranks.all_gather_json(found)[0]
         path = self.store.folder / name if name else None
         if self.ranks.any(path is not None and not (path / "manifest.json").is_file()):
             raise ConfigError(

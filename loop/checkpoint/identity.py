@@ -184,7 +184,8 @@ def base_fingerprint(base: str, revision: str | None = None) -> str:
     another one before they are there. Raises ConfigError where it cannot be read.
     """
     with config_errors_for(base):
-        folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
+        location = resolve_base(base, revision)["pretrained_model_name_or_path"]
+        folder = fetch_base(location, revision)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

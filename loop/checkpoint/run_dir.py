@@ -35,16 +35,16 @@ def open_run_dir(config: Config, ranks: Ranks) -> Iterator[Path]:
     directory cannot be made.
     """
     run_dir = config.folder
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context(lock_folder(run_dir))
+                lock = stack.enter_context(lock_folder(run_dir))
                 if not config.run.resume and any(p.name != LOCK for p in run_dir.iterdir()):
                     print(f"{run_dir} is {_move_aside(run_dir)} now")
                     run_dir.mkdir()
-                    held.enter_context(lock_folder(run_dir))
+                    stack.enter_context(lock_folder(run_dir))
                     lock.close()  # it lies in what was moved
             except TimeoutError:
                 problem = (

@@ -67,4 +67,5 @@ def main(args: list[str]) -> None:
             f"{np.log2(NUM_REFERENCES + 1):.0f} bits; 1.44 on average by chance"
         )
         print("\n".join(exposure_table(canaries, seen, exposures)))
+    torch.distributed.barrier()  # a rank that leaves early may abort in a thread of gloo
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
-from ..data.batch_plan import BatchPlan, plan_batches
+from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
 from ..memory.report import describe_memory, read_gpus
@@ -90,14 +90,7 @@ def describe_run(
     examples, report = load_examples(config, tokenizer, "train")
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
-    plan = plan_batches(
-        lengths,
-        config.tokens_per_step,
-        config.seed,
-        config.epochs,
-        config.max_steps,
-        visit_weights(examples),
-    )
+    plan = plan_run(config, lengths, visit_weights(examples))
     model_config = load_model_config(config.base, config.revision)
     supervised_fraction = float(targets.sum() / lengths.sum())
     memory, memory_plan = describe_memory(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.cli import load_config, take_options
 from ..config.schema import Config, ConfigError
-from ..data.batch_plan import PackingSpec, plan_batches, split_step
+from ..data.batch_plan import PackingSpec, plan_run, split_step
 from ..data.conversations import Conversation, read_split
 from ..data.dataset import load_examples, visit_weights
 from ..data.tokenization import IGNORE, Example, encode
@@ -192,14 +192,7 @@ def select_examples(examples: list[Example], options: dict) -> list[Example]:
 def pack_step(examples: list[Example], step: str, config: Config) -> list[list[Example]]:
     """The packed rows of a step of the run on one rank. step: as it was typed."""
     lengths = np.array([len(e) for e in examples])
-    plan = plan_batches(
-        lengths,
-        config.tokens_per_step,
-        config.seed,
-        config.epochs,
-        config.max_steps,
-        visit_weights(examples),
-    )
+    plan = plan_run(config, lengths, visit_weights(examples))
     if not step.isdigit() or int(step) >= len(plan):
         raise ConfigError(f"--step {step}: must be a whole number below {len(plan)}")
     size = config.micro_batch_size

@@ -1,8 +1,8 @@
 """DeepSpeed's side of the configuration: one owner for each key.
 
 ds_config.json owns the ZeRO stage, buckets, precision, communication and parameter offload; the
-run's YAML owns everything else. A key that stood in both would have to be kept equal by hand, so it
-is refused here. So is what would give wrong numbers silently.
+run's YAML owns everything else. A key that stood in both would have to be changed in both places,
+so it is refused here. So is what would give wrong numbers silently.
 """
 
 import json

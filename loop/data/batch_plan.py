@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config
 from .bin_packing import best_fit_decreasing, ceil_div, lpt_partition
 
 
@@ -98,19 +98,10 @@ def plan_batches(
 
 
 def plan_run(config: Config, lengths: np.ndarray, weights: np.ndarray | None) -> BatchPlan:
-    """The plan of a run by its configuration. Arguments are those of `plan_batches`.
-
-    Raises ConfigError where the warm-up is as long as the whole run.
-    """
-    plan = plan_batches(
+    """The plan of a run by its configuration. Arguments are those of `plan_batches`."""
+    return plan_batches(
         lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights
     )
-    if config.warmup_steps >= len(plan):
-        raise ConfigError(
-            f"warmup_steps={config.warmup_steps}: the whole run has {len(plan)} steps; "
-            "lr would never be reached"
-        )
-    return plan
 
 
 def _pack_epoch(

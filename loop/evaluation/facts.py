@@ -9,7 +9,7 @@ same visit passes, and so does "denies" in the place of "reports".
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from .drugs import generic_name
@@ -348,6 +348,11 @@ def _format(number: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".")
 
 
+def format_numbers(items: Iterable[Item]) -> set[str]:
+    """The numbers of the items that are one."""
+    return {_format(item.number) for item in items if item.number is not None}
+
+
 class Statements:
     """What a text states. `supports` tells whether it states a fact of another text."""
 
@@ -356,8 +361,8 @@ class Statements:
         self.facts = _facts_of(text, items)
         self.values = {(fact.kind, fact.value) for fact in self.facts}
         numbers = [item for item in items if item.number is not None]
-        self.numbers = {_format(item.number) for item in numbers}
-        self.bare_numbers = {_format(item.number) for item in self._bare(numbers)}
+        self.numbers = format_numbers(numbers)
+        self.bare_numbers = format_numbers(self._bare(numbers))
         # Every date, also without some of its parts.
         self.dates = {
             frozenset(parts)

@@ -19,7 +19,7 @@ import torch
 
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
-from ..data.batch_plan import plan_batches
+from ..data.batch_plan import plan_run
 from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
 from ..data.soap import soap_messages
@@ -171,9 +171,7 @@ def times_seen(config: Config, tokenizer, canaries: list[Canary]) -> list[int]:
             "canary; raise it"
         )
     lengths = np.array([len(example) for example in examples])
-    plan = plan_batches(
-        lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps
-    )
+    plan = plan_run(config, lengths, weights=None)
     visits = Counter(examples[i].id for i in plan.order)
     return [sum(visits[row] for row in canary.rows) for canary in canaries]
 

@@ -138,7 +138,8 @@ def audit_config(folder: Path, config: Config, lora: PeftConfig) -> None:
     lora: as it was trained. Raises AuditError naming the field that differs.
     """
     written = PeftConfig.from_pretrained(str(folder))
-    same_base = resolve_base(written.base_model_name_or_path) == resolve_base(config.base)
+    written_base = resolve_base(written.base_model_name_or_path, written.revision)
+    same_base = written_base == resolve_base(config.base, config.revision)
     if not same_base or written.revision != config.revision:
         raise AuditError(
             f"adapter_config.json names the base {written.base_model_name_or_path}, revision "

@@ -129,7 +129,7 @@ def find_base(base: str, revision: str | None) -> StoredBase:
     Raises ConfigError for a base that has no plain safetensors, or not all that its index names.
     """
     with config_errors_for(base):
-        location = resolve_base(base)["pretrained_model_name_or_path"]
+        location = resolve_base(base, revision)["pretrained_model_name_or_path"]
         if Path(location).is_dir():
             folder = Path(location)
         else:

@@ -248,7 +248,8 @@ class KeptNotes:
         self.path = path
         self.ranks = ranks
         self.file: NotesFile | None = None
-        problem, rows = None, {}
+        problem: str | None = None
+        rows: dict[str, dict] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own = path.with_suffix(f".rank-{ranks.rank}.jsonl")

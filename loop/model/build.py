@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch.nn as nn
 
 from ..config.schema import Config
+from ..data.dataset import TrainingData
 from ..distributed.seeding import seed_everything
 from ..distributed.world import Ranks
 from ..kernels.attention_backends import choose_backend
@@ -40,14 +41,14 @@ class Execution:
 
 
 def build_model(
-    config: Config, ds_config: dict, model_config, supervised_fraction: float, ranks: Ranks
+    config: Config, ds_config: dict, model_config, data: TrainingData, ranks: Ranks
 ) -> tuple[nn.Module, Execution]:
     """The base with its LoRA, and how it is run here. Every rank must call it.
 
     Args:
         ds_config: DeepSpeed's configuration, as the run's files give it.
         model_config: the base's transformers configuration.
-        supervised_fraction: of the tokens, which have logits.
+        data: its fraction of supervised tokens decides how many logits a step has.
 
     Raises AttentionError or ConfigError where what was asked for can't run here.
     """
@@ -66,7 +67,7 @@ def build_model(
     def free_bytes() -> int | None:
         return free_gpu_bytes(num_trained, optimizer.bytes_per_weight, ranks)
 
-    run = RunShape(ranks.world_size, fused, supervised_fraction)
+    run = RunShape(ranks.world_size, fused, data.supervised_fraction)
     ds_config, replicated = choose_weight_placement(
         config, ds_config, model_config, run, free_bytes()
     )

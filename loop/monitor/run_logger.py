@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import yaml
@@ -119,8 +120,8 @@ class RunLogger:
         """The run in advance: machine, base, data, plan, and what a person should know."""
         if not self.on:
             return
-        parameters = trainable_parameters(self.engine.module)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
+        parameters: list[Any] = [p for _, p in trainable_parameters(self.engine.module)]
+        trained = sum(p.ds_numel for p in parameters)  # ZeRO-3 gives each a ds_numel
         train, valid = data.reports["train"], data.reports["valid"]
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "

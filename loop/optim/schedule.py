@@ -67,11 +67,17 @@ SCHEDULES: dict[str, Callable[[Config, int], Callable[[int], float]]] = {
 def build_lr_schedule(config: Config, num_steps: int) -> Callable[[int], float]:
     """The function from a step, counted from 0, to its learning rate.
 
-    Raises ConfigError where `config.lr_schedule` is not in SCHEDULES.
+    Raises ConfigError where `config.lr_schedule` is not in SCHEDULES, and where the warm-up is as
+    long as the whole run.
     """
     if config.lr_schedule not in SCHEDULES:
         possible = ", ".join(SCHEDULES)
         raise ConfigError(f"lr_schedule={config.lr_schedule}: must be one of {possible}")
+    if config.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"warmup_steps={config.warmup_steps}: the whole run has {num_steps} steps; "
+            "lr would never be reached"
+        )
     return SCHEDULES[config.lr_schedule](config, num_steps)
 
 

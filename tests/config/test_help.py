@@ -29,7 +29,10 @@ SOURCES = {
     "bench": ["tests/bench/__main__.py"],
     "break": ["tests/broken/__main__.py"],
 }
-IN_LAUNCH_SH = {"train": {"--verify-resume"}, "setup": {"--flash-attn", "--flash-attn-4"}}
+IN_LAUNCH_SH = {
+    "train": {"--verify-resume"},
+    "setup": {"--flash-attn", "--flash-attn-4", "--smollm2"},
+}
 NOT_READ = {"--module"}  # passed on to DeepSpeed's launcher
 
 

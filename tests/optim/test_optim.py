@@ -252,3 +252,11 @@ def test_a_spike_is_so_many_deviations_above_what_came_before():
 
 if __name__ == "__main__":
     worker()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_warm_up_as_long_as_the_run_is_refused(steps):
+    config = Config(**PLAIN, warmup_steps=5)
+    with pytest.raises(ConfigError, match=f"^warmup_steps=5: the whole run has {steps} steps; lr"):
+        build_lr_schedule(config, steps)
+    assert build_lr_schedule(config, 6)(5) == pytest.approx(config.lr)
