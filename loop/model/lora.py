@@ -20,7 +20,8 @@ def read_adapter(adapter: str) -> dict[str, Any]:
 
     The keys are those of trained.json: base, revision, method, double_quant, dtype, and of a run's
     own adapter also storage, base_fingerprint, generation and sha256. An adapter from elsewhere
-    only names its base; the rest is this project's defaults. Raises ConfigError where there is no adapter.
+    only names its base; the rest is this project's defaults. Raises ConfigError where there is no
+    adapter.
     """
     folder = Path(adapter)
     # PEFT would take a pickle instead of the second.

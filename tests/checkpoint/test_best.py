@@ -21,8 +21,54 @@ RISING = {"0": 0.1, "2": 3.0, "4": 1.0, "6": 2.0, "8": 2.5}  # step 4 is the bes
 NAN = float("nan")
 
 
+BY_NOTES = ("monitor.best=rouge1", "monitor.best_notes=3")
+PATIENT = ("run.patience=2", "max_steps=8")
+STAYS_BEST = RISING | {"2": 0.5}
+
+
+def case(name: str, run: str, *args: str, losses: dict = RISING, **patch) -> dict:
+    patch |= {"losses_at": losses} if losses else {}
+    return {"name": name, "args": [f"run.name={run}", *args], "patch": patch}
+
+
+CASES = [
+    case("whole", "whole", "run.export_check_examples=4"),
+    case("broken 1", "broken", stop_after=3),
+    case("broken 2", "broken"),
+    case("due 1", "due", stop_after=4),
+    case("due 2", "due"),
+    case("full", "full", "method=full", "lr=1e-4"),
+    case("patience", "patience", *PATIENT, losses=STAYS_BEST),
+    case("notes", "notes", *BY_NOTES, losses={}),
+]
+MORE_CASES = [
+    case("last", "last", "run.export=last"),
+    case("none", "none", "run.export=none"),
+    case("replicated", "replicated", "replicate_weights=true"),
+    case("falling", "falling", losses=RISING | {"6": 0.9}),
+    case("nan", "nan", losses=RISING | {"2": NAN, "4": 3.0, "6": NAN}),
+    case("all nan", "all nan", losses=dict.fromkeys(RISING, NAN)),
+    case("disk", "disk", disk_full=1),
+    case("patience again", "patience", *PATIENT, losses=STAYS_BEST),
+    case("halves 1", "halves", *PATIENT, losses=STAYS_BEST, stop_after=5),
+    case("halves 2", "halves", *PATIENT, losses=STAYS_BEST),
+    case("more", "more", "run.patience=1", "max_steps=8", losses=STAYS_BEST),
+    case("more patience", "more", "run.patience=9", "max_steps=8", losses=STAYS_BEST),
+    case("notes 1", "notes halves", *BY_NOTES, losses={}, stop_after=3),
+    case("notes 2", "notes halves", *BY_NOTES, losses={}),
+]
+
+
+def start(folder: Path, cases: list[dict]) -> None:
+    """Runs the cases on two ranks, one after the other."""
+    common = ["--config", str(folder / "config.yaml")]
+    todo = [c | {"args": [*common, *c["args"]], "out": str(folder / "out")} for c in cases]
+    (folder / "cases.json").write_text(json.dumps(todo))
+    run_ok(2, "tests/proofs/worker.py", str(folder / "cases.json"))
+
+
 @pytest.fixture(scope="module")
-def runs(tiny_base, tmp_path_factory):
+def runs(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("best")
     config = {
         "base": tiny_base,
@@ -40,48 +86,15 @@ def runs(tiny_base, tmp_path_factory):
     }
     config["run"]["export_check_examples"] = 0
     (folder / "config.yaml").write_text(json.dumps(config))
-
-    def case(name: str, run: str, *args: str, losses: dict = RISING, **patch) -> dict:
-        return {
-            "name": name,
-            "args": ["--config", str(folder / "config.yaml"), f"run.name={run}", *args],
-            "out": str(folder / "out"),
-            "patch": patch | ({"losses_at": losses} if losses else {}),
-        }
-
-    def start(world_size: int, *cases: dict) -> None:
-        (folder / "cases.json").write_text(json.dumps(cases))
-        run_ok(world_size, "tests/proofs/worker.py", str(folder / "cases.json"))
-
-    by_notes = ["monitor.best=rouge1", "monitor.best_notes=3"]
-    patient = ["run.patience=2", "max_steps=8"]
-    stays_best = RISING | {"2": 0.5}
-    start(
-        2,
-        case("whole", "whole", "run.export_check_examples=4"),
-        case("broken 1", "broken", stop_after=3),
-        case("broken 2", "broken"),
-        case("due 1", "due", stop_after=4),
-        case("due 2", "due"),
-        case("last", "last", "run.export=last"),
-        case("none", "none", "run.export=none"),
-        case("replicated", "replicated", "replicate_weights=true"),
-        case("full", "full", "method=full", "lr=1e-4"),
-        case("falling", "falling", losses=RISING | {"6": 0.9}),
-        case("nan", "nan", losses=RISING | {"2": NAN, "4": 3.0, "6": NAN}),
-        case("all nan", "all nan", losses=dict.fromkeys(RISING, NAN)),
-        case("disk", "disk", disk_full=1),
-        case("patience", "patience", *patient, losses=stays_best),
-        case("patience again", "patience", *patient, losses=stays_best),
-        case("halves 1", "halves", *patient, losses=stays_best, stop_after=5),
-        case("halves 2", "halves", *patient, losses=stays_best),
-        case("more", "more", "run.patience=1", "max_steps=8", losses=stays_best),
-        case("more patience", "more", "run.patience=9", "max_steps=8", losses=stays_best),
-        case("notes", "notes", *by_notes, losses={}),
-        case("notes 1", "notes halves", *by_notes, losses={}, stop_after=3),
-        case("notes 2", "notes halves", *by_notes, losses={}),
-    )
+    start(folder, CASES)
     return folder
+
+
+@pytest.fixture(scope="module")
+def more_runs(runs) -> Path:
+    """The folder of `runs`, with further cases in it."""
+    start(runs, MORE_CASES)
+    return runs
 
 
 def record(runs: Path, name: str) -> dict:
@@ -158,19 +171,21 @@ def test_an_interrupted_run_chooses_as_the_whole_one_to_the_bit(runs, run):
     assert checkpoints(runs, run)["best"] == "step-000004"
 
 
-def test_the_last_ones_weights_and_nothing_are_exported_where_that_is_asked(runs):
-    assert equal(adapter(runs, "last"), masters(runs / "last" / "checkpoints" / "newest"))
-    report = record(runs, "last")["report"]
+@pytest.mark.slow
+def test_the_last_ones_weights_and_nothing_are_exported_where_that_is_asked(more_runs):
+    assert equal(adapter(more_runs, "last"), masters(more_runs / "last" / "checkpoints" / "newest"))
+    report = record(more_runs, "last")["report"]
     assert report["exported_step"] == 6 and report["best"]["step"] == 4
-    assert set(checkpoints(runs, "last")) == {"step-000006", "newest", "best"}
-    assert not (runs / "none" / "adapter").exists()
-    assert "exported_step" not in record(runs, "none")["report"]
+    assert set(checkpoints(more_runs, "last")) == {"step-000006", "newest", "best"}
+    assert not (more_runs / "none" / "adapter").exists()
+    assert "exported_step" not in record(more_runs, "none")["report"]
 
 
-def test_weights_that_every_rank_holds_are_restored_as_well(runs):
-    assert record(runs, "replicated")["report"]["exported_step"] == 4
-    best = runs / "replicated" / "checkpoints" / "step-000004"
-    assert equal(adapter(runs, "replicated"), masters(best))
+@pytest.mark.slow
+def test_weights_that_every_rank_holds_are_restored_as_well(more_runs):
+    assert record(more_runs, "replicated")["report"]["exported_step"] == 4
+    best = more_runs / "replicated" / "checkpoints" / "step-000004"
+    assert equal(adapter(more_runs, "replicated"), masters(best))
 
 
 def test_all_weights_are_restored_with_method_full(runs):
@@ -181,18 +196,20 @@ def test_all_weights_are_restored_with_method_full(runs):
     assert all(torch.equal(written[name], best[name]) for name in written)
 
 
-def test_where_the_last_one_is_the_best_nothing_is_restored(runs):
-    report = record(runs, "falling")["report"]
+@pytest.mark.slow
+def test_where_the_last_one_is_the_best_nothing_is_restored(more_runs):
+    report = record(more_runs, "falling")["report"]
     assert report["exported_step"] == 6 and report["best"]["value"] == 0.9
-    newest = masters(runs / "falling" / "checkpoints" / "newest")
-    assert equal(adapter(runs, "falling"), newest)
+    newest = masters(more_runs / "falling" / "checkpoints" / "newest")
+    assert equal(adapter(more_runs, "falling"), newest)
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(runs):
-    report = record(runs, "nan")["report"]
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_never_the_best(more_runs):
+    report = record(more_runs, "nan")["report"]
     assert report["exported_step"] == 4 and report["best"]["value"] == 3.0
     for run in ("all nan", "disk"):
-        found = record(runs, run)
+        found = record(more_runs, run)
         assert found["report"]["exported_step"] == 6
         assert any("no validated checkpoint is there" in line for line in found["said"])
 
@@ -209,19 +226,21 @@ def test_patience_ends_a_run_and_its_report_says_why(runs):
     assert equal(adapter(runs, "patience"), masters(runs / "patience" / "checkpoints" / "best"))
 
 
-def test_a_resumed_run_knows_how_long_it_has_waited(runs):
-    again = record(runs, "patience again")
+@pytest.mark.slow
+def test_a_resumed_run_knows_how_long_it_has_waited(more_runs):
+    again = record(more_runs, "patience again")
     assert again["report"]["steps"] == 6 and not again["norms"]  # it makes no step
-    assert again["report"]["ended_early"] == record(runs, "patience")["report"]["ended_early"]
-    assert record(runs, "halves 1")["report"]["steps"] == 5
-    halves = record(runs, "halves 2")["report"]
+    assert again["report"]["ended_early"] == record(more_runs, "patience")["report"]["ended_early"]
+    assert record(more_runs, "halves 1")["report"]["steps"] == 5
+    halves = record(more_runs, "halves 2")["report"]
     assert halves["steps"] == 6 and halves["ended_early"] and halves["exported_step"] == 2
-    assert equal(adapter(runs, "halves"), adapter(runs, "patience"))
+    assert equal(adapter(more_runs, "halves"), adapter(more_runs, "patience"))
 
 
-def test_more_patience_takes_a_run_further(runs):
-    assert record(runs, "more")["report"]["steps"] == 4
-    report = record(runs, "more patience")["report"]
+@pytest.mark.slow
+def test_more_patience_takes_a_run_further(more_runs):
+    assert record(more_runs, "more")["report"]["steps"] == 4
+    report = record(more_runs, "more patience")["report"]
     assert report["steps"] == 8 and report["ended_early"] is None and report["exported_step"] == 2
 
 
@@ -246,13 +265,14 @@ def test_notes_choose_by_the_metric_that_is_named(runs):
     assert not list((runs / "notes" / "samples").glob("step-*"))  # no note comes into a log
 
 
-def test_an_interrupted_run_chooses_by_notes_as_the_whole_one(runs):
-    assert record(runs, "notes 1")["report"]["steps"] == 3
+@pytest.mark.slow
+def test_an_interrupted_run_chooses_by_notes_as_the_whole_one(more_runs):
+    assert record(more_runs, "notes 1")["report"]["steps"] == 3
     for key in ("eval/rouge1", "eval/loss"):
-        assert curve(runs, "notes halves", key) == curve(runs, "notes", key)
-    reports = [record(runs, name)["report"] for name in ("notes", "notes 2")]
+        assert curve(more_runs, "notes halves", key) == curve(more_runs, "notes", key)
+    reports = [record(more_runs, name)["report"] for name in ("notes", "notes 2")]
     assert reports[0]["best"] == reports[1]["best"]
-    assert equal(adapter(runs, "notes halves"), adapter(runs, "notes"))
+    assert equal(adapter(more_runs, "notes halves"), adapter(more_runs, "notes"))
 
 
 def test_commands_that_shorten_a_run_need_no_validation(config_file, tmp_path, monkeypatch):

@@ -141,6 +141,7 @@ def test_a_stopped_evaluation_goes_on_with_the_notes_that_it_lacks(trained, tmp_
     assert notes == [json.loads(line) for line in whole.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_notes_of_other_weights_or_settings_are_not_reused(trained, tmp_path):
     """Each of them has a file of its own; the first one's is found again."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))

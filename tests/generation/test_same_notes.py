@@ -90,6 +90,7 @@ def test_the_same_settings_give_the_same_notes_everywhere(run, tmp_path):
     assert SETTINGS.items() <= row["by"].items()
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_note_and_greedy_is_another_too(run, tmp_path):
     """In generate and evaluate alike; the command line changes single settings."""
     drawn = [
