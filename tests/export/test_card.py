@@ -168,6 +168,7 @@ def test_the_merged_model_has_papers_of_its_own(merged):
     assert 'TEMPLATE """<|system|>' in modelfile
 
 
+@pytest.mark.slow
 def test_a_full_model_has_them_too(config_file, tmp_path, monkeypatch):
     """A run with method=full: no LoRA in its recipe, and code that writes notes."""
     run_ok(1, "-m", "loop.train", "--config", str(config_file), "method=full", "max_steps=2")

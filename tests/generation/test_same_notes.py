@@ -138,6 +138,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_ranks_in_lockstep_write_the_same_steered_notes(run):
     """Two ranks with batches of unequal length; the sections of a note end at unequal places."""
     command = ["--config", str(run / "config.yaml"), "--split", "valid", "--notes", "3"]
