@@ -196,6 +196,7 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
+    device = "cuda:0" if on_gpu() else "cpu"
     if args.input:
         dialogues = read_dialogues(args.input)
     else:
@@ -211,7 +212,6 @@ def generate(args: argparse.Namespace) -> None:
     context = model_config.max_position_embeddings
     fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
     warn_of_shortened(fitted, context)
-    device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:
