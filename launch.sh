@@ -12,6 +12,7 @@ stamp=$here/.venv/launch.stamp
 commands="train evaluate generate merge export audit preview plan board profile check bench break test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
        ./launch.sh COMMAND --help        its options, and all keys of the configuration
+       ./launch.sh --version             the release, and the commit of this clone
 
   train      fine-tune (the default command)       preview    show the exact tokens of training
   evaluate   score a trained adapter, its notes    plan       a run in advance: steps, lr, memory
@@ -108,6 +109,11 @@ command=train
 case ${1:-} in
   -h | --help | help)
     echo "$help"
+    exit ;;
+  --version)
+    release=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/pyproject.toml")
+    commit=$(git -C "$here" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+    echo "soap-loop $release, commit $commit"
     exit ;;
   "" | -* | *=*) ;;
   *)

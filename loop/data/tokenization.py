@@ -259,9 +259,10 @@ def _answer_ids(tokenizer, messages: Messages, prompt: list[int], ids: list[int]
     """The token ids of the last message of a conversation, which end with the EOS.
 
     prompt, ids: the token ids of the prompt and of the whole conversation. Where the latter do not
-    begin with the former, because the template's text is tokenised differently at their border
-    (trl#6105), the answer is tokenised on its own. An answer that the template ends without an EOS
-    gets one (trl#7230: an EOS that is never supervised is never learned).
+    begin with the former, because the text is tokenised differently at their border or the template
+    writes the prompt otherwise (trl#5213), the answer is tokenised on its own. An answer that the
+    template ends without an EOS gets one (trl#1623: an EOS that is never supervised is never
+    learned).
     """
     eos = tokenizer.eos_token_id
     if ids[: len(prompt)] == prompt:

@@ -1,7 +1,7 @@
 """The audit of an export: its files against the trained weights, its loss in a process of its own.
 
-Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody notices: PEFT
-loads what is there and only warns. A run audits what it writes; `audit_run` does it again later.
+Under ZeRO-3 an adapter is easily saved empty (DeepSpeed#7900), and nobody notices: PEFT loads what
+is there and only warns. A run audits what it writes; `audit_run` does it again later.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Each backend of `ATTENTION_BACKENDS` computes the same thing. To add one, write the function that
 loads it and its entry at the end of this file. No backend takes a padding mask: a mask of the wrong
-shape is the usual way in which packed documents leak into one another (trl#3910), while boundaries
+shape is the usual way in which packed documents leak into one another (trl#3067), while boundaries
 that are an argument of the kernel can't be forgotten.
 """
 
