@@ -101,7 +101,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         dropped=[],
         truncated=[],
         without_headings=0,
-        plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
+        plain_template=str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE),
     )
     supervise = config.data.supervise
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):

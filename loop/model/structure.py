@@ -17,6 +17,27 @@ def attention_shape(model_config) -> tuple[int, int, int]:
     return query_heads, key_value_heads, model_config.head_dim
 
 
+def with_usual_names(model_config):
+    """The configuration with `head_dim` and `intermediate_size`, whatever its family calls them."""
+    hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+    inner = next(
+        (
+            size
+            for name in ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+            if (size := getattr(model_config, name, None))
+        ),
+        4 * hidden,
+    )
+    model_config.head_dim = getattr(model_config, "head_dim", None) or hidden // heads
+    model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner
+    return model_config
+
+
+def context_length(model_config) -> int | None:
+    """The most tokens that a base can see at once; None where its configuration names no limit."""
+    return getattr(model_config, "max_position_embeddings", None)
+
+
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The stack of decoder layers, below PEFT's wrapper if there is one.
 
