@@ -11,6 +11,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 
+from .bases.admission import check_base
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.identity import RunIdentity
 from .checkpoint.run_dir import open_run_dir
@@ -116,6 +117,7 @@ def train(
         tokenizer = load_tokenizer(config.base, config.revision)
         model_config = load_model_config(config.base, config.revision)
         data = data or load_training_data(config, tokenizer)
+        check_base(config, data.train + data.valid)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step

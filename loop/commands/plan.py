@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from ..bases.admission import check_base
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
@@ -88,6 +89,7 @@ def describe_run(
     ds_config = build_ds_config(config)
     tokenizer = load_tokenizer(config.base, config.revision)
     examples, report = load_examples(config, tokenizer, "train")
+    check_base(config, examples)
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))

@@ -251,7 +251,7 @@ for _backend in (
     AttentionBackend(
         "sdpa",
         load_sdpa,
-        "packed_sdpa",
+        "packed_per_document",
         min_capability=None,
         half_precision_only=False,
         fallback_note="costs a kernel call for each document",

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -23,10 +22,11 @@ from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
+from ..optim.lora_targets import put_lora
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
-from .structure import context_length, decoder_layers, language_model, with_usual_names
+from .structure import context_length, decoder_layers, with_usual_names
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -126,9 +126,7 @@ def load_tokenizer(base: str, revision: str | None = None):
     if not tokenizer.chat_template:
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
-    context = context_length(load_model_config(base, revision))
-    if context:
-        tokenizer.model_max_length = context
+    tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     return tokenizer
 
 
@@ -230,11 +228,6 @@ def load_model(
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
-    if getattr(model, "_is_stateful", False):
-        raise ConfigError(
-            f"base={config.base}: a recurrent one, which carries a state from document to "
-            "document; take one with attention alone"
-        )
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
     if config.method != "full":
@@ -252,8 +245,4 @@ def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.
     model.enable_input_require_grads()
     if adapter:
         return attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    try:
-        lora_config = LoraConfig(task_type="CAUSAL_LM", **config.lora)
-        return get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    return put_lora(model, config.lora)

@@ -45,7 +45,8 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        return base.get_decoder().layers
+        # Some models name themselves as their decoder.
+        return getattr(base.get_decoder(), "layers", None) or base.model.layers
     except AttributeError as error:
         raise ConfigError(
             f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama"
