@@ -11,7 +11,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 
-from .bases.admission import check_base
+from .families.admission import check_base
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.identity import RunIdentity
 from .checkpoint.run_dir import open_run_dir

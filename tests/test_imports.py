@@ -19,13 +19,13 @@ FLOORS = (
     {"memory"},
     {"zero3"},
     {"model"},
-    {"bases"},
+    {"families"},
     {"generation"},
     {"evaluation"},
     {"checkpoint"},
     {"monitor", "export"},
     {"train"},
-    {"commands"},
+    {"commands", "bases"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 MOST_MODULES = 12

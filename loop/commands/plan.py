@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from ..bases.admission import check_base
+from ..families.admission import check_base
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError

@@ -54,7 +54,11 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     f"base={base}: the folder has no config.json, so it is not a model in the "
                     "hub's layout"
                 )
-            return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+            # Absolute, as an adapter names its base so, and is loaded from anywhere.
+            return {
+                "pretrained_model_name_or_path": os.path.abspath(path),
+                "local_files_only": True,
+            }
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "

@@ -28,7 +28,8 @@ def with_usual_names(model_config):
         ),
         4 * hidden,
     )
-    model_config.head_dim = getattr(model_config, "head_dim", None) or hidden // heads
+    if not getattr(model_config, "head_dim", None):
+        model_config.head_dim = hidden // heads
     model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner
     return model_config
 

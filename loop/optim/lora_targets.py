@@ -29,6 +29,7 @@ def put_lora(model: Any, lora: dict[str, Any]) -> nn.Module:
             "lora.target_modules: names experts that are stored as one tensor, which get no LoRA "
             "here; take all-linear (attention and shared experts), or name other layers"
         )
+    lora_config.target_parameters = None  # PEFT leaves an empty set, which JSON does not know
     output_layer = model.get_output_embeddings()
     if hasattr(output_layer, "lora_A") and lora.get("lora_dropout"):
         raise ConfigError(

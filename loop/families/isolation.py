@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
@@ -57,6 +57,11 @@ def check_isolation(config: Config) -> None:
             model_config = AutoConfig.from_pretrained(
                 **resolve_base(config.base, config.revision), revision=config.revision
             )
+            if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                raise ConfigError(
+                    f"transformers has no language model for {model_config.model_type} "
+                    "(AutoModelForCausalLM); take a base of text alone"
+                )
             model = build_copy(model_config)
             decoder_layers(model)
             problem = find_difference(model, config.max_seq_len)
