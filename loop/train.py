@@ -11,7 +11,6 @@ from typing import NamedTuple
 import deepspeed
 import torch
 
-from .families.admission import check_base
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.identity import RunIdentity
 from .checkpoint.run_dir import open_run_dir
@@ -25,6 +24,7 @@ from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result
+from .families.admission import check_base
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine

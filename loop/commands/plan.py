@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from ..families.admission import check_base
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
+from ..families.admission import check_base
 from ..memory.report import describe_memory, read_gpus
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries

@@ -31,8 +31,8 @@ PLAIN_TEMPLATE = (
 )
 
 
-# A model that can think aloud before its answer must not: the note is what is asked for. Each family
-# has a switch of its own, and a template ignores what it does not know.
+# A model that can think aloud before its answer must not: the note is what is asked for. Each
+# family has a switch of its own, and a template ignores what it does not know.
 THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
 # A date in a template is always the same one: a run resumed tomorrow has the prompts of today.
 DATE = datetime.datetime(2026, 1, 1)

@@ -89,12 +89,7 @@ def build_model(
     attention, _, attention_warning = attention.partition("; ")
     if ranks.device.type != "cuda":
         attention_warning = ""  # a CPU has only one backend
-    warnings = [
-        attention_warning,
-        layers_warning,
-        optimizer_warning(config),
-        experts_warning(config, model),
-    ]
+    warnings = [attention_warning, layers_warning, *other_warnings(config, model)]
     return model, Execution(
         ds_config=ds_config,
         dropout=dropout,
@@ -121,15 +116,16 @@ def fuse_layers(
     return replace(run, dequantized=dequantized, fused=not unfused), unfused
 
 
-def experts_warning(config: Config, model: nn.Module) -> str:
-    """Says what of a mixture of experts gets no LoRA; "" where there is nothing to say."""
+def other_warnings(config: Config, model: nn.Module) -> list[str]:
+    """Lines about the optimizer and about experts without LoRA, or "" for each."""
     experts = count_expert_weights(model)
-    if config.method == "full" or not experts:
-        return ""
-    return (
-        f"experts     {experts:,} weights, stored as one tensor for all experts of a layer, get no "
-        "LoRA and are not quantised"
-    )
+    line = ""
+    if config.method != "full" and experts:
+        line = (
+            f"experts     {experts:,} weights, stored as one tensor for all experts of a layer, "
+            "get no LoRA"
+        )
+    return [optimizer_warning(config), line]
 
 
 def describe_execution(attention: str, replicated: bool, checkpointing: bool) -> str:

@@ -20,14 +20,9 @@ def attention_shape(model_config) -> tuple[int, int, int]:
 def with_usual_names(model_config):
     """The configuration with `head_dim` and `intermediate_size`, whatever its family calls them."""
     hidden, heads = model_config.hidden_size, model_config.num_attention_heads
-    inner = next(
-        (
-            size
-            for name in ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-            if (size := getattr(model_config, name, None))
-        ),
-        4 * hidden,
-    )
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    found = [getattr(model_config, name, None) for name in names]
+    inner = next(filter(None, found), 4 * hidden)
     if not getattr(model_config, "head_dim", None):
         model_config.head_dim = hidden // heads
     model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner

@@ -34,7 +34,6 @@ from loop.kernels.attention import AttentionError
 from loop.kernels.patches import _ROTARY_ORIGINALS, restore_rotary
 from loop.model.loading import load_base, load_tokenizer
 from loop.monitor.quiet import quiet_libraries
-from loop.optim.adamw import trainable_parameters
 from loop.optim.lora_targets import put_lora
 from loop.optim.schedule import build_lr_schedule
 
