@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ from ..data.collate import collate
 from ..data.tokenization import IGNORE, Example
 from ..kernels.attention import ATTENTION_BACKENDS, AttentionError
 from ..model.loading import LIBRARY_ERRORS, first_line, resolve_base
-from ..model.structure import decoder_layers
+from ..model.structure import decoder_layers, switch_off_dropout
 from ..optim.lora_targets import put_lora
 
 LENGTHS = (37, 5, 90)  # tokens of the documents
@@ -63,7 +64,7 @@ def check_isolation(config: Config) -> None:
                     "(AutoModelForCausalLM); take a base of text alone"
                 )
             model = build_copy(model_config)
-            decoder_layers(model)
+            check_linear_layers(decoder_layers(model))
             problem = find_difference(model, config.max_seq_len)
             if not problem and config.method != "full":
                 put_lora(model, config.lora)
@@ -79,6 +80,19 @@ def check_isolation(config: Config) -> None:
             f"base={config.base}: {type(model).__name__} does not keep packed documents apart "
             f"({problem}); take a base with attention alone"
         )
+
+
+def check_linear_layers(layers: nn.ModuleList) -> None:
+    """Raises ConfigError where a linear layer computes more than x W^T.
+
+    Quantisation and LoRA would put a plain one in its place.
+    """
+    for module in layers.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            raise ConfigError(
+                f"{type(module).__name__} is more than a linear layer, which quantisation and LoRA "
+                "would take it for; take another base"
+            )
 
 
 def build_copy(model_config) -> Any:
@@ -98,6 +112,7 @@ def build(model_config) -> Any:
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, attn_implementation=attention
     )
+    switch_off_dropout(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:  # large enough for each part to matter

@@ -26,7 +26,7 @@ from ..optim.lora_targets import put_lora
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
-from .structure import context_length, decoder_layers, with_usual_names
+from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -153,7 +153,7 @@ def load_base(
     revision: str | None = None,
     quantization: str | None = "nf4",
     double_quant: bool = True,
-    attention: str = "sdpa",
+    attention: str | None = None,
     ds_config: dict | None = None,
 ) -> PreTrainedModel:
     """The base in evaluation mode, on one device or partitioned. Raises ConfigError.
@@ -162,7 +162,7 @@ def load_base(
         dtype: of the computation, and of weights that are not quantised.
         quantization: a name in `QUANTIZATIONS`; None: plain weights.
         double_quant: quantise the scales as well.
-        attention: a name that transformers knows.
+        attention: a name that transformers knows; None: its own choice for this family.
         ds_config: with it, a base of plain weights is partitioned by ZeRO-3 while it loads.
     """
     options: dict[str, Any] = {
@@ -232,6 +232,7 @@ def load_model(
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
+    switch_off_dropout(model)  # the base's own; LoRA has one
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
     if config.method != "full":

@@ -47,3 +47,13 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         raise ConfigError(
             f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama"
         ) from error
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout of a base to 0, whether it is a module or a number in another module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("jitter_noise")):
+                setattr(module, name, 0.0)

@@ -3,6 +3,7 @@ or refused in one line before its weights are read.
 """
 
 import json
+import re
 
 import pytest
 from bases import FAMILIES, QUICK
@@ -32,11 +33,20 @@ def check(name: str, result: dict) -> None:
         return
     assert result.keys() == {"gradient", "merged", "generated"}, (name, result)
     assert result["gradient"] < 1e-5, (name, result)
-    assert result["merged"] < 0.2 and result["generated"], (name, result)
+    assert result["generated"], (name, result)
+    if isinstance(result["merged"], str):
+        assert "images" in name, (name, result)
+    else:
+        assert result["merged"] < 0.2, (name, result)
 
 
 def outcome(result: dict) -> str:
-    return f"refused: {result['refused']}" if "refused" in result else "trained"
+    if "refused" in result:
+        # Another machine rounds the difference otherwise.
+        return f"refused: {re.sub(r'[0-9.]+ nats', 'some nats', result['refused'])}"
+    if isinstance(result["merged"], str):
+        return f"trained; {result['merged']}"
+    return "trained"
 
 
 def table(results: dict[str, dict]) -> str:
