@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from bases import FAMILIES, QUICK
+from family_bases import FAMILIES, QUICK
 from helpers import ROOT, run_ok
 
 TABLE = ROOT / "tests" / "families" / "README.md"

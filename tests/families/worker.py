@@ -1,9 +1,9 @@
 """Trains tiny bases of many families, one after the other, and says what became of each.
 
 `python tests/families/worker.py FOLDER NAME...`: writes FOLDER/results.json, {name: result}. A
-result is {"refused": line, "read_weights": bool} or {"gradient": largest relative difference to the
-plain reference in two steps, "generated": bool, "merged": relative difference of the logits, or why it is
-not merged}.
+result is {"refused": line, "read_weights": bool}, or
+{"gradient": largest relative difference to the plain reference in two steps, "generated": bool,
+"merged": relative difference of the logits, or why it is not merged}.
 """
 
 import json
@@ -13,8 +13,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from bases import build_base
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from family_bases import build_base
 from helpers import ROOT, write_rows
 from peft import AutoPeftModelForCausalLM
 from reference import reference_steps
@@ -34,6 +34,7 @@ from loop.generation.loading import load_for_generation, prompt_ids
 from loop.kernels.attention import AttentionError
 from loop.kernels.patches import _ROTARY_ORIGINALS, restore_rotary
 from loop.model.loading import load_base, load_tokenizer
+from loop.model.structure import switch_off_dropout
 from loop.monitor.quiet import quiet_libraries
 from loop.optim.lora_targets import put_lora
 from loop.optim.schedule import build_lr_schedule
@@ -100,8 +101,9 @@ def largest_difference(recorder: Recorder, config) -> float:
     plan = plan_run(config, data.lengths, data.weights)
     steps = [[data.train[i] for i in plan[step]] for step in range(len(plan))]
     model = put_lora(load_base(config.base, torch.float32, "cpu"), config.lora)
+    switch_off_dropout(model)  # the base's own
     records = reference_steps(
-        model.eval(),
+        model,
         recorder.initial,
         steps,
         build_lr_schedule(config, len(plan)),
