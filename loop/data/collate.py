@@ -94,8 +94,7 @@ def pad_to(batch: PackedBatch, tokens: int, documents: int, max_seq_len: int) ->
     num_empty = documents - (len(batch.cu_seqlens) - 1) - len(ends)
     if tokens < start or num_empty < 0:
         return batch
-    # Where the base counts positions only so far, padding must not count further.
-    positions = torch.zeros(1, tokens - start, dtype=torch.int64)
+    positions = (torch.arange(tokens - start) % max_seq_len)[None]
     bounds = torch.tensor(ends + [tokens] * num_empty, dtype=torch.int32)
     return dataclasses.replace(
         batch,

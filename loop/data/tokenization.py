@@ -364,12 +364,7 @@ def encode_examples(
     flat = list(itertools.chain.from_iterable(turns))
     texts = [render(tokenizer, messages, False) for messages in flat]
     encoded = _encode_texts(tokenizer, [(messages, False) for messages in flat], texts)
-    if supervise == "all":
-        if not all(texts):
-            raise ConfigError("data.supervise=all: the base's chat template writes no answer")
-        prompts: list[list[int]] = [[]] * len(flat)
-    else:
-        prompts = encode_prompts(tokenizer, flat, texts, encoded)
+    prompts = encode_prompts(tokenizer, flat, texts, encoded)
     answers = (
         _answer_ids(tokenizer, messages, prompt, ids)
         for messages, prompt, ids in zip(flat, prompts, encoded)

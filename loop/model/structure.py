@@ -31,7 +31,12 @@ def with_usual_names(model_config):
 
 def context_length(model_config) -> int | None:
     """The most tokens that a base can see at once; None where its configuration names no limit."""
-    return getattr(model_config, "max_position_embeddings", None)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    if limit and rope.get("rope_type") == "yarn":  # some name the length before it is stretched
+        before = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(before * rope["factor"]))
+    return limit
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:

@@ -43,7 +43,8 @@ def check(name: str, result: dict) -> None:
 def outcome(result: dict) -> str:
     if "refused" in result:
         # Another machine rounds the difference otherwise.
-        return f"refused: {re.sub(r'[0-9.]+ nats', 'some nats', result['refused'])}"
+        line = result["refused"].replace("`", "'")
+        return f"refused: {re.sub(r'[0-9.]+ nats', 'some nats', line)}"
     if isinstance(result["merged"], str):
         return f"trained; {result['merged']}"
     return "trained"

@@ -83,7 +83,9 @@ def test_training_has_the_prompt_of_generation_and_the_note_alone(tokenizer, nam
     use(tokenizer, TEMPLATES[name])
     talks = [DIALOGUE, DIALOGUE + "\nDoctor: Rest.", DIALOGUE + " <think> </s>"]
     rows = [Conversation(str(i), soap_messages(d, NOTE), d, NOTE) for i, d in enumerate(talks)]
-    for example, dialogue in zip(encode_examples(tokenizer, rows), talks):
+    everything = encode_examples(tokenizer, rows, "all")
+    for example, full, dialogue in zip(encode_examples(tokenizer, rows), everything, talks):
+        assert (full.input_ids == example.input_ids).all() and (full.labels[1:] != -100).all()
         (prompt,) = encode(tokenizer, [(soap_messages(dialogue), True)])
         assert example.input_ids[: len(prompt)].tolist() == prompt
         assert (example.labels[: len(prompt)] == -100).all()
