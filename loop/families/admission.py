@@ -1,31 +1,29 @@
 """Whether a base can be trained as the run wants it: asked before anything heavy."""
 
-from typing import Any
-
 import numpy as np
 
 from ..config.schema import Config, ConfigError
 from ..data.tokenization import Example
 from ..model.loading import config_errors_for, load_model_config
-from ..model.structure import attention_shape
+from ..model.structure import attention_shape, context_length, rotary_settings
 from .isolation import check_isolation
 
 
-def check_base(config: Config, examples: list[Example]) -> None:
-    """Raises ConfigError, in one line, where the base can't be trained right on these examples.
+def check_base(config: Config) -> None:
+    """Raises ConfigError, in one line, where the base can't be trained right as the run wants it.
 
-    It reads the base's configuration and no weights.
+    It reads the base's configuration and no weights, and takes a second or a few.
     """
     model_config = load_model_config(config.base, config.revision)
     with config_errors_for(config.base):
         attention_shape(model_config)
-    check_vocabulary(config, model_config, examples)
     check_rotary(config, model_config)
     check_isolation(config)
 
 
-def check_vocabulary(config: Config, model_config, examples: list[Example]) -> None:
+def check_vocabulary(config: Config, examples: list[Example]) -> None:
     """Raises ConfigError where a token has no embedding."""
+    model_config = load_model_config(config.base, config.revision)
     for example in examples:
         largest = int(np.max(example.input_ids))
         if largest >= model_config.vocab_size:
@@ -37,30 +35,13 @@ def check_vocabulary(config: Config, model_config, examples: list[Example]) -> N
 
 
 def check_rotary(config: Config, model_config) -> None:
-    """Raises ConfigError where one long document would change the positions of its neighbours.
-
-    longrope (arXiv 2402.13753) and dynamic NTK take other factors for the whole row as soon as a
-    document in it exceeds the length that the base was first trained with.
-    """
-    for rope in rotary_settings(model_config):
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind not in ("longrope", "dynamic"):
-            continue
-        limit = model_config.max_position_embeddings
-        if kind == "longrope":
-            limit = rope.get("original_max_position_embeddings") or getattr(
-                model_config, "original_max_position_embeddings", limit
-            )
-        longest = min(config.max_seq_len, model_config.max_position_embeddings)
-        if longest > limit:
-            raise ConfigError(
-                f"max_seq_len={config.max_seq_len}: above {limit:,} tokens this base changes its "
-                f"rotary positions ({kind}) for all documents of a row; set max_seq_len={limit}"
-            )
-
-
-def rotary_settings(model_config) -> list[dict[str, Any]]:
-    """The settings of rotary positions: one, or one for each kind of layer."""
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
+    """Raises ConfigError where one long document could change the positions of its neighbours."""
+    limit = context_length(model_config)
+    kinds = [rope.get("rope_type") for rope in rotary_settings(model_config)]
+    if "longrope" not in kinds or limit is None:
+        return
+    if min(config.max_seq_len, model_config.max_position_embeddings) > limit:
+        raise ConfigError(
+            f"max_seq_len={config.max_seq_len}: above {limit:,} tokens this base changes its "
+            f"rotary positions (longrope) for all documents of a row; set max_seq_len={limit}"
+        )

@@ -1,5 +1,7 @@
 """Where things are in a transformers model: its decoder layers, and the shape of its attention."""
 
+from typing import Any
+
 import torch.nn as nn
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -30,13 +32,28 @@ def with_usual_names(model_config):
 
 
 def context_length(model_config) -> int | None:
-    """The most tokens that a base can see at once; None where its configuration names no limit."""
+    """The most tokens that a base can see at once; None where its configuration names no limit.
+
+    longrope (arXiv 2402.13753) takes other factors for a whole row as soon as one document in it
+    exceeds the length that the base was first trained with. So that length counts.
+    """
     limit = getattr(model_config, "max_position_embeddings", None)
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    if limit and rope.get("rope_type") == "yarn":  # some name the length before it is stretched
-        before = rope.get("original_max_position_embeddings") or limit
-        limit = max(limit, int(before * rope["factor"]))
+    for rope in rotary_settings(model_config):
+        before = rope.get("original_max_position_embeddings") or getattr(
+            model_config, "original_max_position_embeddings", None
+        )
+        if limit and before and rope.get("rope_type") == "longrope":
+            limit = min(limit, before)
+        if limit and before and rope.get("rope_type") == "yarn":  # limit may be `before`
+            limit = max(limit, int(before * rope.get("factor", 1)))
     return limit
+
+
+def rotary_settings(model_config) -> list[dict[str, Any]]:
+    """The settings of rotary positions: one, or one for each kind of layer."""
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:

@@ -12,7 +12,7 @@ from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_training_data
 from loop.data.tokenization import PLAIN_TEMPLATE, Example
-from loop.families.admission import check_base
+from loop.families.admission import check_base, check_vocabulary
 from loop.model.loading import load_model_config, load_tokenizer
 
 LONGROPE = {
@@ -55,16 +55,18 @@ WITHOUT_SPLITS = (
 EXAMPLE = Example("row-7", np.array([1, 5, 2], np.int32), np.array([-100, 5, 2], np.int32))
 
 
-def refusal(config, examples=(EXAMPLE,)) -> str:
+def refusal(config) -> str:
     with pytest.raises(ConfigError) as error:
-        check_base(config, list(examples))
+        check_base(config)
+        check_vocabulary(config, [EXAMPLE])
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_base_is_refused_without_its_weights(base, tmp_path):
-    check_base(configure(base(), tmp_path), [EXAMPLE])
-    check_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"), [EXAMPLE])
+    check_base(configure(base(), tmp_path))
+    check_vocabulary(configure(base(), tmp_path), [EXAMPLE])
+    check_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"))
     config = configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=512")
     assert "set max_seq_len=256" in refusal(config)
     config = configure(base(rope_parameters=None, vocab_size=5, pad_token_id=0), tmp_path)
@@ -73,7 +75,7 @@ def test_a_base_is_refused_without_its_weights(base, tmp_path):
     assert "lora.lora_dropout: must be 0" in refusal(
         configure(base(vocab_size=320), tmp_path, words)
     )
-    check_base(configure(base(), tmp_path, words.replace("0.1", "0.0")), [EXAMPLE])
+    check_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
     words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [nothing]}"
     assert "lora: " in refusal(configure(base(), tmp_path, words))
 
@@ -114,6 +116,10 @@ def test_names_of_sizes_that_families_have_of_their_own(tmp_path, base):
     model_config = load_model_config(str(tmp_path))
     assert (model_config.head_dim, model_config.intermediate_size) == (16, 96)
     assert load_tokenizer(base(max_position_embeddings=77)).model_max_length == 77
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}
+    for rope, length in (({"rope_theta": 1e4} | yarn, 308), (LONGROPE, 256), (None, 1000)):
+        folder = base(max_position_embeddings=77 if length == 308 else 1000, rope_parameters=rope)
+        assert load_tokenizer(folder).model_max_length == length
 
 
 def test_a_link_to_the_entry_finds_its_folder(tmp_path):
