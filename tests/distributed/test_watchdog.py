@@ -8,38 +8,18 @@ import sys
 import time
 from types import SimpleNamespace
 
+import forked
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, start_ranks
 
 from loop.config.schema import RunConfig
 from loop.distributed import stop, watchdog
 from loop.distributed.watchdog import RankLost, Watchdog, set_activity
 
 
-def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
-    port = str(free_port())
-    ranks = []
-    for rank in range(world_size):
-        env = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "loop.train", "--config", str(config_file), *args],
-            cwd=ROOT,
-            env=os.environ | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ranks.append(process)
-    return ranks
+def start(config_file, *args: str, world_size: int = 2) -> list:
+    command = ["-m", "loop.train", "--config", str(config_file), *args]
+    return start_ranks(world_size, *command)
 
 
 def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
@@ -54,7 +34,7 @@ def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
     raise AssertionError(f"rank {rank} never came to {words!r} in step {step}")
 
 
-def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
+def finish(ranks: list, timeout: float = 120) -> list[str]:
     try:
         return ["".join(p.communicate(timeout=timeout)) for p in ranks]
     finally:
@@ -94,15 +74,8 @@ def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 5
 
 
-def python(code: str, **env: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+def python(code: str, **env: str):
+    process = forked.start(["-c", code], os.environ | forked.CPU | env, ROOT)
     assert process.stdout.readline() == "up\n"
     return process
 
