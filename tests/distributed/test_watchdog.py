@@ -4,20 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
-import forked
 import pytest
-from helpers import ROOT, start_ranks
+from helpers import CPU, PYTHON, ROOT, start_ranks
 
 from loop.config.schema import RunConfig
 from loop.distributed import stop, watchdog
 from loop.distributed.watchdog import RankLost, Watchdog, set_activity
 
 
-def start(config_file, *args: str, world_size: int = 2) -> list:
+def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
     command = ["-m", "loop.train", "--config", str(config_file), *args]
     return start_ranks(world_size, *command)
 
@@ -34,7 +32,7 @@ def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
     raise AssertionError(f"rank {rank} never came to {words!r} in step {step}")
 
 
-def finish(ranks: list, timeout: float = 120) -> list[str]:
+def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
     try:
         return ["".join(p.communicate(timeout=timeout)) for p in ranks]
     finally:
@@ -75,7 +73,14 @@ def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does
 
 
 def python(code: str, **env: str):
-    process = forked.start(["-c", code], os.environ | forked.CPU | env, ROOT)
+    process = subprocess.Popen(
+        [PYTHON, "-c", code],
+        cwd=ROOT,
+        env=os.environ | CPU | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout.readline() == "up\n"
     return process
 

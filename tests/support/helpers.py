@@ -7,13 +7,16 @@ import os
 import random
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
-from forked import CPU, start
+from fork_server import CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
+# Starts fast, with the libraries imported: fork_server.py. sys.executable is a true Python.
+PYTHON = os.environ.get("LOOP_TESTS_PYTHON", sys.executable)
 
 
 def free_port() -> int:
@@ -22,20 +25,29 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(world_size: int, *command: str, gpu: bool = False, **env: str) -> list:
+def start_ranks(
+    world_size: int, *command: str, gpu: bool = False, **env: str
+) -> list[subprocess.Popen]:
     """Starts `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu)."""
     folders = [ROOT, ROOT / "tests" / "support", ROOT / "tests" / "proofs"]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
-    common = {
+    common = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    common = os.environ | common | ({} if gpu else CPU) | env
+    common |= ({} if gpu else CPU) | env
     return [
-        start(list(command), common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, ROOT)
+        subprocess.Popen(
+            [PYTHON, *command],
+            cwd=ROOT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(world_size)
     ]
 
