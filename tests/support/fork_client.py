@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 
 # They signal the ranks that they have started, which they find as their children.
-PARENTS = ("deepspeed.launcher.launch", "loop.distributed.launcher")
+PARENTS = (
+    "deepspeed.launcher.launch",
+    "loop.distributed.launcher",
+    "loop.distributed.start_ranks",
+)
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST = 2**17  # bytes of a request
 

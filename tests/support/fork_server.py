@@ -46,7 +46,7 @@ CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "
 PR_SET_PDEATHSIG = 1
 
 
-def start_server() -> str:
+def start_server(libraries: tuple[str, ...] = LIBRARIES) -> str:
     """Starts the server, which ends with this process. Returns the path of its `python`."""
     folder = Path(tempfile.mkdtemp(prefix="soap-python-"))
     client = folder / "python"
@@ -60,7 +60,7 @@ def start_server() -> str:
         listening.bind(str(folder / "socket"))
         listening.listen(64)
         server = subprocess.Popen(
-            [sys.executable, "-u", __file__, str(client), str(listening.fileno())],
+            [sys.executable, "-u", __file__, str(client), str(listening.fileno()), *libraries],
             env=os.environ | CPU,
             pass_fds=[listening.fileno()],
             stdin=subprocess.PIPE,  # closed when this process ends, however it does
@@ -74,8 +74,8 @@ def start_server() -> str:
 class Server:
     """Forks for each client, and tells it how its fork has ended."""
 
-    def __init__(self, listening: socket.socket) -> None:
-        self.listening = listening
+    def __init__(self, listening: socket.socket, libraries: list[str]) -> None:
+        self.listening, self.libraries = listening, libraries
         self.environment = read_at_import(os.environ)
         self.clients: dict[socket.socket, int] = {}  # the pid of the fork; 0 before its request
         self.woken, self.wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -105,12 +105,14 @@ class Server:
         if pid := self.clients[client]:  # it has not been waited for: the number is still its own
             os.kill(pid, int(text or signal.SIGKILL))
         if not text:  # the client was killed
+            if pid:
+                os.waitpid(pid, 0)
             self.forget(client)
         if pid or not text:
             return None
         request = json.loads(text)
         if read_at_import(request["env"]) == self.environment:
-            import_libraries()
+            self.import_libraries()
             self.clients[client] = os.fork()
             if self.clients[client] == 0:
                 self.become_fork(request["ignored"], streams)
@@ -121,6 +123,11 @@ class Server:
         for fd in streams:
             os.close(fd)
         return None
+
+    def import_libraries(self) -> None:
+        for name in self.libraries:
+            importlib.import_module(name)
+        gc.freeze()
 
     def report_ended(self) -> None:
         for client, pid in list(self.clients.items()):
@@ -154,23 +161,16 @@ def read_at_import(env) -> dict[str, str]:
     return {k: v for k, v in env.items() if k.startswith(AT_IMPORT) and k not in APART}
 
 
-def import_libraries() -> None:
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    gc.freeze()
-
-
 def be_python(request: dict, client: str, installed: list[str]) -> None:
     """In a fork: what `python ARGS` does, where packages are `installed`."""
-    import numpy
-    import torch
-
     (first, *rest), env = request["args"], request["env"]
     os.environ.clear()
     os.environ.update(env)
     os.chdir(request["cwd"])
-    torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-    numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
     tempfile.tempdir = None
     sys.executable = client
     own = {"-m": os.getcwd(), "-c": ""}.get(first, os.path.dirname(first))
@@ -206,7 +206,7 @@ def main() -> None:
         sys.executable, sys.path[0] = client, os.getcwd()
         return run(what, rest)
     installed = [path for path in sys.path[1:] if path not in python_path(os.environ)]
-    request = Server(socket.socket(fileno=int(what))).serve()
+    request = Server(socket.socket(fileno=int(what)), rest).serve()
     if request:
         be_python(request, client, installed)
     else:
