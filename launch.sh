@@ -111,7 +111,7 @@ case ${1:-} in
     echo "$help"
     exit ;;
   --version)
-    release=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/pyproject.toml")
+    release=$(grep '^version = ' "$here/pyproject.toml" | cut -d '"' -f 2)
     commit=$(git -C "$here" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
     echo "soap-loop $release, commit $commit"
     exit ;;
