@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import json
 import signal
 import sys
 from pathlib import Path
@@ -11,13 +13,14 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..config.schema import ConfigError, GenerationSettings
+from ..config.schema import ConfigError, GenerationSettings, TaskConfig
+from ..data.soap import SOAP
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
-from ..generation.notes_file import NotesFile, digest, read_dialogues
-from ..generation.prompt import check_prompt
+from ..generation.notes_file import NotesFile, digest, read_dialogues, read_fields
+from ..generation.prompt import check_prompt, prompt_texts, task_of
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
 
@@ -29,7 +32,7 @@ MOST_SHOWN = 8  # ids in a warning
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.sh generate",
-        description="Write the SOAP notes of dialogues. They are drafts for a clinician.",
+        description="Write the notes of dialogues. They are drafts for a clinician.",
     )
     add = parser.add_argument
     add("--adapter", help="a run's adapter/ folder; without it the base answers alone")
@@ -37,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
     add("--input", help="a JSONL file with `dialogue` and `id`")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
+    add("--field", action="append", default=[], help="NAME=VALUE, for a {NAME} of the request")
     add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
     add("--batch-size", type=int, default=ROWS, help="dialogues at a time")
     # Without these the settings are those of the adapter's run.
@@ -48,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="another seed, other notes")
     add("--no-repeat-ngram", type=int, help="no so many tokens twice in a note")
     add("--end-loops", action=yes_or_no, help="end a note that runs in circles")
-    add("--forced-headings", action=yes_or_no, help="force the four headings, and nothing else")
+    add("--forced-headings", action=yes_or_no, help="force the task's headings, nothing else")
     return parser
 
 
@@ -124,11 +128,58 @@ def read_dialogue(path: str) -> str:
     return dialogue
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of the model: its task, and what stands for each {NAME} of the request."""
+
+    task: TaskConfig
+    fields: dict[str, dict[str, str]]  # by the dialogue's id; {} where the request has no {NAME}
+
+    def as_text(self, key: str) -> str:
+        """What tells two requests on one dialogue apart; "" where all are the same."""
+        return json.dumps(self.fields[key], sort_keys=True) if key in self.fields else ""
+
+
+def read_request(
+    args: argparse.Namespace, source: dict, generation: GenerationSettings, dialogues: dict
+) -> Request:
+    """The task of the adapter or model, filled for each dialogue. Raises ConfigError.
+
+    source: of `generation_source`. dialogues: by id.
+    """
+    named = f"--adapter {args.adapter}" if args.adapter else f"--base {args.base}"
+    try:
+        task = task_of(source)
+    except ConfigError as error:
+        raise ConfigError(f"{named}: {error}") from error
+    if generation.forced_headings and not task.headings:
+        raise ConfigError(f"--forced-headings: the task of {named} has no headings")
+    given = {}
+    for field in args.field:
+        name, separator, value = field.partition("=")
+        if not separator or not value.strip() or name not in task.columns:
+            known = " and ".join(sorted(task.columns)) or "none"
+            raise ConfigError(f"--field {name}: write NAME=VALUE; the request's NAMEs are: {known}")
+        given[name] = value.strip()
+    missing = sorted(task.columns - given.keys())
+    if missing and not args.input:
+        raise ConfigError(
+            f"--field {missing[0]}=VALUE: the request of {named} has {{{missing[0]}}}, so say what "
+            "stands for it"
+        )
+    fields = {key: dict(given) for key in dialogues} if task.columns else {}
+    if missing:
+        for key, found in read_fields(args.input, missing).items():
+            fields[key] |= found
+    return Request(task, fields)
+
+
 def open_output(
     args: argparse.Namespace,
     dialogues: dict[str, str],
     source: dict,
     generation: GenerationSettings,
+    request: Request,
 ) -> NotesFile:
     """The output file, whose lines tell what made them. source: of `generation_source`."""
     made_by: dict[str, Any] = {
@@ -140,15 +191,27 @@ def open_output(
         weights = Path(args.adapter) / "adapter_model.safetensors"
         made_by["adapter"] = digest(weights.read_bytes())
     made_by |= generation.model_dump(mode="json")
-    return NotesFile(args.output, dialogues, made_by)
+    if request.task != SOAP:
+        made_by["prompt"] = digest(json.dumps(prompt_texts(request.task)))
+    asked = {key: text + request.as_text(key) for key, text in dialogues.items()}
+    return NotesFile(args.output, asked, made_by)
 
 
 def write_batch(
-    model, tokenizer, keys: list[str], dialogues: list[str], generation: GenerationSettings
+    model,
+    tokenizer,
+    keys: list[str],
+    dialogues: list[str],
+    generation: GenerationSettings,
+    request: Request,
 ) -> list[Note]:
     """The notes of some dialogues. keys: the dialogues' ids."""
-    prompts = {key: prompt_ids(tokenizer, text) for key, text in zip(keys, dialogues)}
-    return write_notes(model, tokenizer, prompts, generation)
+    task = request.task
+    prompts = {
+        key: prompt_ids(tokenizer, text, task, request.fields.get(key))
+        for key, text in zip(keys, dialogues)
+    }
+    return write_notes(model, tokenizer, prompts, generation, task=task)
 
 
 def write_file(
@@ -157,6 +220,7 @@ def write_file(
     load,
     generation: GenerationSettings,
     batch_size: int,
+    request: Request,
 ) -> None:
     """Writes the notes that the output lacks, in batches of like length, and closes it.
 
@@ -166,6 +230,7 @@ def write_file(
         load: gives (model, tokenizer); it is not called where no note is missing.
         generation: the settings.
         batch_size: dialogues at a time.
+        request: what is asked of them.
     """
     missing = [key for key in dialogues if key not in output.done]
     missing.sort(key=lambda key: len(dialogues[key][0]))
@@ -175,7 +240,7 @@ def write_file(
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
             texts = [dialogues[key][0] for key in keys]
-            notes = write_batch(model, tokenizer, keys, texts, generation)
+            notes = write_batch(model, tokenizer, keys, texts, generation, request)
             for key, note in zip(keys, notes):
                 turns_left_out = dialogues[key][1]
                 output.add(key, note, turns_left_out)
@@ -202,20 +267,23 @@ def generate(args: argparse.Namespace) -> None:
         dialogues = {args.dialogue: read_dialogue(args.dialogue)}
     source = generation_source(args.adapter, args.base)
     generation = choose_settings(args, source)
-    output = open_output(args, dialogues, source, generation) if args.output else None
+    request = read_request(args, source, generation, dialogues)
+    output = open_output(args, dialogues, source, generation, request) if args.output else None
     tokenizer = load_tokenizer(source["base"], source["revision"])
     if not args.any_prompt:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
     model_config = load_model_config(source["base"], source["revision"])
     context = model_config.max_position_embeddings
-    fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
+    fitted = fit_dialogues(
+        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
+    )
     warn_of_shortened(fitted, context)
     device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:
-        write_file(fitted, output, load, generation, args.batch_size)
+        write_file(fitted, output, load, generation, args.batch_size, request)
         rows = output.done.values()
         endings = count_endings([(row["ended"], row["looped"]) for row in rows])
         parts = [f"{count} of them {what}" for what, count in endings.items()]
@@ -223,7 +291,7 @@ def generate(args: argparse.Namespace) -> None:
     else:
         ((key, (dialogue, _)),) = fitted.items()
         model, tokenizer = load()
-        (note,) = write_batch(model, tokenizer, [key], [dialogue], generation)
+        (note,) = write_batch(model, tokenizer, [key], [dialogue], generation, request)
         for what in count_endings([(note.ended, note.looped)]):
             print(f"the note was {what}", file=sys.stderr)
         with contextlib.suppress(BrokenPipeError):

@@ -51,6 +51,19 @@ COMMANDS = {
         },
         takes_config=True,
     ),
+    "sweep": Command(
+        "A run for each combination of values, one after another or one on each GPU, and a table. "
+        "The same command goes on.",
+        "key=a,b,... [key=a,b,...] [--config FILE] [key=value ...]",
+        {
+            "key=a,b,...": "a key with several values, e.g. lr=1e-4,3e-4 lora.r=16,64; a list in "
+            "[brackets] is one value",
+            "--gpus N": "ranks of each run; without it one GPU for each run, and the runs side by "
+            "side, or 2 ranks on the CPU",
+            "--hostfile FILE": "the machines of each run, as for train",
+        },
+        takes_config=True,
+    ),
     "evaluate": Command(
         "Score a trained adapter, and its notes beside those of baselines.",
         "[--split SPLIT] [--notes N] [--config FILE] [key=value ...]",
@@ -72,7 +85,7 @@ COMMANDS = {
         takes_config=True,
     ),
     "generate": Command(
-        "Write the SOAP notes of dialogues. They are drafts for a clinician.",
+        "Write the notes of dialogues. They are drafts for a clinician.",
         "[--adapter DIR] [--dialogue FILE | --input FILE --output FILE]",
         {
             "--adapter DIR": "a run's adapter/ folder; without it the base answers alone",
@@ -81,6 +94,9 @@ COMMANDS = {
             "-)",
             "--input FILE": "a JSONL file with `dialogue` and `id`",
             "--output FILE": "the JSONL file for its notes; an unfinished one is resumed",
+            "--field NAME=VALUE": "where the request that the model was trained with has a {NAME}: "
+            "what stands for it, for all dialogues; without it each row of --input has a column "
+            "NAME",
             "--any-prompt": "write even where the model was trained with another prompt",
             "--batch-size N": "dialogues at a time",
             "--max-new-tokens N": "the longest note; this and what follows stand for the keys of "
@@ -93,7 +109,7 @@ COMMANDS = {
             "--seed N": "with a temperature: another seed, other notes",
             "--no-repeat-ngram N": "no N tokens in a row occur twice in a note; 0: they may",
             "--end-loops": "end a note that runs in circles; --no-end-loops: go on",
-            "--forced-headings": "force the four headings, and nothing else; --no-forced-headings: "
+            "--forced-headings": "force the task's headings, and nothing else; --no-forced-headings: "
             "leave them to the model",
         },
     ),

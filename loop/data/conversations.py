@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..config.schema import Config, ConfigError, DataConfig
+from ..config.schema import Config, ConfigError, DataConfig, TaskConfig
 from .decontamination import find_near_duplicates
 from .readers import MAX_ROW_BYTES, BadRow, columns_of, read_rows, sources_of
-from .soap import has_all_sections, soap_messages
+from .soap import SOAP, has_all_sections, heading_list, soap_messages
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED_COLUMNS = 12
@@ -32,6 +32,8 @@ class Conversation:
     note: str | None = None
     weight: float = 1.0  # how often an epoch visits it
     numbered: bool = False  # its id is the number of its row
+    # What stands for each {NAME} of the task's request.
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class SourceRow(NamedTuple):
@@ -57,9 +59,9 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
     data = config.data
     valid_is_from_train = data.valid is None and data.valid_fraction > 0
     if split == "valid" and valid_is_from_train:
-        rows, _ = _read_sources(data, "train")  # its bad rows are listed with train's
+        rows, _ = _read_sources(config, "train")  # its bad rows are listed with train's
         return [c for c, _ in rows if is_held_out(c, data.valid_fraction)], []
-    rows, problems = _read_sources(data, split)
+    rows, problems = _read_sources(config, split)
     if split == "train":
         held_out: list[Conversation] = []
         if valid_is_from_train:
@@ -125,8 +127,9 @@ def _remove_leaks(
     return [row for i, row in enumerate(rows) if i not in leaked], problems
 
 
-def _read_sources(data: DataConfig, split: str) -> tuple[list[Located], list[str]]:
+def _read_sources(config: Config, split: str) -> tuple[list[Located], list[str]]:
     """The conversations of all good rows of a split, and a line for every bad row."""
+    data = config.data
     found: dict[str, Located] = {}
     problems = []
     for row in _source_rows(data, split):
@@ -136,7 +139,7 @@ def _read_sources(data: DataConfig, split: str) -> tuple[list[Located], list[str
             where = f"{where} (id {key})"
             if key in found:
                 raise BadRow(f"this id occurs twice, first in {found[key][1]}: make ids unique")
-            conversation = check_row(row.content, key, data, row.weight)
+            conversation = check_row(row.content, key, data, row.weight, config.task)
             conversation = dataclasses.replace(conversation, numbered=numbered)
             found[key] = (conversation, where)
         except BadRow as problem:
@@ -196,19 +199,41 @@ def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
     return str(key), numbered
 
 
-def check_row(row: dict, key: str, data: DataConfig, weight: float = 1.0) -> Conversation:
+def check_row(
+    row: dict, key: str, data: DataConfig, weight: float = 1.0, task: TaskConfig = SOAP
+) -> Conversation:
     """The conversation of a row with the id `key`. Raises BadRow."""
     columns = columns_of(data)
     if "messages" in columns:
         return Conversation(key, _check_messages(row, columns["messages"]), weight=weight)
     dialogue = _check_text(_pick(row, columns["dialogue"]), "dialogue")
     note = _check_text(_pick(row, columns["note"]), "note")
-    if data.headings == "required" and not has_all_sections(note):
+    if data.headings == "required" and not has_all_sections(note, task):
         raise BadRow(
-            "the note lacks S:, O:, A:, P: in this order, each with a text: complete it, "
+            f"the note lacks {heading_list(task)} in this order, each with a text: complete it, "
             "or set data.headings=optional"
         )
-    return Conversation(key, soap_messages(dialogue, note), dialogue, note, weight)
+    fields = check_fields(row, task, columns)
+    messages = soap_messages(dialogue, note, task, fields)
+    return Conversation(key, messages, dialogue, note, weight, fields=fields)
+
+
+def check_fields(row: dict, task: TaskConfig, columns: dict[str, list[str]]) -> dict[str, str]:
+    """What stands for each {NAME} of the task's request in this row. Raises BadRow.
+
+    columns: of `columns_of`; a NAME that is not there is the column's own name.
+    """
+    return {
+        name: _check_field(_pick(row, columns.get(name, [name])), name)
+        for name in sorted(task.columns)
+    }
+
+
+def _check_field(value: Any, name: str) -> str:
+    """A value as it stands in the request: a text without blanks around it, or a number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return _check_text(value, name).strip()
 
 
 def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:

@@ -102,6 +102,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         truncated=[],
         without_headings=0,
         plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
+        headings=soap.heading_list(config.task),
     )
     supervise = config.data.supervise
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
@@ -114,13 +115,14 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
                 )
             shorter = None
             if config.data.overlong == "truncate_dialogue":
-                shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len, supervise)
+                shorter = shorten_to_fit(tokenizer, conversation, config)
             if shorter is None:
                 report.dropped.append(example.id)
                 continue
             report.truncated.append(example.id)
             example = shorter
-        if conversation.note is not None and not soap.has_all_sections(conversation.note):
+        note = conversation.note
+        if note is not None and not soap.has_all_sections(note, config.task):
             report.without_headings += 1
         examples.append(example)
     report.kept = len(examples)
@@ -135,29 +137,25 @@ def _encode_in_chunks(
         yield from zip(chunk, encode_examples(tokenizer, chunk, supervise))
 
 
-def shorten_to_fit(
-    tokenizer, conversation: Conversation, max_seq_len: int, supervise: str
-) -> Example | None:
+def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Example | None:
     """The example with as few turns removed from the middle of its dialogue as make it fit.
 
     The note and the prompt's frame stay complete. None where even the first and the last turn are
     too long, and for a row of messages, which has no dialogue.
 
-    Args:
-        conversation: the row, longer than `max_seq_len` tokens.
-        max_seq_len: tokens that the example may have.
-        supervise: as data.supervise.
+    conversation: the row, longer than config.max_seq_len tokens.
     """
     if not conversation.dialogue:
         return None
 
     def encode_with(dialogue: str) -> Example:
-        messages = soap.soap_messages(dialogue, conversation.note)
+        note, fields = conversation.note, conversation.fields
+        messages = soap.soap_messages(dialogue, note, config.task, fields)
         shorter = dataclasses.replace(conversation, messages=messages)
-        return encode_examples(tokenizer, [shorter], supervise)[0]
+        return encode_examples(tokenizer, [shorter], config.data.supervise)[0]
 
     fitted = soap.fit_dialogue(
-        conversation.dialogue, lambda dialogue: len(encode_with(dialogue)), max_seq_len
+        conversation.dialogue, lambda dialogue: len(encode_with(dialogue)), config.max_seq_len
     )
     if fitted is None:
         return None

@@ -14,8 +14,9 @@ class DatasetReport:
     skipped: list[str]  # bad rows, each with its file, row, id and remedy
     dropped: list[str]  # ids of examples longer than max_seq_len
     truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
-    without_headings: int  # notes of kept examples that lack S, O, A and P in order
+    without_headings: int  # notes of kept examples that lack the task's headings, in order
     plain_template: bool  # the base has no chat template, so the project's own was used
+    headings: str = ""  # of the task, as a line names them
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """The report as lines of a run's output; [] where every row became an example."""
@@ -31,7 +32,7 @@ class DatasetReport:
         if self.without_headings:
             lines.append(
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
-                "lack S:, O:, A:, P: in this order"
+                f"lack {self.headings} in this order"
             )
         if self.plain_template:
             lines.append(

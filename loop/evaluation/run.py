@@ -15,6 +15,7 @@ from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
 from ..data.conversations import Conversation, dialogue_text, read_split
 from ..data.dataset import load_examples
+from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
@@ -82,13 +83,13 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         ids = list(notes)
     if ids:
         chosen = [conversations[id] for id in ids]
-        rows, metrics = score_with_baselines(chosen, notes, train, ranks)
+        rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
         report["unsupported"] = list_unsupported(rows)
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
-            write_page(Path(options.html), title, rows, as_table(report["figures"]))
+            write_page(Path(options.html), title, rows, as_table(report["figures"], config.task))
     return report if ranks.is_main else {}
 
 
@@ -117,7 +118,14 @@ def evaluate_model(
             "left out": dataset_report.rows - dataset_report.kept,
         }
         notes = generate_sharded(
-            engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
+            engine,
+            tokenizer,
+            sampled,
+            config.generation,
+            ranks,
+            stop,
+            kept=kept,
+            task=config.task,
         )
         if kept:
             report |= finish_notes(kept, notes, ids, stop)
@@ -208,6 +216,8 @@ def open_notes(
         prompts.update(json.dumps([example.id, prompt_of(example).tolist()]).encode())
     generation = config.generation.model_dump(mode="json")
     by = options.by | {"generation": generation, "prompts": prompts.hexdigest()[:16]}
+    if config.generation.forced_headings and config.task.headings != SOAP.headings:
+        by["headings"] = [*config.task.headings]
     name = f"notes-{digest(json.dumps(by, sort_keys=True))[:8]}.jsonl"
     folder = config.folder / "evaluate" / options.split
     with contextlib.closing(KeptNotes(folder / name, dialogues, by, ranks)) as kept:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
+from ..config.schema import TaskConfig
+from ..data.soap import SOAP, has_all_sections, parse_note
 from .facts import Fact, Statements, distinct, extract_facts
 from .rouge import ROUGE, rouge_scores
 
@@ -22,6 +23,7 @@ FACT_KINDS = {
     "drug": "drugs",
     "side": "left and right",
 }
+TITLE_WIDTH = 28  # of the table's first column
 # Of white space without line breaks: many empty lines would be read again from each of them.
 _MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
 
@@ -42,13 +44,14 @@ class Row(NamedTuple):
 class ParsedNote:
     """A row, and what several metrics read of it, computed at most once."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, task: TaskConfig = SOAP) -> None:
         self.row = row
+        self.task = task
         self.words = row.note.split()
 
     @functools.cached_property
     def sections(self) -> dict[str, str]:
-        return parse_note(self.row.note)
+        return parse_note(self.row.note, self.task)
 
     @functools.cached_property
     def rouge(self) -> dict[str, float]:
@@ -58,10 +61,10 @@ class ParsedNote:
     @functools.cached_property
     def section_rouge(self) -> dict[str, dict[str, float]]:
         """The F1 of each section that the reference has, by heading."""
-        reference = parse_note(self.row.reference)
+        reference = parse_note(self.row.reference, self.task)
         return {
             heading: rouge_scores(reference[heading], self.sections.get(heading, ""))
-            for heading in HEADINGS
+            for heading in self.task.headings
             if reference.get(heading)
         }
 
@@ -86,7 +89,7 @@ def section_rouge(note: ParsedNote, heading: str, name: str) -> Score:
 
 
 def has_sections_in_order(note: ParsedNote) -> Score:
-    return float(has_all_sections(note.row.note)), 1.0
+    return float(has_all_sections(note.row.note, note.task)), 1.0
 
 
 def has_section(note: ParsedNote, heading: str) -> Score:
@@ -148,26 +151,9 @@ def _rouge_metrics() -> dict[str, Metric]:
     }
 
 
-def _section_rouge_metrics() -> dict[str, Metric]:
-    metrics = {}
-    for heading in HEADINGS:
-        for name, title in ROUGE.items():
-            score = functools.partial(section_rouge, heading=heading, name=name)
-            metrics[f"{heading}/{name}"] = Metric(f"  {NAMES[heading]}, {title}", score)
-    return metrics
-
-
-# In the order of the report and of the table.
+# In the order of the report and of the table. Those of sections come behind ROUGE: `metrics_of`.
 METRICS: dict[str, Metric] = {
     **_rouge_metrics(),
-    **_section_rouge_metrics(),
-    "sections": Metric("S, O, A, P, in order", has_sections_in_order),
-    **{
-        f"section/{heading}": Metric(
-            f"  has {heading}", functools.partial(has_section, heading=heading)
-        )
-        for heading in HEADINGS
-    },
     "ended": Metric("ended by itself (EOS)", ended),
     "looped": Metric("ran in circles, cut off", looped),
     "markdown": Metric("has markdown", markdown),
@@ -185,10 +171,36 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def score_note(row: Row) -> dict[str, Score]:
+def section_metrics(task: TaskConfig) -> dict[str, Metric]:
+    """The metrics of a task's sections; {} for a task without headings."""
+    if not task.headings:
+        return {}
+    metrics = {}
+    for heading, name in task.headings.items():
+        shown = name if isinstance(name, str) else heading
+        for rouge_name, title in ROUGE.items():
+            score = functools.partial(section_rouge, heading=heading, name=rouge_name)
+            metrics[f"{heading}/{rouge_name}"] = Metric(f"  {shown}, {title}", score)
+    title = f"{', '.join(task.headings)}, in order"
+    if len(title) > TITLE_WIDTH:
+        title = "all headings, in order"
+    metrics["sections"] = Metric(title, has_sections_in_order)
+    for heading in task.headings:
+        score = functools.partial(has_section, heading=heading)
+        metrics[f"section/{heading}"] = Metric(f"  has {heading}", score)
+    return metrics
+
+
+def metrics_of(task: TaskConfig) -> dict[str, Metric]:
+    """All metrics of a task's notes, in the order of the report and of the table."""
+    first = {name: METRICS[name] for name in ROUGE}
+    return {**first, **section_metrics(task), **METRICS}
+
+
+def score_note(row: Row, task: TaskConfig = SOAP) -> dict[str, Score]:
     """(numerator, denominator) of every metric for one note."""
-    note = ParsedNote(row)
-    return {name: metric.score(note) for name, metric in METRICS.items() if metric.score}
+    note = ParsedNote(row, task)
+    return {name: metric.score(note) for name, metric in metrics_of(task).items() if metric.score}
 
 
 def unsupported(row: Row) -> list[Fact]:
@@ -221,7 +233,7 @@ def interval(pairs: np.ndarray, draws: int = 1000) -> tuple[float | None, float 
     return low, high
 
 
-def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
+def summarise(systems: dict[str, list[dict]], task: TaskConfig = SOAP) -> dict[str, dict]:
     """{metric: {"value", "low", "high", and the value of every other system}}
 
     systems: name -> the scores of each example, as `score_note` returns them. The first system is
@@ -229,7 +241,7 @@ def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
     """
     (_, scores), *others = systems.items()
     report = {}
-    for name in METRICS:
+    for name in metrics_of(task):
         pairs = _pairs(scores, name)
         if not pairs[:, 1].any():
             continue
@@ -245,18 +257,19 @@ def _pairs(scores: list[dict], name: str) -> np.ndarray:
     return np.array([score.get(name, (0, 0)) for score in scores], dtype=np.float64)
 
 
-def as_table(report: dict[str, dict]) -> str:
+def as_table(report: dict[str, dict], task: TaskConfig = SOAP) -> str:
     """A report of `summarise` as text, a line for each metric."""
+    metrics = metrics_of(task)
     columns = dict.fromkeys(key for values in report.values() for key in values)
     others = [key for key in columns if key not in ("value", "low", "high")]
-    header = f"  {'':28}{'notes':>8}  {'95 % interval':^17}"
+    header = f"  {'':{TITLE_WIDTH}}{'notes':>8}  {'95 % interval':^17}"
     lines = [header + "".join(f"{other:>14}" for other in others)]
     for name, values in report.items():
-        metric = METRICS[name]
+        metric = metrics[name]
         cells = {
             key: "" if value is None else metric.format(value) for key, value in values.items()
         }
         span = f"{cells['low']} to {cells['high']}" if cells["low"] else ""
-        line = f"  {metric.title:28}{cells['value']:>8}  {span:^17}"
+        line = f"  {metric.title:{TITLE_WIDTH}}{cells['value']:>8}  {span:^17}"
         lines.append(line + "".join(f"{cells.get(other, ''):>14}" for other in others))
     return "\n".join(line.rstrip() for line in lines)

@@ -85,6 +85,22 @@ def read_dialogues(path: str) -> dict[str, str]:
     return {key: row["dialogue"] for key, (_, row) in rows.items()}
 
 
+def read_fields(path: str, names: list[str]) -> dict[str, dict[str, str]]:
+    """{id: {name: text}} of these columns of a JSONL file. Raises ConfigError naming the row."""
+    found: dict[str, dict[str, str]] = {}
+    for key, (where, row) in read_by_id(path, "--input").items():
+        found[key] = {}
+        for name in names:
+            value = row.get(name)
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ConfigError(
+                    f"{where}: has no text `{name}`, which the adapter's request needs: fill it, "
+                    f"or give --field {name}=VALUE for all rows"
+                )
+            found[key][name] = str(value).strip()
+    return found
+
+
 def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     """Notes by id, of a JSONL file with `id` and `note`, at least one for each of `ids`.
 

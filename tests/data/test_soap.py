@@ -3,7 +3,7 @@
 import pytest
 
 from loop.data.soap import (
-    REQUEST,
+    SOAP,
     before_next_heading,
     fit_dialogue,
     has_all_sections,
@@ -60,7 +60,7 @@ def test_a_heading_twice_keeps_both_texts():
 def test_training_and_generation_share_the_prompt():
     prompt, whole = soap_messages(" Doctor: hi "), soap_messages("Doctor: hi", " S: a ")
     assert whole[:2] == prompt
-    assert prompt[1]["content"] == REQUEST + "Doctor: hi"
+    assert prompt[1]["content"] == SOAP.request + "Doctor: hi"
     assert whole[2] == {"role": "assistant", "content": "S: a"}
 
 
