@@ -52,8 +52,7 @@ COMMANDS = {
         takes_config=True,
     ),
     "sweep": Command(
-        "A run for each combination of values, one after another or one on each GPU, and a table. "
-        "The same command goes on.",
+        "A run for each combination of values, and a table. The same command goes on after a stop.",
         "key=a,b,... [key=a,b,...] [--config FILE] [key=value ...]",
         {
             "key=a,b,...": "a key with several values, e.g. lr=1e-4,3e-4 lora.r=16,64; a list in "
@@ -109,8 +108,8 @@ COMMANDS = {
             "--seed N": "with a temperature: another seed, other notes",
             "--no-repeat-ngram N": "no N tokens in a row occur twice in a note; 0: they may",
             "--end-loops": "end a note that runs in circles; --no-end-loops: go on",
-            "--forced-headings": "force the task's headings, and nothing else; --no-forced-headings: "
-            "leave them to the model",
+            "--forced-headings": "force the task's headings, and nothing else; "
+            "--no-forced-headings: leave them to the model",
         },
     ),
     "merge": Command(

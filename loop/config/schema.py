@@ -523,7 +523,8 @@ class Config(Section):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.adapter and self.method == "full":
             raise ValueError(
-                f"adapter={self.adapter}: method=full trains no adapter; merge it into the base first"
+                f"adapter={self.adapter}: method=full trains no adapter; merge it into the base "
+                "first"
             )
         name = Path(self.run.name)
         if name.name in ("", "..") or name.is_absolute():

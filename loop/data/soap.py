@@ -89,8 +89,9 @@ def fit_dialogue(
 def _heading_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     """What matches a heading; its spelling is the group `colon` or `alone`.
 
-    "S:", "Subjective:" or "**S:**" at the start of a line; "PLAN" on a line of its own; the colon may be the wide one of Chinese and Japanese. Markdown is
-    tolerated, so that models without fine-tuning are judged on content.
+    "S:", "Subjective:" or "**S:**" at the start of a line; "PLAN" on a line of its own. The colon
+    may be the wide one of Chinese and Japanese. Markdown is tolerated, so that models without
+    fine-tuning are judged on content.
     """
     capitals = [text for text in spellings if len(text) > 1 and text.isupper()]
     forms = [rf"(?P<colon>{_one_of(spellings)})[ \t*_]*[:：][ \t*_]*"]

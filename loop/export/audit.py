@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -117,7 +118,7 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
     dtype_name = str(dtype).removeprefix("torch.")
     own_prompts = "messages" in config.data.columns or config.data.supervise == "all"
     tokenizer = load_tokenizer(config.base, config.revision)
-    described = {
+    described: dict[str, Any] = {
         "base": config.base,
         "revision": config.revision,
         "base_fingerprint": base_fingerprint(config.base, config.revision),

@@ -140,7 +140,9 @@ def measure_ways(
 ) -> dict[str, dict]:
     """Of the adapter and of each merged model in `folder`: loss, and how many notes are complete.
 
-    config: the run's, of which task and generation count. Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `prompts` with
+    config: the run's, of which task and generation count.
+
+    Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `prompts` with
     all sections, and `same`, those that are the adapter's word for word. Raises ConfigError
     where a loss can't be measured, AuditError where a folder can't be loaded.
     """

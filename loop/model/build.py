@@ -20,7 +20,6 @@ from ..memory.planner import choose_micro_batch, choose_weight_placement, free_g
 from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
 from .activation_checkpointing import use_checkpointing
 from .loading import load_model
-from .lora import load_start
 from .quantization import compute_dtype
 from .replay import can_replay
 from .structure import attention_shape, decoder_layers
@@ -61,9 +60,7 @@ def build_model(
     fused, layers_warning = choose_fused_layers(config, dtype, ranks)
     # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
     seed_everything(config.seed)
-    model = load_model(config, ds_config, ranks.device, backend)
-    if config.adapter:
-        load_start(model, config.adapter)
+    model = load_model(config, ds_config, ranks.device, backend, start=config.adapter)
     dropout = install_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     num_trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_parameters(model))
 

@@ -1,7 +1,7 @@
-"""`./launch.sh sweep`: runs one after another, or one on each GPU, and a table of what they came to.
+"""`./launch.sh sweep`: runs one after another, or one on each GPU, and a table of their results.
 
-Each is an ordinary run, started as `./launch.sh train` starts it. Finished ones are not repeated, so
-the same command goes on after a stop; one that fails is said, and the others go on.
+Each is an ordinary run, started as `./launch.sh train` starts it. Finished ones are not repeated,
+so the same command goes on after a stop; one that fails is said, and the others go on.
 """
 
 import contextlib

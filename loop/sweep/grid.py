@@ -15,7 +15,6 @@ from ..config.cli import load_config, take_options
 from ..config.schema import Config, ConfigError
 
 MAX_NAME = 150  # characters of a run's name
-RANK_OPTIONS = ("--gpus", "--hostfile")  # of train; each run gets them
 
 
 class Run(NamedTuple):
@@ -79,18 +78,17 @@ def plan_sweep(argv: list[str]) -> Sweep:
     `-sweep` behind it. Raises ConfigError.
     """
     args = list(argv)
-    options = take_options(args, dict.fromkeys(("--config", *RANK_OPTIONS)))
+    options = take_options(args, {"--gpus": None, "--hostfile": None})
+    ranks = [f"{name}={value}" for name, value in options.items() if value]  # of each run
     axes, others = read_axes(args)
-    file = ["--config", options["--config"]] if options["--config"] else []
-    ranks = [f"{name}={options[name]}" for name in RANK_OPTIONS if options[name]]
-    first = load_config([*file, *others, *(f"{key}={values[0]}" for key, values in axes.items())])
+    first = load_config([*others, *(f"{key}={values[0]}" for key, values in axes.items())])
     named = any(arg.startswith("run.name=") for arg in others)
     folder = first.folder if named else first.folder.with_name(f"{first.run.name}-sweep")
     if (folder / "config.yaml").exists():
         raise ConfigError(f"run.name={folder.name}: is a run's own folder; give another name")
     if not first.data.valid and not first.data.valid_fraction:
         raise ConfigError("data.valid: a sweep needs validation examples to compare its runs by")
-    runs = []
+    runs: list[Run] = []
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination))
         name = run_name(values)
@@ -98,5 +96,5 @@ def plan_sweep(argv: list[str]) -> Sweep:
             name = f"run-{len(runs) + 1}"
         words = [*others, *(f"{key}={value}" for key, value in values.items())]
         words += [f"run.dir={folder}", f"run.name={name}"]
-        runs.append(Run(values, [*ranks, *file, *words], load_config([*file, *words])))
+        runs.append(Run(values, [*ranks, *words], load_config(words)))
     return Sweep(folder, runs, bool(ranks))

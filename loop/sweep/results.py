@@ -73,7 +73,7 @@ def as_table(sweep: Sweep, results: list[Result], failed: dict[int, int]) -> str
     rows = [[*sweep.runs[0].values, str(choice), "at step", "steps", ""]]
     best = winner(sweep, results)
     for number, (run, result) in enumerate(zip(sweep.runs, results)):
-        state = "finished" if result.finished else "not finished" if result.steps else "not begun"
+        state = "finished" if result.finished else "not finished"
         if number in failed:
             state = f"failed, exit code {failed[number]}"
         value = "" if result.value is None else f"{result.value:.4f}"

@@ -6,8 +6,8 @@ import pytest
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.data.soap import SOAP
 from loop.data.conversations import read_split
+from loop.data.soap import SOAP
 from loop.evaluation.baselines import rows_of, score_with_baselines
 from loop.evaluation.choosing import Choice, chosen_examples, read_references, score_notes
 from loop.evaluation.scoring import metrics_of, score_note

@@ -11,11 +11,11 @@ from loop.data.soap import SOAP
 from loop.evaluation import scoring
 from loop.evaluation.scoring import (
     METRICS,
-    metrics_of,
     Metric,
     Row,
     as_table,
     interval,
+    metrics_of,
     ratio,
     score_note,
     summarise,
