@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from ..config.schema import ConfigError, GenerationSettings
+from ..data.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..generation.decode import ROWS, Note, write_notes
@@ -35,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", help="a run's adapter/ folder; without it the base answers alone")
     add("--base", help="the base, where it is not the one the adapter names")
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
-    add("--input", help="a JSONL file with `dialogue` and `id`")
+    add("--input", help="a source of dialogues, named as in data.test")
+    add("columns", nargs="?", metavar="data.columns=...", help="the names of its columns")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
     add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
     add("--batch-size", type=int, default=ROWS, help="dialogues at a time")
@@ -63,8 +66,24 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     # The run's temperature is not known yet.
     check_settings({"temperature": 1.0} | given_settings(args))
     if bool(args.input) != bool(args.output) or (args.input and args.dialogue != "-"):
-        raise ConfigError("give --input FILE.jsonl and --output FILE.jsonl, or --dialogue FILE")
+        raise ConfigError("give --input SOURCE and --output FILE.jsonl, or --dialogue FILE")
+    if args.columns and not args.input:
+        raise ConfigError(f"{args.columns}: means something only with --input")
     return args
+
+
+def parse_columns(option: str | None) -> dict | None:
+    """The columns of `data.columns={dialogue: NAME}`. Raises ConfigError."""
+    if option is None:
+        return None
+    key, _, value = option.partition("=")
+    try:
+        columns = yaml.safe_load(value)
+    except yaml.YAMLError:
+        columns = None
+    if key != "data.columns" or not isinstance(columns, dict):
+        raise ConfigError(f"{option}: write 'data.columns={{id: NAME, dialogue: NAME}}'")
+    return columns
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +134,10 @@ def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSetting
 def read_dialogue(path: str) -> str:
     """The dialogue of a text file, or of standard input for "-". Raises ConfigError."""
     try:
-        dialogue = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        if path == "-":
+            dialogue = clean_text(sys.stdin.read())
+        else:
+            dialogue = decode_text(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--dialogue {path}: {reason}") from error
@@ -197,7 +219,7 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
     if args.input:
-        dialogues = read_dialogues(args.input)
+        dialogues = read_dialogues(args.input, parse_columns(args.columns))
     else:
         dialogues = {args.dialogue: read_dialogue(args.dialogue)}
     source = generation_source(args.adapter, args.base)

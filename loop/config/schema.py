@@ -39,15 +39,18 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the examples come from, and what happens to those that can't be used.
 
-    A source is a .jsonl, .json, .csv or .parquet file, a folder of `NAME.dialogue.txt` and
-    `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id. `SOURCE:SPLIT` names a split
-    of the last two; otherwise train, validation and test are taken.
+    A source is a file (.jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed as .gz,
+    .bz2 or .xz), a pattern of such, a folder of `NAME.dialogue.txt` and `NAME.note.txt` pairs, a
+    folder in the hub's layout or of save_to_disk, or a hub id. `SOURCE@REVISION:SUBSET:SPLIT` names
+    a part of the last ones; otherwise train, validation and test are taken.
     """
 
     train: str | list[str] = Field(
         description="The source of the training examples, or a list of sources: a file (.jsonl, "
-        ".json, .csv, .parquet), a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder "
-        "in the hub's layout, or a hub id; SOURCE:SPLIT names a split of the last two.",
+        ".ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed .gz, .bz2, .xz), a pattern such "
+        "as visits/*.csv, a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder in the "
+        "hub's layout or of save_to_disk, or a hub id; SOURCE@REVISION:SUBSET:SPLIT names a part "
+        "of the last ones.",
     )
     valid: str | list[str] | None = Field(
         None, description="The source of the validation examples, named as in data.train."
@@ -67,10 +70,13 @@ class DataConfig(Section):
         description="Without data.valid: this fraction of data.train, chosen by a hash of the id, "
         "is the validation split and is not trained on.",
     )
-    columns: dict[Literal["id", "dialogue", "note", "messages"], str | list[str]] = Field(
+    columns: dict[
+        Literal["id", "dialogue", "note", "messages", "conversations"], str | list[str]
+    ] = Field(
         {"id": "id", "dialogue": "dialogue", "note": "soap"},
         description="The names of your columns: for id, dialogue and note, or for messages (a "
-        "chat, of which every assistant's turn is supervised). Of a list of names the first one "
+        "chat, of which every assistant's turn is supervised), or for conversations (a chat as "
+        "ShareGPT writes it, with from and value). Of a list of names the first one "
         "that a source has counts.",
     )
     supervise: Literal["note", "all"] = Field(
@@ -82,6 +88,11 @@ class DataConfig(Section):
         "optional",
         description="required: a note without the headings S, O, A and P, in order, is a bad row; "
         "optional: such notes are counted.",
+    )
+    normalize_headings: bool = Field(
+        False,
+        description="Write headings such as Subjective:, **S:**, ## Plan, 1. Objective: or A/P: as "
+        "S:, O:, A: and P: before anything else; what was changed is counted.",
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop",
@@ -466,8 +477,11 @@ class Config(Section):
                     f"data.weights={weights}: give one number above 0 for each of the {count} "
                     "sources of data.train"
                 )
-        if "messages" not in data.columns and not {"dialogue", "note"} <= set(data.columns):
-            raise ValueError("data.columns must map either messages, or dialogue and note")
+        chats = {"messages", "conversations"} & set(data.columns)
+        if len(chats) > 1 or not (chats or {"dialogue", "note"} <= set(data.columns)):
+            raise ValueError(
+                "data.columns must map either messages, or conversations, or dialogue and note"
+            )
 
     @property
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -104,6 +105,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
     )
     supervise = config.data.supervise
+    seen: set[bytes] = set()
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
         if len(example) > config.max_seq_len:
             if config.data.overlong == "error":
@@ -122,9 +124,20 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             example = shorter
         if conversation.note is not None and not soap.has_all_sections(conversation.note):
             report.without_headings += 1
+        report.notes_normalized += conversation.headings_changed > 0
+        report.headings_normalized += conversation.headings_changed
+        report.duplicates += _is_repeated(example, seen)
         examples.append(example)
     report.kept = len(examples)
     return examples, report
+
+
+def _is_repeated(example: Example, seen: set[bytes]) -> bool:
+    """Whether an example with the same tokens is in `seen`, where it is from now on."""
+    key = hashlib.blake2b(example.input_ids.tobytes(), digest_size=16).digest()
+    repeated = key in seen
+    seen.add(key)
+    return repeated
 
 
 def _encode_in_chunks(

@@ -18,8 +18,17 @@ REQUEST = (
 )
 # "S:", "Subjective:" or "**S:**" at the start of a line. Markdown is tolerated here, so that models
 # without fine-tuning are judged on content.
+# A pulse ("P: 80, regular") or a saturation ("S: 98 %") among the findings is no heading.
+VITAL_SIGN = (
+    r"(?:P[ \t]*:[ \t]*\d{2,3}[ \t]*"
+    r"(?:$|[,;]|\.[ \t]*$|/[ \t]*min|bpm|beats|reg|irreg|and reg|(?:RR?|T|BP|SpO2|Resp)\b)"
+    r"|S[ \t]*:[ \t]*\d{2,3}[ \t]*%)"
+)
 _HEADING = re.compile(
-    r"^[ \t>#*_]*(" + "|".join([*HEADINGS, *NAMES.values()]) + r")[ \t*_]*:[ \t*_]*", re.MULTILINE
+    rf"^[ \t>#*_]*(?!{VITAL_SIGN})("
+    + "|".join([*HEADINGS, *NAMES.values()])
+    + r")[ \t*_]*:[ \t*_]*",
+    re.MULTILINE,
 )
 
 
@@ -112,3 +121,48 @@ def has_all_sections(note: str) -> bool:
     """Whether S, O, A and P are all there, in this order, each with a text."""
     sections = parse_note(note)
     return tuple(sections) == HEADINGS and all(sections.values())
+
+
+# A line that begins a section in somebody's own style: "Subjective:", "**S:**", "## Plan", "S -",
+# "1. Objective:", "A/P:", "Assessment and Plan:".
+_STYLED = re.compile(
+    r"(?P<mark>[ \t>#*_]*)(?P<number>\d[.)][ \t]*)?(?P<bold>[*_]*)"
+    r"(?P<name>(?:assessment|a)[ \t]*(?:/|&|and)[ \t]*(?:plan|p)"
+    r"|subjective|objective|assessment|plan|[SOAP])"
+    r"[ \t*_]*(?P<end>:|[-\u2013\u2014](?=\s|$)|$)[ \t*_]*(?P<text>.*)",
+    re.IGNORECASE,
+)
+_VITAL_LINE = re.compile(VITAL_SIGN)
+
+
+def normalize_headings(note: str) -> tuple[str, int]:
+    """(the note with its headings written S:, O:, A:, P:, how many were written otherwise).
+
+    A heading of one letter counts where it is the next one in order, so a pulse among the findings
+    stays there. A joint "Assessment and Plan" becomes A, up to a line that begins P: nothing says
+    which of its sentences is which.
+    """
+    lines = note.strip().split("\n")
+    changed = 0
+    section = -1  # index in HEADINGS of the section that the line is in
+    for i, line in enumerate(lines):
+        match = _STYLED.fullmatch(line)
+        if not match or _VITAL_LINE.match(line.lstrip()):
+            continue
+        name = match["name"]
+        letter = name[0].upper()
+        marked = bool(match["mark"].strip() or match["bold"] or match["number"])
+        if len(name) == 1 and match["end"] != ":":
+            following = HEADINGS[section + 1 : section + 2] == (letter,)
+            if name != letter or not following or not (marked or match["end"]):
+                continue
+        if len(name) == 1 and name != letter:
+            continue
+        if len(name) > 1 and match["end"] in ("-", "\u2013", "\u2014") and not name[0].isupper():
+            continue  # "plan - as before" goes on with a sentence
+        written = f"{letter}: {match['text']}".rstrip()
+        section = HEADINGS.index(letter)
+        if written != line.rstrip():
+            lines[i] = written
+            changed += 1
+    return "\n".join(lines), changed

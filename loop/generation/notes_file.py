@@ -11,7 +11,10 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..config.schema import ConfigError
+from pydantic import ValidationError
+
+from ..config.schema import ConfigError, DataConfig
+from ..data.conversations import read_dialogues as read_dialogues_of
 from ..data.readers import BadRow, read_json
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
@@ -69,20 +72,23 @@ def _is_torn(path: str, last_row: Any) -> bool:
     return isinstance(last_row, BadRow) or (isinstance(last_row, dict) and "by" in last_row)
 
 
-def read_dialogues(path: str) -> dict[str, str]:
-    """Dialogues by id, of a JSONL file with `dialogue` and `id`.
+def read_dialogues(source: str, columns: dict | None = None) -> dict[str, str]:
+    """Dialogues by id, of any source of data.test, with the ids that evaluate gives its rows.
 
-    Raises ConfigError naming the row, never its text.
+    columns: as data.columns. Raises ConfigError naming the row, never its text.
     """
-    rows = read_by_id(path, "--input")
-    for where, row in rows.values():
-        if not isinstance(row.get("dialogue"), str) or not row["dialogue"].strip():
-            raise ConfigError(f"{where}: has no text `dialogue`: fill it or remove the row")
-        if SURROGATES.search(row["dialogue"]):
-            raise ConfigError(f"{where}: its dialogue holds half a surrogate pair: remove it")
-    if not rows:
-        raise ConfigError(f"--input {path}: the file is empty")
-    return {key: row["dialogue"] for key, (_, row) in rows.items()}
+    columns = columns or {"id": "id", "dialogue": "dialogue"}
+    if "dialogue" not in columns:
+        raise ConfigError("data.columns: generate reads dialogues; map dialogue")
+    try:
+        data = DataConfig(train=source, test=source, columns={"note": "soap"} | columns)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        raise ConfigError(f"data.columns: {mistake['msg']}") from error
+    try:
+        return read_dialogues_of(data, "test")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"data.test={source}", f"--input {source}")) from error
 
 
 def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:

@@ -155,7 +155,10 @@ def test_kept_notes_of_other_settings_or_of_a_running_evaluation_are_refused(tmp
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"id": "a", "dialogue": "b \ud83d"}, "row 1: its dialogue holds half a surrogate pair"),
+        (
+            {"id": "a", "dialogue": "b \ud83d"},
+            r"row 1 \(id a\): dialogue is not UTF-8, or holds half a surrogate pair",
+        ),
         ({"id": "\ud83d", "dialogue": "b"}, "row 1: its id must be a number"),
     ],
 )
