@@ -10,16 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from ..config.schema import ConfigError, GenerationSettings, TaskConfig
+from ..data.conversations import Question
+from ..data.readers import clean_text, decode_text
 from ..data.soap import SOAP
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
-from ..generation.notes_file import NotesFile, digest, read_dialogues, read_fields
+from ..generation.notes_file import NotesFile, digest, read_questions
 from ..generation.prompt import check_prompt, prompt_texts, task_of
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
@@ -38,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", help="a run's adapter/ folder; without it the base answers alone")
     add("--base", help="the base, where it is not the one the adapter names")
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
-    add("--input", help="a JSONL file with `dialogue` and `id`")
+    add("--input", help="a source of dialogues, named as in data.test")
+    add("columns", nargs="?", metavar="data.columns=...", help="the names of its columns")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
     add("--field", action="append", default=[], help="NAME=VALUE, for a {NAME} of the request")
     add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
@@ -67,8 +71,24 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     # The run's temperature is not known yet.
     check_settings({"temperature": 1.0} | given_settings(args))
     if bool(args.input) != bool(args.output) or (args.input and args.dialogue != "-"):
-        raise ConfigError("give --input FILE.jsonl and --output FILE.jsonl, or --dialogue FILE")
+        raise ConfigError("give --input SOURCE and --output FILE.jsonl, or --dialogue FILE")
+    if args.columns and not args.input:
+        raise ConfigError(f"{args.columns}: means something only with --input")
     return args
+
+
+def parse_columns(option: str | None) -> dict | None:
+    """The columns of `data.columns={dialogue: NAME}`. Raises ConfigError."""
+    if option is None:
+        return None
+    key, _, value = option.partition("=")
+    try:
+        columns = yaml.safe_load(value)
+    except yaml.YAMLError:
+        columns = None
+    if key != "data.columns" or not isinstance(columns, dict):
+        raise ConfigError(f"{option}: write 'data.columns={{id: NAME, dialogue: NAME}}'")
+    return columns
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,7 +139,10 @@ def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSetting
 def read_dialogue(path: str) -> str:
     """The dialogue of a text file, or of standard input for "-". Raises ConfigError."""
     try:
-        dialogue = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        if path == "-":
+            dialogue = clean_text(sys.stdin.read())
+        else:
+            dialogue = decode_text(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--dialogue {path}: {reason}") from error
@@ -140,20 +163,16 @@ class Request:
         return json.dumps(self.fields[key], sort_keys=True) if key in self.fields else ""
 
 
-def read_request(
-    args: argparse.Namespace, source: dict, generation: GenerationSettings, dialogues: dict
-) -> Request:
-    """The task of the adapter or model, filled for each dialogue. Raises ConfigError.
+def read_task(args: argparse.Namespace, source: dict) -> tuple[TaskConfig, dict[str, str]]:
+    """(the task of the adapter or model, what --field gives). Raises ConfigError.
 
-    source: of `generation_source`. dialogues: by id.
+    source: of `generation_source`.
     """
     named = f"--adapter {args.adapter}" if args.adapter else f"--base {args.base}"
     try:
         task = task_of(source)
     except ConfigError as error:
         raise ConfigError(f"{named}: {error}") from error
-    if generation.forced_headings and not task.headings:
-        raise ConfigError(f"--forced-headings: the task of {named} has no headings")
     given = {}
     for field in args.field:
         name, separator, value = field.partition("=")
@@ -167,11 +186,23 @@ def read_request(
             f"--field {missing[0]}=VALUE: the request of {named} has {{{missing[0]}}}, so say what "
             "stands for it"
         )
-    fields = {key: dict(given) for key in dialogues} if task.columns else {}
-    if missing:
-        for key, found in read_fields(args.input, missing).items():
-            fields[key] |= found
-    return Request(task, fields)
+    return task, given
+
+
+def read_input(args: argparse.Namespace, source: dict) -> tuple[dict[str, str], Request]:
+    """(the dialogues by id, what is asked of each). Raises ConfigError.
+
+    source: of `generation_source`.
+    """
+    task, given = read_task(args, source)
+    if args.input:
+        names = task.columns - given.keys()
+        found = read_questions(args.input, parse_columns(args.columns), names)
+    else:
+        found = {args.dialogue: Question(read_dialogue(args.dialogue), {})}
+    fields = {key: given | question.fields for key, question in found.items()}
+    dialogues = {key: question.dialogue for key, question in found.items()}
+    return dialogues, Request(task, fields if task.columns else {})
 
 
 def open_output(
@@ -261,13 +292,11 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
-    if args.input:
-        dialogues = read_dialogues(args.input)
-    else:
-        dialogues = {args.dialogue: read_dialogue(args.dialogue)}
     source = generation_source(args.adapter, args.base)
     generation = choose_settings(args, source)
-    request = read_request(args, source, generation, dialogues)
+    dialogues, request = read_input(args, source)
+    if generation.forced_headings and not request.task.headings:
+        raise ConfigError("--forced-headings: the task of this model has no headings")
     output = open_output(args, dialogues, source, generation, request) if args.output else None
     tokenizer = load_tokenizer(source["base"], source["revision"])
     if not args.any_prompt:

@@ -85,13 +85,14 @@ COMMANDS = {
     ),
     "generate": Command(
         "Write the notes of dialogues. They are drafts for a clinician.",
-        "[--adapter DIR] [--dialogue FILE | --input FILE --output FILE]",
+        "[--adapter DIR] [--dialogue FILE | --input SOURCE --output FILE]",
         {
             "--adapter DIR": "a run's adapter/ folder; without it the base answers alone",
             "--base BASE": "the base, where it is not the one that the adapter names",
             "--dialogue FILE": "a text file with the dialogue, or - for standard input (default: "
             "-)",
-            "--input FILE": "a JSONL file with `dialogue` and `id`",
+            "--input SOURCE": "dialogues of any kind that data.test reads; after the options, "
+            "data.columns={dialogue: NAME} names their columns",
             "--output FILE": "the JSONL file for its notes; an unfinished one is resumed",
             "--field NAME=VALUE": "where the request that the model was trained with has a {NAME}: "
             "what stands for it, for all dialogues; without it each row of --input has a column "

@@ -47,7 +47,7 @@ REQUEST = (
     "in plain text without markdown. State only what was said.\n\n"
 )
 # What data.columns maps; other names there stand for the {columns} of a request.
-COLUMNS = ("id", "dialogue", "note", "messages")
+COLUMNS = ("id", "dialogue", "note", "messages", "conversations")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -131,15 +131,18 @@ class TaskConfig(Section):
 class DataConfig(Section):
     """Where the examples come from, and what happens to those that can't be used.
 
-    A source is a .jsonl, .json, .csv or .parquet file, a folder of `NAME.dialogue.txt` and
-    `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id. `SOURCE:SPLIT` names a split
-    of the last two; otherwise train, validation and test are taken.
+    A source is a file (.jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed as .gz,
+    .bz2 or .xz), a pattern of such, a folder of `NAME.dialogue.txt` and `NAME.note.txt` pairs, a
+    folder in the hub's layout or of save_to_disk, or a hub id. `SOURCE@REVISION:SUBSET:SPLIT` names
+    a part of the last ones; otherwise train, validation and test are taken.
     """
 
     train: str | list[str] = Field(
         description="The source of the training examples, or a list of sources: a file (.jsonl, "
-        ".json, .csv, .parquet), a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder "
-        "in the hub's layout, or a hub id; SOURCE:SPLIT names a split of the last two.",
+        ".ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed .gz, .bz2, .xz), a pattern such "
+        "as visits/*.csv, a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder in the "
+        "hub's layout or of save_to_disk, or a hub id; SOURCE@REVISION:SUBSET:SPLIT names a part "
+        "of the last ones.",
     )
     valid: str | list[str] | None = Field(
         None, description="The source of the validation examples, named as in data.train."
@@ -162,8 +165,9 @@ class DataConfig(Section):
     columns: dict[str, str | list[str]] = Field(
         {"id": "id", "dialogue": "dialogue", "note": "soap"},
         description="The names of your columns: for id, dialogue and note, or for messages (a "
-        "chat, of which every assistant's turn is supervised), and for each {NAME} of "
-        "task.request. Of a list of names the first one that a source has counts.",
+        "chat, of which every assistant's turn is supervised), or for conversations (a chat as "
+        "ShareGPT writes it, with from and value), and for each {NAME} of task.request. Of a list "
+        "of names the first one that a source has counts.",
     )
     supervise: Literal["note", "all"] = Field(
         "note",
@@ -174,6 +178,11 @@ class DataConfig(Section):
         "optional",
         description="required: a note without task.headings, in order, is a bad row; "
         "optional: such notes are counted.",
+    )
+    normalize_headings: bool = Field(
+        False,
+        description="Write headings such as Subjective:, **S:**, ## Plan, 1. Objective: or A/P: as "
+        "task.headings before anything else (S:, O:, A: and P:); what was changed is counted.",
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop",
@@ -567,8 +576,11 @@ class Config(Section):
                     f"data.weights={weights}: give one number above 0 for each of the {count} "
                     "sources of data.train"
                 )
-        if "messages" not in data.columns and not {"dialogue", "note"} <= set(data.columns):
-            raise ValueError("data.columns must map either messages, or dialogue and note")
+        chats = {"messages", "conversations"} & set(data.columns)
+        if len(chats) > 1 or not (chats or {"dialogue", "note"} <= set(data.columns)):
+            raise ValueError(
+                "data.columns must map either messages, or conversations, or dialogue and note"
+            )
         if unknown := sorted(data.columns.keys() - self.task.columns - set(COLUMNS)):
             raise ValueError(
                 f"data.columns.{unknown[0]}: is none of {', '.join(COLUMNS)}, and task.request has "
@@ -582,6 +594,8 @@ class Config(Section):
             return
         if self.data.headings == "required":
             raise ValueError("data.headings=required: task.headings names none; set it to optional")
+        if self.data.normalize_headings:
+            raise ValueError("data.normalize_headings=true: task.headings names none to write")
         if self.generation.forced_headings:
             raise ValueError("generation.forced_headings=true: task.headings names none to force")
 

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
-from .readers import digest_sources
 from .report import DatasetReport
+from .sources import digest_sources
 from .tokenization import Example
 
 MAX_FILES = 8  # the oldest ones above this number are removed
@@ -77,7 +77,7 @@ def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
     """The examples and their report; None where the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
-            about = json.loads(file.metadata()["about"])
+            about = json.loads(file.get_tensor("about").tobytes())
             input_ids = file.get_tensor("input_ids")
             labels = file.get_tensor("labels")
             ends = file.get_tensor("ends")
@@ -109,10 +109,12 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
         "input_ids": np.concatenate([e.input_ids for e in examples]),
         "labels": np.concatenate([e.labels for e in examples]),
         "ends": np.cumsum([len(e) for e in examples]),
+        # A tensor, because a header of safetensors holds at most 100 MB: some million ids.
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
     }
     unfinished = path.with_suffix(".writing")
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, unfinished, metadata={"about": json.dumps(about)})
+        save_file(tensors, unfinished)
         unfinished.rename(path)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:

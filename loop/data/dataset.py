@@ -5,6 +5,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,6 +106,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         headings=soap.heading_list(config.task),
     )
     supervise = config.data.supervise
+    seen: set[bytes] = set()
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
         if len(example) > config.max_seq_len:
             if config.data.overlong == "error":
@@ -124,9 +126,20 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         note = conversation.note
         if note is not None and not soap.has_all_sections(note, config.task):
             report.without_headings += 1
+        report.notes_normalized += conversation.headings_changed > 0
+        report.headings_normalized += conversation.headings_changed
+        report.duplicates += _is_repeated(example, seen)
         examples.append(example)
     report.kept = len(examples)
     return examples, report
+
+
+def _is_repeated(example: Example, seen: set[bytes]) -> bool:
+    """Whether an example with the same tokens is in `seen`, where it is from now on."""
+    key = hashlib.blake2b(example.input_ids.tobytes(), digest_size=16).digest()
+    repeated = key in seen
+    seen.add(key)
+    return repeated
 
 
 def _encode_in_chunks(

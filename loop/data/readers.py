@@ -1,29 +1,32 @@
-"""From a source to its rows: one reader for each format.
+"""From a file to its rows: one reader for each format.
 
 A new format is one generator and one entry in `READERS`, keyed by the file's suffix. A reader takes
 a path and yields (row number, row) for each row. In place of a row that can't be read it yields a
-`BadRow`, and does not raise it: so no row is lost, and the rows after it are still read.
+`BadRow`, and does not raise it: so no row is lost, and the rows after it are still read. Which file
+a source means stands in sources.py.
 """
 
+import bz2
+import codecs
 import csv
-import functools
-import hashlib
+import gzip
+import io
+import itertools
 import json
-import tempfile
-from collections.abc import Callable, Iterator
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import pyarrow.parquet
 
-from ..config.schema import ROOT, Config, ConfigError, DataConfig
+from ..config.schema import ConfigError
 
-if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
-    import datasets
-
-# Our name of a split -> the hub's usual name.
-SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # of compressed files
 
 
 class BadRow(ValueError):
@@ -33,37 +36,71 @@ class BadRow(ValueError):
 Rows = Iterator[tuple[int, dict | BadRow]]  # (row number from 1, the row or what is wrong with it)
 
 
-def columns_of(data: DataConfig) -> dict[str, list[str]]:
-    """data.columns with a list of names for every kind, and "id" where it names none."""
-    columns = {"id": "id"} | data.columns
-    return {kind: [names] if isinstance(names, str) else names for kind, names in columns.items()}
+def format_of(path: Path) -> str:
+    """The suffix that names a file's format, lower case: ".jsonl" of NOTES.JSONL.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in OPENERS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
-def sources_of(data: DataConfig, split: str) -> list[str]:
-    """The sources that the configuration names for a split ("train", "valid", "test")."""
-    sources = getattr(data, split)
-    if sources is None:
-        return []
-    return [sources] if isinstance(sources, str) else sources
+def decode_text(content: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its mark, as Windows writes them.
+
+    Line breaks become those of Unix. Raises UnicodeDecodeError.
+    """
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return clean_text(content.decode("utf-16" if utf16 else "utf-8-sig"))
+
+
+def clean_text(text: str) -> str:
+    """The text without a byte order mark, with the line breaks of Unix."""
+    text = text.removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed where its last suffix says so."""
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
 def read_json(path: Path) -> Rows:
     """The rows of a JSON object a line, or of one array of objects."""
-    with path.open("rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
-            file.seek(0)
-        first = next(file, b"")
-        if first.lstrip().startswith(b"["):
-            yield from _read_json_array(first + file.read())
-            return
-        for number, line in enumerate([first, *file], 1):
-            if line.strip():
-                yield number, _parse_json_line(line)
+    number = 0
+    try:
+        with _open(path) as file:
+            start = file.read(3)
+            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield 1, BadRow("is UTF-16, nor is what follows it read: save the file as UTF-8")
+                return
+            if start != codecs.BOM_UTF8:
+                file.seek(0)
+            first = next(file, b"")
+            while first and not first.strip():
+                number += 1
+                first = next(file, b"")
+            if first.lstrip().startswith(b"["):
+                yield from _read_json_array(first + file.read())
+                return
+            for number, line in enumerate(itertools.chain([first], file), number + 1):
+                if line.strip():
+                    yield number, _parse_json_line(line)
+    except DAMAGED as error:
+        yield number + 1, _damaged(error)
+
+
+def _damaged(error: Exception) -> BadRow:
+    return BadRow(
+        f"cannot be decompressed, nor what follows it ({type(error).__name__}): copy the file again"
+    )
 
 
 def _read_json_array(content: bytes) -> Rows:
     try:
-        rows = json.loads(content.decode("utf-8"))
+        rows = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except BadRow as problem:
+        yield 1, BadRow(f"of the array at least one object {problem}")
+        return
     except (ValueError, RecursionError):
         yield (
             1,
@@ -73,6 +110,13 @@ def _read_json_array(content: bytes) -> Rows:
     yield from enumerate(rows, 1)
 
 
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise BadRow("names a key twice: rename or remove one")
+    return row
+
+
 def _parse_json_line(line: bytes) -> dict | BadRow:
     if len(line) > MAX_ROW_BYTES:
         return BadRow(
@@ -80,7 +124,9 @@ def _parse_json_line(line: bytes) -> dict | BadRow:
             "split it or remove it"
         )
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except BadRow as problem:
+        return problem
     except UnicodeDecodeError:
         return BadRow("is not UTF-8: save the file as UTF-8")
     except (ValueError, RecursionError):
@@ -88,26 +134,98 @@ def _parse_json_line(line: bytes) -> dict | BadRow:
 
 
 def _read_csv(path: Path) -> Rows:
+    """The rows of comma-, semicolon- or tab-separated values, as Excel writes them too.
+
+    The header tells the separator, or a line `sep=;` before it.
+    """
     csv.field_size_limit(2**31 - 1)
     number = 0
-    # Bytes that are not UTF-8 become lone surrogates, which the check of each text finds.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _open(path) as raw:
         try:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                if None in row or None in row.values():  # more or fewer fields than names
-                    yield (
-                        number,
-                        BadRow(
-                            "has another number of fields than the header: quote fields with commas"
-                        ),
-                    )
-                else:
-                    yield number, row
+            start = raw.read(2)
+            raw.seek(0)
+            utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            # Bytes that are not UTF-8 become lone surrogates, which the check of each text finds.
+            file = io.TextIOWrapper(
+                raw,
+                encoding="utf-16" if utf16 else "utf-8-sig",
+                errors="replace" if utf16 else "surrogateescape",
+                newline="",
+            )
+            lines = iter(file)
+            first = next(lines, "")
+            named = re.fullmatch(r'"?sep=(.)"?\s*', first)
+            if named:
+                delimiter = named.group(1)
+            else:
+                lines = itertools.chain([first], lines)
+                header = re.sub(r'"[^"]*"', "", first)
+                # The comma comes first, so that it wins a tie.
+                delimiter = max(",;\t", key=header.count)
+                if format_of(path) == ".tsv":
+                    delimiter = "\t"
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for number, row in _with_header(row for row in reader if row):
+                yield number, row
         except csv.Error as error:
             yield (
                 number + 1,
                 BadRow(f"cannot be read as CSV, nor what follows it ({error}): repair the file"),
             )
+        except DAMAGED as error:
+            yield number + 1, _damaged(error)
+
+
+def _with_header(lines: Iterable[list]) -> Rows:
+    """The rows of a table whose first line names the columns."""
+    lines = iter(lines)
+    header = next(lines, None)
+    if header is None:
+        return
+    if len(set(header)) < len(header):
+        yield 1, BadRow("cannot be read: the header names a column twice: rename one of them")
+        return
+    for number, fields in enumerate(lines, 1):
+        if len(fields) == len(header):
+            yield number, dict(zip(header, fields))
+        else:
+            yield (
+                number,
+                BadRow(
+                    f"has another number of fields than the header ({len(fields)}, not "
+                    f"{len(header)}): quote fields that hold the separator"
+                ),
+            )
+
+
+def _read_xlsx(path: Path) -> Rows:
+    """The rows of the first sheet of an Excel workbook. Raises ConfigError without openpyxl."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise ConfigError(
+            f"{path.name}: Excel workbooks need the package openpyxl: pip install openpyxl, "
+            "or save the sheet as CSV"
+        ) from None
+    number = 0
+    try:
+        with _open(path) as file:
+            book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+            lines = (
+                ["" if cell is None else cell for cell in cells]
+                for cells in book.worksheets[0].iter_rows(values_only=True)
+                if any(cell is not None for cell in cells)
+            )
+            for number, row in _with_header(lines):
+                yield number, row
+    except Exception as error:  # the package raises those of zip, XML and its own
+        yield (
+            number + 1,
+            BadRow(
+                f"cannot be read as an Excel workbook, nor what follows it "
+                f"({type(error).__name__}): save it again, or as CSV"
+            ),
+        )
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -131,24 +249,31 @@ def _read_parquet(path: Path) -> Rows:
 # By suffix. A reader belongs in this package: the cache is made anew when its source changes.
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".xlsx": _read_xlsx,
     ".parquet": _read_parquet,
 }
 
 
-def _read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
-    """The rows of a folder of NAME.dialogue.txt and NAME.note.txt; NAME is the id."""
+def read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
+    """The rows of a folder of NAME.dialogue.txt and NAME.note.txt, in its folders too.
+
+    NAME is the id, with the folders below `folder` before it.
+    """
     names: set[str] = set()
     for kind in ("dialogue", "note"):
         suffix = f".{kind}.txt"
-        names |= {path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}")}
+        found = (path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
+        names |= {name.removesuffix(suffix) for name in found}
     for number, name in enumerate(sorted(names), 1):
         row: dict = {columns["id"][0]: name}
         try:
             for kind in ("dialogue", "note"):
                 path = folder / f"{name}.{kind}.txt"
-                row[columns[kind][0]] = path.read_bytes().decode("utf-8")
+                row[columns[kind][0]] = decode_text(path.read_bytes())
             yield number, row
         except OSError:
             yield (
@@ -157,102 +282,3 @@ def _read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
             )
         except UnicodeDecodeError:
             yield number, BadRow(f"{path.name} is not UTF-8: save it as UTF-8")
-
-
-def locate(source: str, split: str) -> tuple[Path, str, str]:
-    """(path, name, split's name at the source) of `NAME` or `NAME:SPLIT`.
-
-    The path does not exist where the name is a hub id. Raises ConfigError for a missing file.
-    """
-    name = source
-    source_split = ""
-    if ":" in source and not Path(source).exists():
-        name, source_split = source.rsplit(":", 1)
-    path = Path(name)
-    if not path.exists():
-        path = ROOT / name  # what the repository ships is found from any folder
-    if path.suffix in READERS and not path.is_file():
-        raise ConfigError(f"data.{split}={source}: no such file")
-    return path, name, source_split or SPLITS[split]
-
-
-@functools.lru_cache(maxsize=4)
-def _load_dataset(name: str, source_split: str) -> "datasets.Dataset":
-    """A split from the hub, or from a folder in its layout."""
-    import datasets
-
-    if not Path(name).exists():
-        return datasets.load_dataset(name, split=source_split)
-    # The library's cache would keep a copy of patients' dialogues in the home folder. A temporary
-    # one is removed with this block.
-    with tempfile.TemporaryDirectory() as cache:
-        return datasets.load_dataset(name, split=source_split, cache_dir=cache, keep_in_memory=True)
-
-
-def open_dataset(source: str, split: str) -> "datasets.Dataset":
-    """The rows of a source that the datasets library reads.
-
-    Raises ConfigError naming the source.
-    """
-    path, name, source_split = locate(source, split)
-    try:
-        return _load_dataset(str(path) if path.exists() else name, source_split)
-    except Exception as error:  # each of the library's readers raises its own exceptions
-        root = _root_cause(error)  # says what is wrong, and where
-        if path.exists():
-            problem = f"repair the folder ({type(root).__name__})"
-        else:
-            # A parser's message could quote the data; the file system's and the hub's do not.
-            reason = ""
-            if isinstance(root, (OSError, LookupError, ValueError)) and str(root):
-                reason = f": {str(root).splitlines()[0][:160]}"
-            problem = (
-                "no such file or folder, and the hub has no answer; point it at a local file or "
-                f"folder ({type(root).__name__}{reason})"
-            )
-        raise ConfigError(f"data.{split}={source}: {problem}") from root
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def read_rows(source: str, split: str, data: DataConfig) -> tuple[Rows, str]:
-    """(the numbered rows of a source, the split's name at the source).
-
-    Raises ConfigError naming the source when there is none, or none that fits data.columns.
-    """
-    path, _, source_split = locate(source, split)
-    if path.suffix in READERS:
-        return READERS[path.suffix](path), source_split
-    if path.is_dir() and any(path.glob("*.dialogue.txt")):
-        if "messages" in data.columns:
-            raise ConfigError(
-                f"data.{split}={source}: a folder of dialogues and notes has no messages; "
-                "map dialogue and note in data.columns"
-            )
-        return _read_text_pairs(path, columns_of(data)), source_split
-    return enumerate(open_dataset(source, split), 1), source_split
-
-
-def digest_sources(config: Config) -> bytes:
-    """SHA-256 of every byte that the examples of any split are made from.
-
-    Of sources on the hub, the library's own fingerprint counts. Raises OSError for a file that
-    can't be read, ConfigError for a source that is missing.
-    """
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for source in sources_of(config.data, split):
-            path, _, _ = locate(source, split)
-            if not path.exists():
-                digest.update(open_dataset(source, split)._fingerprint.encode())
-            files = [path]
-            if not path.is_file():
-                files = sorted(p for p in path.rglob("*") if p.is_file())
-            for file in files:
-                digest.update(f"{source} {file.name} {file.stat().st_size}\n".encode())
-                digest.update(file.read_bytes())
-    return digest.digest()

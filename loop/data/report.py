@@ -17,6 +17,9 @@ class DatasetReport:
     without_headings: int  # notes of kept examples that lack the task's headings, in order
     plain_template: bool  # the base has no chat template, so the project's own was used
     headings: str = ""  # of the task, as a line names them
+    duplicates: int = 0  # kept examples that repeat an earlier one, token for token
+    notes_normalized: int = 0  # notes whose headings data.normalize_headings rewrote
+    headings_normalized: int = 0  # the headings in them
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """The report as lines of a run's output; [] where every row became an example."""
@@ -33,6 +36,16 @@ class DatasetReport:
             lines.append(
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
                 f"lack {self.headings} in this order"
+            )
+        if self.notes_normalized:
+            lines.append(
+                f"normalized  {self.headings_normalized:,} headings of {self.notes_normalized:,} "
+                f"notes in data.{split} are written as {self.headings} now"
+            )
+        if self.duplicates:
+            lines.append(
+                f"duplicates  {self.duplicates:,} of {self.kept:,} examples in data.{split} "
+                "repeat an earlier one word for word, and count twice"
             )
         if self.plain_template:
             lines.append(

@@ -11,6 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from ..config.schema import PLACEHOLDER, TaskConfig
 
 SOAP = TaskConfig()
+# A pulse ("P: 80, regular") or a saturation ("S: 98 %") among the findings is no heading.
+VITAL_SIGN = (
+    r"(?:P[ \t]*:[ \t]*\d{2,3}[ \t]*"
+    r"(?:$|[,;]|\.[ \t]*$|/[ \t]*min|bpm|beats|reg|irreg|and reg|(?:RR?|T|BP|SpO2|Resp)\b)"
+    r"|S[ \t]*:[ \t]*\d{2,3}[ \t]*%)"
+)
 
 
 def soap_messages(
@@ -97,7 +103,7 @@ def _heading_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     forms = [rf"(?P<colon>{_one_of(spellings)})[ \t*_]*[:：][ \t*_]*"]
     if capitals:
         forms.append(rf"(?P<alone>{_one_of(capitals)})[ \t*_]*(?=\n)")
-    return re.compile(rf"^[ \t>#*_]*(?:{'|'.join(forms)})", re.MULTILINE)
+    return re.compile(rf"^[ \t>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE)
 
 
 def _one_of(texts: Sequence[str]) -> str:
@@ -145,3 +151,67 @@ def has_all_sections(note: str, task: TaskConfig = SOAP) -> bool:
 def heading_list(task: TaskConfig) -> str:
     """The headings as a message names them: "S:, O:, A:, P:"."""
     return ", ".join(f"{heading}:" for heading in task.headings)
+
+
+JOINT = r"(?:assessment|a)[ \t]*(?:/|&|and)[ \t]*(?:plan|p)"  # "A/P", "Assessment and Plan"
+
+
+@functools.lru_cache(maxsize=8)
+def _styled_pattern(spellings: tuple[str, ...]) -> re.Pattern:
+    """A line that begins a section in somebody's own style.
+
+    "Subjective:", "**S:**", "## Plan", "S -", "1. Objective:", "A/P:", "Assessment and Plan:".
+    """
+    longest_first = sorted(spellings, key=len, reverse=True)
+    joint = f"(?P<joint>{JOINT})|" if {"A", "P"} <= {*spellings} else ""
+    return re.compile(
+        r"(?P<mark>[ \t>#*_]*)(?P<number>\d[.)][ \t]*)?(?P<bold>[*_]*)"
+        rf"(?P<name>{joint}{_one_of(longest_first)})"
+        r"[ \t*_]*(?P<end>[:：]|[-\u2013\u2014](?=\s|$)|$)[ \t*_]*(?P<text>.*)",
+        re.IGNORECASE,
+    )
+
+
+def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str, str] | None:
+    """(the heading that a line begins, the text behind it); None where it begins no section.
+
+    following: the next heading in order. One of a single letter without a colon must be this one.
+    """
+    heading_of = {form.lower(): h for h, forms in task.spellings.items() for form in forms}
+    match = _styled_pattern(tuple(f for o in task.spellings.values() for f in o)).fullmatch(line)
+    if not match or re.match(VITAL_SIGN, line.lstrip()):
+        return None
+    name = match["name"]
+    heading = "A" if match.groupdict().get("joint") else heading_of[name.lower()]
+    colon = match["end"] in (":", "：")
+    if len(name) == 1:
+        marked = match["mark"].strip() or match["bold"] or match["number"] or match["end"]
+        if name.islower() or not (colon or (heading == following and marked)):
+            return None
+    elif match["end"] and not colon and name[0].islower():
+        return None  # "plan - as before" goes on with a sentence
+    return heading, match["text"]
+
+
+def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
+    """(the note with the task's headings written "S: text", how many were written otherwise).
+
+    A heading of one letter without a colon counts where it is the next one in order, so a pulse
+    among the findings stays there. A joint "Assessment and Plan" becomes A, up to a line that
+    begins P: nothing says which of its sentences is which.
+    """
+    lines = note.strip().split("\n")
+    changed = 0
+    order = [*task.headings, None]
+    following = order[0]
+    for i, line in enumerate(lines):
+        found = _heading_in(line, task, following)
+        if found is None:
+            continue
+        heading, text = found
+        following = order[order.index(heading) + 1]
+        written = f"{heading}: {text}".rstrip()
+        if written != line.rstrip():
+            lines[i] = written
+            changed += 1
+    return "\n".join(lines), changed

@@ -140,7 +140,7 @@ def check_options(config: Config, options: EvaluationOptions) -> None:
     if not is_set:
         hint = "; --split valid takes the share that was held out" if data.valid_fraction else ""
         raise ConfigError(f"data.{options.split} is not set{hint}")
-    if options.reference and "messages" in data.columns:
+    if options.reference and "note" not in data.columns:
         raise ConfigError(
             f"--reference {options.reference}: data.columns maps messages, which hold the note "
             "already; map dialogue and note"

@@ -116,7 +116,10 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
     dtype: of the adapter; weights: its file, or None for a full model.
     """
     dtype_name = str(dtype).removeprefix("torch.")
-    own_prompts = "messages" in config.data.columns or config.data.supervise == "all"
+    own_prompts = (
+        bool({"messages", "conversations"} & set(config.data.columns))
+        or config.data.supervise == "all"
+    )
     tokenizer = load_tokenizer(config.base, config.revision)
     described: dict[str, Any] = {
         "base": config.base,

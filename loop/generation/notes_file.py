@@ -8,10 +8,15 @@ import fcntl
 import hashlib
 import json
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..config.schema import ConfigError
+from pydantic import ValidationError
+
+from ..config.schema import COLUMNS, ConfigError, DataConfig
+from ..data.conversations import Question
+from ..data.conversations import read_questions as read_questions_of
 from ..data.readers import BadRow, read_json
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
@@ -69,36 +74,32 @@ def _is_torn(path: str, last_row: Any) -> bool:
     return isinstance(last_row, BadRow) or (isinstance(last_row, dict) and "by" in last_row)
 
 
-def read_dialogues(path: str) -> dict[str, str]:
-    """Dialogues by id, of a JSONL file with `dialogue` and `id`.
+def read_questions(
+    source: str, columns: dict | None = None, names: Set[str] = frozenset()
+) -> dict[str, Question]:
+    """Dialogues by id, of any source of data.test, with the ids that evaluate gives its rows.
 
     Raises ConfigError naming the row, never its text.
+
+    Args:
+        source: named as in data.test.
+        columns: as data.columns.
+        names: of the columns to fill the request's {NAME}s from.
     """
-    rows = read_by_id(path, "--input")
-    for where, row in rows.values():
-        if not isinstance(row.get("dialogue"), str) or not row["dialogue"].strip():
-            raise ConfigError(f"{where}: has no text `dialogue`: fill it or remove the row")
-        if SURROGATES.search(row["dialogue"]):
-            raise ConfigError(f"{where}: its dialogue holds half a surrogate pair: remove it")
-    if not rows:
-        raise ConfigError(f"--input {path}: the file is empty")
-    return {key: row["dialogue"] for key, (_, row) in rows.items()}
-
-
-def read_fields(path: str, names: list[str]) -> dict[str, dict[str, str]]:
-    """{id: {name: text}} of these columns of a JSONL file. Raises ConfigError naming the row."""
-    found: dict[str, dict[str, str]] = {}
-    for key, (where, row) in read_by_id(path, "--input").items():
-        found[key] = {}
-        for name in names:
-            value = row.get(name)
-            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise ConfigError(
-                    f"{where}: has no text `{name}`, which the adapter's request needs: fill it, "
-                    f"or give --field {name}=VALUE for all rows"
-                )
-            found[key][name] = str(value).strip()
-    return found
+    columns = columns or {"id": "id", "dialogue": "dialogue"}
+    if "dialogue" not in columns:
+        raise ConfigError("data.columns: generate reads dialogues; map dialogue")
+    if unknown := sorted(map(str, {*columns} - names - {*COLUMNS})):
+        raise ConfigError(f"data.columns.{unknown[0]}: there is no such column to read")
+    try:
+        data = DataConfig(train=source, test=source, columns={"note": "soap"} | columns)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        raise ConfigError(f"data.columns: {mistake['msg']}") from error
+    try:
+        return read_questions_of(data, "test", names)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"data.test={source}", f"--input {source}")) from error
 
 
 def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
