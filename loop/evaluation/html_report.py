@@ -126,7 +126,8 @@ def as_page(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
             for name, value in (about or {}).items()
         )
-        body += [f"<table>{settings}</table>", f"<pre>{html.escape(table)}</pre>"]
+        body += [f"<table>{settings}</table>"]
+        body.append(f"<details><summary>figures</summary><pre>{html.escape(table)}</pre></details>")
     body += [LEGEND, _index(visits, order)]
     body += [_visit(f"v{i}", visits[i], blinded=bool(others)) for i in order]
     body.append(
@@ -274,7 +275,8 @@ def blind_orders(rows: list[Row], num_systems: int) -> list[list[int]]:
     orders = []
     for row in rows:
         order = list(range(num_systems))
-        random.Random(f"{row.id}\0{row.dialogue}").shuffle(order)
+        seed = f"{row.id}\0{row.dialogue}".encode(errors="surrogatepass")
+        random.Random(seed).shuffle(order)
         orders.append(order)
     return orders
 

@@ -102,7 +102,7 @@ def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
     write_page(path, "t", rows, "figures", {"notes by": "adapter-x"}, others)
     page = path.read_text()
     assert not any(word in page for word in ("adapter-x", "figures", "reference<"))
-    key = (tmp_path / "page.key.csv").read_text()
+    key = (tmp_path / "page.key.csv").read_bytes().decode()
     assert key == blinding_key(rows, ["adapter-x", "reference"])
     entries = list(csv.DictReader(key.splitlines()))
     firsts = [entry["system"] for entry in entries if entry["note"] == "A"]
