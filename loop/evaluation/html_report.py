@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .facts import Fact, Statements
-from .scoring import Row, unsupported
+from .scoring import Row
 
 # PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070), each from 1 to 5.
 RATINGS = (
@@ -49,14 +49,14 @@ class Span(NamedTuple):
 
 def note_spans(row: Row) -> list[Span]:
     """What the note states, each with its verdict, in the note's order."""
-    wrong = set(unsupported(row))
+    dialogue = Statements(row.dialogue)
     places: dict[tuple[str, str], Fact] = {}
-    for fact in Statements(row.dialogue).facts:
+    for fact in dialogue.facts:
         places.setdefault((fact.kind, fact.value), fact)
     spans = []
     for fact in Statements(row.note).facts:
         place = places.get((fact.kind, fact.value))
-        verdict = "not said" if fact in wrong else "supported"
+        verdict = "supported" if dialogue.supports(fact) else "not said"
         where = (place.start, place.end) if place else None
         spans.append(Span(fact.start, fact.end, verdict, fact.value, where))
     return spans
