@@ -20,7 +20,7 @@ from loop.config.cli import load_config
 from loop.config.help import COMMANDS as COMMANDS_HELP
 from loop.config.schema import Config, ConfigError, Section
 from loop.data.batch_plan import PackingSpec, plan_batches, split_step
-from loop.data.readers import READERS
+from loop.data.sources.readers import READERS
 from loop.evaluation.scoring import METRICS
 from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.quantization import QUANTIZATIONS

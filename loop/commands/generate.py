@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..config.schema import ConfigError, GenerationSettings, TaskConfig
 from ..data.conversations import Question
-from ..data.readers import clean_text, decode_text
 from ..data.soap import SOAP
+from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..generation.decode import ROWS, Note, write_notes
@@ -189,17 +189,19 @@ def read_task(args: argparse.Namespace, source: dict) -> tuple[TaskConfig, dict[
     return task, given
 
 
-def read_input(args: argparse.Namespace, source: dict) -> tuple[dict[str, str], Request]:
+def read_input(
+    args: argparse.Namespace, dialogue: str | None, source: dict
+) -> tuple[dict[str, str], Request]:
     """(the dialogues by id, what is asked of each). Raises ConfigError.
 
-    source: of `generation_source`.
+    dialogue: the only one; None: those of --input. source: of `generation_source`.
     """
     task, given = read_task(args, source)
-    if args.input:
+    if dialogue is None:
         names = task.columns - given.keys()
         found = read_questions(args.input, parse_columns(args.columns), names)
     else:
-        found = {args.dialogue: Question(read_dialogue(args.dialogue), {})}
+        found = {args.dialogue: Question(dialogue, {})}
     fields = {key: given | question.fields for key, question in found.items()}
     dialogues = {key: question.dialogue for key, question in found.items()}
     return dialogues, Request(task, fields if task.columns else {})
@@ -292,9 +294,10 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
+    dialogue = None if args.input else read_dialogue(args.dialogue)
     source = generation_source(args.adapter, args.base)
     generation = choose_settings(args, source)
-    dialogues, request = read_input(args, source)
+    dialogues, request = read_input(args, dialogue, source)
     if generation.forced_headings and not request.task.headings:
         raise ConfigError("--forced-headings: the task of this model has no headings")
     output = open_output(args, dialogues, source, generation, request) if args.output else None
@@ -318,9 +321,9 @@ def generate(args: argparse.Namespace) -> None:
         parts = [f"{count} of them {what}" for what, count in endings.items()]
         print(", ".join([f"{len(fitted)} notes in {args.output}", *parts]))
     else:
-        ((key, (dialogue, _)),) = fitted.items()
+        ((key, (shortened, _)),) = fitted.items()
         model, tokenizer = load()
-        (note,) = write_batch(model, tokenizer, [key], [dialogue], generation, request)
+        (note,) = write_batch(model, tokenizer, [key], [shortened], generation, request)
         for what in count_endings([(note.ended, note.looped)]):
             print(f"the note was {what}", file=sys.stderr)
         with contextlib.suppress(BrokenPipeError):

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from ..config.schema import Config
 from ..config.source import source_digest
 from .report import DatasetReport
-from .sources import digest_sources
+from .sources.locations import digest_sources
 from .tokenization import Example
 
 MAX_FILES = 8  # the oldest ones above this number are removed

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from ..config.schema import Config, ConfigError, DataConfig, TaskConfig
 from .decontamination import find_near_duplicates
-from .readers import MAX_ROW_BYTES, BadRow, clean_text
 from .soap import SOAP, has_all_sections, heading_list, normalize_headings, soap_messages
-from .sources import columns_of, expand, read_rows, sources_of
+from .sources.locations import columns_of, expand, read_rows, sources_of
+from .sources.readers import MAX_ROW_BYTES, BadRow, clean_text
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED_COLUMNS = 12

@@ -20,6 +20,8 @@ class DatasetReport:
     duplicates: int = 0  # kept examples that repeat an earlier one, token for token
     notes_normalized: int = 0  # notes whose headings data.normalize_headings rewrote
     headings_normalized: int = 0  # the headings in them
+    # Ids of kept examples by the kind of identifier that they hold, as `find_identifiers` names it.
+    identifiers: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """The report as lines of a run's output; [] where every row became an example."""
@@ -47,6 +49,9 @@ class DatasetReport:
                 f"duplicates  {self.duplicates:,} of {self.kept:,} examples in data.{split} "
                 "repeat an earlier one word for word, and count twice"
             )
+        for kind, ids in self.identifiers.items():
+            reason = f"a {kind} in it (data.identifiers)"
+            lines.append(self._line("identifiers", reason, ids, split))
         if self.plain_template:
             lines.append(
                 "template    the base has no chat template; the project's plain one is used, "

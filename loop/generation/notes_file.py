@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..config.schema import COLUMNS, ConfigError, DataConfig
 from ..data.conversations import Question
 from ..data.conversations import read_questions as read_questions_of
-from ..data.readers import BadRow, read_json
+from ..data.sources.readers import BadRow, read_json
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
 from .decode import Note
@@ -102,13 +102,13 @@ def read_questions(
         raise ConfigError(str(error).replace(f"data.test={source}", f"--input {source}")) from error
 
 
-def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
+def read_predictions(path: str, ids: list[str], option: str = "--predictions") -> dict[str, Note]:
     """Notes by id, of a JSONL file with `id` and `note`, at least one for each of `ids`.
 
     Raises ConfigError naming the row or the first id without a note.
     """
     found = {}
-    for key, (where, row) in read_by_id(path, "--predictions").items():
+    for key, (where, row) in read_by_id(path, option).items():
         if not isinstance(row.get("note"), str):
             raise ConfigError(
                 f"{where}: has no text `note`: "
@@ -118,7 +118,7 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     missing = [key for key in ids if key not in found]
     if missing:
         raise ConfigError(
-            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, "
+            f"{option} {path}: {len(missing)} of {len(ids)} examples have no note, "
             f"first id {missing[0]}: add them, or score the first N with --notes N"
         )
     return found

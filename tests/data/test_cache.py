@@ -42,7 +42,7 @@ def run(tmp_path, tiny_base, monkeypatch):
 
 def move_a_file(package):
     (package / "formats").mkdir()
-    (package / "readers.py").rename(package / "formats" / "readers.py")
+    (package / "sources" / "readers.py").rename(package / "formats" / "readers.py")
 
 
 def add_a_file(package):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import Conversation, dialogue_text, is_held_out, note_text, read_split
-from loop.data.readers import READERS
 from loop.data.soap import soap_messages
+from loop.data.sources.readers import READERS
 
 ROWS = [
     {

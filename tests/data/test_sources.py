@@ -11,7 +11,7 @@ import pytest
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import read_split
-from loop.data.sources import hub_id, locate
+from loop.data.sources.locations import hub_id, locate
 from loop.generation.notes_file import read_questions
 
 ROWS = [

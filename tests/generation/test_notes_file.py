@@ -8,7 +8,7 @@ import pytest
 
 from loop.config.schema import ConfigError
 from loop.generation.decode import Note
-from loop.generation.notes_file import KeptNotes, NotesFile, read_questions, read_predictions
+from loop.generation.notes_file import KeptNotes, NotesFile, read_predictions, read_questions
 
 DIALOGUES, BY = {"1": "Doctor: a", "2": "Doctor: b", "3": "Doctor: c"}, {"adapter": "x"}
 

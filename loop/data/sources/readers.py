@@ -3,7 +3,7 @@
 A new format is one generator and one entry in `READERS`, keyed by the file's suffix. A reader takes
 a path and yields (row number, row) for each row. In place of a row that can't be read it yields a
 `BadRow`, and does not raise it: so no row is lost, and the rows after it are still read. Which file
-a source means stands in sources.py.
+a source means stands in locations.py.
 """
 
 import bz2
@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import pyarrow.parquet
 
-from ..config.schema import ConfigError
+from ...config.schema import ConfigError
 
 MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config.schema import ROOT, Config, ConfigError, DataConfig
+from ...config.schema import ROOT, Config, ConfigError, DataConfig
 from .readers import OPENERS, READERS, Rows, format_of, read_text_pairs
 
 if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
