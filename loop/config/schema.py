@@ -57,7 +57,8 @@ class TaskConfig(Section):
     system: str = Field(
         None,
         validate_default=True,
-        description="The system's message; null: that of the SOAP task; empty: there is none.",
+        description="The system's message; null: that of the SOAP task; '' (in quotes): there is "
+        "none.",
     )
     request: str = Field(
         None,

@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import sys
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from loop.config.cli import load_config
@@ -45,6 +48,12 @@ def table(separator: str, before: str = "") -> str:
     return "\r\n".join(lines) + "\r\n"
 
 
+def parquet() -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+    return out.getvalue()
+
+
 FILES = {
     "a.jsonl.gz": gzip.compress(JSONL),
     "a.jsonl.BZ2": bz2.compress(JSONL),
@@ -56,6 +65,8 @@ FILES = {
     "tab.csv": table("\t").encode(),
     "sep.csv": table(";", "sep=;").encode("utf-16"),
     "a.tsv.gz": gzip.compress(table("\t").encode("utf-16")),
+    "a.parquet": parquet(),
+    "a.parquet.gz": gzip.compress(parquet()),
 }
 
 
@@ -78,6 +89,13 @@ def test_a_workbook_is_read_or_names_its_package(tmp_path):
     assert [c.id for c in read(tmp_path / "a.xlsx")] == ["7", "8"]
 
 
+def test_a_workbook_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"^a.xlsx: .*as CSV, or type .* openpyxl$"):
+        read(tmp_path / "a.xlsx")
+
+
 def row(**changes) -> bytes:
     return json.dumps(ROWS[0] | changes).encode()
 
@@ -88,6 +106,7 @@ REFUSED = {
     "header.csv": (b"id,dialogue,soap\n", "holds no rows"),
     "cut.jsonl.gz": (gzip.compress(JSONL)[:-9], "cannot be decompressed"),
     "not.csv.gz": (b"id,dialogue,soap\n", "cannot be decompressed"),
+    "cut.parquet.gz": (gzip.compress(parquet())[:-9], "cannot be decompressed"),
     "twice.csv": (b"dialogue,soap,soap\na,b,c\n", "a column twice"),
     "twice.jsonl": (b'{"soap": "a", "soap": "b"}', "a key twice"),
     "blank.jsonl": (row(id="a b"), "has blanks"),
@@ -117,6 +136,7 @@ def test_ids_may_be_fractions(tmp_path):
 @pytest.mark.parametrize(
     "source",
     ["patients/NAME.txt", "NAME.jsonl.gz", "a/b/NAME", "/NAME", "NAME", "a/NAME:notes.jsonl"]
+    + ["patients/NAME.DOCX", "patients/NAME.tar.zst", "patients/.NAME", "patients/NAME.jsonl:train"]
     + ["tests/NAME", "a/NAME@x.csv", "../NAME", "~/NAME", "a/my notes", "a\\NAME"],
 )
 def test_a_path_never_leaves_the_machine(source):
@@ -126,6 +146,7 @@ def test_a_path_never_leaves_the_machine(source):
 
 
 def test_the_parts_of_a_hub_id():
+    assert locate("owner/corpus-v1.5.train:dev", "valid")[1] == "owner/corpus-v1.5.train"
     at = locate("owner/name@v1.0:sub.set:train[:10%]", "valid")
     assert at == (None, "owner/name", "v1.0", "sub.set", "train[:10%]")
     assert locate("owner/name:dev", "valid")[1:] == ("owner/name", None, None, "dev")

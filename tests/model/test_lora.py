@@ -1,4 +1,4 @@
-"""A run that trains on from an adapter: what fits, that its weights are the start, and the chain."""
+"""A run that trains on from an adapter: what fits, its weights as the start, and the chain."""
 
 import json
 import shutil

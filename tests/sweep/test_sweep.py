@@ -106,7 +106,7 @@ def test_the_winner_is_the_finished_run_with_the_best_validation(sweep_of):
     finish(sweep.runs[2], 3.0, float("nan"), 1.25)
     results = [read_result(run) for run in sweep.runs]
     assert [result.finished for result in results] == [True, False, True, False]
-    assert [(result.value, result.step) for result in results[:3]] == [(1.5, 1), (1.0, 1), (1.25, 2)]
+    assert [result[:2] for result in results[:3]] == [(1.5, 1), (1.0, 1), (1.25, 2)]
     assert winner(sweep, results) == 2
     lines = as_table(sweep, results, {3: 7}).splitlines()
     assert lines[0].split("  ")[0] == "lr" and lines[3].endswith("best")

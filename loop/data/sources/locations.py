@@ -23,9 +23,19 @@ if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 # OWNER/NAME, then @REVISION, :SUBSET (with a split, maybe an empty one) and :SPLIT.
 HUB_ID = re.compile(
-    r"(?P<name>[\w-]+/[\w-]+)(@(?P<revision>[\w./-]+))?"
+    r"(?P<name>[\w-]+/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?"
     r"(:(?P<subset>[\w.-]+)(?=:))?(:(?P<split>[\w\[\]:%+-]*))?"
 )
+# Suffixes of files that people have, beside those that are read. A dot in a hub's name, as in
+# OWNER/corpus-v1.5, begins none of them.
+FILE_SUFFIXES = {
+    *READERS,
+    *OPENERS,
+    *(".txt .text .md .log .dat .tab .xml .html .htm .yaml .yml .pdf .rtf .doc .docx .odt".split()),
+    *(".xls .xlsm .xlsb .ods .zip .tar .tgz .7z .rar .zst .arrow .feather .orc .avro".split()),
+    *(".pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite .sqlite3 .sav .dta .rds .sas7bdat".split()),
+    *(".hl7 .eml .msg .wav .mp3 .m4a .mp4 .bak .tmp .old".split()),
+}
 KINDS = f"{', '.join(READERS)}, each also with {', '.join(OPENERS)}"
 
 
@@ -71,12 +81,13 @@ def expand(source: str, split: str) -> list[str]:
 def hub_id(source: str) -> re.Match | None:
     """The parts of a hub's id; None for what may be a path.
 
-    A path is all that exists, has a suffix, more than one slash or none, or whose folder exists.
+    A path is all that exists, has a file's suffix, more than one slash or none, or whose folder
+    exists.
     """
     match = HUB_ID.fullmatch(source)
     if not match or Path(match["name"]).parent.is_dir():
         return None
-    if any(format_of(Path(part)) in READERS for part in re.split("[@:]", source)):
+    if any(Path(part).suffix.lower() in FILE_SUFFIXES for part in re.split("[@:]", source)):
         return None
     return match
 
@@ -95,7 +106,7 @@ def locate(source: str, split: str) -> Location:
     if match is None:
         raise ConfigError(
             f"data.{split}={source}: no such file or folder (not asked of the hub, whose ids are "
-            "OWNER/NAME without a suffix)"
+            "OWNER/NAME without a file's suffix)"
         )
     return Location(
         None, match["name"], match["revision"], match["subset"], match["split"] or default

@@ -15,6 +15,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -204,8 +205,8 @@ def _read_xlsx(path: Path) -> Rows:
         import openpyxl
     except ImportError:
         raise ConfigError(
-            f"{path.name}: Excel workbooks need the package openpyxl: pip install openpyxl, "
-            "or save the sheet as CSV"
+            f"{path.name}: Excel workbooks need the package openpyxl: save the sheet as CSV, or "
+            f"type {sys.executable} -m pip install openpyxl"
         ) from None
     number = 0
     try:
@@ -230,14 +231,20 @@ def _read_xlsx(path: Path) -> Rows:
 
 def _read_parquet(path: Path) -> Rows:
     number = 0
+    source: Path | io.BytesIO = path
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+        if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
+            with _open(path) as file:
+                source = io.BytesIO(file.read())
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
             for i in range(len(batch)):
                 number += 1
                 try:
                     yield number, batch.slice(i, 1).to_pylist()[0]
                 except UnicodeDecodeError:
                     yield number, BadRow("is not UTF-8: write the file again from text")
+    except DAMAGED as error:
+        yield number + 1, _damaged(error)
     except (pyarrow.ArrowException, OSError) as error:
         reason = type(error).__name__
         yield (
