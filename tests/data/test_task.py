@@ -28,7 +28,7 @@ def source(tmp_path) -> str:
 
 def load(source: str, *words: str):
     base = ["--config", "loop/configs/soap_qlora.yaml", f"data.train={source}", "data.valid=null"]
-    return load_config([*base, "data.test=null", *words])
+    return load_config([*base, "data.test=null", "data.on_error=stop", *words])
 
 
 def columns(**others: str) -> str:
