@@ -5,6 +5,7 @@ that are spoken one by one; names, addresses and what is misspelled it does not 
 """
 
 import re
+from collections.abc import Iterator
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?"
@@ -22,7 +23,6 @@ IDENTIFIERS = {
         r"|(?<!\w)\+\d{1,3}(?:[ .-]?\d{2,4}){3,4}(?!\d)"
         r"|\b(?:phone|cell|mobile|call(?: me| us)? (?:at|on)|tel|fax|pager)[a-z]{0,5}\W{0,3}"
         r"(?:number )?(?:is |at )?\W{0,2}(?:\d{3}[-. ]?\d{4}|\d{10})(?!\d)"
-        rf"|\b{_DIGIT}(?:[ ,.-]{{1,3}}{_DIGIT}\b){{6,15}}"
     ),
     "mail address": re.compile(
         r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}\.\w{2}"
@@ -41,10 +41,35 @@ IDENTIFIERS = {
         r"|\b(?:dob|born(?: on)?|birth|birthday)(?: is)?\W{0,3}\d{1,2}[/.-]\d{1,2}[/.-]\d\d\b"
     ),
 }
+_SPOKEN = re.compile(rf"\b{_DIGIT}(?:[ ,.-]{{1,3}}{_DIGIT}\b){{6,15}}")  # a phone number
+# Only the pieces around four digits with little between them are searched, as that is fast: all but
+# mail addresses and spoken numbers have such, with fewer characters than these around them.
+_DIGITS = re.compile(r"\d(?:\W{0,2}\d){3,}")
+_BEFORE, _BEHIND = 80, 40
 _PLAIN = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013", "-") | {"\u00a0": " "})
 
 
 def find_identifiers(text: str) -> list[str]:
     """The kinds of identifier that a text holds, keys of IDENTIFIERS."""
     plain = text.lower().translate(_PLAIN)
-    return [kind for kind, pattern in IDENTIFIERS.items() if pattern.search(plain)]
+    pieces = list(_around_digits(plain))
+    places = {"mail address": [plain] if "@" in plain or " dot " in plain else []}
+    found = {
+        kind
+        for kind, pattern in IDENTIFIERS.items()
+        if any(map(pattern.search, places.get(kind, pieces)))
+    }
+    if _SPOKEN.search(plain):
+        found.add("phone number")
+    return [kind for kind in IDENTIFIERS if kind in found]
+
+
+def _around_digits(text: str) -> Iterator[str]:
+    """The pieces of a text that have four digits close together, and what stands around them."""
+    start, end = 0, 0
+    for match in _DIGITS.finditer(text):
+        if match.start() - _BEFORE > end:
+            yield text[start:end]
+            start = match.start() - _BEFORE
+        end = match.end() + _BEHIND
+    yield text[start:end]
