@@ -74,13 +74,15 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
 
 
 def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
-    """The examples and their report; None where the file is missing or damaged."""
+    """The examples and their report; None where the file is missing or damaged.
+
+    Their tokens are views of the file, so all ranks of a machine share them in its page cache.
+    """
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(path, "np") as file:  # it checks the header and the file's size
             about = json.loads(file.get_tensor("about").tobytes())
-            input_ids = file.get_tensor("input_ids")
-            labels = file.get_tensor("labels")
             ends = file.get_tensor("ends")
+        input_ids, labels = (_map_tensor(path, name) for name in ("input_ids", "labels"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     os.utime(path)  # the files used last are the ones that stay
@@ -91,6 +93,15 @@ def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
         about["weights"],
     )
     return [Example(*column) for column in columns], DatasetReport(**about["report"])
+
+
+def _map_tensor(path: Path, name: str) -> np.ndarray:
+    """A tensor of int32 in a safetensors file, read-only, which is read where it is used."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(header_size))[name]["data_offsets"]
+    offset, count = 8 + header_size + start, (end - start) // 4
+    return np.asarray(np.memmap(path, np.int32, "r", offset, (count,)))
 
 
 def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> None:

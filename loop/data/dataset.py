@@ -80,6 +80,7 @@ def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example],
             prepared = prepare_examples(config, tokenizer, split)
             if path:
                 write_cache(path, *prepared)
+                prepared = read_cache(path) or prepared  # which gives the memory back
     examples, report = prepared
     if not examples and (report.rows or getattr(config.data, split)):
         too_long = f"{len(report.dropped)} are longer than max_seq_len={config.max_seq_len}"
@@ -157,8 +158,10 @@ def _is_repeated(example: Example, seen: set[bytes]) -> bool:
 def _encode_in_chunks(
     tokenizer, conversations: list[Conversation], supervise: str
 ) -> Iterator[tuple[Conversation, Example]]:
-    for start in range(0, len(conversations), CHUNK):
-        chunk = conversations[start : start + CHUNK]
+    """Each conversation with its example, in order. The list is empty afterwards."""
+    conversations.reverse()
+    while conversations:  # the text of a chunk is given back when its tokens are there
+        chunk = [conversations.pop() for _ in range(min(CHUNK, len(conversations)))]
         yield from zip(chunk, encode_examples(tokenizer, chunk, supervise))
 
 

@@ -149,6 +149,7 @@ def prepare_canary_run(
         "limit": None,
         "test": None,
         "columns": {"id": "id", "dialogue": "dialogue", "note": "soap"},
+        "identifiers": "off",  # the canaries are such
     }
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), canaries
 
