@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -23,7 +24,7 @@ from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from .lora import attach_adapter
+from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
 from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
@@ -219,7 +220,12 @@ def load_sharded_base(config: Config, ds_config: dict, device, attention: str) -
 
 
 def load_model(
-    config: Config, ds_config: dict, device, backend: str, adapter: str | None = None
+    config: Config,
+    ds_config: dict,
+    device,
+    backend: str,
+    adapter: str | None = None,
+    start: str | None = None,
 ) -> nn.Module:
     """The model as the engine gets it; only what is to be trained requires a gradient.
 
@@ -228,7 +234,8 @@ def load_model(
 
     Args:
         backend: of attention, a name in `ATTENTION_BACKENDS`.
-        adapter: a folder whose LoRA weights are loaded; None: new ones are drawn.
+        adapter: a folder whose LoRA is loaded; None: a new one by the configuration.
+        start: a folder whose weights the new LoRA begins with; None: they are drawn.
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
@@ -237,13 +244,15 @@ def load_model(
     model.requires_grad_(config.method == "full")
     if config.method != "full":
         model = add_lora(model, config, adapter)
+        if start:
+            load_start(model, start)
     # ZeRO-3 puts hooks on every submodule. Decoder layers as leaf modules are gathered in one piece
     # and cost one pair of hooks each.
     set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
     return model
 
 
-def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.Module:
+def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> PeftModel:
     """The frozen base with LoRA: an adapter's, or a new one. Raises ConfigError."""
     # The first layer's input must require a gradient. The frozen weights don't, so checkpointing
     # and leaf modules would find nothing to do.

@@ -9,7 +9,7 @@ import pytest
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples, load_training_data, prepare_examples
-from loop.data.soap import REQUEST
+from loop.data.soap import SOAP
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.model.loading import load_tokenizer
 
@@ -104,7 +104,7 @@ def test_a_truncated_dialogue_keeps_note_frame_and_both_ends(load, tiny_base):
     assert report.truncated == ["long"] and not report.dropped and report.without_headings == 1
     assert 1024 - 40 < len(example) <= 1024  # no more turns went than had to
     assert (
-        REQUEST.strip() in text
+        SOAP.request.strip() in text
         and "question 0\n" in text
         and "question 199" in text
         and text.endswith("S: a</s>")
