@@ -7,7 +7,6 @@ was killed can be resumed with the same command.
 import fcntl
 import hashlib
 import json
-import re
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from ..config.schema import COLUMNS, ConfigError, DataConfig
-from ..data.conversations import Question
+from ..data.conversations import Question, check_id
 from ..data.conversations import read_questions as read_questions_of
 from ..data.sources.readers import BadRow, read_json
 from ..distributed.files import write_atomically
@@ -24,8 +23,6 @@ from .decode import Note
 
 # What helps against a file that holds other notes, by the option that named it.
 REMEDIES = {"--output": "name another file, or remove this one"}
-# Half a surrogate pair, which UTF-8 and tokenizers lack; JSON can spell it, "\\ud83d".
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tuple[str, dict]]:
@@ -52,11 +49,10 @@ def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tu
             raise ConfigError(f"{where}: {row}")
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: is not an object: write {{...}}")
-        key = str(number if row.get("id") is None else row["id"])
-        if not re.fullmatch(r"\S{1,100}", key) or SURROGATES.search(key):
-            raise ConfigError(
-                f"{where}: its id must be a number, or 1 to 100 characters without a space"
-            )
+        try:
+            key = check_id(number if row.get("id") is None else row["id"])
+        except BadRow as problem:
+            raise ConfigError(f"{where}: {problem}") from problem
         if key in found:
             raise ConfigError(
                 f"{where} (id {key}): this id occurs twice, first in row {row_numbers[key]}: "

@@ -53,6 +53,25 @@ def load(tmp_path, tiny_base):
     return load
 
 
+def test_repeated_rows_and_rewritten_headings_are_counted(load):
+    again = [ROWS[0] | {"id": f"again{i}"} for i in range(2)]
+    other = {"dialogue": "Doctor: And?", "soap": "Subjective: a\n**O:** b\nA/P: c\nP: d"}
+    rows = [*ROWS, *again, other | {"id": "styled"}]
+    for _ in range(2):  # the second report is the cache's
+        examples, report = load(rows, "data.normalize_headings=true", "data.headings=required")
+        assert len(examples) == 9 and report.duplicates == 2
+        assert (report.notes_normalized, report.headings_normalized) == (1, 3)
+        assert report.lines("train", 1024) == [
+            "normalized  3 headings of 1 notes in data.train are written as S:, O:, A:, P: now",
+            "duplicates  2 of 9 examples in data.train repeat an earlier one word for word, and "
+            "count twice",
+        ]
+    report = load(rows)[1]
+    assert (report.notes_normalized, report.without_headings, report.duplicates) == (0, 1, 2)
+    with pytest.raises(ConfigError, match=r"row 9 \(id styled\): the note lacks S:, O:, A:, P:"):
+        load(rows, "data.headings=required", "data.on_error=stop")
+
+
 def test_the_data_of_a_run_is_loaded_in_one_call(load, tmp_path, tiny_base):
     rows = "".join(json.dumps(r | {"dialogue": f"Patient {r['id']}."}) + "\n" for r in ROWS[:3])
     (tmp_path / "valid.jsonl").write_text(rows)

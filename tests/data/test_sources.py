@@ -15,7 +15,8 @@ from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import read_split
 from loop.data.sources.locations import hub_id, locate
-from loop.generation.notes_file import read_questions
+from loop.generation.decode import Note
+from loop.generation.notes_file import NotesFile, read_predictions, read_questions
 
 ROWS = [
     {"id": f"r{i}", "dialogue": f"Doctor: {i}?\nPatient: pain; bad", "soap": f"S: {i}"}
@@ -197,3 +198,23 @@ def test_generate_gives_the_ids_that_evaluate_wants(tmp_path):
     assert list(read_questions(str(tmp_path / "a.csv"), columns)) == ["test-0", "test-1"]
     with pytest.raises(ConfigError, match=r"--input .*a.csv, row 1.*: no column 'dialogue'"):
         read_questions(str(tmp_path / "a.csv"))
+
+
+def test_what_generate_writes_can_be_scored(tmp_path):
+    (tmp_path / "a.csv").write_text("id,talk,soap\n7,Doctor: a,S: a\n8.0,Doctor: b,S: b\n")
+    (tmp_path / "b.csv").write_text("talk,soap\nDoctor: a,S: a\nDoctor: b,S: b\n")
+    for name in ("a.csv", "b.csv"):
+        asked = read_questions(str(tmp_path / name), {"dialogue": "talk"})
+        notes = NotesFile(
+            str(tmp_path / f"{name}.out"), {key: q.dialogue for key, q in asked.items()}, {}
+        )
+        for key in asked:
+            notes.add(key, Note(f"S: {key}", True), 0)
+        notes.close()
+        options = [f"data.test={tmp_path / name}", "data.columns={dialogue: talk, note: soap}"]
+        config = load_config(["--config", "loop/configs/soap_qlora.yaml", *options])
+        ids = [c.id for c in read_split(config, "test")[0]]
+        found = read_predictions(str(tmp_path / f"{name}.out"), ids)
+        assert {key: found[key].text for key in ids} == {key: f"S: {key}" for key in ids}
+    (tmp_path / "numbers.jsonl").write_text('{"id": 7, "note": "x"}\n{"id": 8.0, "note": "y"}\n')
+    assert [*read_predictions(str(tmp_path / "numbers.jsonl"), ["7", "8"])] == ["7", "8"]
