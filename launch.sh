@@ -134,6 +134,7 @@ case $command in
     exit ;;
   test)
     cd "$here"
+    if [[ ${1:-} == --mutants ]]; then exec "$py" -u tests/mutants "${@:2}"; fi
     exec "$py" -m pytest -q "$@" ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
