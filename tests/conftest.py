@@ -14,7 +14,7 @@ from fork_server import start_server
 # A shell's background job ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have the environment of the first process
+if "LOOP_TESTS_PYTHON" not in os.environ:  # other workers have the environment of the first one
     # What ./launch.sh check found on this machine must not decide what the tests test.
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
     os.environ["LOOP_TESTS_PYTHON"] = start_server()

@@ -58,6 +58,19 @@ def test_what_a_fork_would_not_be_is_a_true_python():
     assert python("-u", "-c", code).stdout == "True\n"
 
 
+def test_a_process_that_has_imported_everything_still_gets_forks():
+    """Libraries set variables of their own, which its children have, too."""
+    code = """
+import subprocess, sys
+import datasets, loop.commands.train, torch._inductor.config
+from loop.monitor.quiet import quiet_libraries
+quiet_libraries()
+print("loop" in sys.modules, flush=True)
+subprocess.run([sys.executable, "-c", "import sys; print('torch' in sys.modules)"])
+"""
+    assert python("-c", code).stdout == "True\nTrue\n"
+
+
 def wait_until(condition) -> None:
     end = time.monotonic() + 60
     while not condition():
