@@ -29,6 +29,7 @@ from ..optim.lora_targets import put_lora
 LENGTHS = (37, 5, 90)  # tokens of the documents
 TOLERANCE = 1e-3  # of losses in nats, and of gradients relative to the plain ones; fp32
 WIDTH, VOCABULARY, HEADS, EXPERTS, LAYERS = 128, 256, 4, 4, 4
+MOST_WEIGHTS = 1_000_000_000  # of the copy
 NARROWED = {  # sizes of the copy; the base's own where that is smaller
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
@@ -63,14 +64,12 @@ def check_isolation(config: Config) -> None:
                     f"transformers has no language model for {model_config.model_type} "
                     "(AutoModelForCausalLM); take a base of text alone"
                 )
-            model = build_copy(model_config)
-            check_linear_layers(decoder_layers(model))
-            problem = find_difference(model, config.max_seq_len)
+            model, problem = run_copy(model_config, config.max_seq_len)
             if not problem and config.method != "full":
                 put_lora(model, config.lora)
         except (ConfigError, AttentionError) as error:
             raise ConfigError(f"base={config.base}: {error}") from error
-        except LIBRARY_ERRORS as error:
+        except (*LIBRARY_ERRORS, MemoryError) as error:
             raise ConfigError(
                 f"base={config.base}: this family can't be trained on packed rows "
                 f"({first_line(error)}); take a base built like Llama"
@@ -95,23 +94,38 @@ def check_linear_layers(layers: nn.ModuleList) -> None:
             )
 
 
-def build_copy(model_config) -> Any:
-    """A model of the configuration's family with random weights and few narrow layers, in fp32.
+def run_copy(model_config, max_seq_len: int) -> tuple[Any, str]:
+    """(model, problem) of a small copy; problem as in `find_difference`.
 
-    Where the family's sizes depend on each other in another way, the layers are as wide as the
-    base's.
+    Where the family's sizes depend on each other in another way than `NARROWED` has it, the layers
+    are as wide as the base's, if memory allows.
     """
     try:
-        return build(narrow(model_config, NARROWED))
-    except LIBRARY_ERRORS:
-        return build(narrow(model_config, {}))
+        model = build(narrow(model_config, NARROWED))
+        return model, find_difference(model, max_seq_len)
+    except (ConfigError, AttentionError):
+        raise
+    except LIBRARY_ERRORS as error:
+        try:
+            model = build(narrow(model_config, {}))
+        except MemoryError:
+            raise error from None
+        return model, find_difference(model, max_seq_len)
 
 
 def build(model_config) -> Any:
+    """A model of the configuration's family with random weights, in fp32.
+
+    Raises ConfigError, MemoryError above `MOST_WEIGHTS`, and what transformers raises.
+    """
     attention = ATTENTION_BACKENDS["sdpa"].transformers_name
-    model = AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.float32, attn_implementation=attention
-    )
+    options = {"dtype": torch.float32, "attn_implementation": attention}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+    check_linear_layers(decoder_layers(model))
+    if (num_weights := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
+        raise MemoryError(f"a copy of a few layers has {num_weights:,} weights")
+    model = AutoModelForCausalLM.from_config(model_config, **options)
     switch_off_dropout(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -123,7 +137,10 @@ def build(model_config) -> Any:
 
 
 def narrow(model_config, sizes: dict[str, int]):
-    """The configuration with few layers, a small vocabulary and these sizes."""
+    """The configuration with few layers, a small vocabulary and these sizes.
+
+    sizes: {}: the layers are as wide as they were, and fewer.
+    """
     values = copy.deepcopy(model_config.to_dict())
     values.pop("quantization_config", None)
     text = model_config.get_text_config(decoder=True)
@@ -131,38 +148,47 @@ def narrow(model_config, sizes: dict[str, int]):
     if text is not model_config:
         (key,) = [k for k in model_config.sub_configs if getattr(model_config, k, None) is text]
         inner = values[key]
-        for part in values.values():  # what sees images is not run
-            if isinstance(part, dict) and part is not inner:
-                for key in ("num_hidden_layers", "depth", "num_layers"):
-                    if isinstance(part.get(key), int):
-                        part[key] = min(2, part[key])
-    narrow_layers(inner)
+        shorten_other_parts(values, inner)
+    own_names = type(text).attribute_map
+    usual_names = {own: usual for usual, own in own_names.items()}
+    usual = {usual_names.get(key, key): value for key, value in inner.items()}
+    keep_layers(usual, LAYERS if sizes else 2)
     for key in ("vocab_size", "vocab_size_per_layer_input"):
-        if isinstance(inner.get(key), int):
-            inner[key] = min(VOCABULARY, inner[key])
-    for key in values.keys() | inner.keys():
-        if key.endswith("_token_id"):
-            for part in (values, inner):
-                if part.get(key) is not None:
-                    part[key] = 0
+        if isinstance(usual.get(key), int):
+            usual[key] = min(VOCABULARY, usual[key])
+    for part in (values, usual):
+        for key in part:
+            if key.endswith("_token_id") and part[key] is not None:
+                part[key] = 0
     if sizes:
-        narrow_heads(inner)
+        narrow_heads(usual)
     for key, size in sizes.items():
-        if isinstance(inner.get(key), int):
-            inner[key] = min(size, inner[key])
-        elif isinstance(inner.get(key), (list, tuple)):
-            inner[key] = [min(size, value) for value in inner[key]]
+        if isinstance(usual.get(key), int):
+            usual[key] = min(size, usual[key])
+        elif isinstance(usual.get(key), (list, tuple)):
+            usual[key] = [min(size, value) for value in usual[key]]
+    inner.clear()
+    inner.update({own_names.get(key, key): value for key, value in usual.items()})
     return type(model_config).from_dict(values)
 
 
-def narrow_layers(values: dict[str, Any]) -> None:
+def shorten_other_parts(values: dict[str, Any], text: dict[str, Any]) -> None:
+    """Two layers for what sees or hears, as it is not run."""
+    for part in values.values():
+        if isinstance(part, dict) and part is not text:
+            for key in ("num_hidden_layers", "depth", "num_layers"):
+                if isinstance(part.get(key), int):
+                    part[key] = min(2, part[key])
+
+
+def keep_layers(values: dict[str, Any], wanted: int) -> None:
     """Keeps the first layers, so many that each kind of `layer_types` is among them."""
     layers = values.get("num_hidden_layers")
     if not isinstance(layers, int):
         return
     kinds = values.get("layer_types") or []
     first = [list(kinds).index(kind) + 1 for kind in set(kinds)]
-    kept = min(layers, max([LAYERS, *first]))
+    kept = min(layers, max([wanted, *first]))
     for key, value in values.items():
         if isinstance(value, (list, tuple)) and len(value) == layers:
             values[key] = list(value[:kept])

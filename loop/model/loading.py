@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -106,6 +107,7 @@ LIBRARY_ERRORS = (
     ImportError,
     ArithmeticError,
     AssertionError,
+    StrictDataclassError,
 )
 
 

@@ -35,6 +35,9 @@ SHAPES = {  # our own, each with what a family's templates do
         "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
+    "thoughts in tags of another kind": (
+        OUTER + "{% if add_generation_prompt %}<|assistant|>{{ '<|START_THINKING|>' }}{% endif %}"
+    ),
     "a switch": (
         OUTER + "{% if add_generation_prompt %}<|assistant|>"
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -98,6 +101,7 @@ def test_training_has_the_prompt_of_generation_and_the_note_alone(tokenizer, nam
     assert SOAP.system in text and asked in text and DIALOGUE in text
     frame = text.partition(DIALOGUE)[2]
     assert frame.count("<think>") == frame.count("</think>")
+    assert frame.count("<|START_THINKING|>") == frame.count("<|END_THINKING|>")
     assert not re.search(r"<think>\s*\S+\s*</think>", frame)
 
 

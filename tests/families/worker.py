@@ -29,7 +29,6 @@ from loop.data.batch_plan import plan_run
 from loop.data.dataset import load_training_data
 from loop.export.audit import AuditError
 from loop.export.merge import merge
-from loop.families.admission import check_base
 from loop.generation.decode import generate_notes
 from loop.generation.loading import load_for_generation, prompt_ids
 from loop.kernels.attention import AttentionError
@@ -126,7 +125,6 @@ def try_family(name: str, folder: Path) -> dict:
     recorder.install()
     try:
         config = configure(name, base, folder)
-        check_base(config)  # as the command does
         report = loop.train.train(config, build_ds_config(config))
     except (ConfigError, AttentionError, AuditError) as error:
         line = str(error).replace(str(base), "BASE")
