@@ -218,9 +218,11 @@ def _source_rows(data: DataConfig, split: str) -> Iterator[SourceRow]:
 
 
 def _readable(rows: Iterator, source: str) -> Iterator:
-    """The rows. An OSError while they are read becomes a ConfigError naming the source."""
+    """The rows. An OSError or a reader's ConfigError becomes a ConfigError naming the source."""
     try:
         yield from rows
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"{source}: cannot be read ({reason})") from error

@@ -64,6 +64,8 @@ FILES = {
     "A.CSV": table(",").encode("utf-8-sig"),
     "semicolon.csv": table(";").encode(),
     "tab.csv": table("\t").encode(),
+    "bars.csv": table("|").encode(),
+    "blanks.csv": table(",").replace('"dialogue"', " dialogue ").encode(),
     "sep.csv": table(";", "sep=;").encode("utf-16"),
     "a.tsv.gz": gzip.compress(table("\t").encode("utf-16")),
     "a.parquet": parquet(),
@@ -93,7 +95,7 @@ def test_a_workbook_is_read_or_names_its_package(tmp_path):
 def test_a_workbook_without_its_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "a.xlsx").write_bytes(b"PK")
-    with pytest.raises(ConfigError, match=r"^a.xlsx: .*as CSV, or type .* openpyxl$"):
+    with pytest.raises(ConfigError, match=r"/a.xlsx: Excel .*as CSV, or .* openpyxl$"):
         read(tmp_path / "a.xlsx")
 
 
@@ -162,6 +164,10 @@ def test_folders_and_patterns(tmp_path):
     assert [c.id for c in read(f"{tmp_path}/many:dev")] == ["r1"]
     with pytest.raises(ConfigError, match="has the splits train, dev"):
         read(f"{tmp_path}/many:test")
+    rows.save_to_disk(tmp_path / "saved" / "one")
+    (tmp_path / "texts").mkdir()
+    for name in ("a_dialogue.txt", "a_note.txt"):
+        (tmp_path / "texts" / name).write_text("Doctor: a\n")
     visits = tmp_path / "visits" / "may"
     visits.mkdir(parents=True)
     (visits / "n.dialogue.txt").write_bytes(b"\xef\xbb\xbfDoctor: a\r\nPatient: b")
@@ -175,6 +181,11 @@ def test_folders_and_patterns(tmp_path):
     for i in (1, 2):
         (tmp_path / f"part{i}.jsonl").write_bytes(row(id=f"p{i}"))
     assert [c.id for c in read(tmp_path / "part*.jsonl")] == ["p1", "p2"]
+    assert [c.id for c in read(tmp_path / "part[2].jsonl")] == ["p2"]
+    with pytest.raises(ConfigError, match="its folders are of save_to_disk: name one of them"):
+        read(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="holds 2 .txt; expected NAME.dialogue.txt with NAME.no"):
+        read(tmp_path / "texts")
     with pytest.raises(ConfigError, match="no file matches"):
         read(tmp_path / "none*.jsonl")
 

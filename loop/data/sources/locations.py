@@ -68,14 +68,14 @@ def expand(source: str, split: str) -> list[str]:
 
     Raises ConfigError where the pattern means none.
     """
-    if not re.search(r"[*?]", source) or Path(source).exists():
+    if not re.search(r"[*?[]", source) or Path(source).exists():
         return [source]
     found = sorted(glob.glob(source, recursive=True)) or sorted(
         glob.glob(str(ROOT / source), recursive=True)
     )
-    if not found:
+    if not found and re.search(r"[*?]", source):
         raise ConfigError(f"data.{split}={source}: no file matches this pattern")
-    return found
+    return found or [source]  # brackets are also a part of the hub's splits, train[:10%]
 
 
 def hub_id(source: str) -> re.Match | None:
@@ -129,6 +129,10 @@ def _load_dataset(at: Location) -> "datasets.Dataset":
         return saved[at.split]
     if (at.path / "state.json").is_file():
         return datasets.load_from_disk(str(at.path))
+    if any(at.path.glob("*/state.json")) or any(at.path.glob("*/dataset_dict.json")):
+        raise ConfigError("its folders are of save_to_disk: name one of them")
+    if not any(format_of(path) not in (".txt", ".md", "") for path in at.path.rglob("*.*")):
+        raise ConfigError(_describe(at.path))  # the library would read each line as a row
     # The library's cache would keep a copy of patients' dialogues in the home folder. A temporary
     # one is removed with this block.
     with tempfile.TemporaryDirectory() as cache:

@@ -135,7 +135,7 @@ def _parse_json_line(line: bytes) -> dict | BadRow:
 
 
 def _read_csv(path: Path) -> Rows:
-    """The rows of comma-, semicolon- or tab-separated values, as Excel writes them too.
+    """The rows of values with commas, semicolons, tabs or bars between, as Excel writes them too.
 
     The header tells the separator, or a line `sep=;` before it.
     """
@@ -162,7 +162,7 @@ def _read_csv(path: Path) -> Rows:
                 lines = itertools.chain([first], lines)
                 header = re.sub(r'"[^"]*"', "", first)
                 # The comma comes first, so that it wins a tie.
-                delimiter = max(",;\t", key=header.count)
+                delimiter = max(",;\t|", key=header.count)
                 if format_of(path) == ".tsv":
                     delimiter = "\t"
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -183,6 +183,7 @@ def _with_header(lines: Iterable[list]) -> Rows:
     header = next(lines, None)
     if header is None:
         return
+    header = [name.strip() if isinstance(name, str) else name for name in header]
     if len(set(header)) < len(header):
         yield 1, BadRow("cannot be read: the header names a column twice: rename one of them")
         return
@@ -205,8 +206,8 @@ def _read_xlsx(path: Path) -> Rows:
         import openpyxl
     except ImportError:
         raise ConfigError(
-            f"{path.name}: Excel workbooks need the package openpyxl: save the sheet as CSV, or "
-            f"type {sys.executable} -m pip install openpyxl"
+            "Excel workbooks need the package openpyxl: save the sheet as CSV, or type "
+            f"{sys.executable} -m pip install openpyxl"
         ) from None
     number = 0
     try:
