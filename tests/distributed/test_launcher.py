@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from helpers import communicate, ends_within, wait_until
 
 from loop.config.schema import ConfigError
+from loop.distributed import launcher
 from loop.distributed.hosts import find_hosts, local_hosts, read_hostfile
 from loop.distributed.launcher import StopSignals
 
@@ -476,3 +478,25 @@ def test_an_old_python_is_refused(new_clone):
     process = new_clone[0](FAKE_OLD="1")
     _, err = communicate(process, 10)
     assert process.returncode == 2 and "3.10" in err
+
+
+def test_other_machines_get_the_networks_settings_and_no_secret(monkeypatch):
+    commands = []
+
+    class Started:
+        stdin = SimpleNamespace(write=lambda data: None, flush=lambda: None)
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "HF_HOME", "LOOP_GRACE_SECONDS"):
+        monkeypatch.setenv(name, f"of-{name}")
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, f"secret-{name}")
+    monkeypatch.setattr(launcher.subprocess, "Popen", Started)
+    launcher.RemoteNode("two", {"one": [0], "two": [0]}, 1, 29500, ["train", "lr=1"])
+    (command,) = commands
+    assert command[0] == "ssh" and "two" in command
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "HF_HOME", "LOOP_GRACE_SECONDS"):
+        assert f"{name}=of-{name}" in command[-1]
+    assert "MASTER_PORT=29500" in command[-1] and "secret" not in command[-1]
