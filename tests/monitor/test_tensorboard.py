@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import urllib.request
 from types import SimpleNamespace
 
@@ -224,7 +225,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
     assert runs >= 1
     process = subprocess.Popen(
         [str(ROOT / "launch.sh"), "board", str(trained.parent)],
-        env=os.environ | CPU | {"LOOP_PYTHON": PYTHON},
+        env=os.environ | CPU | {"LOOP_PYTHON": sys.executable},  # its sockets are looked at
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
