@@ -150,13 +150,19 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
 # Two workers take a file each, in this order: the longest ones first, or one worker would wait for
 # the other's at the end.
 LONGEST = (
-    "test_train.py",
     "test_readme.py",
-    "test_checkpoint.py",
-    "test_kill.py",
-    "test_watchdog.py",
+    "test_gradient.py",
     "test_evaluate.py",
-    "test_launch.py",
+    "test_checkpointer.py",
+    "test_kernels_check.py",
+    "test_best.py",
+    "test_launcher.py",
+    "test_kill.py",
+    "test_wiring.py",
+    "test_watchdog.py",
+    "test_estimate.py",
+    "test_same_notes.py",
+    "test_break.py",
 )
 
 

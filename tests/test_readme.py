@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PYTHON, ROOT, seed_profile
+from helpers import PYTHON, ROOT, run, seed_profile
 
 from loop.config.cli import load_config
 from loop.config.help import COMMANDS as COMMANDS_HELP
@@ -114,14 +114,8 @@ def test_the_commands_run_one_after_the_other(clone):
         words = shlex.split(line)
         name = words[1] if len(words) > 1 else "train"
         python = sys.executable if line == "./launch.sh" else PYTHON  # the main job: as it comes
-        done = subprocess.run(
-            ["bash", *words, *SHORTER.get(name, [])],
-            cwd=clone,
-            env=env | {"LOOP_PYTHON": python},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        command = ["bash", *words, *SHORTER.get(name, [])]
+        done = run(command, cwd=clone, env=env | {"LOOP_PYTHON": python})
         assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         assert done.stdout.strip(), line
     assert (clone / "runs" / "embedded" / "adapter" / "adapter_model.safetensors").is_file()

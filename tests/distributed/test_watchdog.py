@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from helpers import CPU, PYTHON, ROOT, start_ranks
+from helpers import CPU, PYTHON, ROOT, communicate, ends_within, start_ranks, wait_until
 
 from loop.config.schema import RunConfig
 from loop.distributed import stop, watchdog
@@ -22,20 +22,19 @@ def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen
 
 
 def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
-    for _ in range(6000):
+    def is_doing() -> bool:
         try:
             beat = json.loads((folder / "heartbeat" / f"rank-{rank}.json").read_text())
-            if beat["step"] >= step and words in beat["doing"]:
-                return
+            return beat["step"] >= step and words in beat["doing"]
         except (OSError, ValueError):
-            pass
-        time.sleep(0.02)
-    raise AssertionError(f"rank {rank} never came to {words!r} in step {step}")
+            return False
+
+    wait_until(is_doing, 120)
 
 
-def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
+def finish(ranks: list[subprocess.Popen], seconds: float = 120) -> list[str]:
     try:
-        return ["".join(p.communicate(timeout=timeout)) for p in ranks]
+        return ["".join(communicate(p, seconds)) for p in ranks]
     finally:
         for p in ranks:
             p.kill()
@@ -109,7 +108,7 @@ def test_a_second_signal_stops_at_once():
     assert process.poll() is None
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    assert ends_within(process, 10) == 128 + signal.SIGTERM
     process.stdout.close()
 
 
@@ -126,7 +125,7 @@ time.sleep(100)
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
     process = python(NO_STEP_ENDS, LOOP_GRACE_SECONDS="1")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 1
+    assert ends_within(process, 15) == 1
     process.stdout.close()
 
 
