@@ -37,7 +37,7 @@ def with_usual_names(model_config):
     inner = next(filter(None, found), 4 * hidden)
     if not head_dim:
         model_config.head_dim = hidden // heads
-    model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner
+    model_config.intermediate_size = inner
     return model_config
 
 
