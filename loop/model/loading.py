@@ -113,7 +113,8 @@ LIBRARY_ERRORS = (
 
 def first_line(error: Exception) -> str:
     """A library's error in one short line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    lines = filter(str.strip, str(error).splitlines())
+    return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
 def load_tokenizer(base: str, revision: str | None = None):
