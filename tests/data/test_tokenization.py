@@ -262,11 +262,11 @@ def test_where_the_prompt_is_no_prefix_the_answer_follows_the_prompt(tiny_base):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_base):
-    """As one that leaves the thoughts out of all answers but the last."""
+    """As one that writes its thoughts into the last answer alone."""
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = (
         "{% for m in messages %}"
-        "{{ m['role'] + ': ' + (m['content'] if loop.last else m['content'][:1]) + eos_token }}"
+        "{{ m['role'] + ': ' + (m['content'] + (' (end)' if loop.last else '')) + eos_token }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
