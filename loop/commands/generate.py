@@ -25,6 +25,7 @@ from ..generation.loading import fit_dialogues, generation_source, load_for_gene
 from ..generation.notes_file import NotesFile, digest, read_questions
 from ..generation.prompt import check_prompt, prompt_texts, task_of
 from ..model.loading import load_model_config, load_tokenizer
+from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
 
 OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0}  # what has no effect
@@ -294,6 +295,7 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
+    device = "cuda:0" if on_gpu() else "cpu"
     dialogue = None if args.input else read_dialogue(args.dialogue)
     source = generation_source(args.adapter, args.base)
     generation = choose_settings(args, source)
@@ -306,12 +308,11 @@ def generate(args: argparse.Namespace) -> None:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
     model_config = load_model_config(source["base"], source["revision"])
-    context = model_config.max_position_embeddings
+    context = context_length(model_config) or sys.maxsize
     fitted = fit_dialogues(
         tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
     )
     warn_of_shortened(fitted, context)
-    device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:

@@ -83,7 +83,9 @@ def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example],
                 prepared = read_cache(path) or prepared  # which gives the memory back
     examples, report = prepared
     if not examples and (report.rows or getattr(config.data, split)):
-        too_long = f"{len(report.dropped)} are longer than max_seq_len={config.max_seq_len}"
+        longest = longest_example(config, tokenizer)
+        name = "max_seq_len" if longest == config.max_seq_len else "the base's context"
+        too_long = f"{len(report.dropped)} are longer than {name}={longest}"
         reason = report.skipped[0] if report.skipped else too_long
         raise ConfigError(f"data.{split}: no example is left ({reason})")
     return examples, report
@@ -104,17 +106,20 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         dropped=[],
         truncated=[],
         without_headings=0,
-        plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
+        plain_template=str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE),
         headings=soap.heading_list(config.task),
     )
     supervise = config.data.supervise
+    longest = longest_example(config, tokenizer)
+    limit = f"max_seq_len={config.max_seq_len}; raise it"
+    if longest < config.max_seq_len:
+        limit = f"the base's context of {longest} tokens; take a base with a longer one"
     seen: set[bytes] = set()
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
-        if len(example) > config.max_seq_len:
+        if len(example) > longest:
             if config.data.overlong == "error":
                 raise ConfigError(
-                    f"data.{split}, id {example.id}: {len(example)} tokens, more than "
-                    f"max_seq_len={config.max_seq_len}; raise it, "
+                    f"data.{split}, id {example.id}: {len(example)} tokens, more than {limit}, "
                     "or set data.overlong to drop or truncate_dialogue"
                 )
             shorter = None
@@ -147,6 +152,11 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     return examples, report
 
 
+def longest_example(config: Config, tokenizer) -> int:
+    """The tokens that an example may have: those of max_seq_len, or of the base's context."""
+    return min(config.max_seq_len, tokenizer.model_max_length)
+
+
 def _is_repeated(example: Example, seen: set[bytes]) -> bool:
     """Whether an example with the same tokens is in `seen`, where it is from now on."""
     key = hashlib.blake2b(example.input_ids.tobytes(), digest_size=16).digest()
@@ -171,7 +181,7 @@ def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Exa
     The note and the prompt's frame stay complete. None where even the first and the last turn are
     too long, and for a row of messages, which has no dialogue.
 
-    conversation: the row, longer than config.max_seq_len tokens.
+    conversation: the row, longer than `longest_example` allows.
     """
     if not conversation.dialogue:
         return None
@@ -183,7 +193,9 @@ def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Exa
         return encode_examples(tokenizer, [shorter], config.data.supervise)[0]
 
     fitted = soap.fit_dialogue(
-        conversation.dialogue, lambda dialogue: len(encode_with(dialogue)), config.max_seq_len
+        conversation.dialogue,
+        lambda dialogue: len(encode_with(dialogue)),
+        longest_example(config, tokenizer),
     )
     if fitted is None:
         return None
