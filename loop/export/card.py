@@ -137,7 +137,7 @@ def write_papers(folder: Path, trained: dict[str, Any]) -> None:
     prompt = trained.get("prompt") or prompt_texts()
     context = trained.get("max_seq_len") or CONTEXT
     text = modelfile(tokenizer, prompt, context, settings_of(trained))
-    (folder / "Modelfile").write_text(text)
+    (folder / "Modelfile").write_text(text, "utf-8")
 
 
 def is_adapter(folder: Path) -> bool:

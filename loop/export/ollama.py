@@ -29,7 +29,9 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
     said = "# The message is the conversation alone; TEMPLATE puts the request before it."
     if PLACEHOLDER.search(request):
         prompt = prompt | {"request": ""}
-        said = f"# The message is the conversation, after: {json.dumps(request)}"
+        said = (
+            f"# The message is the conversation, after: {json.dumps(request, ensure_ascii=False)}"
+        )
     template = go_template(tokenizer, prompt)
     system = prompt["system"]
     lines = [
