@@ -176,6 +176,10 @@ def check_options(line: str) -> None:
     name = words.pop(0) if words and not re.match(f"-|{KEY_VALUE}", words[0]) else "train"
     assert name in known, f"{line}: no such command"
     parts = [part for word in words for part in (word.split() if name == "bench" else [word])]
+    if name == "test" and words[:1] == ["--mutants"]:
+        tables = "".join(path.read_text() for path in (ROOT / "tests/mutants").glob("*.yaml"))
+        assert all(word in tables for word in words[1:]), line
+        return
     if name == "test":
         for word in words:
             assert word in ("-s", "-m", "-n", "0", "gpu", "slow") or (ROOT / word).is_file(), line

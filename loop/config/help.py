@@ -226,7 +226,7 @@ COMMANDS = {
         {
             "-m gpu -n 0": "those that need NVIDIA GPUs",
             "-m slow": "those that take minutes",
-            "--mutants [NAME ...]": "would the tests notice a slip? See tests/mutants/README.md",
+            "--mutants [NAME ...]": "would the tests notice a slip? See tests/README.md",
         },
     ),
     "setup": Command(
