@@ -74,7 +74,7 @@ def check_isolation(config: Config) -> None:
         except (*LIBRARY_ERRORS, MemoryError) as error:
             raise ConfigError(
                 f"base={config.base}: this family can't be trained on packed rows "
-                f"({first_line(error)}); take a base built like Llama"
+                f"({first_line(error).partition('. ')[0]}); take a base built like Llama"
             ) from error
     if problem:
         raise ConfigError(
