@@ -20,7 +20,7 @@ def results_of(names, folder, gpu=False) -> dict[str, dict]:
         str(folder),
         *(["--bf16"] if gpu else []),
         *names,
-        timeout=1200,
+        seconds=1200,
         gpu=gpu,
         PYTHONPATH=f"{ROOT}:{ROOT}/tests/support:{ROOT}/tests/proofs",
     )
