@@ -6,6 +6,8 @@ import pytest
 
 from loop.config.cli import load_config
 from loop.data.conversations import read_split
+from loop.data.dataset import prepare_examples
+from loop.model.loading import load_tokenizer
 
 ROWS = [
     {"id": f"r{i}", "dialogue": f"Doctor: Tell me about the {word}.", "soap": f"S: {word}."}
@@ -76,3 +78,15 @@ def test_a_row_of_more_than_a_megabyte_is_a_bad_row(tmp_path):
     )
     assert [c.id for c in found] == ["r0"]
     assert "row 2" in problems[0] and "1.1 MB, more than 1 MB: split it" in problems[0]
+
+
+def test_an_example_of_exactly_the_longest_length_is_kept(tmp_path, tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    source = write(tmp_path / "a.jsonl")
+    examples, _ = prepare_examples(config(source), tokenizer, "train")
+    lengths = [len(e) for e in examples]
+    longest = max(lengths)
+    for limit, dropped in ((longest, 0), (longest - 1, lengths.count(longest))):
+        one = config(source, f"max_seq_len={limit}")
+        kept, report = prepare_examples(one, tokenizer, "train")
+        assert len(kept) == len(ROWS) - dropped and len(report.dropped) == dropped
