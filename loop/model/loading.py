@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -252,7 +251,7 @@ def load_model(
     return model
 
 
-def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> PeftModel:
+def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.Module:
     """The frozen base with LoRA: an adapter's, or a new one. Raises ConfigError."""
     # The first layer's input must require a gradient. The frozen weights don't, so checkpointing
     # and leaf modules would find nothing to do.
