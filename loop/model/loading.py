@@ -255,7 +255,7 @@ def load_model(
     return model
 
 
-def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> PeftModel:
+def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.Module:
     """The frozen base with LoRA: an adapter's, or a new one. Raises ConfigError."""
     # The first layer's input must require a gradient. The frozen weights don't, so checkpointing
     # and leaf modules would find nothing to do.

@@ -121,7 +121,7 @@ def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> st
     return weights
 
 
-def load_start(model: PeftModel, adapter: str) -> None:
+def load_start(model: nn.Module, adapter: str) -> None:
     """Puts an adapter's weights into the model's new LoRA layers.
 
     Raises ConfigError where it has more, fewer or other weights than they.
