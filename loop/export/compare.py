@@ -15,7 +15,8 @@ from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
 from ..data.tokenization import Example
 from ..distributed.files import atomic_folder
-from ..generation.decode import ROWS, write_notes
+from ..generation.decode import write_notes
+from ..generation.engine import NoteRequest
 from ..generation.loading import load_for_generation
 from ..generation.sharded import prompt_of
 from ..model.loading import load_tokenizer
@@ -68,11 +69,8 @@ def notes_of(
     if not prompts:
         return []
     model, tokenizer = load_for_generation(adapter, base, device)
-    texts = []
-    for start in range(0, len(prompts), ROWS):
-        batch = dict(list(prompts.items())[start : start + ROWS])
-        notes = write_notes(model, tokenizer, batch, generation)
-        texts += [note.text for note in notes]
+    requests = [NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()]
+    texts = [note.text for note in write_notes(model, tokenizer, requests, generation)]
     del model
     gc.collect()
     if torch.cuda.is_available():

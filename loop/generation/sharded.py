@@ -13,7 +13,10 @@ from ..distributed.world import Ranks
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .decode import ROWS, Note, write_notes
+from .engine import NoteRequest
 from .notes_file import KeptNotes
+
+GPU_ROWS = 256  # notes of a batch on a GPU, where the engine writes
 
 
 def prompt_of(example: Example) -> np.ndarray:
@@ -39,7 +42,7 @@ def fits_unsharded(model, ranks: Ranks) -> bool:
 
 
 def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
-    """(whether the model is gathered once, whether the ranks go in lockstep).
+    """(whether the model is gathered once, whether its weights come and go by layers).
 
     Every rank must call it.
     """
@@ -47,7 +50,7 @@ def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
     engine.empty_partition_cache()
     replicated = is_replicated(engine)
     gather = not replicated and fits_unsharded(engine.module, ranks)
-    return gather, not replicated and not gather and ranks.world_size > 1
+    return gather, not replicated and not gather
 
 
 def generate_sharded(
@@ -57,7 +60,7 @@ def generate_sharded(
     generation: GenerationSettings,
     ranks: Ranks,
     stop=None,
-    rows: int = ROWS,
+    rows: int | None = None,
     kept: KeptNotes | None = None,
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
@@ -75,19 +78,22 @@ def generate_sharded(
         generation: the settings.
         ranks: any number of them writes the same notes.
         stop: a StopRequest; the notes are cut off when the run is asked to stop.
-        rows: notes of a batch. What is in a batch depends on the examples and `rows` alone, not on
-            the number of ranks: another padding would be another rounding. So a batch is written
-            whole where `kept` has a part of it.
+        rows: notes of a batch; None: GPU_ROWS or ROWS. What is in a batch depends on the examples
+            and `rows` alone, not on the number of ranks: another batch would be another rounding.
+            So a batch is written whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
     """
     found = dict(kept.found) if kept else {}
+    if found.keys() >= {e.id for e in examples}:
+        return {e.id: found[e.id] for e in examples}
+    gather, partitioned = choose_way(engine, ranks)
+    lockstep = partitioned and ranks.world_size > 1
+    most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
+    rows = min(rows or most, most)
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
     batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
-    if not batches:
-        return {e.id: found[e.id] for e in examples}
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
-    gather, lockstep = choose_way(engine, ranks)
     if lockstep:
         # A rank that has one batch less writes another's, to take part in its all-gathers.
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
@@ -97,8 +103,15 @@ def generate_sharded(
         for number, ids in enumerate(mine):
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
                 break  # in lockstep all of them, before the same batch
-            batch = {id: prompts[id] for id in ids}
-            notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop)
+            notes = write_notes(
+                engine.module,
+                tokenizer,
+                [NoteRequest(id, prompts[id], generation.max_new_tokens) for id in ids],
+                generation,
+                partitioned=partitioned,
+                synced=lockstep,
+                stop=stop,
+            )
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue

@@ -124,7 +124,7 @@ def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypat
     args, out = files
     notes = {"a": Note("x", False, True), "b": Note("y", True, True), "3": Note("z", False)}
     monkeypatch.setattr(
-        generate, "write_notes", lambda m, t, prompts, s: [notes[k] for k in prompts]
+        generate, "write_notes", lambda m, t, requests, s: [notes[r.key] for r in requests]
     )
     generate.main(args)
     assert capsys.readouterr().out == (
