@@ -189,6 +189,9 @@ COMMANDS = {
             "--json FILE": "write all measurements there",
             "--limit S": "seconds that one run may take (default: 300)",
             "--base-dir DIR": "where the models with random weights are kept",
+            "--notes": "how fast notes are written instead; it takes --shape and --json, and "
+            "--slots N... (notes at a time), --prompt N, --tokens N, --peer-tokens N, "
+            "--without-peer",
             "key=value": "of the loop's configuration; see ./launch.sh train --help",
         },
     ),

@@ -198,38 +198,51 @@ def write_notes(
             for notes that `stop` cut off.
         rows: notes at a time; None: as many as are good here.
     """
-    notes: dict[int, Note] = {}
-
-    def finish(number: int, note: Note) -> None:
-        notes[number] = note
-        if done:
-            done(number, note)
-
-    def write_all(write: WriteNotes) -> list[Note]:
-        missing = [number for number in range(len(requests)) if number not in notes]
-        chosen = [requests[number] for number in missing]
-        if generation.forced_headings:
-            written = write_with_headings(tokenizer, chosen, write)
-        else:
-            written = write(chosen, "", None, lambda i, note: finish(missing[i], note))
-        for number, note in zip(missing, written):
-            if generation.forced_headings and not (stop and stop.requested):
-                finish(number, note)
-            notes[number] = note
-        return [notes[number] for number in range(len(requests))]
-
+    written = Written(tokenizer, requests, generation.forced_headings, stop, done)
     reason = "the weights are partitioned" if partitioned else ""
     if requests and not partitioned:
         try:
             with open_engine(model, requests[0].prompt) as engine:
-                return write_all(engine_writer(engine, tokenizer, generation, stop, rows))
+                return written.complete(engine_writer(engine, tokenizer, generation, stop, rows))
         except EngineError as error:
             reason = str(error)
         except torch.OutOfMemoryError:
             reason = "memory is short"
     if reason:
         say_once(f"notes       written by transformers' generate, which takes longer: {reason}")
-    return write_all(plain_writer(model, tokenizer, generation, synced, stop, rows or ROWS))
+    return written.complete(plain_writer(model, tokenizer, generation, synced, stop, rows or ROWS))
+
+
+class Written:
+    """The notes of some requests so far; another writer can go on with those that are missing."""
+
+    def __init__(self, tokenizer, requests, forced_headings: bool, stop, done) -> None:
+        """Arguments as in `write_notes`."""
+        self.tokenizer = tokenizer
+        self.requests = requests
+        self.forced_headings = forced_headings
+        self.stop = stop
+        self.done = done
+        self.notes: dict[int, Note] = {}  # by the number of their request
+
+    def finish(self, number: int, note: Note) -> None:
+        self.notes[number] = note
+        if self.done:
+            self.done(number, note)
+
+    def complete(self, write: WriteNotes) -> list[Note]:
+        """Writes what is missing; returns all notes."""
+        missing = [number for number in range(len(self.requests)) if number not in self.notes]
+        requests = [self.requests[number] for number in missing]
+        if self.forced_headings:
+            notes = write_with_headings(self.tokenizer, requests, write)
+            if not (self.stop and self.stop.requested):
+                for number, note in zip(missing, notes):
+                    self.finish(number, note)
+        else:
+            notes = write(requests, "", None, lambda i, note: self.finish(missing[i], note))
+        found = dict(zip(missing, notes)) | self.notes
+        return [found[number] for number in range(len(self.requests))]
 
 
 def engine_writer(

@@ -166,4 +166,4 @@ def _set_forward(undo: contextlib.ExitStack, module: nn.Module, forward) -> None
         undo.callback(setattr, module, "forward", module.forward)
     else:
         undo.callback(vars(module).pop, "forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward

@@ -59,7 +59,7 @@ class KVSlots:
         """
         if module not in self.layers:
             shapes = [(*self.shape, x.shape[1], x.shape[3]) for x in (key, value)]
-            self.layers[module] = tuple(key.new_zeros(shape) for shape in shapes)  # type: ignore
+            self.layers[module] = key.new_zeros(shapes[0]), key.new_zeros(shapes[1])
         keys, values = self.layers[module]
         key, value = key.transpose(1, 2), value.transpose(1, 2)  # [B, T, Hkv, D]
         if self.prompts:
@@ -142,18 +142,18 @@ def flash_step_works(dtype: torch.dtype, heads: tuple[int, int, int], device) ->
     slots = KVSlots(3, 128, "", False, device)
     slots.lengths += torch.tensor([0, 17, 100], dtype=torch.int32, device=device)
     slots.begin_step(100)
-    new = [random_tensor(3, key_heads, 1, size) for _ in range(2)]
-    cached = [random_tensor(*slots.shape, key_heads, size) for _ in range(2)]
+    key, value = (random_tensor(3, key_heads, 1, size) for _ in range(2))
+    keys, values = (random_tensor(*slots.shape, key_heads, size) for _ in range(2))
     module = torch.nn.Module()
-    slots.layers[module] = tuple(x.clone() for x in cached)  # type: ignore[assignment]
-    wanted = slots.attend(module, query, *new, None)
+    slots.layers[module] = keys.clone(), values.clone()
+    wanted = slots.attend(module, query, key, value, None)
     try:
-        new = [x.transpose(1, 2) for x in new]
-        out = flash_step(query, *new, *cached, slots.lengths, None)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        out = flash_step(query, key, value, keys, values, slots.lengths, None)
     # Not installed, built for another torch, or without these heads.
     except Exception:
         return False
-    kept = all(torch.equal(a, b) for a, b in zip(cached, slots.layers[module]))
+    kept = all(map(torch.equal, (keys, values), slots.layers[module]))
     return kept and torch.allclose(out.float(), wanted.float(), atol=2e-2)
 
 

@@ -53,6 +53,12 @@ def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
     return gather, not replicated and not gather
 
 
+def batch_rows(rows: int | None, ranks: Ranks, partitioned: bool) -> int:
+    """Notes of a batch: `rows`, but no more than are good here; None: so many."""
+    most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
+    return min(rows or most, most)
+
+
 def generate_sharded(
     engine,
     tokenizer,
@@ -65,11 +71,9 @@ def generate_sharded(
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
 
-    Some may be missing where the run is asked to stop.
-
-    Each rank writes its shard of the batches. Where the full model fits, it is gathered once and
-    the ranks write on their own; the engine's hooks are off meanwhile, as they would gather again,
-    in lockstep. Where it does not fit, the ranks go in lockstep, a layer at a time.
+    Some may be missing where the run is asked to stop. Each rank writes its shard of the batches,
+    on its own where the full model fits and is gathered once; hooks that would gather again are off
+    meanwhile. Where it does not fit, the ranks go in lockstep, a layer at a time.
 
     Args:
         engine: of DeepSpeed, ZeRO-3.
@@ -78,9 +82,9 @@ def generate_sharded(
         generation: the settings.
         ranks: any number of them writes the same notes.
         stop: a StopRequest; the notes are cut off when the run is asked to stop.
-        rows: notes of a batch; None: GPU_ROWS or ROWS. What is in a batch depends on the examples
-            and `rows` alone, not on the number of ranks: another batch would be another rounding.
-            So a batch is written whole where `kept` has a part of it.
+        rows: as in `batch_rows`. What is in a batch depends on the examples and `rows` alone, not
+            on the number of ranks: another batch would be another rounding. So a batch is written
+            whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
     """
     found = dict(kept.found) if kept else {}
@@ -88,8 +92,7 @@ def generate_sharded(
         return {e.id: found[e.id] for e in examples}
     gather, partitioned = choose_way(engine, ranks)
     lockstep = partitioned and ranks.world_size > 1
-    most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
-    rows = min(rows or most, most)
+    rows = batch_rows(rows, ranks, partitioned)
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
     batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
     mine = batches[ranks.rank :: ranks.world_size]

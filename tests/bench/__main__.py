@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import notes
 import torch
 from shapes import LONGEST, MEAN, SHAPES, SUPERVISED, make_base
 
@@ -211,6 +212,9 @@ def describe_contender(name: str, runs: list[dict], limit: float) -> str:
 
 
 def main() -> None:
+    if "--notes" in sys.argv:
+        notes.main()
+        return
     args = parse_args()
     results = run_all(make_contenders(args), args)
     rate = matrix_rate()

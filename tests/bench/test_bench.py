@@ -1,5 +1,6 @@
 """The benchmark: what it counts, and that it measures."""
 
+import argparse
 import json
 import os
 import runpy
@@ -71,3 +72,25 @@ def test_it_measures_the_loop_and_a_peer(tmp_path):
     results = json.loads((tmp_path / "all.json").read_text())["results"]
     assert set(results) == {"the loop", "the loop without DeepSpeed", "plain"}
     assert all(min(run["tokens_per_second"]) > 0 for runs in results.values() for run in runs)
+
+
+def test_the_floor_of_notes_counts_what_a_step_reads(bench):
+    """TinyLlama's weights without the embedding, in 16 bits; 22,528 bytes of keys and values."""
+    notes = sys.modules["notes"]
+    args = argparse.Namespace(prompt=900, tokens=200)
+    one, two = (notes.bytes_of_step("tinyllama", slots, args) for slots in (1, 2))
+    assert two - one == 1000 * 22_528
+    assert one - (two - one) == pytest.approx(2 * (1_100_048_384 - 32000 * 2048), rel=1e-3)
+
+
+def test_notes_are_measured_by_the_engine(tmp_path):
+    command = [str(ROOT / "launch.sh"), "bench", "--notes", "--slots", "2", "--prompt", "20"]
+    command += ["--tokens", "8", "--peer-tokens", "4", "--json", str(tmp_path / "all.json")]
+    env = os.environ | {"LOOP_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(
+        command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert out.returncode == 0, out.stdout + out.stderr[-2000:]
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert set(results) == {"generate on the merged copy, bf16, 2", "the engine, NF4 and LoRA, 2"}
+    assert all(found["step_ms"] > 0 for found in results.values())
