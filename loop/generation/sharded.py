@@ -77,11 +77,10 @@ def generate_sharded(
 
     Args:
         engine: of DeepSpeed, ZeRO-3.
-        tokenizer: the model's.
+        tokenizer, generation: the model's; the settings.
         examples: their prompts are read.
-        generation: the settings.
         ranks: any number of them writes the same notes.
-        stop: a StopRequest; the notes are cut off when the run is asked to stop.
+        stop: a StopRequest, which cuts notes off.
         rows: as in `batch_rows`. What is in a batch depends on the examples and `rows` alone, not
             on the number of ranks: another batch would be another rounding. So a batch is written
             whole where `kept` has a part of it.
@@ -101,20 +100,14 @@ def generate_sharded(
         # A rank that has one batch less writes another's, to take part in its all-gathers.
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     set_activity("writing sample notes")  # of a rank without a batch as well
+    options = {"partitioned": partitioned, "synced": lockstep, "stop": stop}
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
         for number, ids in enumerate(mine):
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
                 break  # in lockstep all of them, before the same batch
-            notes = write_notes(
-                engine.module,
-                tokenizer,
-                [NoteRequest(id, prompts[id], generation.max_new_tokens) for id in ids],
-                generation,
-                partitioned=partitioned,
-                synced=lockstep,
-                stop=stop,
-            )
+            requests = [NoteRequest(id, prompts[id], generation.max_new_tokens) for id in ids]
+            notes = write_notes(engine.module, tokenizer, requests, generation, **options)
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue
