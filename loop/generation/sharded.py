@@ -93,6 +93,7 @@ def generate_sharded(
     lockstep = partitioned and ranks.world_size > 1
     rows = batch_rows(rows, ranks, partitioned)
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
+    requests = {id: NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()}
     batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
@@ -106,8 +107,9 @@ def generate_sharded(
         for number, ids in enumerate(mine):
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
                 break  # in lockstep all of them, before the same batch
-            requests = [NoteRequest(id, prompts[id], generation.max_new_tokens) for id in ids]
-            notes = write_notes(engine.module, tokenizer, requests, generation, **options)
+            notes = write_notes(
+                engine.module, tokenizer, [requests[id] for id in ids], generation, **options
+            )
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue
