@@ -20,10 +20,11 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
+from .distributed.timeline import begin, part
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
-from .export.adapter import export_result
+from .export.adapter import export_result, prepare_audit
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
@@ -112,10 +113,12 @@ def train(
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
     with contextlib.ExitStack() as stack:  # unlocks the run directory, stops the watchdog
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
+        begin()  # the account of where the time goes
         stop = StopRequest(config.run.max_hours)
-        tokenizer = load_tokenizer(config.base, config.revision)
-        model_config = load_model_config(config.base, config.revision)
-        data = data or load_training_data(config, tokenizer)
+        with part("data"):
+            tokenizer = load_tokenizer(config.base, config.revision)
+            model_config = load_model_config(config.base, config.revision)
+            data = data or load_training_data(config, tokenizer)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
@@ -133,9 +136,10 @@ def train(
         # 3. A frozen NF4 base with LoRA and its optimizer, both partitioned by ZeRO-3.
         model, execution = build_model(config, ds_config, model_config, data, ranks)
         optimizer = build_optimizer(model, config)
-        engine, optimizer, *_ = initialize(
-            model=model, optimizer=optimizer, config=execution.ds_config
-        )
+        with part("engine"):
+            engine, optimizer, *_ = initialize(
+                model=model, optimizer=optimizer, config=execution.ds_config
+            )
         engine.train()  # from_pretrained leaves the base in evaluation mode, without dropout
         parameters = [p for _, p in trainable_parameters(engine.module)]
         seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has seeds of its own
@@ -181,6 +185,8 @@ def train(
                 suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
+            if state.step == len(plan):
+                prepare_audit(config, ranks)
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:
                 stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)

@@ -6,6 +6,7 @@ The right one gives the run's loss to a stranger.
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -194,8 +195,8 @@ def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
     ):
         monkeypatch.setattr(
             audit.subprocess,
-            "run",
-            lambda *a, **k: type("Done", (), {"returncode": code, "stderr": f"...\n{name}"}),
+            "Popen",
+            lambda *a, **k: Mock(returncode=code, communicate=lambda *a, **k: ("", f"...\n{name}")),
         )
         if said:
             assert said in audit_loss(run.folder, examples, 1.0, "cpu")["fresh"]
