@@ -20,7 +20,7 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
-from .distributed.timeline import begin, part
+from .distributed.timeline import part
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
@@ -107,18 +107,16 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=deepspeed.initialize,
+    initialize=part("engine")(deepspeed.initialize),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
     with contextlib.ExitStack() as stack:  # unlocks the run directory, stops the watchdog
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
-        begin()  # the account of where the time goes
         stop = StopRequest(config.run.max_hours)
-        with part("data"):
-            tokenizer = load_tokenizer(config.base, config.revision)
-            model_config = load_model_config(config.base, config.revision)
-            data = data or load_training_data(config, tokenizer)
+        tokenizer = load_tokenizer(config.base, config.revision)
+        model_config = load_model_config(config.base, config.revision)
+        data = data or part("data")(load_training_data)(config, tokenizer)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
@@ -136,10 +134,9 @@ def train(
         # 3. A frozen NF4 base with LoRA and its optimizer, both partitioned by ZeRO-3.
         model, execution = build_model(config, ds_config, model_config, data, ranks)
         optimizer = build_optimizer(model, config)
-        with part("engine"):
-            engine, optimizer, *_ = initialize(
-                model=model, optimizer=optimizer, config=execution.ds_config
-            )
+        engine, optimizer, *_ = initialize(
+            model=model, optimizer=optimizer, config=execution.ds_config
+        )
         engine.train()  # from_pretrained leaves the base in evaluation mode, without dropout
         parameters = [p for _, p in trainable_parameters(engine.module)]
         seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has seeds of its own
@@ -185,8 +182,7 @@ def train(
                 suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
-            if state.step == len(plan):
-                prepare_audit(config, ranks)
+            prepare_audit(config, ranks, state.step == len(plan))
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:
                 stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)

@@ -1,6 +1,6 @@
 """Where the time of a run goes: every second since the command belongs to one part.
 
-`part("base")` is a context, or a decorator, for what loads the base; parts nest, and a second counts
+`part("base")` is a context, or a decorator, for what loads the base. Parts nest: a second counts
 for the innermost. `begin` starts a run's account.
 """
 
@@ -12,7 +12,17 @@ from collections.abc import Iterator
 import psutil
 
 OTHER = "other"  # what is in no part
-START = ("launcher", "imports", "data", "ranks", "kernel tests", "base", "engine", "CUDA graphs")
+START = (
+    "launcher",
+    "imports",
+    "tokenizer",
+    "data",
+    "ranks",
+    "kernel tests",
+    "base",
+    "engine",
+    "CUDA graphs",
+)
 JOB = ("first step", "steps", "evaluation", "sample notes", "checkpoints", "export", "audit")
 
 

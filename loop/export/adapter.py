@@ -37,9 +37,10 @@ from .audit import (
 from .card import TRAINED, describe_run, write_papers
 
 
-def prepare_audit(config: Config, ranks: Ranks) -> None:
-    """Starts the process that will measure the adapter's loss, while the last validation runs."""
-    if ranks.is_main and config.run.export != "none" and config.run.export_check_examples:
+def prepare_audit(config: Config, ranks: Ranks, last_step: bool) -> None:
+    """After the last step: starts the audit's process while the last validation runs."""
+    audited = config.run.export != "none" and config.run.export_check_examples
+    if last_step and audited and ranks.is_main:
         start_standalone_process()
 
 

@@ -70,6 +70,7 @@ class RunLogger:
         self.timer = StepTimer(ranks.device)
         self.started = self.step_started = self.last_line = time.perf_counter()
         self.tokens = 0  # of the steps of this process
+        self.start_time: dict[str, float] = {}  # seconds by part, up to the first step's end
         self.seconds = 0.0  # of its steps alone, without evaluation and saving
         self.largest_micro_batch = 0  # tokens, of this rank
         if self.on:
@@ -238,7 +239,8 @@ class RunLogger:
         largest = max(batch.input_ids.numel() for batch in micro_batches)
         self.largest_micro_batch = max(self.largest_micro_batch, largest)
         if step == self.first_step + 1:
-            self.say(f"start       {timeline.describe(timeline.so_far())}")
+            self.start_time = timeline.so_far()
+            self.say(f"start       {timeline.describe(self.start_time)}")
         if step == self.first_step + 3:
             left = self.num_steps - step
             self.say(
@@ -353,7 +355,7 @@ class RunLogger:
                 "train/tokens_per_second": self.tokens / self.seconds,
                 "seconds": time.perf_counter() - self.started,
             } | metrics
-        metrics["time"] = timeline.so_far()
+        metrics |= {"time": timeline.so_far(), "time_to_first_step": self.start_time}
         return write_report(
             self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | metrics
         )
