@@ -20,10 +20,11 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
+from .distributed.timeline import part
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
-from .export.adapter import export_result
+from .export.adapter import export_result, prepare_audit
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
@@ -106,7 +107,7 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=deepspeed.initialize,
+    initialize=part("engine")(deepspeed.initialize),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
@@ -115,7 +116,7 @@ def train(
         stop = StopRequest(config.run.max_hours)
         tokenizer = load_tokenizer(config.base, config.revision)
         model_config = load_model_config(config.base, config.revision)
-        data = data or load_training_data(config, tokenizer)
+        data = data or part("data")(load_training_data)(config, tokenizer)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
@@ -181,6 +182,7 @@ def train(
                 suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
+            prepare_audit(config, ranks, state.step == len(plan))
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:
                 stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)

@@ -5,6 +5,7 @@ from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
+from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..generation.decode import Note
 from ..generation.sharded import generate_sharded
@@ -40,6 +41,7 @@ class Validator:
         self.chosen = chosen_examples(config, data)
         self.references = read_references(config, self.chosen)
 
+    @part("evaluation")
     def run(self, state, skip: bool = False) -> bool:
         """Fills `state.eval_metrics` and returns True; or returns False, and logs nothing.
 
@@ -65,6 +67,7 @@ class Validator:
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
+    @part("sample notes")
     def _write(self, examples: list[Example], rows: int | None) -> dict[str, Note]:
         """Notes of examples by id, cut off when the run is asked to stop.
 

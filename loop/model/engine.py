@@ -4,6 +4,7 @@ import numpy as np
 
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
+from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..zero3.hooks import cache_module_parameters
 from ..zero3.replicated import replicate_weights
@@ -12,6 +13,7 @@ from .flops import attention_pair_cost
 from .replay import replay_layers
 
 
+@part("CUDA graphs")
 def prepare_engine(
     engine,
     execution: Execution,

@@ -21,6 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
+from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from .lora import attach_adapter
@@ -84,6 +85,7 @@ def config_errors_for(base: str) -> Iterator[None]:
         ) from error
 
 
+@part("tokenizer")
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 

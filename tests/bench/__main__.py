@@ -82,6 +82,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="where one step's time goes on the GPU"
     )
+    parser.add_argument(
+        "--job", action="store_true", help="the whole seed job instead, and what each part takes"
+    )
+    parser.add_argument("--rows", type=int, help="training rows of --job")
     parser.add_argument("--json", help="write all figures there")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
@@ -216,6 +220,10 @@ def main() -> None:
         notes.main()
         return
     args = parse_args()
+    if args.job:
+        import job
+
+        return job.main(args)
     results = run_all(make_contenders(args), args)
     rate = matrix_rate()
     limit = rate * args.gpus / flops_per_token(SHAPES[args.shape], args.length or MEAN)

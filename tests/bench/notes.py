@@ -9,6 +9,7 @@ fails is said and the rest goes on; the exit code is 1 then.
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
 import traceback
@@ -32,6 +33,14 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", type=int, default=920 if on_gpu else 200, help="tokens of each prompt")
     add("--tokens", type=int, default=400 if on_gpu else 32, help="of each note")
     add("--peer-tokens", type=int, default=64 if on_gpu else 16, help="of a note by generate")
+    add(
+        "--compared",
+        type=int,
+        nargs=2,
+        default=[32, 100] if on_gpu else [4, 16],
+        metavar=("NOTES", "TOKENS"),
+        help="greedy notes that are compared with generate's",
+    )
     add("--without-peer", action="store_true", help="no generate beside it")
     add("--json", help="write all figures there")
     return parser.parse_args()
@@ -92,10 +101,10 @@ class Tokens:
     pad_token_id = 0
 
     def decode(self, ids, **_) -> str:
-        return str(len(ids))
+        return " ".join(map(str, torch.as_tensor(ids).tolist()))
 
     def batch_decode(self, rows, **_) -> list[str]:
-        return [str(len(row)) for row in rows]
+        return [self.decode(row) for row in rows]
 
 
 def synchronize() -> None:
@@ -103,22 +112,27 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def make_requests(model, lengths: list[int], tokens: int) -> list:
+    """Notes of so many tokens, each on a random prompt of its length."""
+    from loop.generation.engine import NoteRequest
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    return [
+        NoteRequest(
+            str(i), torch.randint(3, vocabulary, (length,), generator=generator).tolist(), tokens
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
 def measure_engine(model, count: int, args: argparse.Namespace) -> dict:
     """One call as a command makes it, its parts included, and the time of a step in it."""
     from loop.config.schema import GenerationSettings
     from loop.generation.decode import write_notes
-    from loop.generation.engine import NoteRequest, SlotModel
+    from loop.generation.engine import SlotModel
 
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    requests = [
-        NoteRequest(
-            str(i),
-            torch.randint(3, vocabulary, (args.prompt,), generator=generator).tolist(),
-            args.tokens,
-        )
-        for i in range(count)
-    ]
+    requests = make_requests(model, [args.prompt] * count, args.tokens)
     generation = GenerationSettings(max_new_tokens=args.tokens, end_loops=False)
     starts: list[float] = []
     slots: list[int] = []
@@ -143,7 +157,7 @@ def measure_engine(model, count: int, args: argparse.Namespace) -> dict:
         SlotModel.step = step
     if not starts:
         raise RuntimeError("written by transformers' generate: the engine was not used")
-    tokens = sum(int(note.text) for note in notes)
+    tokens = sum(len(note.text.split()) for note in notes)
     steady = starts[len(starts) // 4]  # behind the capture
     return {
         "tokens_per_second": tokens / seconds,
@@ -177,6 +191,54 @@ def measure_generate(model, count: int, args: argparse.Namespace) -> dict:
     seconds(2)
     step = (seconds(args.peer_tokens) - seconds(2)) / (args.peer_tokens - 2)
     return {"tokens_per_second": count / step, "step_ms": 1e3 * step, "slots": count}
+
+
+@torch.no_grad()
+def compare_greedy(model, args: argparse.Namespace) -> dict:
+    """Greedy notes by the engine and by generate, on one model, and where they part.
+
+    In 16 bits two tokens can have the same logit but for rounding. So where notes part, the plain
+    model's logits of the two tokens are compared: `gaps` are their differences, beside the usual
+    difference of the best two tokens, all in standard deviations of the logits.
+    """
+    from loop.config.schema import GenerationSettings
+    from loop.generation.decode import engine_writer, plain_writer
+    from loop.generation.engine_choice import open_engine
+
+    count, tokens = args.compared
+    lengths = [args.prompt - i * args.prompt // (2 * count) for i in range(count)]
+    requests = make_requests(model, lengths, tokens)
+    generation = GenerationSettings(max_new_tokens=tokens, end_loops=False)
+    with open_engine(model, requests[0].prompt) as engine:
+        ours = engine_writer(engine, Tokens(), generation, None, None)(requests, "", None, None)
+    theirs = plain_writer(model, Tokens(), generation, False, None, 16)(requests, "", None, None)
+    found: dict = {"notes": count, "equal": 0, "gaps": [], "usual": []}
+    for request, our_note, their_note in zip(requests, ours, theirs):
+        pair = [[int(token) for token in note.text.split()] for note in (our_note, their_note)]
+        same = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), tokens)
+        ids = torch.tensor([request.prompt + pair[0][:same]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = logits[len(request.prompt) - 1 :]
+        best = logits.topk(2).values
+        scale = logits.std(1)
+        found["usual"].append(((best[:, 0] - best[:, 1]) / scale).median().item())
+        if same == tokens:
+            found["equal"] += 1
+        else:
+            gap = logits[same, pair[0][same]] - logits[same, pair[1][same]]
+            found["gaps"].append((gap.abs() / scale[same]).item())
+    return found
+
+
+def describe_comparison(name: str, found: dict) -> str:
+    line = f"{name}: {found['equal']} of {found['notes']} greedy notes as generate writes them"
+    if found["gaps"]:
+        usual = statistics.median(found["usual"])
+        line += (
+            f"; where one parts, the two tokens' logits are {max(found['gaps']):.4f} sd apart at "
+            f"most (the best two otherwise: {usual:.4f}, median)"
+        )
+    return line
 
 
 def bytes_of_step(shape: str, slots: int, args: argparse.Namespace) -> float:
@@ -223,8 +285,8 @@ def measure_all(args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
     results: dict[str, dict] = {}
     model = build_plain(args.shape, device)
 
-    def run(name: str, measure) -> None:
-        for count in args.slots:
+    def run(name: str, measure, counts: list[int]) -> None:
+        for count in counts:
             try:
                 found = measure(model, count, args)
                 floor = 1e3 * bytes_of_step(args.shape, found["slots"], args) / rate
@@ -239,10 +301,20 @@ def measure_all(args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
             if device == "cuda":
                 torch.cuda.empty_cache()
 
+    def compare(name: str) -> None:
+        if not args.without_peer:
+            results[f"{name}, compared"] = found = compare_greedy(model, args)
+            print(describe_comparison(name, found), flush=True)
+
+    compare("merged, bf16")
     if not args.without_peer:
-        run("generate on the merged copy, bf16", measure_generate)
+        run("generate on the merged copy, bf16", measure_generate, args.slots)
     model = make_qlora(model)
-    run("the engine, NF4 and LoRA", measure_engine)
+    run("the engine, NF4 and LoRA", measure_engine, args.slots)
+    compare("NF4 and LoRA")
+    if not args.without_peer:
+        few = [count for count in args.slots if count <= 16]
+        run("generate, NF4 and LoRA", measure_generate, few)
     return results, not any("error" in found for found in results.values())
 
 
