@@ -1,6 +1,8 @@
 """Writes notes with the model of a ZeRO-3 engine, the batches divided among the ranks."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -41,22 +43,48 @@ def fits_unsharded(model, ranks: Ranks) -> bool:
     return not ranks.any(full_bytes > free_bytes / 2)
 
 
-def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
-    """(whether the model is gathered once, whether its weights come and go by layers).
+class Way(NamedTuple):
+    """How the weights are where notes are written."""
 
-    Every rank must call it.
-    """
+    gathered: bool  # once, for all notes
+    partitioned: bool  # they come and go by layers
+    lockstep: bool  # the ranks, as each takes part in all gathers of a layer
+
+
+def choose_way(engine, ranks: Ranks) -> Way:
+    """What the memory allows. Every rank must call it, and gets the same answer."""
     # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
     engine.empty_partition_cache()
     replicated = is_replicated(engine)
-    gather = not replicated and fits_unsharded(engine.module, ranks)
-    return gather, not replicated and not gather
+    gathered = not replicated and fits_unsharded(engine.module, ranks)
+    partitioned = not replicated and not gathered
+    return Way(gathered, partitioned, partitioned and ranks.world_size > 1)
 
 
 def batch_rows(rows: int | None, ranks: Ranks, partitioned: bool) -> int:
     """Notes of a batch: `rows`, but no more than are good here; None: so many."""
     most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
     return min(rows or most, most)
+
+
+def write_batches(
+    model, tokenizer, batches: list[list[NoteRequest]], generation, way: Way, ranks: Ranks, stop
+) -> Iterator[dict[str, Note]]:
+    """Gives the notes of one batch after the other by their keys, until `stop` is set."""
+    for batch in batches:
+        # In lockstep all of them stop, before the same batch.
+        if stop and (ranks.any(stop.requested) if way.lockstep else stop.requested):
+            return
+        notes = write_notes(
+            model,
+            tokenizer,
+            batch,
+            generation,
+            partitioned=way.partitioned,
+            synced=way.lockstep,
+            stop=stop,
+        )
+        yield {request.key: note for request, note in zip(batch, notes)}
 
 
 def generate_sharded(
@@ -89,38 +117,37 @@ def generate_sharded(
     found = dict(kept.found) if kept else {}
     if found.keys() >= {e.id for e in examples}:
         return {e.id: found[e.id] for e in examples}
-    gather, partitioned = choose_way(engine, ranks)
-    lockstep = partitioned and ranks.world_size > 1
-    rows = batch_rows(rows, ranks, partitioned)
-    prompts = {e.id: prompt_of(e).tolist() for e in examples}
-    requests = {id: NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()}
-    batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
+    way = choose_way(engine, ranks)
+    rows = batch_rows(rows, ranks, way.partitioned)
+    requests = [
+        NoteRequest(e.id, prompt_of(e).tolist(), generation.max_new_tokens) for e in examples
+    ]
+    batches = [
+        batch
+        for batch in batch_by_length(requests, rows)
+        if not found.keys() >= {request.key for request in batch}
+    ]
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
-    if lockstep:
+    if way.lockstep:
         # A rank that has one batch less writes another's, to take part in its all-gathers.
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     set_activity("writing sample notes")  # of a rank without a batch as well
-    options = {"partitioned": partitioned, "synced": lockstep, "stop": stop}
     written: dict[str, Note] = {}
-    with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
-        for number, ids in enumerate(mine):
-            if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
-                break  # in lockstep all of them, before the same batch
-            notes = write_notes(
-                engine.module, tokenizer, [requests[id] for id in ids], generation, **options
-            )
+    with without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext():
+        writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop)
+        for number, notes in enumerate(writing):
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue
-                kept.add(dict(zip(ids, notes)))
-            written |= dict(zip(ids, notes))
+                kept.add(notes)
+            written |= notes
     for shard in ranks.all_gather_json(written):
         found |= {id: Note(*note) for id, note in shard.items()}
     return {e.id: found[e.id] for e in examples if e.id in found}
 
 
-def batch_by_length(prompts: dict[str, list[int]], rows: int) -> list[list[str]]:
-    """Batches of ids, at most `rows` each, of prompts of like length, so that padding is little."""
-    ids = sorted(prompts, key=lambda id: (len(prompts[id]), id))
-    return [ids[start : start + rows] for start in range(0, len(ids), rows)]
+def batch_by_length(requests: list[NoteRequest], rows: int) -> list[list[NoteRequest]]:
+    """Batches of at most `rows` notes with prompts of like length, so that padding is little."""
+    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.key))
+    return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]

@@ -132,7 +132,7 @@ import loop.generation.sharded as sharded
 from loop.commands.evaluate import main
 
 batch_by_length = sharded.batch_by_length
-sharded.batch_by_length = lambda prompts, rows: batch_by_length(prompts, 2)
+sharded.batch_by_length = lambda requests, rows: batch_by_length(requests, 2)
 sharded.fits_unsharded = lambda *_: sys.argv[1] == "gathered"
 main(sys.argv[2:])
 """
