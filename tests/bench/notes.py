@@ -1,7 +1,7 @@
 """`./launch.sh bench --notes`: how fast notes are written, beside transformers' generate.
 
-A base with random weights is built in place: first plain, as a merged model, for generate; then in
-NF4 with LoRA, for the engine. Beside each speed stands its share of the byte floor: the time that
+A base with random weights is built in place: in NF4 with LoRA for the engine, then plain, as a
+merged model, for generate. Beside each speed stands its share of the byte floor: the time that
 reading all weights and all keys and values once a step takes at this machine's bandwidth. What
 fails is said and the rest goes on; the exit code is 1 then.
 """
@@ -272,8 +272,8 @@ def describe(name: str, count: int, found: dict) -> str:
     return line
 
 
-def measure_all(args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
-    """({contender and notes at a time: figures or error}, whether all went well)."""
+def measure_all(args: argparse.Namespace) -> bool:
+    """Measures, says and writes all contenders. Returns whether all went well."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = bandwidth()
     print(
@@ -283,44 +283,53 @@ def measure_all(args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
         flush=True,
     )
     results: dict[str, dict] = {}
-    model = build_plain(args.shape, device)
+
+    def attempt(name: str, find) -> None:
+        """What is found is said and written at once: a later part can take too long."""
+        try:
+            results[name], line = find()
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            line = f"{name}: FAILED: {error}"[:200]
+        print(line, flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1))
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
     def run(name: str, measure, counts: list[int]) -> None:
         for count in counts:
-            try:
+
+            def find(count=count):
                 found = measure(model, count, args)
                 floor = 1e3 * bytes_of_step(args.shape, found["slots"], args) / rate
                 found["of_floor"] = floor / found["step_ms"]
-                print(describe(name, count, found), flush=True)
-            except Exception as error:
-                traceback.print_exc()
-                found = {"error": f"{type(error).__name__}: {error}"}
-                print(f"{name:34} {count:5} FAILED: {found['error'][:200]}", flush=True)
-            results[f"{name}, {count}"] = found
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+                return found, describe(name, count, found)
+
+            attempt(f"{name}, {count}", find)
 
     def compare(name: str) -> None:
-        if not args.without_peer:
-            results[f"{name}, compared"] = found = compare_greedy(model, args)
-            print(describe_comparison(name, found), flush=True)
+        def find():
+            found = compare_greedy(model, args)
+            return found, describe_comparison(name, found)
 
-    compare("merged, bf16")
-    if not args.without_peer:
-        run("generate on the merged copy, bf16", measure_generate, args.slots)
-    model = make_qlora(model)
+        attempt(f"{name}, compared", find)
+
+    model = make_qlora(build_plain(args.shape, device))
     run("the engine, NF4 and LoRA", measure_engine, args.slots)
-    compare("NF4 and LoRA")
     if not args.without_peer:
+        compare("NF4 and LoRA")
         few = [count for count in args.slots if count <= 16]
         run("generate, NF4 and LoRA", measure_generate, few)
-    return results, not any("error" in found for found in results.values())
+        del model
+        model = build_plain(args.shape, device)
+        compare("merged, bf16")
+        run("generate on the merged copy, bf16", measure_generate, args.slots)
+    return not any("error" in found for found in results.values())
 
 
 def main() -> None:
     args = parse_args()
-    results, well = measure_all(args)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
-    sys.exit(0 if well else 1)
+    sys.exit(0 if measure_all(args) else 1)
