@@ -7,12 +7,14 @@ fails is said and the rest goes on; the exit code is 1 then.
 """
 
 import argparse
+import functools
 import gc
 import json
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -193,13 +195,30 @@ def measure_generate(model, count: int, args: argparse.Namespace) -> dict:
     return {"tokens_per_second": count / step, "step_ms": 1e3 * step, "slots": count}
 
 
+def where_they_part(model, prompt: list[int], pair: list[list[int]]) -> tuple[float, float | None]:
+    """(usual difference of the best two tokens' logits, that of the two tokens where notes part).
+
+    In standard deviations of the plain model's logits; None where the notes are equal.
+    """
+    length = len(pair[0])
+    same = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), length)
+    ids = torch.tensor([prompt + pair[0][:same]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
+    best, scale = logits.topk(2).values, logits.std(1)
+    usual = ((best[:, 0] - best[:, 1]) / scale).median().item()
+    if same == length:
+        return usual, None
+    gap = logits[same, pair[0][same]] - logits[same, pair[1][same]]
+    return usual, (gap.abs() / scale[same]).item()
+
+
 @torch.no_grad()
 def compare_greedy(model, args: argparse.Namespace) -> dict:
     """Greedy notes by the engine and by generate, on one model, and where they part.
 
     In 16 bits two tokens can have the same logit but for rounding. So where notes part, the plain
     model's logits of the two tokens are compared: `gaps` are their differences, beside the usual
-    difference of the best two tokens, all in standard deviations of the logits.
+    difference of the best two tokens.
     """
     from loop.config.schema import GenerationSettings
     from loop.generation.decode import engine_writer, plain_writer
@@ -212,22 +231,13 @@ def compare_greedy(model, args: argparse.Namespace) -> dict:
     with open_engine(model, requests[0].prompt) as engine:
         ours = engine_writer(engine, Tokens(), generation, None, None)(requests, "", None, None)
     theirs = plain_writer(model, Tokens(), generation, False, None, 16)(requests, "", None, None)
-    found: dict = {"notes": count, "equal": 0, "gaps": [], "usual": []}
-    for request, our_note, their_note in zip(requests, ours, theirs):
-        pair = [[int(token) for token in note.text.split()] for note in (our_note, their_note)]
-        same = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), tokens)
-        ids = torch.tensor([request.prompt + pair[0][:same]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        logits = logits[len(request.prompt) - 1 :]
-        best = logits.topk(2).values
-        scale = logits.std(1)
-        found["usual"].append(((best[:, 0] - best[:, 1]) / scale).median().item())
-        if same == tokens:
-            found["equal"] += 1
-        else:
-            gap = logits[same, pair[0][same]] - logits[same, pair[1][same]]
-            found["gaps"].append((gap.abs() / scale[same]).item())
-    return found
+    parted = [
+        where_they_part(model, request.prompt, [list(map(int, n.text.split())) for n in notes])
+        for request, *notes in zip(requests, ours, theirs)
+    ]
+    gaps = [gap for _, gap in parted if gap is not None]
+    usual = [usual for usual, _ in parted]
+    return {"notes": count, "equal": count - len(gaps), "gaps": gaps, "usual": usual}
 
 
 def describe_comparison(name: str, found: dict) -> str:
@@ -272,6 +282,52 @@ def describe(name: str, count: int, found: dict) -> str:
     return line
 
 
+class Measurements:
+    """What is found is said and written at once, as a later part can fail or take too long."""
+
+    def __init__(self, args: argparse.Namespace, bandwidth: float) -> None:
+        """bandwidth: bytes a second, for the floor of a step."""
+        self.args = args
+        self.bandwidth = bandwidth
+        self.found: dict[str, dict] = {}
+
+    def attempt(self, name: str, find: Callable[[], tuple[dict, str]]) -> None:
+        """find: gives figures and the line that says them."""
+        try:
+            self.found[name], line = find()
+        except Exception as error:
+            traceback.print_exc()
+            self.found[name] = {"error": f"{type(error).__name__}: {error}"}
+            line = f"{name}: FAILED: {error}"[:200]
+        print(line, flush=True)
+        if self.args.json:
+            Path(self.args.json).write_text(json.dumps(self.found, indent=1))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def speed(self, name: str, measure, model, counts: list[int]) -> None:
+        """Of a writer, for each number of notes at a time."""
+
+        def find(count: int) -> tuple[dict, str]:
+            found = measure(model, count, self.args)
+            floor = bytes_of_step(self.args.shape, found["slots"], self.args) / self.bandwidth
+            found["of_floor"] = 1e3 * floor / found["step_ms"]
+            return found, describe(name, count, found)
+
+        for count in counts:
+            self.attempt(f"{name}, {count}", functools.partial(find, count))
+
+    def comparison(self, name: str, model) -> None:
+        """Of the engine's greedy notes with generate's."""
+
+        def find() -> tuple[dict, str]:
+            found = compare_greedy(model, self.args)
+            return found, describe_comparison(name, found)
+
+        self.attempt(f"{name}, compared", find)
+
+
 def measure_all(args: argparse.Namespace) -> bool:
     """Measures, says and writes all contenders. Returns whether all went well."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,52 +338,19 @@ def measure_all(args: argparse.Namespace) -> bool:
         f"{'writer':34} {'notes':>5} {'tokens/s':>9} {'ms a step':>9} {'of the floor':>12}",
         flush=True,
     )
-    results: dict[str, dict] = {}
-
-    def attempt(name: str, find) -> None:
-        """What is found is said and written at once: a later part can take too long."""
-        try:
-            results[name], line = find()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-            line = f"{name}: FAILED: {error}"[:200]
-        print(line, flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1))
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-    def run(name: str, measure, counts: list[int]) -> None:
-        for count in counts:
-
-            def find(count=count):
-                found = measure(model, count, args)
-                floor = 1e3 * bytes_of_step(args.shape, found["slots"], args) / rate
-                found["of_floor"] = floor / found["step_ms"]
-                return found, describe(name, count, found)
-
-            attempt(f"{name}, {count}", find)
-
-    def compare(name: str) -> None:
-        def find():
-            found = compare_greedy(model, args)
-            return found, describe_comparison(name, found)
-
-        attempt(f"{name}, compared", find)
-
+    measured = Measurements(args, rate)
     model = make_qlora(build_plain(args.shape, device))
-    run("the engine, NF4 and LoRA", measure_engine, args.slots)
+    measured.speed("the engine, NF4 and LoRA", measure_engine, model, args.slots)
     if not args.without_peer:
-        compare("NF4 and LoRA")
+        measured.comparison("NF4 and LoRA", model)
         few = [count for count in args.slots if count <= 16]
-        run("generate, NF4 and LoRA", measure_generate, few)
+        measured.speed("generate, NF4 and LoRA", measure_generate, model, few)
         del model
         model = build_plain(args.shape, device)
-        compare("merged, bf16")
-        run("generate on the merged copy, bf16", measure_generate, args.slots)
-    return not any("error" in found for found in results.values())
+        measured.comparison("merged, bf16", model)
+        name = "generate on the merged copy, bf16"
+        measured.speed(name, measure_generate, model, args.slots)
+    return not any("error" in found for found in measured.found.values())
 
 
 def main() -> None:
