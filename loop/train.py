@@ -25,6 +25,7 @@ from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result, prepare_audit
+from .families.admission import check_vocabulary
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
@@ -117,6 +118,7 @@ def train(
         tokenizer = load_tokenizer(config.base, config.revision)
         model_config = load_model_config(config.base, config.revision)
         data = data or part("data")(load_training_data)(config, tokenizer)
+        check_vocabulary(config, data.train + data.valid)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
@@ -141,7 +143,6 @@ def train(
         parameters = [p for _, p in trainable_parameters(engine.module)]
         seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has seeds of its own
         checkpointer.restore(engine)  # weights, optimizer state, generators
-        dropout = execution.dropout
         packing, warnings = prepare_engine(
             engine, execution, config, model_config, plan, lengths, ranks
         )
@@ -168,7 +169,9 @@ def train(
             set_lr(optimizer, lr)
             result = train_step(
                 engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
-                draw_dropout=lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
+                draw_dropout=lambda i: execution.dropout.draw(
+                    step, mine[i], micro_batches[i].cu_seqlens
+                ),
                 loss_threshold=state.loss_threshold,
                 phase=logger.timer.phase,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """The audit of an export: its files against the trained weights, its loss in a process of its own.
 
-Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody notices: PEFT
-loads what is there and only warns. A run audits what it writes; `audit_run` does it again later.
+Under ZeRO-3 an adapter is easily saved empty (DeepSpeed#7900), and nobody notices: PEFT loads what
+is there and only warns. A run audits what it writes; `audit_run` does it again later.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +216,7 @@ def start_standalone_process() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
             env=environment,
         )
     )
@@ -241,7 +243,7 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
         if not _started:
             start_standalone_process()
         process = _started[-1]
-        request = json.dumps([str(folder), str(device), rows])
+        request = json.dumps([str(folder.absolute()), str(device), rows])
         answer, errors = process.communicate(request, timeout=timeout)
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__

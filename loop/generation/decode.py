@@ -307,7 +307,7 @@ def plain_writer(
 
 def within_context(model, requests: list[NoteRequest]) -> list[NoteRequest]:
     """The requests, whose notes end where the base's context does."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context:
         return requests
     capped = [

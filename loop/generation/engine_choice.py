@@ -44,7 +44,7 @@ class Engine:
     """A model that is ready to write notes; made by `open_engine`."""
 
     def __init__(self, base: PreTrainedModel) -> None:
-        config = base.config
+        config = base.config.get_text_config()  # of the language model
         query_heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or query_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // query_heads

@@ -12,9 +12,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import torch
 from shapes import DEVIATION, LONGEST, MEAN, ROOT, SUPERVISED, make_base
 
+from loop.config.device import uses_gpu
 from loop.distributed.timeline import START
 
 CORPUS = ROOT / "loop" / "embedded" / "data" / "train.jsonl"
@@ -82,7 +82,7 @@ def job_command(args, folder: Path) -> list[str]:
     """The command line of the job; base and rows are made if they are not there."""
     from loop.model.loading import load_tokenizer
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = uses_gpu()
     base = make_base(args.shape, folder)
     train, other = args.rows or (9250 if on_gpu else 48), 250 if on_gpu else 6
     sizes = {"train": train, "valid": other, "test": other}
