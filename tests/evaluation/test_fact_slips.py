@@ -51,6 +51,7 @@ def supported(dialogue: str, note: str) -> bool:
             "The blood pressure is one thirty over eighty",
         ),
         ("O: The score was 10.", "The score was ten", "The score was twelve"),
+        ("S: There were 10 of them.", "There were ten of them", "There were twelve of them"),
         ("S: Surgery on July 29, 2008.", "Surgery on July 29th 2008", "Surgery on July 29th 2009"),
         ("S: Surgery on 7/29/08.", "Surgery on July 29th 2008", "Surgery on July 29th 1998"),
     ],
