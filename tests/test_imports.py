@@ -19,12 +19,13 @@ FLOORS = (
     {"memory"},
     {"zero3"},
     {"model"},
+    {"families"},
     {"generation"},
     {"evaluation"},
     {"checkpoint"},
     {"monitor", "export"},
     {"train"},
-    {"commands", "bases"},
+    {"commands", "bases", "sweep"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 MOST_MODULES = 12

@@ -20,12 +20,13 @@ from loop.config.cli import load_config
 from loop.config.help import COMMANDS as COMMANDS_HELP
 from loop.config.schema import Config, ConfigError, Section
 from loop.data.batch_plan import PackingSpec, plan_batches, split_step
-from loop.data.readers import READERS
+from loop.data.sources.readers import READERS
 from loop.evaluation.scoring import METRICS
 from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.quantization import QUANTIZATIONS
 from loop.optim.adamw import OPTIMIZERS
 from loop.optim.schedule import SCHEDULES
+from loop.sweep.grid import read_axes
 
 PATHS = [ROOT / "README.md"] + sorted(
     path
@@ -196,7 +197,11 @@ def check_options(line: str) -> None:
             assert known_option, f"{line}: {word} is not known"
             if word == "--config" and not re.match(r"runs/|FILE|$", following):
                 assert (ROOT / following).is_file(), line
-    load([part for part in parts if re.fullmatch(KEY_VALUE, part)])
+    keys = [part for part in parts if re.fullmatch(KEY_VALUE, part)]
+    if name == "sweep" and keys:
+        axes, keys = read_axes(keys)
+        keys += [f"{key}={value}" for key, values in axes.items() for value in values]
+    load(keys)
 
 
 def test_every_command_line_has_known_options_and_keys():

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
+from ..config.device import uses_gpu
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         Choice.of(config)  # a mistake there is said before the data is read
+        uses_gpu()  # and so is a GPU that torch can't use
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)

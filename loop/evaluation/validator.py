@@ -61,7 +61,7 @@ class Validator:
         scored = notes if self.chosen is self.data.samples else self._write(self.chosen, ROWS)
         if self.ranks.any(self.stop.requested):
             return None
-        metrics |= score_notes(self.references, scored, self.ranks)
+        metrics |= score_notes(self.references, scored, self.ranks, self.config.task)
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
@@ -75,4 +75,5 @@ class Validator:
             self.ranks,
             self.stop,
             rows,
+            task=self.config.task,
         )

@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from ..config.schema import GenerationSettings
+from ..config.schema import GenerationSettings, TaskConfig
 from ..data.conversations import Conversation
-from ..data.soap import HEADINGS, before_next_heading
+from ..data.soap import SOAP, before_next_heading
 from ..data.tokenization import IGNORE, encode_examples
 from ..distributed.watchdog import set_activity
 from .controls import LoopDetector, logits_processors
@@ -161,19 +161,20 @@ def generation_mode(model) -> Iterator[torch.device]:
     config = model.config
     was_training = model.training
     attention = config._attn_implementation
-    use_cache = config.use_cache
+    text_config = config.get_text_config()  # of the language model
+    use_cache = text_config.use_cache
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     generation_config = base.generation_config
     try:
         base.generation_config = GenerationConfig()
         model.eval()
-        base.set_attn_implementation("sdpa")
-        config.use_cache = True
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+        text_config.use_cache = True
         yield base.device
     finally:
         base.generation_config = generation_config
         base.set_attn_implementation(attention)
-        config.use_cache = use_cache
+        text_config.use_cache = use_cache
         model.train(was_training)
 
 
@@ -184,6 +185,7 @@ def write_notes(
     generation: GenerationSettings,
     synced: bool = False,
     stop=None,
+    task: TaskConfig = SOAP,
 ) -> list[Note]:
     """The notes of one batch as the settings say: the one way from a run's settings to its notes.
 
@@ -196,6 +198,7 @@ def write_notes(
         generation: the settings.
         synced: as in `generate_notes`.
         stop: as in `generate_notes`.
+        task: names the headings that are forced.
     """
     ids = list(prompts)
     if generation.forced_headings:
@@ -208,6 +211,7 @@ def write_notes(
             synced,
             stop,
             generation.end_loops,
+            task,
         )
     return generate_notes(
         model,
@@ -230,8 +234,9 @@ def generate_with_headings(
     synced: bool = False,
     stop=None,
     end_loops: bool = False,
+    task: TaskConfig = SOAP,
 ) -> list[Note]:
-    """Notes with the four headings forced and nothing else.
+    """Notes with the task's headings forced and nothing else.
 
     Where the model would end the note or begin another section, the next heading is inserted, and
     the model continues from there. So it does where a section runs in circles.
@@ -246,12 +251,13 @@ def generate_with_headings(
         synced: as in `generate_notes`.
         stop: as in `generate_notes`.
         end_loops: as in `generate_notes`.
+        task: names the headings.
     """
     texts = [""] * len(prompts)
     tokens_left = [max_new_tokens] * len(prompts)
     ended: list[bool | None] = [True] * len(prompts)
     looped = [False] * len(prompts)
-    for heading in HEADINGS:
+    for heading in task.headings:
         texts = [f"{text}\n{heading}:".strip() for text in texts]
         begun = _encode_beginnings(tokenizer, texts)
         sections = generate_notes(
@@ -262,10 +268,10 @@ def generate_with_headings(
             synced,
             stop,
             make_logits_processor(heading, begun),
-            _begins_next_section,
+            lambda tail: before_next_heading(tail, task) != tail,
             end_loops,
         )
-        bodies = [before_next_heading(section.text) for section in sections]
+        bodies = [before_next_heading(section.text, task) for section in sections]
         ended = [section.ended or body != section.text for body, section in zip(bodies, sections)]
         looped = [before or section.looped for before, section in zip(looped, sections)]
         texts = [f"{text} {body.strip()}".strip() for text, body in zip(texts, bodies)]
@@ -289,7 +295,3 @@ def _encode_beginnings(tokenizer, beginnings: list[str]) -> list[list[int]]:
         example.input_ids[example.labels != IGNORE][:-1].tolist()
         for example in encode_examples(tokenizer, conversations)
     ]
-
-
-def _begins_next_section(tail: str) -> bool:
-    return before_next_heading(tail) != tail

@@ -6,7 +6,8 @@ import numpy as np
 import psutil
 import torch
 
-from ..config.schema import GenerationSettings
+from ..config.schema import GenerationSettings, TaskConfig
+from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
@@ -59,6 +60,7 @@ def generate_sharded(
     stop=None,
     rows: int = ROWS,
     kept: KeptNotes | None = None,
+    task: TaskConfig = SOAP,
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
 
@@ -79,6 +81,7 @@ def generate_sharded(
             the number of ranks: another padding would be another rounding. So a batch is written
             whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
+        task: names the headings that are forced.
     """
     found = dict(kept.found) if kept else {}
     prompts = {e.id: prompt_of(e).tolist() for e in examples}
@@ -98,7 +101,7 @@ def generate_sharded(
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
                 break  # in lockstep all of them, before the same batch
             batch = {id: prompts[id] for id in ids}
-            notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop)
+            notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop, task)
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue

@@ -9,15 +9,16 @@ are alive. `planner.py` asks whether the sum fits.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config
 from ..kernels.dropout import mask_width
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..optim.adamw import optimizer_spec
+from ..optim.lora_targets import put_lora
 
 # Before the engine is made.
 LOADED = (
@@ -96,11 +97,8 @@ def _count_weights(config: Config, model_config) -> WeightCounts:
     if config.method == "full":
         trained = tuple(p.numel() for p in model.parameters())
         return WeightCounts(matrices, other, trained, widths=())
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    with torch.device("meta"):
+        model = put_lora(model, config.lora)
     trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     lora_modules: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     widths = tuple(module.in_features for module in lora_modules)
@@ -114,7 +112,8 @@ def saved_bytes_per_token(config: Config, model_config, fused: bool, itemsize: i
     and attention's output, gate and up, and the outputs of LoRA's A. Unfused: norms save fp32, each
     LoRA module its own input after dropout, SwiGLU silu(gate) as well.
     """
-    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    inner = int(np.max(model_config.intermediate_size))  # some families have one for each layer
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     head_dim = getattr(model_config, "head_dim", None) or hidden // heads
@@ -315,7 +314,8 @@ def current_layer_bytes(
 ) -> int:
     """Bytes that one layer needs while its backward pass runs, beside what all layers saved."""
     itemsize = compute_itemsize(ds_config)
-    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    inner = int(np.max(model_config.intermediate_size))  # some families have one for each layer
     total = tokens * (4 * inner + 2 * hidden) * itemsize
     if checkpointing:
         total += tokens * saved_bytes_per_token(config, model_config, run.fused, itemsize)

@@ -16,6 +16,7 @@ from loop.data.tokenization import (
     encode,
     encode_examples,
     encode_prompts,
+    render,
 )
 from loop.generation.sharded import prompt_of
 from loop.model.loading import load_tokenizer
@@ -152,7 +153,8 @@ def test_prompts_are_found_without_tokenising_them(tokenizer):
     ]
     encoded = encode(tokenizer, [(m, False) for m in upto])
     expected = encode(tokenizer, [(m[:-1], True) for m in upto])
-    assert encode_prompts(tokenizer, upto, encoded) == expected
+    texts = [render(tokenizer, m, False) for m in upto]
+    assert encode_prompts(tokenizer, upto, texts, encoded) == expected
 
 
 def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):
@@ -260,11 +262,11 @@ def test_where_the_prompt_is_no_prefix_the_answer_follows_the_prompt(tiny_base):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_base):
-    """As one that leaves the thoughts out of all answers but the last."""
+    """As one that writes its thoughts into the last answer alone."""
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = (
         "{% for m in messages %}"
-        "{{ m['role'] + ': ' + (m['content'] if loop.last else m['content'][:1]) + eos_token }}"
+        "{{ m['role'] + ': ' + (m['content'] + (' (end)' if loop.last else '')) + eos_token }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 from loop.config.schema import GenerationSettings
-from loop.data.soap import HEADINGS, parse_note
+from loop.data.soap import SOAP, parse_note
 from loop.generation.controls import GumbelSampler, sampling
 from loop.generation.decode import Note, generate_notes, generate_with_headings, write_notes
 from loop.generation.loading import load_for_generation, prompt_ids
@@ -184,7 +184,7 @@ def test_no_ngram_of_a_written_note_occurs_twice(loaded, monkeypatch, forced_hea
             no_repeat_ngram=no_repeat_ngram,
         )
         write_notes(model, tokenizer, {"1": prompt}, generation)
-        assert len(seen) == (len(HEADINGS) if forced_headings else 1)
+        assert len(seen) == (len(SOAP.headings) if forced_headings else 1)
         count = 0
         for ids, written in seen:
             grams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
@@ -288,7 +288,7 @@ def test_strict_forces_the_headings_and_nothing_else(loaded):
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, dialogue) for dialogue in DIALOGUES]
     for note in generate_with_headings(model, tokenizer, prompts, 4, lambda *_: None):
-        assert list(parse_note(note.text)) == list(HEADINGS)
+        assert list(parse_note(note.text)) == list(SOAP.headings)
     words = [
         [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for text in (" a b", " c\nPlan: d", "")
