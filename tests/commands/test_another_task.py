@@ -50,7 +50,8 @@ def test_another_task_goes_through_every_command(tiny_base, tmp_path, capsys):
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     figures = [line for line in lines if "eval/sections" in line][-1]
-    assert figures["eval/section/Befund"] == figures["eval/section/Plan"] == 1
+    assert {"eval/section/Befund", "eval/section/Plan", "eval/Plan/rouge1"} <= figures.keys()
+    assert not any("/S" in name or "/O/" in name for name in figures)
 
     # What leaves the run says what it was asked.
     trained = json.loads((run / "adapter" / "trained.json").read_text())
@@ -69,7 +70,6 @@ def test_another_task_goes_through_every_command(tiny_base, tmp_path, capsys):
     out = run_ok(2, "-m", "loop.commands.evaluate", "--config", str(run / "config.yaml"), *words)
     assert "Befund, Plan, in order" in out and "S, O, A, P" not in out
     report = json.loads((run / "report.json").read_text())["evaluate/valid"]
-    assert report["figures"]["sections"]["value"] == report["figures"]["section/Plan"]["value"]
     assert report["figures"]["sections"]["reference"] == 1 and "Befund" in page.read_text()
 
     # generate writes the notes of evaluate, and of one dialogue with --field.
@@ -93,7 +93,7 @@ def test_another_task_goes_through_every_command(tiny_base, tmp_path, capsys):
     report_on = ["--report", str(run / "config.yaml"), "--notes", "2"]
     merge.main([*adapter, "--out", str(merged), *report_on])
     ways = json.loads((merged / "report.json").read_text())["ways"]
-    assert {way: row["sections"] for way, row in ways.items()} == dict.fromkeys(ways, 2)
+    assert ways.keys() == {"adapter", "16bit", "nf4"} and ways["adapter"]["same"] == 2
     modelfile = (merged / "nf4" / "Modelfile").read_text()
     assert 'after: "Schreibe den Bericht für {station}.' in modelfile
     assert "SYSTEM" not in modelfile and "Schreibe" not in modelfile.split("TEMPLATE")[1]
