@@ -10,6 +10,7 @@ from loop.commands import generate, merge
 from loop.config.cli import load_config
 from loop.data.conversations import read_split
 from loop.data.soap import parse_note
+from loop.export.compare import ADAPTER, WAYS
 from loop.generation.prompt import prompt_texts
 
 TASK = {
@@ -93,7 +94,7 @@ def test_another_task_goes_through_every_command(tiny_base, tmp_path, capsys):
     report_on = ["--report", str(run / "config.yaml"), "--notes", "2"]
     merge.main([*adapter, "--out", str(merged), *report_on])
     ways = json.loads((merged / "report.json").read_text())["ways"]
-    assert ways.keys() == {"adapter", "16bit", "nf4"} and ways["adapter"]["same"] == 2
+    assert ways.keys() == {ADAPTER, *WAYS} and ways[ADAPTER]["same"] == 2
     modelfile = (merged / "nf4" / "Modelfile").read_text()
     assert 'after: "Schreibe den Bericht für {station}.' in modelfile
     assert "SYSTEM" not in modelfile and "Schreibe" not in modelfile.split("TEMPLATE")[1]
