@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..config.schema import ConfigError, GenerationSettings
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
+from ..families.admission import check_vocabulary
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
 from ..generation.notes_file import NotesFile, digest, read_dialogues
@@ -212,6 +213,8 @@ def generate(args: argparse.Namespace) -> None:
     context = context_length(model_config) or sys.maxsize
     fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
     warn_of_shortened(fitted, context)
+    prompts = {key: prompt_ids(tokenizer, text) for key, (text, _) in fitted.items()}
+    check_vocabulary(source["base"], model_config, prompts)
     device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
