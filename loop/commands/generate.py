@@ -20,6 +20,7 @@ from ..data.soap import SOAP
 from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
+from ..families.admission import check_vocabulary
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.engine import NoteRequest
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
@@ -320,6 +321,11 @@ def generate(args: argparse.Namespace) -> None:
         tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
     )
     warn_of_shortened(fitted, context)
+    prompts = {
+        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
+        for key, (text, _) in fitted.items()
+    }
+    check_vocabulary(source["base"], model_config, prompts)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:

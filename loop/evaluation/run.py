@@ -20,11 +20,12 @@ from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks, init_distributed
+from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
 from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model, load_model_config, load_tokenizer
+from ..model.loading import load_model
 from ..model.quantization import compute_dtype
 from ..model.structure import attention_shape
 from .baselines import rows_of, score_with_baselines
@@ -107,9 +108,9 @@ def evaluate_model(
     conversations: of the split, by id. Raises as `evaluate_split` does.
     """
     ds_config = build_ds_config(config)
-    tokenizer = load_tokenizer(config.base, config.revision)
-    model_config = load_model_config(config.base, config.revision)
+    tokenizer, model_config = admit_base(config)
     examples, dataset_report = load_examples(config, tokenizer, options.split)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
     sampled = [e for e in examples if e.id in conversations][: options.num_notes]
     ids = [e.id for e in sampled]
