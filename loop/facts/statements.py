@@ -1,0 +1,222 @@
+"""What a text states: doses, durations, drugs, sides, conditions, habits and what is done."""
+
+import bisect
+from typing import NamedTuple
+
+from .body import PARTS
+from .conditions import condition_at
+from .context import Context, read_context
+from .dates import DAY_WORDS, date_at
+from .drugs import Drug, drug_at
+from .numerals import Item, parse_items
+from .phrases import Phrases, singular
+from .quantities import Amount, amount_at, describe
+
+_END = Item("", None, 0, 0, "\n")
+_PADDING = [_END] * 12  # so that matchers can look ahead
+_AMOUNT_WORDS = frozenset(
+    """every each q once twice thrice daily nightly hourly weekly monthly at
+    before in x a an the past last couple few several dozen half quarter bid bd tid tds qid qds qd
+    qam qpm qhs hs mane nocte qod qday""".split()
+)
+SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
+SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
+SIDES |= {"left-sided": "left", "right-sided": "right"}
+ACTIONS = {
+    "stop": "stop stopped stopping discontinue discontinued discontinuing hold holding quit cease",
+    "continue": "continue continued continuing continues maintain keep keeping refill resume stay",
+    "start": "start started starting initiate begin began prescribe prescribed add initiated",
+    "increase": "increase increased increasing double raise",
+    "decrease": "decrease decreased reduce reduced lower taper wean",
+}
+_ACTION_OF = {word: action for action, words in ACTIONS.items() for word in words.split()}
+HABITS: Phrases[str] = Phrases()
+for _habit, _names in {
+    "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
+    "chewing tobacco,nonsmoker,ppd,pack year",
+    "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
+    "alcoholic beverage,whiskey,vodka",
+    "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
+    "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
+    "recreational,illegal drug",
+}.items():
+    for _phrase in _names.split(","):
+        HABITS.add(_phrase, _habit)
+_NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
+
+
+class Statement(NamedTuple):
+    """One thing that a text says, at text[start:end]."""
+
+    kind: str  # dose, duration, age, frequency, ratio, number, date, drug, side, diagnosis,
+    # symptom, finding, allergy, habit or action
+    value: str  # as a report shows it
+    of: str  # what it belongs to: the drug of a dose, the part of a side; "" for nothing
+    polarity: str  # affirmed, denied, possible, or asked
+    subject: str  # patient or family
+    time: str  # now or history
+    start: int
+    end: int
+    word: int  # the index of its first item
+    amount: Amount | None = None
+    drug: Drug | None = None
+
+
+class Document:
+    """A text that was read once: its items, their context, and its statements in order."""
+
+    def __init__(self, text: str, spoken: bool = False) -> None:
+        self.text = text
+        self.items = parse_items(text)
+        self.padded = self.items + _PADDING
+        self.words = [singular(item.word) or str(item.number) for item in self.items]
+        self.stems = [_digits(item) for item in self.items] + [""] * 12
+        self.context: Context = read_context(text, self.items, spoken)
+        self.spoken = spoken
+        self.drugs: list[Statement] = []
+        self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
+        self.statements = self._attach(self._read())
+
+    def _read(self) -> list[Statement]:
+        found: list[Statement] = []
+        i = 0
+        while i < len(self.items):
+            statement, used = self._at(i)
+            if statement:
+                found.append(statement)
+                if statement.drug:
+                    self.drugs.append(statement)
+            i += used
+        return found
+
+    def _at(self, i: int) -> tuple[Statement | None, int]:
+        """(the statement that begins at item i, how many items to go on)"""
+        item, stems = self.padded[i], self.stems
+        if item.number is not None or item.word in DAY_WORDS:
+            date = date_at(self.text, self.padded, i)
+            if date:
+                return self._make("date", date.value, i, date.num_items), date.num_items
+        if item.number is not None or item.word in _AMOUNT_WORDS or item.word[:1] == "q":
+            amount = amount_at(self.text, self.padded, i)
+            if amount:
+                return self._amount(amount, i), amount.num_items
+        drug = drug_at(self.padded, stems, i)
+        if drug:
+            made = self._make("drug", drug.meaning.name, i, drug.num_items)
+            return made._replace(drug=drug.meaning), drug.num_items
+        habit = HABITS.at(self.padded, stems, i)
+        if habit:
+            return self._make("habit", habit.meaning, i, habit.num_items), habit.num_items
+        part = PARTS.at(self.padded, stems, i)
+        condition = condition_at(self.padded, stems, i)
+        if part:
+            self.parts.append((i, part.meaning, self.items[i].word != stems[i]))
+        if condition and not (part and part.num_items > condition.num_items):
+            kind = "weak" if condition.meaning.is_weak else condition.meaning.kind
+            made = self._make(kind, condition.meaning.name, i, condition.num_items)
+            return made, condition.num_items
+        if item.word in SIDES:
+            return self._side(i), 1
+        if item.word in _ACTION_OF:
+            return self._make("action", _ACTION_OF[item.word], i, 1), 1
+        return None, part.num_items if part else 1
+
+    def _make(self, kind: str, value: str, i: int, count: int) -> Statement:
+        last = min(i + count, len(self.items)) - 1
+        context = self.context
+        return Statement(
+            kind, value, "", context.polarity[last], context.subject[last], context.time[last],
+            self.items[i].start, self.items[last].end, i,
+        )  # fmt: skip
+
+    def _amount(self, amount: Amount, i: int) -> Statement | None:
+        bare = amount.kind == "number" and not amount.unit
+        if bare and amount.low < 10 and amount.low == int(amount.low):
+            return None
+        return self._make(amount.kind, describe(amount), i, amount.num_items)._replace(
+            amount=amount
+        )
+
+    def _side(self, i: int) -> Statement | None:
+        """A side with its part; None for "all right", "right now" and "I left"."""
+        word, items = self.items[i].word, self.padded
+        before, after = items[i - 1].word if i else "", items[i + 1]
+        if len(word) == 1 and (self.spoken or before in ("", "'")):
+            return None
+        part, count = "", 1
+        for k in range(i + 1, min(i + 5, len(self.items))):
+            if items[k].gap not in ("", ",", "(", ")"):
+                break
+            found = PARTS.at(self.padded, self.stems, k)
+            if found:
+                part, count = found.meaning, k + found.num_items - i
+                break
+        if not part and (
+            before in ("all", "that's", "i", "is", "she", "he", "was", "have", "has")
+            or after.word in _NOT_A_SIDE
+        ):
+            return None
+        bilateral = word.startswith("bi")
+        if not part and not bilateral:
+            on_the = before in ("the", "my", "your", "his", "her")
+            if not on_the:
+                return None
+        made = self._make("side", SIDES[word], i, count)
+        return made._replace(of=part)
+
+    def _attach(self, found: list[Statement]) -> list[Statement]:
+        """The statements with what they belong to."""
+        sentence = self.context.sentence
+        done, last_part = [], 0
+        for statement in found:
+            i = statement.word
+            if statement.kind in ("dose", "frequency", "action"):
+                statement = statement._replace(of=self._nearest_drug(i, statement.kind))
+            elif statement.kind == "side" and not statement.of:
+                while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
+                    last_part += 1
+                if self.parts and self.parts[last_part][0] < i:
+                    at, part, _ = self.parts[last_part]
+                    near = i - at < (60 if self.spoken else 12)
+                    if near and (self.spoken or sentence[at] == sentence[i]):
+                        statement = statement._replace(of=part)
+            done.append(self._allergy(statement))
+        return done
+
+    def _nearest_drug(self, i: int, kind: str) -> str:
+        """The name of the drug of the dose, frequency or action at item i."""
+        sentence = self.context.sentence
+        best, least = "", 1000
+        for drug in self._drugs_around(i):
+            if not self.spoken and sentence[drug.word] != sentence[i]:
+                continue
+            behind = drug.word > i
+            cost = abs(drug.word - i) + (4 if behind and kind != "action" else 0)
+            if kind == "action" and not behind:
+                cost += 8
+            if kind == "dose" and behind and self.padded[drug.word - 1].word == "of":
+                cost = 0
+            if cost < least and cost < (16 if self.spoken else 14):
+                best, least = drug.value, cost
+        return best
+
+    def _drugs_around(self, i: int) -> list[Statement]:
+        at = bisect.bisect(self.drugs, i, key=lambda drug: drug.word)
+        return self.drugs[max(0, at - 2) : at + 2]
+
+    def _allergy(self, statement: Statement) -> Statement:
+        """A drug behind "allergic to" or "allergies:" is an allergy."""
+        if statement.kind != "drug":
+            return statement
+        start = max(0, statement.word - 12)
+        sentence = self.context.sentence
+        for k in range(statement.word - 1, start - 1, -1):
+            if sentence[k] != sentence[statement.word] and not self.spoken:
+                break
+            if self.items[k].word.startswith("allerg"):
+                return statement._replace(kind="allergy")
+        return statement
+
+
+def _digits(item: Item) -> str:
+    return f"{item.number:g}" if item.number is not None else singular(item.word)
