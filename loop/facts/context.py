@@ -1,7 +1,8 @@
 """Who a word is about, and whether it is affirmed: rules after ConText (Harkema et al. 2009).
 
-A trigger ("denies", "no", "my mother") holds for the words behind it up to the end of the sentence
-or a word that begins another thought. A doctor's question takes its polarity from the answer.
+A text is cut into clauses, also where speech was written down without punctuation. A trigger
+("denies", "no", "if", "my mother") holds for the words behind it in its clause. What a question
+asks takes its polarity from the answer in the next turn.
 """
 
 from typing import NamedTuple
@@ -9,160 +10,356 @@ from typing import NamedTuple
 from .numerals import Item
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
+NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
+PATIENT, FAMILY = "patient", "family"
+
 _NO = frozenset(
-    """no denies denied deny denying without not never neither nor none negative absent
-    absence cannot isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't won't
-    can't n't nt free ain't couldn't wouldn't lacks unremarkable nope ruled""".split()
+    """no denies denied deny denying without not never neither nor negative absent absence cannot
+    n't nt free lacks nope ruled none nothing nobody""".split()
 )
 _POSSIBLE = frozenset(
-    """possible possibly probable probably likely suspect suspected suspicion may
-    might maybe could perhaps if concern concerning concerned rule consider questionable versus
-    vs whether worried risk prevent should watch unlikely history-taking""".split()
+    """possible possibly probable probably likely suspect suspected suspicion may might maybe
+    could perhaps if concern concerning concerned rule consider considering questionable versus vs
+    whether worried risk risks prevent should watch unlikely unless in-case avoid""".split()
 )
-_FAMILY = frozenset(
-    """mother father mom dad mum brother sister aunt uncle grandmother grandfather
-    grandma grandpa cousin parent sibling family familial son daughter maternal paternal husband
-    wife brothers sisters mother's father's mom's dad's grandparent grandparents
-    parents siblings""".split()
+_FAMILY_WORDS = frozenset(
+    """mother father mom dad mum mama mommy daddy brother sister aunt uncle grandmother grandfather
+    grandma grandpa cousin parent sibling family familial maternal paternal brothers sisters
+    mother's father's mom's dad's grandparent grandparents parents siblings sister's brother's
+    aunts uncles cousins relatives relative nephew niece
+    grandmother's grandfather's""".split()
 )
-_SELF = frozenset("i i'm i've me my patient she he you you're you've mr mrs ms myself".split())
-_HISTORY = frozenset("history previously prior past ago former formerly quit childhood hx".split())
-_STOPS = frozenset(
-    """but however except although though because reports reported endorses states
-    complains admits presents which yet apart positive otherwise""".split()
+_WRITTEN_FAMILY = frozenset("son daughter sons daughters children".split())
+_OWNERS = frozenset(
+    """my your his her their our the patient's in of maternal paternal and or both a one 's step
+    half older younger twin oldest youngest late great little big""".split()
 )
-_SPOKEN_STOPS = _STOPS | frozenset("i i'm i've okay so well alright".split())
+_NOT_FAMILY_NEXT = frozenset("doctor physician medicine practice practitioner planning".split())
+_SELF = frozenset("i i'm i've i'd you're you've you'd myself yourself patient".split())
+_SELF_OR_YOU = _SELF | {"you", "your", "my"}
+# What says in a note that its sentence is about the patient.
+_PATIENT_WORDS = frozenset(
+    """he she patient his her mr mrs ms i you personal medical past gentleman lady
+    woman man male female boy girl""".split()
+)
+# Words that begin another clause.
+_BREAKS = frozenset(
+    """but however although though because except yet which apart aside whereas nevertheless""".split()
+)
+_WRITTEN_BREAKS = frozenset(
+    """reports reported endorses endorsed states stated complains admits admitted presents notes
+    explains positive remarkable significant believes continues describes confirms
+    acknowledges mentions exception""".split()
+)
+# They end a negation: "no cough due to asthma", "no medicine for her asthma".
+_RESETS = frozenset("due secondary despite since until".split())
+_SPOKEN_BREAKS = frozenset("so okay ok alright well now then and-then anyway".split())
+_SUBJECTS = frozenset(
+    """i you he she we they it there i'm i've i'd you're you've he's she's it's there's we're
+    they're we'll i'll you'll it'll that's""".split()
+)
+# Behind these a subject belongs to the same clause.
+_LINKS = frozenset(
+    """if when whether that think thought believe say says said know where how why who as than
+    while after before until unless since like what see sure""".split()
+)
+_AUXILIARIES = frozenset(
+    """do does did have has had are is was were can could would will should am have-n't
+    don't doesn't didn't haven't hasn't aren't isn't wasn't""".split()
+)
+_ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
+_THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
 _BEHIND_NO = frozenset(
-    "change changes longer only doubt problem problems matter further sure".split()
+    """change changes longer only doubt problem problems matter further sure worries idea just
+    necessarily more""".split()
+)
+_SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
+_FOUND = frozenset(
+    """identified seen present noted appreciated found evident detected visualized reported
+    palpable observed demonstrated""".split()
 )
 _YES = frozenset(
-    """yes yeah yep yup sure correct right definitely absolutely exactly sometimes
-    occasionally uh-huh mm-hmm little unfortunately true certainly some mhm mm""".split()
+    """yes yeah yep yup correct definitely absolutely exactly sometimes occasionally uh-huh mm-hmm
+    little unfortunately true certainly some mhm mm lot ya yah often usually always""".split()
 )
-_FILLERS = frozenset("um uh well oh okay so i you know mean doctor ah hmm alright and like".split())
-_ASKS = frozenset(
-    """any do does did have has are is was were how what when where who why can could
-    anything ever which""".split()
+_FILLERS = frozenset(
+    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
+    ma'am just it's think that it really""".split()
 )
+_OWN_VERBS = frozenset("do did have has does am was is".split())
 _SENTENCE = frozenset(".!?\n\u2022;")
+_MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
+_POSSIBLE_REACH = 12
+_SHORT_TURN = 8  # items of a question without a question mark, at most
 
 
 class Context(NamedTuple):
-    """The polarity, subject and time of each item of a text."""
+    """The polarity, subject and sentence of each item of a text."""
 
     polarity: list[str]
-    subject: list[str]  # patient or family
-    time: list[str]  # now or history
+    subject: list[str]  # patient or family; "" where a note names none
     sentence: list[int]
+    clause: list[int]
+
+
+class _Clause(NamedTuple):
+    start: int
+    end: int
+    sentence: int
+    new_turn: bool
+    asks: bool
 
 
 def read_context(text: str, items: list[Item], spoken: bool) -> Context:
     """The context of each item. spoken: the text is a dialogue, with questions and answers."""
     count = len(items)
-    context = Context([AFFIRMED] * count, ["patient"] * count, ["now"] * count, [0] * count)
-    starts = [i for i, item in enumerate(items) if i == 0 or item.gap in _SENTENCE] + [count]
-    family_section = False
-    for number, (start, end) in enumerate(zip(starts, starts[1:])):
-        words = [item.word for item in items[start : min(end, start + 6)]]
-        if not spoken:
-            family_section = _in_family_section(text, items, start, end, words, family_section)
-        _read_sentence(items, start, end, spoken, context)
-        if family_section:
-            context.subject[start:end] = ["family"] * (end - start)
-        context.sentence[start:end] = [number] * (end - start)
+    context = Context([AFFIRMED] * count, [PATIENT] * count, [0] * count, [0] * count)
+    clauses = _clauses(items, spoken)
+    carried = AFFIRMED  # over the border to a clause behind "I don't think"
+    for number, clause in enumerate(clauses):
+        for i in range(clause.start, clause.end):
+            context.sentence[i], context.clause[i] = clause.sentence, number
+        carried = _read_polarity(items, clause, spoken, carried, context)
     if spoken:
-        _answer_questions(items, starts, context)
+        _read_spoken_subjects(items, clauses, context)
+        _answer_questions(items, clauses, context)
+    else:
+        _read_written_subjects(text, items, clauses, context)
     return context
 
 
-def _in_family_section(
-    text: str, items: list[Item], start: int, end: int, words: list[str], before: bool
-) -> bool:
-    """Whether a sentence of a note stands under "Family history"."""
-    if items[start].gap != "\n" and start:
-        return before
+def _clauses(items: list[Item], spoken: bool) -> list[_Clause]:
+    starts = []
+    for i, item in enumerate(items):
+        if i == 0 or item.gap in _SENTENCE or _begins_clause(items, i, spoken):
+            starts.append(i)
+    clauses = []
+    sentence = -1
+    for start, end in zip(starts, [*starts[1:], len(items)]):
+        first = start == 0 or items[start].gap in _SENTENCE
+        sentence += first
+        asks = spoken and _asks(items, start, end)
+        clauses.append(_Clause(start, end, sentence, start == 0 or items[start].gap == "\n", asks))
+    return clauses
+
+
+def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
+    word, previous = items[i].word, items[i - 1].word
+    if word in _BREAKS:
+        return True
+    if not spoken:
+        if word in _WRITTEN_BREAKS:
+            return previous not in ("no", "not", "any", "without")
+        return items[i].gap == "," and word in ("he", "she", "they", "the", "his", "her", "it")
+    if word in _SPOKEN_BREAKS:
+        return True
+    following = items[i + 1].word if i + 1 < len(items) else ""
+    if word in _AUXILIARIES and following in _SUBJECTS and previous not in _LINKS:
+        return previous not in _SUBJECTS
+    if word not in _SUBJECTS or previous in _LINKS:
+        return False
+    return previous not in _AUXILIARIES and previous not in ("n't", "not", "or")
+
+
+def _asks(items: list[Item], start: int, end: int) -> bool:
+    """Whether a clause is a question."""
+    if end < len(items) and items[end].gap == "?":
+        return True
+    words = [item.word for item in items[start:end]]
+    for k, word in enumerate(words[:4]):
+        following = words[k + 1] if k + 1 < len(words) else ""
+        if word in _AUXILIARIES and following in _ASKERS:
+            return k == 0 or words[k - 1] not in _SUBJECTS
+        if (word, following) in (("how", "about"), ("what", "about"), ("how", "is")):
+            return True
+        if word in ("any", "anything") and not _NO & set(words[:k]):
+            return "if" not in words[:k]
+    if "any" in words:
+        before = words[: words.index("any")]
+        return not any(w in _NO or w in _POSSIBLE or w.endswith("n't") for w in before)
+    return False
+
+
+def _read_polarity(
+    items: list[Item], clause: _Clause, spoken: bool, carried: str, context: Context
+) -> str:
+    """Sets the polarity of the clause's items; returns what the next clause begins with."""
+    polarity = carried if not clause.new_turn else AFFIRMED
+    reach = clause.start + (6 if carried != AFFIRMED else 0)
+    limit = _MAX_SPOKEN_REACH if spoken else _MAX_WRITTEN_REACH
+    start = clause.start
+    for i in range(clause.start, clause.end):
+        word = items[i].word
+        if i >= reach or (polarity == DENIED and _ends_negation(items, i)):
+            polarity = AFFIRMED
+        if word in _NO or word.endswith("n't"):
+            if _is_behind(items, i, clause):
+                for k in range(start, i):
+                    context.polarity[k] = DENIED
+            elif not _negates_nothing(items, i, clause, spoken):
+                polarity, reach = DENIED, min(clause.end, i + limit)
+        elif word in _POSSIBLE and polarity != DENIED:
+            polarity, reach = POSSIBLE, min(clause.end, i + _POSSIBLE_REACH)
+        if items[i].gap == "," and (spoken or word != "and"):
+            start = i
+        context.polarity[i] = polarity
+    last = [item.word for item in items[max(clause.start, clause.end - 3) : clause.end]]
+    if spoken and polarity != AFFIRMED and (_THOUGHTS & set(last) or last[-1:] == ["if"]):
+        return polarity
+    return AFFIRMED
+
+
+def _ends_negation(items: list[Item], i: int) -> bool:
+    word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
+    if word in _SOME:
+        return items[i - 1].word not in _NO
+    return word in _RESETS or (word == "for" and following in ("her", "his", "my", "this", "your"))
+
+
+def _is_behind(items: list[Item], i: int, clause: _Clause) -> bool:
+    """Whether the negation at item i denies what stands before it: "rebound is absent"."""
+    word = items[i].word
+    following = items[i + 1].word if i + 1 < clause.end else ""
+    if word == "not":
+        later = items[i + 2].word if i + 2 < clause.end else ""
+        return following in _FOUND and later not in ("prior", "before", "until")
+    if word == "ruled":
+        return following == "out"
+    if word in ("negative", "absent", "none"):
+        return not following or following in ("bilaterally", "today", "in", "on", "and", "at")
+    return False
+
+
+def _negates_nothing(items: list[Item], i: int, clause: _Clause, spoken: bool) -> bool:
+    """Whether the word at item i is an answer, or belongs to "no longer" and the like."""
+    word = items[i].word
+    following = items[i + 1] if i + 1 < clause.end else None
+    if following is None:
+        return word != "n't"
+    if following.word in _BEHIND_NO:
+        return True
+    if word == "free":
+        return following.word != "of"
+    if word == "negative" and spoken:
+        return following.word not in ("for", "any")
+    if word == "no" and spoken:  # an answer: "no , i have pain"
+        return following.gap == "," or following.word in _SUBJECTS | {"no", "not"}
+    return word in ("none", "ruled", "nope")
+
+
+def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Context) -> None:
+    """Gives the family what is said behind its members, up to a word for the patient."""
+    subject = PATIENT
+    asked_of_family = False
+    for clause in clauses:
+        if clause.new_turn:
+            first = {item.word for item in items[clause.start : clause.start + 8]}
+            if not asked_of_family and (first & _SELF_OR_YOU or subject == PATIENT):
+                subject = PATIENT
+            elif asked_of_family:
+                subject = FAMILY
+            asked_of_family = False
+        for i in range(clause.start, clause.end):
+            word = items[i].word
+            if _is_relative(items, i):
+                subject = FAMILY
+                asked_of_family = asked_of_family or clause.asks
+            elif subject == FAMILY and (word in _SELF or (word == "my" and i == clause.start)):
+                subject = PATIENT
+            elif subject == FAMILY and word == "you" and i == clause.start:
+                subject = PATIENT
+            context.subject[i] = subject
+
+
+def _is_relative(items: list[Item], i: int) -> bool:
+    if items[i].word not in _FAMILY_WORDS or i == 0:
+        return False
+    following = items[i + 1].word if i + 1 < len(items) else ""
+    if items[i].word == "family" and following in _NOT_FAMILY_NEXT:
+        return False
+    return items[i - 1].word in _OWNERS or following == "history"
+
+
+def _read_written_subjects(
+    text: str, items: list[Item], clauses: list[_Clause], context: Context
+) -> None:
+    """The subject of each word of a note; "" where its sentence names none."""
+    in_section = False
+    subject, sentence = "", -1
+    for number, clause in enumerate(clauses):
+        if clause.new_turn:
+            in_section = _is_family_section(text, items, clause, in_section)
+        if clause.sentence != sentence:
+            sentence = clause.sentence
+            subject = FAMILY if in_section else _sentence_subject(items, clauses, number)
+        for i in range(clause.start, clause.end):
+            word = items[i].word
+            if word in _FAMILY_WORDS or word in _WRITTEN_FAMILY:
+                following = items[i + 1].word if i + 1 < len(items) else ""
+                with_patient = i > 1 and items[i - 2].word == "patient"
+                if following not in _NOT_FAMILY_NEXT and not with_patient:
+                    subject = FAMILY
+                if word in ("family", "side") and items[i - 1].word != "no":
+                    for k in range(clause.start, i):
+                        context.subject[k] = FAMILY
+            elif subject == FAMILY and not in_section and word == "patient" and i > clause.start:
+                subject = PATIENT
+            context.subject[i] = subject
+
+
+def _sentence_subject(items: list[Item], clauses: list[_Clause], number: int) -> str:
+    sentence = clauses[number].sentence
+    while number < len(clauses) and clauses[number].sentence == sentence:
+        clause = clauses[number]
+        if any(item.word in _PATIENT_WORDS for item in items[clause.start : clause.end]):
+            return PATIENT
+        number += 1
+    return ""
+
+
+def _is_family_section(text: str, items: list[Item], clause: _Clause, before: bool) -> bool:
+    """Whether a line of a note stands under "Family history"."""
+    words = [item.word for item in items[clause.start : min(clause.end, clause.start + 4)]]
     if words[:2] == ["family", "history"] or words[:3] == ["family", "medical", "history"]:
         return True
-    is_header = ":" in text[items[start].start : items[end - 1].end + 1]
-    return before and not is_header and "history" not in words
+    line = text[items[clause.start].start :].partition("\n")[0] if before else ""
+    is_header = ":" in line or "history" in words
+    return before and not is_header
 
 
-def _read_sentence(items: list[Item], start: int, end: int, spoken: bool, context: Context) -> None:
-    stops = _SPOKEN_STOPS if spoken else _STOPS
-    polarity, subject, time = AFFIRMED, "patient", "now"
-    reach = end
-    for i in range(start, end):
-        item = items[i]
-        word = item.word
-        if word in stops and not (i > start and items[i - 1].word in ("no", "any", "not")):
-            polarity = AFFIRMED
-        if i >= reach:
-            polarity = AFFIRMED
-        if word in _NO or word.endswith("n't"):
-            polarity, reach = _negation(items, start, i, end, spoken, polarity, reach, context)
-        elif word in _POSSIBLE and polarity != DENIED:
-            polarity, reach = POSSIBLE, min(end, i + 12)
-        if word in _FAMILY:
-            subject = "family"
-        elif word in _SELF and subject == "family" and word not in ("my", "he", "she", "you"):
-            subject = "patient"
-        if word in _HISTORY:
-            time = "history"
-        context.polarity[i], context.subject[i], context.time[i] = polarity, subject, time
+def _answer_questions(items: list[Item], clauses: list[_Clause], context: Context) -> None:
+    """Gives what a turn asks for the polarity of the answer in the next turn."""
+    turns: list[list[_Clause]] = []
+    for clause in clauses:
+        if clause.new_turn:
+            turns.append([])
+        turns[-1].append(clause)
+    for turn, following in zip(turns, [*turns[1:], []]):
+        answer = _answer(items, following)
+        asked = [clause for clause in turn if clause.asks]
+        short = turn[-1].end - turn[0].start <= _SHORT_TURN
+        if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
+            asked = turn  # "nausea vomiting", without a question mark
+        for clause in asked:
+            for i in range(clause.start, clause.end):
+                if context.polarity[i] == AFFIRMED or answer == AFFIRMED:
+                    context.polarity[i] = answer
 
 
-def _negation(items, start, i, end, spoken, polarity, reach, context) -> tuple[str, int]:
-    """(the polarity behind the negation at item i, where it ends)"""
-    word = items[i].word
-    following = items[i + 1] if i + 1 < end else None
-    if following and following.word in _BEHIND_NO:
-        return polarity, reach
-    if word == "no" and spoken and following and following.gap == ",":
-        return polarity, reach  # an answer: "no , i have pain"
-    if word == "ruled" or (word in ("negative", "absent", "none") and not following):
-        context.polarity[start:i] = [DENIED] * (i - start)
-        return DENIED, end
-    if word == "unremarkable" or (word == "free" and (not following or following.word != "of")):
-        return polarity, reach
-    return DENIED, min(end, i + (14 if spoken else 40))
-
-
-def _answer_questions(items: list[Item], starts: list[int], context: Context) -> None:
-    """Gives what a question asks for the polarity of its answer."""
-    waiting: list[tuple[int, int]] = []
-    last_family = False
-    for start, end in zip(starts, starts[1:]):
-        new_turn = items[start].gap == "\n"
-        if waiting and (new_turn or _answer(items, start, end) != ASKED):
-            answer = _answer(items, start, end)
-            for first, last in waiting[-3:]:
-                for i in range(first, last):
-                    if context.polarity[i] == AFFIRMED or (
-                        context.polarity[i] == ASKED or answer == AFFIRMED
-                    ):
-                        context.polarity[i] = answer
-            waiting = []
-            if last_family and not any(item.word in _SELF for item in items[start : start + 3]):
-                context.subject[start:end] = ["family"] * (end - start)
-        asks = end < len(items) and items[end].gap == "?" or items[start].word in _ASKS
-        asks = asks or any(item.word == "any" for item in items[start:end])
-        if asks:
-            waiting.append((start, end))
-            last_family = any(item.word in _FAMILY for item in items[start:end])
-    for first, last in waiting:
-        context.polarity[first:last] = [ASKED] * (last - first)
-
-
-def _answer(items: list[Item], start: int, end: int) -> str:
-    """What the sentence answers: affirmed, denied, or asked where that stays open."""
+def _answer(items: list[Item], turn: list[_Clause]) -> str:
+    """What a turn answers: affirmed, denied, or asked where that stays open."""
+    if not turn:
+        return ASKED
     seen = 0
-    for item in items[start : min(end, start + 12)]:
-        word = item.word
+    for i in range(turn[0].start, min(turn[-1].end, turn[0].start + 14)):
+        word = items[i].word
         if word in _NO or word.endswith("n't"):
             return DENIED
-        if word in _YES:
+        following = items[i + 1].word if i + 1 < len(items) else ""
+        own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
+        if word in _YES or (own and following not in ("n't", "not", "think")):
             return AFFIRMED
         seen += word not in _FILLERS
-        if seen > 5:
+        if seen > 4:
             break
     return ASKED

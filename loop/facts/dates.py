@@ -42,11 +42,14 @@ def date_at(text: str, items: list[Item], i: int) -> Date | None:
 def _numeric(text: str, window: list[Item]) -> Date | None:
     """ "7/29/2008", "7-29-08", "7/2008" and "12-2019"."""
     numbers = [window[0].number]
-    items = 1
+    items, slashes = 1, False
     while len(numbers) < 3 and items + 1 < len(window):
         slash = window[items].word == "/"
         following = window[items + 1] if slash else window[items]
         dash = text[window[items - 1].end : following.start] == "-"
+        if slash == dash or (items > 1 and slash != slashes):
+            break
+        slashes = slash
         if following.number is None or not (slash or dash):
             break
         numbers.append(following.number)

@@ -4,8 +4,8 @@ import bisect
 from typing import NamedTuple
 
 from .body import same_region
-from .conditions import KIND_OF
-from .context import AFFIRMED, DENIED
+from .conditions import EXAMS_OF, KIND_OF
+from .context import AFFIRMED, DENIED, FAMILY, NORMAL
 from .drugs import same_drug
 from .quantities import TO_MG
 from .statements import Document, Statement
@@ -108,7 +108,10 @@ class Index:
         for i, item in enumerate(document.items):
             if item.number is not None:
                 self.numbers.setdefault(item.number, []).append(i)
-        self.words = set(document.stems)
+        self.normal = document.normal_exams()
+        for statement in document.statements:
+            if statement.polarity == DENIED and statement.subject != FAMILY:
+                self.normal.update(EXAMS_OF.get(statement.value, ())[:1])
         self.cache: dict[tuple, Verdict] = {}
 
     def judge(self, s: Statement) -> Verdict:
@@ -130,7 +133,8 @@ class Index:
         if s.kind == "date":
             return self._date(s)
         if s.kind == "habit":
-            return self._polarity(s, [o for o in self._all("habit") if o.value == s.value])
+            habits = [o for o in self._all("habit") if o.value == s.value]
+            return self._polarity(s._replace(subject=""), habits)._replace(statement=s)
         if s.kind == "action":
             return self._action(s)
         return self._amount(s)
@@ -145,23 +149,42 @@ class Index:
         general = KIND_OF.get(s.value)
         if general and general != "cancer" and general in self.conditions:
             return self._polarity(s, self.conditions[general])._replace(is_broader=True)
+        if s.polarity == DENIED and self._is_normal(s.value):
+            return Verdict(s, SUPPORTED, None, is_broader=True)
         return Verdict(s, NOT_SAID, None)
 
+    def _is_normal(self, name: str) -> bool:
+        """Whether an examination that would have found it was normal, or denies the like."""
+        exams = EXAMS_OF.get(name, ())
+        return bool(exams) and ("all" in self.normal or any(e in self.normal for e in exams))
+
     def _polarity(self, s: Statement, mentions: list[Statement]) -> Verdict:
-        """Explicit mentions count before what was asked or considered."""
+        """Explicit mentions of the same part count before others, and before questions."""
         if not mentions:
             return Verdict(s, NOT_SAID, None)
-        same_subject = [o for o in mentions if o.subject == s.subject]
-        if not same_subject:
+        mentions_of = [o for o in mentions if not s.subject or o.subject in (s.subject, "")]
+        if not mentions_of:
             return Verdict(s, CONTRADICTED, _place(mentions[0]))
-        opposite = {AFFIRMED: DENIED, DENIED: AFFIRMED}.get(s.polarity)
-        same = [o for o in same_subject if o.polarity == s.polarity]
+        mentions = mentions_of
+        is_broader = False
+        if s.of:
+            near = [o for o in mentions if o.of and same_region(s.of, o.of)]
+            if not near:
+                near = [o for o in mentions if not o.of]
+                is_broader = True
+            mentions = near or mentions
+        same = [o for o in mentions if o.polarity == s.polarity]
+        if s.polarity == DENIED and not same:
+            same = [o for o in mentions if o.polarity == NORMAL]
         if same:
-            return Verdict(s, SUPPORTED, _place(same[0]))
-        against = [o for o in same_subject if o.polarity == opposite and o.kind != "weak"]
+            return Verdict(s, SUPPORTED, _place(same[0]), is_broader)
+        opposite = {AFFIRMED: DENIED, DENIED: AFFIRMED}.get(s.polarity)
+        against = [o for o in mentions if o.polarity == opposite and o.kind != "weak"]
         if against:
             return Verdict(s, CONTRADICTED, _place(against[0]))
-        return Verdict(s, SUPPORTED, _place(same_subject[0]))
+        if all(o.polarity == NORMAL for o in mentions):
+            return Verdict(s, NOT_SAID, _place(mentions[0]))
+        return Verdict(s, SUPPORTED, _place(mentions[0]), is_broader)
 
     def _drug(self, s: Statement) -> Verdict:
         assert s.drug is not None
@@ -250,6 +273,10 @@ class Index:
         for o in self._all("date"):
             if stated <= set(o.value.split()):
                 return Verdict(s, SUPPORTED, _place(o))
+        without_year = {part for part in stated if part[0] != "y"}
+        for o in self._all("date"):
+            if without_year and set(o.value.split()) == without_year:
+                return Verdict(s, SUPPORTED, _place(o), is_broader=True)
         return Verdict(s, NOT_SAID, None)
 
     def _side(self, s: Statement) -> Verdict:

@@ -52,12 +52,13 @@ _TOKEN = re.compile(
     r"|\d+,\d{1,2}(?![\d,])"
     r"|\d+(?:\.\d+)?"
     r"|(?<![\w.])\.\d+"
-    r"|(?:[a-z]\.){2,}"
+    r"|(?:[a-z]\.)+[a-z]\b(?!')\.?|(?:[a-z]\.){2,}"
     r"|[a-z\u00b5\u03bc]+(?:'[a-z]+)?"
     r"|[\u00bc-\u00be\u2153-\u215e]"
     r"|[/%\u00b0+]"
     r"|[.,;:?!()\n\u2022]"
 )
+_SPELLED = re.compile(r"\b[A-Z](?: [A-Z])+\b(?!')")  # "H I V", as transcripts write it
 _FRACTIONS = {sign: unicodedata.numeric(sign) for sign in "\u00bc\u00bd\u00be\u2153\u2154\u215b"}
 _BREAKS = {sign: rank for rank, sign in enumerate("(),:;.!?\n\u2022")}  # from the weakest on
 
@@ -78,6 +79,7 @@ def blank_labels(text: str) -> str:
     Each character stays where it was. The numbers of a list are "1." and "2)" at the start of
     lines.
     """
+    text = _SPELLED.sub(lambda match: match.group().replace(" ", "."), text)
     text = _lower(text).replace("\u2019", "'").replace("\u2018", "'")
     for pattern in (_TIMESTAMP, _LABEL, _LIST_NUMBER):
         text = pattern.sub(lambda match: " " * len(match.group()), text)

@@ -234,6 +234,8 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
     if number is None:
         return _vague(items, i)
     other, end = None, i + 1
+    if i and items[i - 1].word == "from":  # what changes is no range
+        return number, number, end
     if items[end].number is not None and items[end].gap == "":
         if text[items[i].end : items[end].start].strip() in ("-", "\u2013", "\u2014"):
             other, end = items[end].number, end + 1

@@ -4,15 +4,16 @@ import bisect
 from typing import NamedTuple
 
 from .body import PARTS
-from .conditions import condition_at
-from .context import Context, read_context
+from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
+from .context import AFFIRMED, DENIED, NORMAL, POSSIBLE, Context, read_context
 from .dates import DAY_WORDS, date_at
 from .drugs import Drug, drug_at
 from .numerals import Item, parse_items
-from .phrases import Phrases, singular
+from .phrases import Found, Phrases, singular
 from .quantities import Amount, amount_at, describe
 
 _END = Item("", None, 0, 0, "\n")
+_PART_REACH = 6
 _PADDING = [_END] * 12  # so that matchers can look ahead
 _AMOUNT_WORDS = frozenset(
     """every each q once twice thrice daily nightly hourly weekly monthly at
@@ -33,15 +34,25 @@ _ACTION_OF = {word: action for action, words in ACTIONS.items() for word in word
 HABITS: Phrases[str] = Phrases()
 for _habit, _names in {
     "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
-    "chewing tobacco,nonsmoker,ppd,pack year",
+    "chewing tobacco,nonsmoker,pack year,cigarette smoking",
     "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka",
+    "alcoholic beverage,whiskey,vodka,nondrinker",
     "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
     "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
     "recreational,illegal drug",
 }.items():
     for _phrase in _names.split(","):
         HABITS.add(_phrase, _habit)
+_DENYING = frozenset(("nonsmoker", "nondrinker"))
+_FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
+# Around "blood pressure" and the like, they say that it is not as it should be.
+_TROUBLE = frozenset(
+    """trouble problem problems difficulty difficulties hard change changes changed loss less lost
+    decreased decrease reduced low lower high higher elevated up bad worse poor blurry any issues
+    issue weak weaker weird abnormal uncontrolled medication medications medicine pill pills
+    disease history increased increase losing lose gained gain unable trying feels felt positive
+    more off like get getting got started really very so feel""".split()
+)
 _NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
 
 
@@ -54,7 +65,6 @@ class Statement(NamedTuple):
     of: str  # what it belongs to: the drug of a dose, the part of a side; "" for nothing
     polarity: str  # affirmed, denied, possible, or asked
     subject: str  # patient or family
-    time: str  # now or history
     start: int
     end: int
     word: int  # the index of its first item
@@ -106,15 +116,13 @@ class Document:
             return made._replace(drug=drug.meaning), drug.num_items
         habit = HABITS.at(self.padded, stems, i)
         if habit:
-            return self._make("habit", habit.meaning, i, habit.num_items), habit.num_items
+            return self._habit(habit, i), habit.num_items
         part = PARTS.at(self.padded, stems, i)
         condition = condition_at(self.padded, stems, i)
         if part:
             self.parts.append((i, part.meaning, self.items[i].word != stems[i]))
         if condition and not (part and part.num_items > condition.num_items):
-            kind = "weak" if condition.meaning.is_weak else condition.meaning.kind
-            made = self._make(kind, condition.meaning.name, i, condition.num_items)
-            return made, condition.num_items
+            return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
             return self._side(i), 1
         if item.word in _ACTION_OF:
@@ -125,9 +133,45 @@ class Document:
         last = min(i + count, len(self.items)) - 1
         context = self.context
         return Statement(
-            kind, value, "", context.polarity[last], context.subject[last], context.time[last],
+            kind, value, "", context.polarity[last], context.subject[last],
             self.items[i].start, self.items[last].end, i,
         )  # fmt: skip
+
+    def _condition(self, found: Found[Condition], i: int) -> Statement | None:
+        meaning, count = found
+        if not meaning.kind:
+            return None
+        kind = "weak" if meaning.is_weak else meaning.kind
+        made = self._make(kind, meaning.name, i, count)
+        if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):
+            made = made._replace(polarity=NORMAL)
+        if meaning.name in PAINS:
+            return made._replace(value="pain", of=PAINS[meaning.name])
+        return made
+
+    def _habit(self, found: Found[str], i: int) -> Statement | None:
+        word, following = self.padded[i].word, self.padded[i + found.num_items].word
+        if following.startswith("allerg"):
+            return None
+        made = self._make("habit", found.meaning, i, found.num_items)
+        if word in _DENYING:
+            return made._replace(polarity=DENIED)
+        former = made.polarity == AFFIRMED and self._near(i, _FORMERLY, 4)
+        return made._replace(polarity=POSSIBLE) if former else made
+
+    def _near(self, i: int, words: frozenset[str], reach: int) -> bool:
+        """Whether one of the words stands in the clause of item i, so many items away at most."""
+        clause = self.context.clause
+        around = range(max(0, i - reach), min(len(self.items), i + reach + 1))
+        return any(clause[k] == clause[i] and self.items[k].word in words for k in around)
+
+    def normal_exams(self) -> set[str]:
+        """What the text says is normal: keys of EXAMS, or "all"."""
+        return {
+            EXAMINED[item.word]
+            for i, item in enumerate(self.items)
+            if item.word in EXAMINED and self._near(i, NORMAL_WORDS, 9)
+        }
 
     def _amount(self, amount: Amount, i: int) -> Statement | None:
         bare = amount.kind == "number" and not amount.unit
@@ -180,8 +224,21 @@ class Document:
                     near = i - at < (60 if self.spoken else 12)
                     if near and (self.spoken or sentence[at] == sentence[i]):
                         statement = statement._replace(of=part)
+            elif statement.kind in ("symptom", "finding", "weak") and not statement.of:
+                statement = statement._replace(of=self._nearest_part(i))
             done.append(self._allergy(statement))
         return done
+
+    def _nearest_part(self, i: int) -> str:
+        """The part of the body in the clause of item i, close to it; "" where none is."""
+        clause = self.context.clause
+        at = bisect.bisect(self.parts, i, key=lambda part: part[0])
+        near = [
+            (abs(k - i) + (2 if k < i else 0), part)
+            for k, part, _ in self.parts[max(0, at - 1) : at + 2]
+            if clause[k] == clause[i] and abs(k - i) <= _PART_REACH
+        ]
+        return min(near)[1] if near else ""
 
     def _nearest_drug(self, i: int, kind: str) -> str:
         """The name of the drug of the dose, frequency or action at item i."""
