@@ -7,7 +7,7 @@ asks takes its polarity from the answer in the next turn.
 
 from typing import NamedTuple
 
-from .numerals import Item
+from .numerals import Item, count_speakers
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
@@ -87,10 +87,26 @@ _FILLERS = frozenset(
     ma'am just it's think that it really""".split()
 )
 _OWN_VERBS = frozenset("do did have has does am was is".split())
+# One word in so many of what is spoken is one of these, ends a question or names who speaks.
+_SPEECH_WORDS = frozenset(
+    """i i'm i've you you're your my me yeah yes okay ok um uh hi hello thank thanks mm hmm""".split()
+)
+_SPEECH_SHARE = 20
 _SENTENCE = frozenset(".!?\n\u2022;")
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
 _POSSIBLE_REACH = 12
 _SHORT_TURN = 8  # items of a question without a question mark, at most
+
+
+def is_speech(text: str, items: list[Item]) -> bool:
+    """Whether a text is a dialogue rather than a note, by its speakers or by how it speaks.
+
+    A text is always read as the same kind, whichever text it is compared with: so it supports
+    itself.
+    """
+    speaking = sum((item.word in _SPEECH_WORDS) + (item.gap == "?") for item in items)
+    speaking += text.rstrip().endswith("?")
+    return (speaking + count_speakers(text)) * _SPEECH_SHARE > len(items)
 
 
 class Context(NamedTuple):

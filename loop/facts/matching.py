@@ -29,6 +29,7 @@ KINDS = {
     "habit": "tobacco, alcohol, drugs",
     "action": "continue, stop, start",
 }
+_ACTION_REACH = 14  # items between a drug and what is done with it
 _CONDITIONS = ("diagnosis", "symptom", "finding")
 
 
@@ -60,7 +61,7 @@ def compare(dialogue: str, note: str) -> Comparison:
     What a dialogue only asks or considers is no statement of it. Any text can be compared; the time
     is linear in the texts.
     """
-    spoken = Document(dialogue, spoken=True)
+    spoken = Document(dialogue)
     written = Document(note)
     return Comparison(verdicts(written, spoken), verdicts(spoken, written))
 
@@ -304,7 +305,11 @@ class Index:
 
     def _action(self, s: Statement) -> Verdict:
         places = self._places_of(s.of)
-        near = [o for o in self._all("action") if _distance(places, o.word) <= 14]
+        near = [
+            o
+            for o in self._all("action")
+            if o.of == s.of or _distance(places, o.word) <= _ACTION_REACH
+        ]
         stops = [o for o in near if o.value == "stop"]
         goes_on = [o for o in near if o.value != "stop"]
         if s.value == "stop":

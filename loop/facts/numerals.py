@@ -63,6 +63,11 @@ _FRACTIONS = {sign: unicodedata.numeric(sign) for sign in "\u00bc\u00bd\u00be\u2
 _BREAKS = {sign: rank for rank, sign in enumerate("(),:;.!?\n\u2022")}  # from the weakest on
 
 
+_SPEAKER = re.compile(
+    rf"^[ \t\-|>*]*(?:{'|'.join(_ROLES.split())})\b[\w ._#]{{0,30}}[*\])]*:", re.MULTILINE
+)
+
+
 class Item(NamedTuple):
     """A word or sign of a text, or a number that one or more words make."""
 
@@ -84,6 +89,11 @@ def blank_labels(text: str) -> str:
     for pattern in (_TIMESTAMP, _LABEL, _LIST_NUMBER):
         text = pattern.sub(lambda match: " " * len(match.group()), text)
     return text
+
+
+def count_speakers(text: str) -> int:
+    """The lines of a text that begin with who speaks, such as "Doctor:"."""
+    return len(_SPEAKER.findall(_lower(text)))
 
 
 def parse_items(text: str) -> list[Item]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from .body import PARTS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
-from .context import AFFIRMED, DENIED, NORMAL, POSSIBLE, Context, read_context
+from .context import AFFIRMED, DENIED, NORMAL, POSSIBLE, Context, is_speech, read_context
 from .dates import DAY_WORDS, date_at
 from .drugs import Drug, drug_at
 from .numerals import Item, parse_items
@@ -75,14 +75,14 @@ class Statement(NamedTuple):
 class Document:
     """A text that was read once: its items, their context, and its statements in order."""
 
-    def __init__(self, text: str, spoken: bool = False) -> None:
+    def __init__(self, text: str) -> None:
         self.text = text
         self.items = parse_items(text)
         self.padded = self.items + _PADDING
         self.words = [singular(item.word) or str(item.number) for item in self.items]
         self.stems = [_digits(item) for item in self.items] + [""] * 12
-        self.context: Context = read_context(text, self.items, spoken)
-        self.spoken = spoken
+        self.spoken = is_speech(text, self.items)
+        self.context: Context = read_context(text, self.items, self.spoken)
         self.drugs: list[Statement] = []
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
         self.statements = self._attach(self._read())
