@@ -4,6 +4,7 @@ import bisect
 from typing import NamedTuple
 
 from .body import same_region
+from .claims import Usage, read_claims
 from .conditions import EXAMS_OF, KIND_OF
 from .context import AFFIRMED, DENIED, FAMILY, NORMAL
 from .drugs import same_drug
@@ -28,6 +29,7 @@ KINDS = {
     "allergy": "allergies",
     "habit": "tobacco, alcohol, drugs",
     "action": "continue, stop, start",
+    "claim": "affirmed or denied in other words",
 }
 _ACTION_REACH = 14  # items between a drug and what is done with it
 _CONDITIONS = ("diagnosis", "symptom", "finding")
@@ -63,7 +65,29 @@ def compare(dialogue: str, note: str) -> Comparison:
     """
     spoken = Document(dialogue)
     written = Document(note)
-    return Comparison(verdicts(written, spoken), verdicts(spoken, written))
+    return Comparison(verdicts(written, spoken) + _claims(written, spoken), verdicts(spoken, written))
+
+
+def _claims(document: Document, other: Document) -> list[Verdict]:
+    """The claims whose words the other document uses."""
+    usage = Usage(other.items, other.words, other.context)
+    found = []
+    for claim in read_claims(document.items, document.words, document.context):
+        words = [document.words[i] for i in claim.items]
+        against = usage.against(claim.polarity, words)
+        if against is None:
+            continue
+        first, last = claim.items[0], claim.items[-1]
+        statement = Statement(
+            "claim", " ".join(words), "", claim.polarity, document.context.subject[first],
+            document.items[first].start, document.items[last].end, first,
+        )  # fmt: skip
+        if against < 0:
+            found.append(Verdict(statement, SUPPORTED, None))
+        else:
+            item = other.items[against]
+            found.append(Verdict(statement, CONTRADICTED, (item.start, item.end)))
+    return found
 
 
 def verdicts(document: Document, other: Document) -> list[Verdict]:
