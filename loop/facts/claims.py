@@ -4,14 +4,15 @@
 Words that the dialogue lacks say nothing: it may put the same thing otherwise.
 """
 
+import itertools
 from collections.abc import Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 from .context import AFFIRMED, DENIED, Context
 from .numerals import Item
 
 _MIN_LETTERS = 4
+_MOST_PLACES = 30  # of a word with one polarity, so that the time stays linear
 _MOST_AFFIRMED = 3  # words of an affirmed run that count: those right behind what affirms them
 # They say nothing of what is affirmed or denied.
 _EMPTY = frozenset(
@@ -27,7 +28,8 @@ _EMPTY = frozenset(
     prior previous previously evaluation activity any normal normally completely appear abnormal
     abnormality finding found increased decreased right left bilateral general constitutional
     neurological respiratory cardiovascular gastrointestinal musculoskeletal psychiatric skin known
-    acute evidence continue""".split()
+    acute evidence continue question answered explained reasoning sure auscultation palpation
+    inspection seen""".split()
 )
 
 
@@ -40,11 +42,18 @@ class Claim(NamedTuple):
 
 def read_claims(items: list[Item], stems: list[str], context: Context) -> Iterator[Claim]:
     """The claims of a text. stems: `singular` of each item."""
-    runs = groupby(range(len(items)), key=lambda i: (context.clause[i], context.polarity[i]))
+    runs = itertools.groupby(range(len(items)), key=lambda i: (context.clause[i], context.polarity[i]))
     for (_, polarity), run in runs:
         if polarity not in (AFFIRMED, DENIED):
             continue
-        telling = [i for i in run if _tells(items[i], stems[i])]
+        telling: list[int] = []
+        for i in run:
+            if items[i].gap == ":":
+                telling = []  # it was a heading
+            if _tells(items[i], stems[i]):
+                telling.append(i)
+        if telling and telling[-1] + 1 < len(items) and items[telling[-1] + 1].gap == ":":
+            continue
         if polarity == AFFIRMED:
             telling = telling[:_MOST_AFFIRMED]
         if telling:
@@ -61,20 +70,35 @@ class Usage:
     """How a text uses its words: where each is affirmed, denied, asked and so on."""
 
     def __init__(self, items: list[Item], stems: list[str], context: Context) -> None:
-        self._places: dict[str, dict[str, int]] = {}
-        for i in range(len(items)):
-            places = self._places.setdefault(stems[i], {})
-            places.setdefault(context.polarity[i], i)
+        self._places: dict[str, dict[str, list[int]]] = {}
+        self._clause = context.clause
+        self._polarity = context.polarity
+        for i, stem in enumerate(stems):
+            places = self._places.setdefault(stem, {}).setdefault(context.polarity[i], [])
+            if len(places) < _MOST_PLACES:
+                places.append(i)
+        self._claims = {
+            (claim.polarity, tuple(stems[i] for i in claim.items))
+            for claim in read_claims(items, stems, context)
+        }
 
     def against(self, polarity: str, words: list[str]) -> int | None:
         """The item that contradicts the words; -1 for none, None where none of the words is used.
 
-        They are contradicted where more than half of those that are used have the opposite polarity
-        alone.
+        The clauses that use the most of the words decide. They contradict where all of these have
+        the opposite polarity.
         """
-        opposite = DENIED if polarity == AFFIRMED else AFFIRMED
-        used = [self._places[word] for word in words if word in self._places]
+        if (polarity, tuple(words)) in self._claims:
+            return -1
+        used: dict[tuple[int, str], dict[str, int]] = {}  # by clause and polarity
+        for word in dict.fromkeys(words):
+            for i in itertools.chain(*self._places.get(word, {}).values()):
+                used.setdefault((self._clause[i], self._polarity[i]), {}).setdefault(word, i)
         if not used:
             return None
-        only = [places[opposite] for places in used if set(places) == {opposite}]
-        return only[0] if 2 * len(only) > len(used) else -1
+        most = max(map(len, used.values()))
+        best = {key: places for key, places in used.items() if len(places) == most}
+        opposite = DENIED if polarity == AFFIRMED else AFFIRMED
+        if {found for _, found in best} == {opposite}:
+            return min(min(places.values()) for places in best.values())
+        return -1

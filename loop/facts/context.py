@@ -67,6 +67,12 @@ _AUXILIARIES = frozenset(
     """do does did have has had are is was were can could would will should am have-n't
     don't doesn't didn't haven't hasn't aren't isn't wasn't""".split()
 )
+_COPULAS = frozenset("is are was were looks look sounds sound feels".split())
+# What a noun's clause goes on from.
+_BEFORE_NOUN = frozenset(
+    """the a an my your his her their our this that these those any some no all and or of in on with
+    which who what there here how where when it he she we they you everything""".split()
+)
 _ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
 _THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
 _BEHIND_NO = frozenset(
@@ -172,7 +178,13 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     following = items[i + 1].word if i + 1 < len(items) else ""
     if word in _AUXILIARIES and following in _SUBJECTS and previous not in _LINKS:
         return previous not in _SUBJECTS
-    if word not in _SUBJECTS or previous in _LINKS:
+    if previous in _LINKS:
+        return False
+    if following in _COPULAS and word not in _SUBJECTS:  # "no drift sensation is intact"
+        return previous not in _BEFORE_NOUN and previous not in _NO and word not in _BEFORE_NOUN
+    if word == "your":
+        return any(item.word in _COPULAS or item.word == "exam" for item in items[i + 1 : i + 4])
+    if word not in _SUBJECTS:
         return False
     return previous not in _AUXILIARIES and previous not in ("n't", "not", "or")
 
