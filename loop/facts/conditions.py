@@ -68,7 +68,9 @@ _NOTHING = (
     "time of discharge; hospital discharge; upon discharge; at discharge; prior to discharge;"
     "fall asleep; falls asleep; fell asleep; falling asleep; cold outside; cold weather;"
     "cva tenderness; cold medicine; cold pack; heat and cold; cold compress; ppd status; cold air;"
-    "stress test; stress echo; depression screening; cancer screening; cold cut; fall risk; sugar"
+    "stress test; stress echo; depression screening; cancer screening; cold cut; fall risk; sugar;"
+    "incision and drainage; tetanus immunization; tetanus vaccination; alcoholic drink;"
+    "alcoholic beverage; non alcoholic; hay fever vaccine"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):

@@ -73,6 +73,7 @@ _BEFORE_NOUN = frozenset(
     """the a an my your his her their our this that these those any some no all and or of in on with
     which who what there here how where when it he she we they you everything""".split()
 )
+_BEHIND_ANSWER = frozenset(("no", "yeah", "yes", "nothing", "not", "okay", "i", "just", "it"))
 _ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
 _THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
 _BEHIND_NO = frozenset(
@@ -88,6 +89,7 @@ _YES = frozenset(
     """yes yeah yep yup correct definitely absolutely exactly sometimes occasionally uh-huh mm-hmm
     little unfortunately true certainly some mhm mm lot ya yah often usually always""".split()
 )
+_ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
 _FILLERS = frozenset(
     """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
     ma'am just it's think that it really""".split()
@@ -175,6 +177,8 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
         return items[i].gap == "," and word in ("he", "she", "they", "the", "his", "her", "it")
     if word in _SPOKEN_BREAKS:
         return True
+    if word in ("no", "yes", "yeah", "nope") and _answers_itself(items, i):
+        return True
     following = items[i + 1].word if i + 1 < len(items) else ""
     if word in _AUXILIARIES and following in _SUBJECTS and previous not in _LINKS:
         return previous not in _SUBJECTS
@@ -187,6 +191,12 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     if word not in _SUBJECTS:
         return False
     return previous not in _AUXILIARIES and previous not in ("n't", "not", "or")
+
+
+def _answers_itself(items: list[Item], i: int) -> bool:
+    """Whether the word at item i answers a question before it: "any chest pain no no"."""
+    following = items[i + 1] if i + 1 < len(items) else None
+    return following is None or following.gap != "" or following.word in _BEHIND_ANSWER
 
 
 def _asks(items: list[Item], start: int, end: int) -> bool:
@@ -292,6 +302,9 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
             if _is_relative(items, i):
                 subject = FAMILY
                 asked_of_family = asked_of_family or clause.asks
+                if i > 1 and items[i - 2].word in ("in", "of", "by"):  # "diabetes in my brother"
+                    for k in range(clause.start, i):
+                        context.subject[k] = FAMILY
             elif subject == FAMILY and (word in _SELF or (word == "my" and i == clause.start)):
                 subject = PATIENT
             elif subject == FAMILY and word == "you" and i == clause.start:
@@ -327,7 +340,8 @@ def _read_written_subjects(
                 with_patient = i > 1 and items[i - 2].word == "patient"
                 if following not in _NOT_FAMILY_NEXT and not with_patient:
                     subject = FAMILY
-                if word in ("family", "side") and items[i - 1].word != "no":
+                behind = i > 1 and (items[i - 1].word == "in" or items[i - 2].word == "in")
+                if behind or (word in ("family", "side") and items[i - 1].word != "no"):
                     for k in range(clause.start, i):
                         context.subject[k] = FAMILY
             elif subject == FAMILY and not in_section and word == "patient" and i > clause.start:
@@ -369,9 +383,12 @@ def _answer_questions(items: list[Item], clauses: list[_Clause], context: Contex
         if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
             asked = turn  # "nausea vomiting", without a question mark
         for clause in asked:
+            own = _answer(items, [c for c in turn if c.start >= clause.end])
+            first = items[clause.end].word if own != ASKED else ""
+            given = own if first in _ANSWERS else answer
             for i in range(clause.start, clause.end):
-                if context.polarity[i] == AFFIRMED or answer == AFFIRMED:
-                    context.polarity[i] = answer
+                if context.polarity[i] == AFFIRMED or given == AFFIRMED:
+                    context.polarity[i] = given
 
 
 def _answer(items: list[Item], turn: list[_Clause]) -> str:

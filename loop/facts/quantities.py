@@ -54,6 +54,7 @@ _PERIODS |= dict.fromkeys(("nightly", "morning", "evening", "night", "bedtime", 
 _PERIODS |= dict.fromkeys(
     "monday tuesday wednesday thursday friday saturday sunday weekend".split(), "week"
 )
+_PER_DAY = ("day", "week", "month", "night", "hour")
 _LATIN: dict[str, float] = {
     "bid": 2,
     "bd": 2,
@@ -110,12 +111,19 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _often(1, 3)
     if word == "x" and items[i + 1].number and items[i + 2].word in _PERIODS:  # x3 daily
         return _per(items, i + 2, items[i + 1].number or 1.0, 2)
+    if word in ("a", "per", "/") and following in _PER_DAY and i and _counts(items, i - 1):
+        return _often(1 / DAYS[_PERIODS[following]], 2)
     times, count = _times(items, i)
     if count:
         return _per(items, i + count, times, count)
     if word in _ADVERBS:
         return _often(_ADVERBS[word], 1)
     return None
+
+
+def _counts(items: list[Item], i: int) -> bool:
+    """Whether item i, before "a day", is a number or a unit: "10 mg a day", "two a day"."""
+    return items[i].number is not None or UNITS.get(items[i].word, "time") not in (*DAYS, "time")
 
 
 def _often(times_a_day: float, num_items: int) -> Amount:
@@ -267,7 +275,7 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
         value = 0.5 if word == "half" else 0.25
         end = i + 1 + (following == "of")
         end += items[end].word in ("a", "an")
-        if UNITS.get(items[end].word) in _AFTER_ARTICLE:
+        if UNITS.get(items[end].word) in _AFTER_ARTICLE | DOSES:
             return value, value, end
     if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE:
         return 1.0, 1.0, i + 1
