@@ -138,7 +138,7 @@ def read_context(text: str, items: list[Item], spoken: bool) -> Context:
     """The context of each item. spoken: the text is a dialogue, with questions and answers."""
     count = len(items)
     context = Context([AFFIRMED] * count, [PATIENT] * count, [0] * count, [0] * count)
-    clauses = _clauses(items, spoken)
+    clauses = _clauses(text, items, spoken)
     carried = AFFIRMED  # over the border to a clause behind "I don't think"
     for number, clause in enumerate(clauses):
         for i in range(clause.start, clause.end):
@@ -152,7 +152,7 @@ def read_context(text: str, items: list[Item], spoken: bool) -> Context:
     return context
 
 
-def _clauses(items: list[Item], spoken: bool) -> list[_Clause]:
+def _clauses(text: str, items: list[Item], spoken: bool) -> list[_Clause]:
     starts = []
     for i, item in enumerate(items):
         if i == 0 or item.gap in _SENTENCE or _begins_clause(items, i, spoken):
@@ -162,7 +162,7 @@ def _clauses(items: list[Item], spoken: bool) -> list[_Clause]:
     for start, end in zip(starts, [*starts[1:], len(items)]):
         first = start == 0 or items[start].gap in _SENTENCE
         sentence += first
-        asks = spoken and _asks(items, start, end)
+        asks = spoken and _asks(text, items, start, end)
         clauses.append(_Clause(start, end, sentence, start == 0 or items[start].gap == "\n", asks))
     return clauses
 
@@ -199,9 +199,10 @@ def _answers_itself(items: list[Item], i: int) -> bool:
     return following is None or following.gap != "" or following.word in _BEHIND_ANSWER
 
 
-def _asks(items: list[Item], start: int, end: int) -> bool:
+def _asks(text: str, items: list[Item], start: int, end: int) -> bool:
     """Whether a clause is a question."""
-    if end < len(items) and items[end].gap == "?":
+    behind = items[end].start if end < len(items) else len(text)
+    if "?" in text[items[end - 1].end : behind]:
         return True
     words = [item.word for item in items[start:end]]
     for k, word in enumerate(words[:4]):
