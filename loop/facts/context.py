@@ -5,6 +5,7 @@ A text is cut into clauses, also where speech was written down without punctuati
 asks takes its polarity from the answer in the next turn.
 """
 
+import re
 from typing import NamedTuple
 
 from .numerals import Item, count_speakers
@@ -29,7 +30,8 @@ _FAMILY_WORDS = frozenset(
     aunts uncles cousins relatives relative nephew niece
     grandmother's grandfather's""".split()
 )
-_WRITTEN_FAMILY = frozenset("son daughter sons daughters children".split())
+# Who speaks for a patient may call him a son or a daughter.
+_CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
     half older younger twin oldest youngest late great little big""".split()
@@ -94,12 +96,16 @@ _FILLERS = frozenset(
     """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
     ma'am just it's think that it really""".split()
 )
-_OWN_VERBS = frozenset("do did have has does am was is".split())
+_OWN_VERBS = frozenset("do did have has does am".split())
 # One word in so many of what is spoken is one of these, ends a question or names who speaks.
 _SPEECH_WORDS = frozenset(
     """i i'm i've you you're your my me yeah yes okay ok um uh hi hello thank thanks mm hmm""".split()
 )
 _SPEECH_SHARE = 20
+_RELATIVE_SPEAKS = re.compile(
+    r"^(?:guest[ _])?(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b[^:\n]{0,20}:",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SENTENCE = frozenset(".!?\n\u2022;")
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
 _POSSIBLE_REACH = 12
@@ -121,7 +127,7 @@ class Context(NamedTuple):
     """The polarity, subject and sentence of each item of a text."""
 
     polarity: list[str]
-    subject: list[str]  # patient or family; "" where a note names none
+    subject: list[str]  # patient or family; "" where a note names none, or a relative speaks
     sentence: list[int]
     clause: list[int]
 
@@ -145,7 +151,10 @@ def read_context(text: str, items: list[Item], spoken: bool) -> Context:
             context.sentence[i], context.clause[i] = clause.sentence, number
         carried = _read_polarity(items, clause, spoken, carried, context)
     if spoken:
-        _read_spoken_subjects(items, clauses, context)
+        if _RELATIVE_SPEAKS.search(text):
+            context.subject[:] = [""] * count
+        else:
+            _read_spoken_subjects(items, clauses, context)
         _answer_questions(items, clauses, context)
     else:
         _read_written_subjects(text, items, clauses, context)
@@ -314,7 +323,7 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
 
 
 def _is_relative(items: list[Item], i: int) -> bool:
-    if items[i].word not in _FAMILY_WORDS or i == 0:
+    if i == 0 or not (items[i].word in _FAMILY_WORDS or items[i].word in _CHILDREN):
         return False
     following = items[i + 1].word if i + 1 < len(items) else ""
     if items[i].word == "family" and following in _NOT_FAMILY_NEXT:
@@ -336,7 +345,7 @@ def _read_written_subjects(
             subject = FAMILY if in_section else _sentence_subject(items, clauses, number)
         for i in range(clause.start, clause.end):
             word = items[i].word
-            if word in _FAMILY_WORDS or word in _WRITTEN_FAMILY:
+            if word in _FAMILY_WORDS or word in _CHILDREN:
                 following = items[i + 1].word if i + 1 < len(items) else ""
                 with_patient = i > 1 and items[i - 2].word == "patient"
                 if following not in _NOT_FAMILY_NEXT and not with_patient:
@@ -403,7 +412,8 @@ def _answer(items: list[Item], turn: list[_Clause]) -> str:
             return DENIED
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
-        if word in _YES or (own and following not in ("n't", "not", "think")):
+        ends = i + 1 == len(items) or items[i + 1].gap != "" or following in _BEHIND_ANSWER
+        if word in _YES or (own and ends and following != "not"):
             return AFFIRMED
         seen += word not in _FILLERS
         if seen > 4:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from .body import same_region
 from .claims import Usage, read_claims
 from .conditions import EXAMS_OF, KIND_OF
-from .context import AFFIRMED, DENIED, FAMILY, NORMAL
+from .context import AFFIRMED, DENIED, FAMILY, NORMAL, PATIENT
 from .drugs import same_drug
 from .quantities import TO_MG
 from .statements import Document, Statement
@@ -187,7 +187,10 @@ class Index:
         """Explicit mentions of the same part count before others, and before questions."""
         if not mentions:
             return Verdict(s, NOT_SAID, None)
-        mentions_of = [o for o in mentions if not s.subject or o.subject in (s.subject, "")]
+        subject = s.subject or PATIENT
+        mentions_of = [o for o in mentions if not o.subject or o.subject == subject]
+        if not s.subject and not (s.polarity == DENIED and mentions_of):
+            mentions_of = mentions
         if not mentions_of:
             return Verdict(s, CONTRADICTED, _place(mentions[0]))
         mentions = mentions_of
