@@ -31,6 +31,7 @@ KINDS = {
     "action": "continue, stop, start",
     "claim": "affirmed or denied in other words",
 }
+_MEASURE_REACH = 8  # items between a number and what it measures
 _ACTION_REACH = 14  # items between a drug and what is done with it
 _CONDITIONS = ("diagnosis", "symptom", "finding")
 
@@ -99,7 +100,7 @@ def verdicts(document: Document, other: Document) -> list[Verdict]:
             document.spoken and statement.polarity not in (AFFIRMED, DENIED)
         ):
             continue
-        if statement.kind == "action" and not statement.of:
+        if statement.kind == "allergen" or (statement.kind == "action" and not statement.of):
             continue
         found.append(index.judge(statement))
     return found
@@ -133,6 +134,8 @@ class Index:
         for i, item in enumerate(document.items):
             if item.number is not None:
                 self.numbers.setdefault(item.number, []).append(i)
+        self.amounts = [o for o in document.statements if o.amount]
+        self.measures = set(document.words)
         self.normal = document.normal_exams()
         for statement in document.statements:
             if statement.polarity == DENIED and statement.subject != FAMILY:
@@ -150,7 +153,7 @@ class Index:
         if s.kind in _CONDITIONS:
             return self._condition(s)
         if s.kind in ("drug", "allergy"):
-            return self._drug(s)
+            return self._drug(s) if s.drug else self._allergen(s)
         if s.kind in ("dose", "frequency"):
             return self._of_drug(s)
         if s.kind == "side":
@@ -224,6 +227,11 @@ class Index:
         broader = all(o.drug and o.drug.ingredients != s.drug.ingredients for o in mentions)
         return Verdict(s, SUPPORTED, _place(mentions[0]), broader)
 
+    def _allergen(self, s: Statement) -> Verdict:
+        """A thing that is no drug; also where the dialogue speaks of it without "allergic"."""
+        mentions = [o for o in self._all("allergy", "allergen") if o.value == s.value]
+        return self._polarity(s, mentions)
+
     def _places_of(self, name: str) -> list[int]:
         """The items where the drug of that name stands."""
         if name not in self.drug_places:
@@ -291,10 +299,27 @@ class Index:
         number = s.amount.low / 360 if s.kind == "age" else s.amount.low
         if s.kind != "duration":
             for i in self.numbers.get(number, ()):
-                item = self.document.items[i]
-                return Verdict(s, SUPPORTED, (item.start, item.end))
+                if self._may_mean(i, s):
+                    item = self.document.items[i]
+                    return Verdict(s, SUPPORTED, (item.start, item.end))
         other = self._all("age") if s.kind == "age" else []
         return Verdict(s, CONTRADICTED, _place(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+    def _may_mean(self, i: int, s: Statement) -> bool:
+        """Whether a number of the document may be the statement's: it has no other unit."""
+        measured = next((o.amount for o in self._near_amounts(i) if o.word == i and o.amount), None)
+        unit = s.amount.unit if s.amount else ""
+        if measured and measured.unit not in ("", unit) and s.kind != "age":
+            return False
+        if not s.of:
+            return True
+        words = self.document.words
+        near = range(max(0, i - _MEASURE_REACH), min(len(words), i + _MEASURE_REACH))
+        return s.of not in self.measures or any(words[k] == s.of for k in near)
+
+    def _near_amounts(self, i: int) -> list[Statement]:
+        at = bisect.bisect(self.amounts, i, key=lambda o: o.word)
+        return self.amounts[max(0, at - 1) : at]
 
     def _date(self, s: Statement) -> Verdict:
         stated = set(s.value.split())

@@ -44,6 +44,11 @@ for _habit, _names in {
     for _phrase in _names.split(","):
         HABITS.add(_phrase, _habit)
 _DENYING = frozenset(("nonsmoker", "nondrinker"))
+# What numbers below 10 measure; in speech, most others are "one of them".
+_MEASURES = frozenset(
+    """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin glycohemoglobin
+    calcium albumin tsh score dilated ph""".split()
+)
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -53,7 +58,20 @@ _TROUBLE = frozenset(
     disease history increased increase losing lose gained gain unable trying feels felt positive
     more off like get getting got started really very so feel""".split()
 )
+_PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
+# "right" before these is no side: "right at the shoulder".
+_AFTER_EXACTLY = frozenset("at in on over around above below under behind next by where when".split())
 _NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
+
+
+# What people are allergic to, besides drugs.
+ALLERGENS: Phrases[str] = Phrases()
+for _phrase in (
+    "latex,iodine,contrast,contrast dye,shellfish,peanut,tree nut,nut,egg,milk,dairy,soy,wheat,"
+    "gluten,pollen,grass,dust,dust mite,mold,cat,dog,pet dander,bee,bee sting,wasp,strawberry,"
+    "adhesive,tape,nickel,ragweed,fish,shrimp,horse serum,bandage,perfume,cockroach"
+).split(","):
+    ALLERGENS.add(_phrase, _phrase)
 
 
 class Statement(NamedTuple):
@@ -108,7 +126,7 @@ class Document:
                 return self._make("date", date.value, i, date.num_items), date.num_items
         if item.number is not None or item.word in _AMOUNT_WORDS or item.word[:1] == "q":
             amount = amount_at(self.text, self.padded, i)
-            if amount:
+            if amount and not self._is_manner(amount, i):
                 return self._amount(amount, i), amount.num_items
         drug = drug_at(self.padded, stems, i)
         if drug:
@@ -117,10 +135,13 @@ class Document:
         habit = HABITS.at(self.padded, stems, i)
         if habit:
             return self._habit(habit, i), habit.num_items
+        allergen = ALLERGENS.at(self.padded, stems, i)
+        if allergen:
+            return self._make("allergen", allergen.meaning, i, allergen.num_items), allergen.num_items
         part = PARTS.at(self.padded, stems, i)
         condition = condition_at(self.padded, stems, i)
         if part:
-            self.parts.append((i, part.meaning, self.items[i].word != stems[i]))
+            self.parts.append((i, part.meaning, self.items[i].word != stems[i] or self.items[i].word in _PLURALS))
         if condition and not (part and part.num_items > condition.num_items):
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
@@ -174,17 +195,40 @@ class Document:
         }
 
     def _amount(self, amount: Amount, i: int) -> Statement | None:
+        made = self._make(amount.kind, describe(amount), i, amount.num_items)
         bare = amount.kind == "number" and not amount.unit
         if bare and amount.low < 10 and amount.low == int(amount.low):
-            return None
-        return self._make(amount.kind, describe(amount), i, amount.num_items)._replace(
-            amount=amount
-        )
+            measure = self._measure(i)
+            if not measure:
+                return None
+            made = made._replace(of=measure)
+        return made._replace(amount=amount)
+
+    def _is_manner(self, amount: Amount, i: int) -> bool:
+        """Whether it is "daily activities", or "at night" without a drug."""
+        following = self.padded[i + amount.num_items].word
+        if amount.kind != "frequency":
+            return False
+        if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
+            return True
+        vague = self.items[i].word in ("at", "in", "before")
+        return vague and not self.spoken and not self._nearest_drug(i, "dose")
+
+    def _measure(self, i: int) -> str:
+        """What the number at item i measures, such as "a1c"; "" for nothing that is known."""
+        for k in range(i - 1, max(-1, i - 4), -1):
+            if self.context.clause[k] != self.context.clause[i]:
+                break
+            if self.words[k] in _MEASURES:
+                return self.words[k]
+        return ""
 
     def _side(self, i: int) -> Statement | None:
         """A side with its part; None for "all right", "right now" and "I left"."""
         word, items = self.items[i].word, self.padded
         before, after = items[i - 1].word if i else "", items[i + 1]
+        if word == "right" and self.spoken and after.word in _AFTER_EXACTLY:
+            return None
         if len(word) == 1 and (self.spoken or before in ("", "'")):
             return None
         part, count = "", 1
@@ -263,7 +307,7 @@ class Document:
 
     def _allergy(self, statement: Statement) -> Statement:
         """A drug behind "allergic to" or "allergies:" is an allergy."""
-        if statement.kind != "drug":
+        if statement.kind not in ("drug", "allergen"):
             return statement
         start = max(0, statement.word - 12)
         sentence = self.context.sentence
