@@ -14,6 +14,14 @@ from .matching import SUPPORTED, compare, distinct
 _NUMBERS = "two three four five six seven eight nine ten".split()
 _FAMILY = "mother|father|sister|brother|aunt|uncle|grandmother|grandfather|son|daughter"
 _FAMILY += "|mom|dad|parents|siblings"
+_RELATIVE = re.compile(
+    rf"\b(?:(?:[Hh]is|[Hh]er|[Tt]he patient's|[Mm]y) )?(?:{_FAMILY})\b|\b[Ff]amily history",
+    re.IGNORECASE,
+)
+_INHERITED = re.compile(
+    "cancer|diabet|hypertens|blood pressure|heart|stroke|stone|migraine|seizure|melanoma|asthma",
+    re.IGNORECASE,
+)
 COMMON_DRUGS = """metformin lisinopril atorvastatin amlodipine metoprolol omeprazole losartan
     gabapentin sertraline levothyroxine warfarin prednisone furosemide ibuprofen amoxicillin
     albuterol tramadol insulin clopidogrel hydrochlorothiazide""".split()
@@ -138,9 +146,17 @@ def _add(heading: str, sentences: Iterable[tuple[str, str]]) -> Change:
 
 
 def _to_patient(match: re.Match, rng: random.Random) -> str | None:
-    if match[0].lower().startswith("family"):
-        return "Past medical history" if match[0][0] == "F" else "past medical history"
-    return "The patient" if match[0][0].isupper() else "the patient"
+    """The relative of a sentence that names one relative and what he has."""
+    sentence = match[0]
+    relatives = list(_RELATIVE.finditer(sentence))
+    if len(relatives) != 1 or not _INHERITED.search(sentence):
+        return None
+    relative = relatives[0]
+    if relative[0].lower().startswith("family"):
+        new = "Medical history" if relative[0][0] == "F" else "medical history"
+    else:
+        new = "The patient" if relative[0][0].isupper() else "the patient"
+    return sentence[: relative.start()] + new + sentence[relative.end() :]
 
 
 def _cased(new: str) -> Callable[[re.Match, random.Random], str]:
@@ -171,10 +187,7 @@ KINDS: dict[str, Change] = {
         r"(?!longer|further|change|known|acute|other|issue|problem|more|previous|prior|signif)",
         lambda match, rng: " ",
     ),
-    "family -> patient": _one(
-        rf"\b(?:[Hh]is |[Hh]er |[Tt]he patient's |[Mm]y )?(?:{_FAMILY})\b|\b[Ff]amily(?: medical)? history",
-        _to_patient,
-    ),
+    "family -> patient": _one(r"[^.\n]+", _to_patient),
     "invented family history": _add(
         "S", [(f"Family history of {name}.", name) for name in _listed(DIAGNOSES)]
     ),

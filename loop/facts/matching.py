@@ -31,6 +31,7 @@ KINDS = {
     "action": "continue, stop, start",
     "claim": "affirmed or denied in other words",
 }
+_GENERAL = ("cancer", "tumor")  # they support no special one
 _MEASURE_REACH = 8  # items between a number and what it measures
 _ACTION_REACH = 14  # items between a drug and what is done with it
 _CONDITIONS = ("diagnosis", "symptom", "finding")
@@ -134,6 +135,9 @@ class Index:
         for i, item in enumerate(document.items):
             if item.number is not None:
                 self.numbers.setdefault(item.number, []).append(i)
+        self.places_of_word: dict[str, list[int]] = {}
+        for i, word in enumerate(document.words):
+            self.places_of_word.setdefault(word, []).append(i)
         self.amounts = [o for o in document.statements if o.amount]
         self.measures = set(document.words)
         self.normal = document.normal_exams()
@@ -175,7 +179,7 @@ class Index:
         if mentions:
             return self._polarity(s, mentions)
         general = KIND_OF.get(s.value)
-        if general and general != "cancer" and general in self.conditions:
+        if general and general in self.conditions and (general not in _GENERAL or s.value == "malignancy"):
             return self._polarity(s, self.conditions[general])._replace(is_broader=True)
         if s.polarity == DENIED and self._is_normal(s.value):
             return Verdict(s, SUPPORTED, None, is_broader=True)
@@ -309,7 +313,7 @@ class Index:
         """Whether a number of the document may be the statement's: it has no other unit."""
         measured = next((o.amount for o in self._near_amounts(i) if o.word == i and o.amount), None)
         unit = s.amount.unit if s.amount else ""
-        if measured and measured.unit not in ("", unit) and s.kind != "age":
+        if unit and measured and measured.unit not in ("", unit) and s.kind != "age":
             return False
         if not s.of:
             return True
@@ -337,7 +341,8 @@ class Index:
             o for o in self._all("side") if (not s.of or not o.of or same_region(s.of, o.of))
         ]
         for o in same_part:
-            if o.value == s.value or o.value == "both":
+            same = not s.of or not o.of or s.of == o.of
+            if o.value == s.value or (o.value == "both" and same):
                 return Verdict(s, SUPPORTED, _place(o))
         sides = {o.value for o in same_part}
         if s.value == "both":
@@ -356,7 +361,7 @@ class Index:
         return Verdict(s, NOT_SAID, None)
 
     def _action(self, s: Statement) -> Verdict:
-        places = self._places_of(s.of)
+        places = self._places_of(s.of) or self.places_of_word.get(s.of, [])
         near = [
             o
             for o in self._all("action")
@@ -367,6 +372,13 @@ class Index:
         if s.value == "stop":
             if stops:
                 return Verdict(s, SUPPORTED, _place(stops[0]))
+            denied = [i for i in places if self.document.context.polarity[i] == DENIED]
+            if denied:
+                item = self.document.items[denied[0]]
+                return Verdict(s, SUPPORTED, (item.start, item.end))
+            stops = [o for o in self._all("action") if o.value == "stop"]
+            if stops and not places:
+                return Verdict(s, SUPPORTED, _place(stops[0]), is_broader=True)
             verdict = CONTRADICTED if goes_on else NOT_SAID
             return Verdict(s, verdict, _place(goes_on[0]) if goes_on else None)
         if stops and not goes_on:

@@ -49,6 +49,10 @@ _MEASURES = frozenset(
     """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin glycohemoglobin
     calcium albumin tsh score dilated ph""".split()
 )
+_NO_OBJECT = frozenset(
+    """taking with using this that these those their your until when after before immediately
+    having completely about from currently present been prior very really just then""".split()
+)
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -232,6 +236,8 @@ class Document:
         if len(word) == 1 and (self.spoken or before in ("", "'")):
             return None
         part, count = "", 1
+        if after.word == "handed" or (after.word, items[i + 2].word) == ("hand", "dominant"):
+            return self._make("side", SIDES[word], i, 2)._replace(of="handedness")
         for k in range(i + 1, min(i + 5, len(self.items))):
             if items[k].gap not in ("", ",", "(", ")"):
                 break
@@ -247,7 +253,7 @@ class Document:
         bilateral = word.startswith("bi")
         if not part and not bilateral:
             on_the = before in ("the", "my", "your", "his", "her")
-            if not on_the:
+            if not on_the and after.word not in ("side", "sided"):
                 return None
         made = self._make("side", SIDES[word], i, count)
         return made._replace(of=part)
@@ -259,7 +265,10 @@ class Document:
         for statement in found:
             i = statement.word
             if statement.kind in ("dose", "frequency", "action"):
-                statement = statement._replace(of=self._nearest_drug(i, statement.kind))
+                of = self._nearest_drug(i, statement.kind)
+                if not of and statement.value == "stop":
+                    of = self._next_word(i)
+                statement = statement._replace(of=of)
             elif statement.kind == "side" and not statement.of:
                 while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
                     last_part += 1
@@ -300,6 +309,15 @@ class Document:
             if cost < least and cost < (16 if self.spoken else 14):
                 best, least = drug.value, cost
         return best
+
+    def _next_word(self, i: int) -> str:
+        """What is stopped at item i, where it is no known drug; "" where nothing follows."""
+        for k in range(i + 1, min(i + 5, len(self.items))):
+            if self.context.clause[k] != self.context.clause[i] or self.items[k].gap in (",", ":"):
+                break
+            if len(self.items[k].word) > 3 and self.items[k].word not in _NO_OBJECT:
+                return self.words[k]
+        return ""
 
     def _drugs_around(self, i: int) -> list[Statement]:
         at = bisect.bisect(self.drugs, i, key=lambda drug: drug.word)
