@@ -33,7 +33,7 @@ from .canaries import main as measure_canaries
 
 def take_evaluation_options(args: list[str]) -> EvaluationOptions:
     """The command's own options, taken out of `args`. Raises ConfigError."""
-    names = ("--adapter", "--notes", "--predictions", "--reference", "--html")
+    names = ("--adapter", "--notes", "--predictions", "--reference", "--html", "--compare")
     taken = take_options(args, dict.fromkeys(names) | {"--split": "test"})
     split = taken["--split"]
     num_notes = taken["--notes"]
@@ -48,6 +48,7 @@ def take_evaluation_options(args: list[str]) -> EvaluationOptions:
         predictions=taken["--predictions"],
         reference=taken["--reference"],
         html=taken["--html"],
+        compare=tuple(filter(None, (taken["--compare"] or "").split(","))),
     )
 
 

@@ -62,7 +62,9 @@ COMMANDS = {
             "--notes N": "for how many examples notes are written and scored (default: all)",
             "--predictions FILE": "score the notes of this JSONL file instead, without a model",
             "--reference COLUMN": "score against this column instead of the note's",
-            "--html FILE": "write a page with dialogues, notes and references side by side",
+            "--html FILE": "write a page to read and rate the notes on",
+            "--compare FILES": "with --html: other files of notes, or the word reference, with "
+            "commas between; the page shows all under letters, and FILE.key.csv tells whose",
             "--any-prompt": "evaluate even an adapter that was trained with another prompt",
             "--canaries N": "instead: what a run remembers of N made-up patients; it trains on a "
             "copy of the data with their record numbers planted in it",

@@ -92,6 +92,12 @@ class DataConfig(Section):
         "drop",
         description="What happens to an example above max_seq_len; one that is dropped is listed.",
     )
+    identifiers: Literal["warn", "error", "off"] = Field(
+        "warn",
+        description="Phone numbers, mail addresses, social security and record numbers and full "
+        "dates in training data: listed by kind and id (warn), or the run ends before it starts "
+        "(error).",
+    )
     cache: bool = Field(
         True,
         description="Keep the token ids below run.dir, readable by their owner alone, so that the "
@@ -100,6 +106,11 @@ class DataConfig(Section):
     limit: int | None = Field(
         None, ge=1, description="Take only the first so many rows of each split."
     )
+
+    @field_validator("identifiers", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value):
+        return "off" if value is False else value  # YAML reads off as false
 
 
 class RunConfig(Section):

@@ -12,7 +12,8 @@ import numpy as np
 from ..config.schema import Config, ConfigError
 from . import soap
 from .cache import cached_path, read_cache, write_cache
-from .conversations import Conversation, read_split
+from .conversations import Conversation, dialogue_text, note_text, read_split
+from .identifiers import find_identifiers
 from .report import DatasetReport
 from .tokenization import PLAIN_TEMPLATE, Example, encode_examples
 
@@ -90,7 +91,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     """The examples of a split, made from its sources, without the cache.
 
     Raises ConfigError for a bad row where data.on_error is stop, and for a long example where
-    data.overlong is error.
+    data.overlong is error, and for a patient's identifiers where data.identifiers is error.
     """
     conversations, bad_rows = read_split(config, split)
     examples: list[Example] = []
@@ -122,8 +123,20 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             example = shorter
         if conversation.note is not None and not soap.has_all_sections(conversation.note):
             report.without_headings += 1
+        if split == "train" and config.data.identifiers != "off":
+            for kind in find_identifiers(
+                dialogue_text(conversation) + "\n" + note_text(conversation)
+            ):
+                report.identifiers.setdefault(kind, []).append(example.id)
         examples.append(example)
     report.kept = len(examples)
+    if report.identifiers and config.data.identifiers == "error":
+        counts = ", ".join(f"{len(ids)} with a {kind}" for kind, ids in report.identifiers.items())
+        first = next(iter(report.identifiers.values()))[0]
+        raise ConfigError(
+            f"data.{split}: {counts}, first id {first}: remove them from the texts, "
+            "or set data.identifiers=warn"
+        )
     return examples, report
 
 

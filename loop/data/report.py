@@ -16,6 +16,8 @@ class DatasetReport:
     truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
     without_headings: int  # notes of kept examples that lack S, O, A and P in order
     plain_template: bool  # the base has no chat template, so the project's own was used
+    # Ids of kept examples by the kind of identifier that they hold, as `find_identifiers` names it.
+    identifiers: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """The report as lines of a run's output; [] where every row became an example."""
@@ -33,6 +35,9 @@ class DatasetReport:
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
                 "lack S:, O:, A:, P: in this order"
             )
+        for kind, ids in self.identifiers.items():
+            reason = f"a {kind} in it (data.identifiers)"
+            lines.append(self._line("identifiers", reason, ids, split))
         if self.plain_template:
             lines.append(
                 "template    the base has no chat template; the project's plain one is used, "

@@ -5,6 +5,7 @@ of a `ParsedNote` and one entry there, and then stands in the report and in the 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
 from .facts import Fact, Statements, distinct, extract_facts
-from .rouge import ROUGE, rouge_scores
+from .rouge import ROUGE, edit_similarity, rouge_scores
 
 FACT_KINDS = {
     "number": "numbers, doses, ages",
@@ -24,6 +25,10 @@ FACT_KINDS = {
 }
 # Of white space without line breaks: many empty lines would be read again from each of them.
 _MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
+
+Z = 1.959964  # the 97.5 % quantile of the normal distribution
+STUDENT_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)  # of 1 to 8
+FEW_NOTES = 10
 
 Score = tuple[float, float]  # a metric's numerator and denominator for one note
 
@@ -83,6 +88,10 @@ def section_rouge(note: ParsedNote, heading: str, name: str) -> Score:
     """The F1 of one section: 0 if the note lacks it; not counted if the reference lacks it."""
     scores = note.section_rouge.get(heading)
     return (scores[name], 1.0) if scores else (0.0, 0.0)
+
+
+def edits(note: ParsedNote) -> Score:
+    return edit_similarity(note.row.reference, note.row.note), 1.0
 
 
 def has_sections_in_order(note: ParsedNote) -> Score:
@@ -161,6 +170,7 @@ def _section_rouge_metrics() -> dict[str, Metric]:
 METRICS: dict[str, Metric] = {
     **_rouge_metrics(),
     **_section_rouge_metrics(),
+    "edits": Metric("character edit similarity", edits),
     "sections": Metric("S, O, A, P, in order", has_sections_in_order),
     **{
         f"section/{heading}": Metric(
@@ -206,23 +216,59 @@ def ratio(pairs: np.ndarray) -> float | None:
     return float(numerator / denominator) if denominator else None
 
 
-def interval(pairs: np.ndarray, draws: int = 1000) -> tuple[float | None, float | None]:
-    """(low, high) of the 95 % bootstrap interval of `ratio` over examples.
+def interval(pairs: np.ndarray, share: bool = False) -> tuple[float | None, float | None]:
+    """(low, high) of the 95 % interval of `ratio` over examples, made to hold for few of them.
 
-    It is made of percentiles (Efron 1979) and is the same for the same pairs, float [n, 2]. Both
-    are None where the denominators are all zero.
+    The standard error is that of a ratio of sums, with Student's t for the examples. A share gets
+    Wilson's interval (1927) for as many trials as would have that error (Korn and Graubard 1998),
+    or as there are examples where they don't differ: 4 of 4 is 51 to 100 %. Both are None where the
+    denominators are all zero, and without a second example, except for a share.
+
+    Args:
+        pairs: float [n, 2].
+        share: whether the ratio lies between 0 and 1 by what it is.
     """
-    drawn = np.random.default_rng(0).integers(0, len(pairs), (draws, len(pairs)))
-    sums = pairs[drawn].sum(1)  # [draws, 2]
-    sums = sums[sums[:, 1] > 0]
-    if len(sums) == 0:
+    value = ratio(pairs)
+    if value is None:
         return None, None
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist()
-    return low, high
+    pairs = pairs[pairs[:, 1] > 0]
+    n = len(pairs)
+    rest = pairs[:, 0] - value * pairs[:, 1]
+    error = math.sqrt(n / max(n - 1, 1) * (rest**2).sum()) / float(pairs[:, 1].sum())
+    if share and 0 <= value <= 1:
+        trials = float(n)
+        if n > 1 and error and not np.isin(pairs, (0, 1)).all():
+            trials = value * (1 - value) / error**2 * (Z / student_t(n - 1)) ** 2
+        return wilson_interval(value, trials)
+    if n == 1:
+        return None, None
+    margin = student_t(n - 1) * error
+    return value - margin, value + margin
+
+
+def wilson_interval(share: float, trials: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was seen in so many trials."""
+    weight = Z * Z / trials
+    center = (share + weight / 2) / (1 + weight)
+    margin = math.sqrt(share * (1 - share) * weight + weight * weight / 4) / (1 + weight)
+    low = center - margin if share > 0 else 0.0
+    return low, center + margin if share < 1 else 1.0
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 0.1 %. freedom: at least 1."""
+    if freedom <= len(STUDENT_T):
+        return STUDENT_T[freedom - 1]
+    # Abramowitz and Stegun, 26.7.5
+    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return Z + (Z**3 + Z) / 4 / freedom + second / freedom**2 + third / freedom**3
 
 
 def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
-    """{metric: {"value", "low", "high", and the value of every other system}}
+    """{metric: {"value", "low", "high", "of", and the value of every other system}}
+
+    "of" is the number of notes that the metric counts.
 
     systems: name -> the scores of each example, as `score_note` returns them. The first system is
     the one that is measured. A metric whose denominators are zero in all examples is left out.
@@ -233,8 +279,9 @@ def summarise(systems: dict[str, list[dict]]) -> dict[str, dict]:
         pairs = _pairs(scores, name)
         if not pairs[:, 1].any():
             continue
-        low, high = interval(pairs)
-        report[name] = {"value": ratio(pairs), "low": low, "high": high}
+        low, high = interval(pairs, share=METRICS[name].format is as_percent)
+        counted = int((pairs[:, 1] > 0).sum())
+        report[name] = {"value": ratio(pairs), "low": low, "high": high, "of": counted}
         for other, other_scores in others:
             report[name][other] = ratio(_pairs(other_scores, name))
     return report
@@ -248,15 +295,19 @@ def _pairs(scores: list[dict], name: str) -> np.ndarray:
 def as_table(report: dict[str, dict]) -> str:
     """A report of `summarise` as text, a line for each metric."""
     columns = dict.fromkeys(key for values in report.values() for key in values)
-    others = [key for key in columns if key not in ("value", "low", "high")]
+    others = [key for key in columns if key not in ("value", "low", "high", "of")]
     header = f"  {'':28}{'notes':>8}  {'95 % interval':^17}"
     lines = [header + "".join(f"{other:>14}" for other in others)]
     for name, values in report.items():
         metric = METRICS[name]
         cells = {
-            key: "" if value is None else metric.format(value) for key, value in values.items()
+            key: "" if value is None else metric.format(value)
+            for key, value in values.items()
+            if key != "of"
         }
         span = f"{cells['low']} to {cells['high']}" if cells["low"] else ""
         line = f"  {metric.title:28}{cells['value']:>8}  {span:^17}"
         lines.append(line + "".join(f"{cells.get(other, ''):>14}" for other in others))
+    if any(values.get("of", FEW_NOTES) < FEW_NOTES for values in report.values()):
+        lines.append(f"  Figures of fewer than {FEW_NOTES} notes say little: read the intervals.")
     return "\n".join(line.rstrip() for line in lines)

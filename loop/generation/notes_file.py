@@ -85,13 +85,13 @@ def read_dialogues(path: str) -> dict[str, str]:
     return {key: row["dialogue"] for key, (_, row) in rows.items()}
 
 
-def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
+def read_predictions(path: str, ids: list[str], option: str = "--predictions") -> dict[str, Note]:
     """Notes by id, of a JSONL file with `id` and `note`, at least one for each of `ids`.
 
     Raises ConfigError naming the row or the first id without a note.
     """
     found = {}
-    for key, (where, row) in read_by_id(path, "--predictions").items():
+    for key, (where, row) in read_by_id(path, option).items():
         if not isinstance(row.get("note"), str):
             raise ConfigError(
                 f"{where}: has no text `note`: "
@@ -101,7 +101,7 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     missing = [key for key in ids if key not in found]
     if missing:
         raise ConfigError(
-            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, "
+            f"{option} {path}: {len(missing)} of {len(ids)} examples have no note, "
             f"first id {missing[0]}: add them, or score the first N with --notes N"
         )
     return found
