@@ -42,7 +42,9 @@ class Claim(NamedTuple):
 
 def read_claims(items: list[Item], stems: list[str], context: Context) -> Iterator[Claim]:
     """The claims of a text. stems: `singular` of each item."""
-    runs = itertools.groupby(range(len(items)), key=lambda i: (context.clause[i], context.polarity[i]))
+    runs = itertools.groupby(
+        range(len(items)), key=lambda i: (context.clause[i], context.polarity[i])
+    )
     for (_, polarity), run in runs:
         if polarity not in (AFFIRMED, DENIED):
             continue

@@ -1,6 +1,7 @@
 """Whether a dialogue supports what a note states, contradicts it, or says nothing of it."""
 
 import bisect
+import functools
 from typing import NamedTuple
 
 from .body import same_region
@@ -65,46 +66,11 @@ def compare(dialogue: str, note: str) -> Comparison:
     What a dialogue only asks or considers is no statement of it. Any text can be compared; the time
     is linear in the texts.
     """
-    spoken = Document(dialogue)
-    written = Document(note)
-    return Comparison(verdicts(written, spoken) + _claims(written, spoken), verdicts(spoken, written))
-
-
-def _claims(document: Document, other: Document) -> list[Verdict]:
-    """The claims whose words the other document uses."""
-    usage = Usage(other.items, other.words, other.context)
-    found = []
-    for claim in read_claims(document.items, document.words, document.context):
-        words = [document.words[i] for i in claim.items]
-        against = usage.against(claim.polarity, words)
-        if against is None:
-            continue
-        first, last = claim.items[0], claim.items[-1]
-        statement = Statement(
-            "claim", " ".join(words), "", claim.polarity, document.context.subject[first],
-            document.items[first].start, document.items[last].end, first,
-        )  # fmt: skip
-        if against < 0:
-            found.append(Verdict(statement, SUPPORTED, None))
-        else:
-            item = other.items[against]
-            found.append(Verdict(statement, CONTRADICTED, (item.start, item.end)))
-    return found
-
-
-def verdicts(document: Document, other: Document) -> list[Verdict]:
-    """What the other document says of each statement."""
-    index = Index(other)
-    found = []
-    for statement in document.statements:
-        if statement.kind == "weak" or (
-            document.spoken and statement.polarity not in (AFFIRMED, DENIED)
-        ):
-            continue
-        if statement.kind == "allergen" or (statement.kind == "action" and not statement.of):
-            continue
-        found.append(index.judge(statement))
-    return found
+    spoken, written = read(dialogue), read(note)
+    return Comparison(
+        spoken.verdicts(written.document) + spoken.claims(written.document),
+        written.verdicts(spoken.document),
+    )
 
 
 def distinct(found: list[Verdict]) -> list[Verdict]:
@@ -144,7 +110,34 @@ class Index:
         for statement in document.statements:
             if statement.polarity == DENIED and statement.subject != FAMILY:
                 self.normal.update(EXAMS_OF.get(statement.value, ())[:1])
+        self.usage = Usage(document.items, document.words, document.context)
         self.cache: dict[tuple, Verdict] = {}
+
+    def verdicts(self, document: Document) -> list[Verdict]:
+        """What this text says of each statement of another."""
+        return [
+            self.judge(statement) for statement in document.statements if document.tells(statement)
+        ]
+
+    def claims(self, document: Document) -> list[Verdict]:
+        """What this text says of the other's claims whose words it uses."""
+        found = []
+        for claim in read_claims(document.items, document.words, document.context):
+            words = [document.words[i] for i in claim.items]
+            against = self.usage.against(claim.polarity, words)
+            if against is None:
+                continue
+            first, last = claim.items[0], claim.items[-1]
+            statement = Statement(
+                "claim", " ".join(words), "", claim.polarity, document.context.subject[first],
+                document.items[first].start, document.items[last].end, first,
+            )  # fmt: skip
+            if against < 0:
+                found.append(Verdict(statement, SUPPORTED, None))
+            else:
+                item = self.document.items[against]
+                found.append(Verdict(statement, CONTRADICTED, (item.start, item.end)))
+        return found
 
     def judge(self, s: Statement) -> Verdict:
         key = (s.kind, s.value, s.of, s.polarity, s.subject)
@@ -179,7 +172,11 @@ class Index:
         if mentions:
             return self._polarity(s, mentions)
         general = KIND_OF.get(s.value)
-        if general and general in self.conditions and (general not in _GENERAL or s.value == "malignancy"):
+        if (
+            general
+            and general in self.conditions
+            and (general not in _GENERAL or s.value == "malignancy")
+        ):
             return self._polarity(s, self.conditions[general])._replace(is_broader=True)
         if s.polarity == DENIED and self._is_normal(s.value):
             return Verdict(s, SUPPORTED, None, is_broader=True)
@@ -387,6 +384,12 @@ class Index:
             return Verdict(s, NOT_SAID, None)
         item = self.document.items[places[0]]
         return Verdict(s, SUPPORTED, (item.start, item.end))
+
+
+@functools.lru_cache(maxsize=16)
+def read(text: str) -> Index:
+    """The statements of a text; those of the last texts are kept, as each is compared often."""
+    return Index(Document(text))
 
 
 def _place(statement: Statement) -> tuple[int, int]:

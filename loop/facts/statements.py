@@ -64,7 +64,9 @@ _TROUBLE = frozenset(
 )
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
 # "right" before these is no side: "right at the shoulder".
-_AFTER_EXACTLY = frozenset("at in on over around above below under behind next by where when".split())
+_AFTER_EXACTLY = frozenset(
+    "at in on over around above below under behind next by where when".split()
+)
 _NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
 
 
@@ -109,6 +111,14 @@ class Document:
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
         self.statements = self._attach(self._read())
 
+    def tells(self, statement: Statement) -> bool:
+        """Whether it states something; what a dialogue only asks or considers does not."""
+        if statement.kind in ("weak", "allergen"):
+            return False
+        if statement.kind == "action" and not statement.of:
+            return False
+        return not self.spoken or statement.polarity in (AFFIRMED, DENIED)
+
     def _read(self) -> list[Statement]:
         found: list[Statement] = []
         i = 0
@@ -141,11 +151,15 @@ class Document:
             return self._habit(habit, i), habit.num_items
         allergen = ALLERGENS.at(self.padded, stems, i)
         if allergen:
-            return self._make("allergen", allergen.meaning, i, allergen.num_items), allergen.num_items
+            return self._make(
+                "allergen", allergen.meaning, i, allergen.num_items
+            ), allergen.num_items
         part = PARTS.at(self.padded, stems, i)
         condition = condition_at(self.padded, stems, i)
         if part:
-            self.parts.append((i, part.meaning, self.items[i].word != stems[i] or self.items[i].word in _PLURALS))
+            self.parts.append(
+                (i, part.meaning, self.items[i].word != stems[i] or self.items[i].word in _PLURALS)
+            )
         if condition and not (part and part.num_items > condition.num_items):
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
