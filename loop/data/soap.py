@@ -108,6 +108,11 @@ def parse_note(note: str) -> dict[str, str]:
     return {letter: "\n".join(texts) for letter, texts in bodies.items()}
 
 
+def section_starts(note: str) -> list[tuple[int, str]]:
+    """(where its heading begins, its letter) of each section, in the note's order."""
+    return [(heading.start(), heading.group(1)[0]) for heading in _HEADING.finditer(note)]
+
+
 def has_all_sections(note: str) -> bool:
     """Whether S, O, A and P are all there, in this order, each with a text."""
     sections = parse_note(note)

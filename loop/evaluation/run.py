@@ -29,7 +29,7 @@ from ..model.structure import attention_shape
 from .baselines import rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
-from .scoring import Row, as_table, interval, ratio, unsupported
+from .scoring import Row, as_table, flagged, interval, ratio, section_of
 
 GOES_ON = "the same command goes on"
 REFERENCE = "reference"  # in the place of a file to compare with: the reference notes
@@ -64,7 +64,8 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     - notes: how many were scored; how many were reused from an earlier evaluation by the same
       weights and settings, and how many were written,
     - generation: the settings that they were written with,
-    - unsupported: the unsupported facts of each note, by id.
+    - unsupported: the statements of each note that its dialogue contradicts or lacks, by id,
+    - challenge: what the scorer notices in references that were made wrong, as `challenge` says.
 
     What needs a model is left out where `predictions` are scored. Raises ConfigError,
     AttentionError where the attention that was asked for can't run here, and EvaluationStopped on
@@ -270,13 +271,18 @@ def _why(stop: StopRequest) -> str:
 
 
 def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:
-    """{id: the distinct facts of its note that the dialogue does not support}, where there are any.
+    """{id: the distinct statements of its note that the dialogue does not support}, where any are.
 
-    A fact is written as "kind: value".
+    Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
+    contradictions come first.
     """
     found = {}
     for row in rows:
-        facts = sorted({f"{fact.kind}: {fact.value}" for fact in unsupported(row)})
-        if facts:
-            found[row.id] = facts
+        lines = {}
+        for v in flagged(row):
+            section = section_of(row.note, v.statement.start)
+            line = f"{v.verdict}, {v.statement.kind}: {v.title}" + f" [{section}]" * bool(section)
+            lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
+        if lines:
+            found[row.id] = sorted(lines, key=lambda line: (lines[line], line))
     return found

@@ -4,6 +4,7 @@ Each metric is a ratio of sums over examples. `METRICS` lists them all: a new me
 of a `ParsedNote` and one entry there, and then stands in the report and in the table.
 """
 
+import bisect
 import functools
 import math
 import re
@@ -12,17 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note
-from .facts import Fact, Statements, distinct, extract_facts
+from ..data.soap import HEADINGS, NAMES, has_all_sections, parse_note, section_starts
+from ..facts.matching import (
+    CONTRADICTED,
+    KINDS,
+    NOT_SAID,
+    SUPPORTED,
+    Comparison,
+    Verdict,
+    compare,
+    distinct,
+)
 from .rouge import ROUGE, edit_similarity, rouge_scores
 
-FACT_KINDS = {
-    "number": "numbers, doses, ages",
-    "often": "how often",
-    "date": "dates",
-    "drug": "drugs",
-    "side": "left and right",
-}
 # Of white space without line breaks: many empty lines would be read again from each of them.
 _MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
 
@@ -71,12 +74,19 @@ class ParsedNote:
         }
 
     @functools.cached_property
-    def dialogue_statements(self) -> Statements:
-        return Statements(self.row.dialogue)
+    def comparison(self) -> Comparison:
+        return compare(self.row.dialogue, self.row.note)
 
     @functools.cached_property
-    def note_statements(self) -> Statements:
-        return Statements(self.row.note)
+    def facts(self) -> list[Verdict]:
+        """What the dialogue says of the note's distinct facts, claims left out."""
+        return [v for v in distinct(self.comparison.note) if v.statement.kind != "claim"]
+
+    @functools.cached_property
+    def reference_facts(self) -> list[Verdict]:
+        """What the note says of the reference's distinct facts, claims left out."""
+        found = distinct(compare(self.row.note, self.row.reference).note)
+        return [v for v in found if v.statement.kind != "claim"]
 
 
 def rouge(note: ParsedNote, name: str) -> Score:
@@ -127,18 +137,53 @@ def length(note: ParsedNote) -> Score:
     return float(len(note.words)), float(len(note.row.reference.split()))
 
 
-def supported_facts(note: ParsedNote, kind: str | None = None) -> Score:
-    """The fraction of the note's distinct facts, of one kind or all, that the dialogue supports."""
-    stated = [f for f in distinct(note.note_statements.facts) if kind in (None, f.kind)]
-    supported = sum(note.dialogue_statements.supports(fact) for fact in stated)
-    return float(supported), float(len(stated))
+def facts_that_are(
+    note: ParsedNote, verdict: str, kind: str | None = None, heading: str | None = None
+) -> Score:
+    """The fraction of the note's distinct facts, of one kind or section or all, with a verdict."""
+    stated = note.facts if heading is None else in_section(note.row.note, note.facts, heading)
+    stated = [v for v in stated if kind in (None, v.statement.kind)]
+    return float(sum(v.verdict == verdict for v in stated)), float(len(stated))
 
 
-def recalled_facts(note: ParsedNote) -> Score:
+def critical(note: ParsedNote) -> Score:
+    """The fraction of the note's facts that are wrong or unsaid and may harm a patient."""
+    return float(sum(v.is_critical for v in note.facts)), float(len(note.facts))
+
+
+def agreeing_claims(note: ParsedNote) -> Score:
+    """The fraction of what is affirmed or denied in other words that the dialogue doesn't refute."""
+    claims = [v for v in distinct(note.comparison.note) if v.statement.kind == "claim"]
+    return float(sum(v.verdict == SUPPORTED for v in claims)), float(len(claims))
+
+
+def kept_facts(note: ParsedNote) -> Score:
     """The fraction of the dialogue's distinct facts that the note supports."""
-    stated = distinct(note.dialogue_statements.facts)
-    supported = sum(note.note_statements.supports(fact) for fact in stated)
-    return float(supported), float(len(stated))
+    stated = distinct(note.comparison.dialogue)
+    return float(sum(v.verdict == SUPPORTED for v in stated)), float(len(stated))
+
+
+def kept_of_section(note: ParsedNote, heading: str) -> Score:
+    """The fraction of the distinct facts of the reference's section that the note supports."""
+    stated = in_section(note.row.reference, note.reference_facts, heading)
+    return float(sum(v.verdict == SUPPORTED for v in stated)), float(len(stated))
+
+
+def in_section(text: str, found: list[Verdict], heading: str) -> list[Verdict]:
+    """The verdicts on what stands in a section of a note."""
+    return [v for v in found if section_of(text, v.statement.start) == heading]
+
+
+@functools.lru_cache(maxsize=8)
+def _starts(text: str) -> list[tuple[int, str]]:
+    return section_starts(text)
+
+
+def section_of(text: str, place: int) -> str:
+    """The letter of the section of a note where a place lies; "" before the first heading."""
+    starts = _starts(text)
+    at = bisect.bisect(starts, (place, "~"))
+    return starts[at - 1][1] if at else ""
 
 
 def as_percent(value: float) -> str:
@@ -166,6 +211,38 @@ def _section_rouge_metrics() -> dict[str, Metric]:
     return metrics
 
 
+def _fact_metrics() -> dict[str, Metric]:
+    def share(verdict: str, **of: str) -> Callable[[ParsedNote], Score]:
+        return functools.partial(facts_that_are, verdict=verdict, **of)
+
+    kinds = {
+        f"facts/supported/{kind}": Metric(f"  {title}", share(SUPPORTED, kind=kind))
+        for kind, title in KINDS.items()
+        if kind != "claim"
+    }
+    sections = {
+        f"facts/supported/{heading}": Metric(f"  in {heading}", share(SUPPORTED, heading=heading))
+        for heading in HEADINGS
+    }
+    kept = {
+        f"facts/kept/{heading}": Metric(
+            f"  reference's {heading} in note", functools.partial(kept_of_section, heading=heading)
+        )
+        for heading in HEADINGS
+    }
+    return {
+        "facts/supported": Metric("note's facts in dialogue", share(SUPPORTED)),
+        **kinds,
+        **sections,
+        "facts/contradicted": Metric("  contradicted by it", share(CONTRADICTED)),
+        "facts/not said": Metric("  not said in it", share(NOT_SAID)),
+        "facts/critical": Metric("  of these, critical", critical),
+        "facts/claims": Metric("claims not refuted", agreeing_claims),
+        "facts/kept": Metric("dialogue's facts in note", kept_facts),
+        **kept,
+    }
+
+
 # In the order of the report and of the table.
 METRICS: dict[str, Metric] = {
     **_rouge_metrics(),
@@ -183,14 +260,7 @@ METRICS: dict[str, Metric] = {
     "markdown": Metric("has markdown", markdown),
     "repetition": Metric("repeated 4-grams", repetition),
     "length": Metric("words, of the reference's", length, "{:.2f}".format),
-    "facts/supported": Metric("note's facts in dialogue", supported_facts),
-    **{
-        f"facts/supported/{kind}": Metric(
-            f"  {title}", functools.partial(supported_facts, kind=kind)
-        )
-        for kind, title in FACT_KINDS.items()
-    },
-    "facts/kept": Metric("dialogue's facts in note", recalled_facts),
+    **_fact_metrics(),
     "loss": Metric("loss, nats a token", None, "{:.4f}".format),
 }
 
@@ -201,10 +271,10 @@ def score_note(row: Row) -> dict[str, Score]:
     return {name: metric.score(note) for name, metric in METRICS.items() if metric.score}
 
 
-def unsupported(row: Row) -> list[Fact]:
-    """Every mention in the note of a fact that the dialogue does not support."""
-    dialogue = Statements(row.dialogue)
-    return [fact for fact in extract_facts(row.note) if not dialogue.supports(fact)]
+def flagged(row: Row) -> list[Verdict]:
+    """Every statement of the note that the dialogue contradicts or does not say, in its order."""
+    found = [v for v in compare(row.dialogue, row.note).note if v.verdict != SUPPORTED]
+    return sorted(found, key=lambda v: v.statement.start)
 
 
 def ratio(pairs: np.ndarray) -> float | None:

@@ -47,6 +47,15 @@ class Verdict(NamedTuple):
     is_broader: bool = False  # supported by something more general: an elaboration
 
     @property
+    def title(self) -> str:
+        """What was understood, such as "40 mg of prednisone" or "no fever"."""
+        s = self.statement
+        value = {DENIED: "no ", "possible": "perhaps "}.get(s.polarity, "") + s.value
+        if s.of:
+            value += f" {s.of}" if s.kind == "side" else f" of {s.of}"
+        return f"{value} (family)" if s.subject == FAMILY else value
+
+    @property
     def is_critical(self) -> bool:
         """Whether it may harm: a wrong or unsaid dose, drug, allergy, side, diagnosis or denial."""
         wrong = self.verdict != SUPPORTED
