@@ -19,6 +19,7 @@ from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks, init_distributed
+from ..facts.challenge import challenge
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
@@ -32,6 +33,7 @@ from .loss import example_losses
 from .scoring import Row, as_table, flagged, interval, ratio, section_of
 
 GOES_ON = "the same command goes on"
+MOST_CHALLENGED = 20  # reference notes that every report makes wrong
 REFERENCE = "reference"  # in the place of a file to compare with: the reference notes
 
 
@@ -90,12 +92,27 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         report["notes"] = len(ids)
         report["figures"] |= metrics
         report["unsupported"] = list_unsupported(rows)
+        if ranks.is_main:
+            report["challenge"] = challenge(
+                (r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]
+            )
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
             others = {name: rows_of(chosen, theirs) for name, theirs in compared.items()}
             about = describe(config, options)
             write_page(Path(options.html), title, rows, as_table(report["figures"]), about, others)
     return report if ranks.is_main else {}
+
+
+def challenge_split(config: Config, options: EvaluationOptions) -> dict[str, list[int]]:
+    """What the scorer notices in a split's references that were made wrong, as `challenge` says.
+
+    Raises ConfigError.
+    """
+    check_options(config, options)
+    conversations = read_split(with_reference(config, options.reference), options.split)[0]
+    chosen = conversations[: options.num_notes]
+    return challenge((dialogue_text(c), note_text(c)) for c in chosen)
 
 
 def evaluate_model(

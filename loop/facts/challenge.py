@@ -1,4 +1,4 @@
-"""Corrupts notes in one place each, to see what the scorer notices.
+"""Makes notes that are right wrong in one place each, to see what the scorer notices.
 
 The corruptions are made with patterns of their own, so that what the scorer can't read is counted
 as missed.
@@ -163,9 +163,11 @@ def _cased(new: str) -> Callable[[re.Match, random.Random], str]:
     return lambda match, rng: new.capitalize() if match[0][0].isupper() else new
 
 
-_WORDS = {"There": "", "diffuse": ""}
+FALSE_ALARMS = "flagged as they are"
 KINDS: dict[str, Change] = {
-    "dose x 10": _one(r"\b(\d+(?:\.\d+)?)( ?-?(?:mg|mcg|milligrams?|micrograms?|units)\b)", _times_ten),
+    "dose x 10": _one(
+        r"\b(\d+(?:\.\d+)?)( ?-?(?:mg|mcg|milligrams?|micrograms?|units)\b)", _times_ten
+    ),
     "dose of another drug": _swapped_dose,
     "blood pressure": _one(r"\b(\d{2,3})/(\d{2,3})\b", _other_pressure),
     "duration": _one(
@@ -195,7 +197,10 @@ KINDS: dict[str, Change] = {
         "A", [(f"The patient has {name}.", name) for name in _listed(DIAGNOSES)]
     ),
     "benign -> malignant": _one(r"\b[Bb]enign\b", _cased("malignant")),
-    "continue -> stop": _one(r"\b[Cc]ontinue(?= (?:to take |taking |on |with )?(?:the |her |his |your )?[A-Za-z]+)", _cased("stop")),
+    "continue -> stop": _one(
+        r"\b[Cc]ontinue(?= (?:to take |taking |on |with )?(?:the |her |his |your )?[A-Za-z]+)",
+        _cased("stop"),
+    ),
     "invented finding": _add(
         "O", [(text, text.rstrip(".").split()[-1]) for text in _listed(FINDINGS)]
     ),
@@ -215,23 +220,39 @@ def corrupt(note: str, dialogue: str, seed: int) -> Iterator[Corruption]:
             yield Corruption(kind, changed)
 
 
-def flags(dialogue: str, note: str) -> set[tuple]:
-    """What the scorer flags in a note."""
-    return {
-        (v.statement.kind, v.statement.value, v.statement.of, v.statement.polarity,
-         v.statement.subject, v.verdict)
-        for v in distinct(compare(dialogue, note).note)
-        if v.verdict != SUPPORTED
-    }  # fmt: skip
+def challenge(pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+    """{kind: [corruptions noticed, corruptions]} of notes that are right, and FALSE_ALARMS.
 
-
-def challenge(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """{kind: (corruptions noticed, corruptions)}. pairs: (dialogue, note)."""
-    counts = {kind: (0, 0) for kind in KINDS}
+    A corruption is noticed where the scorer flags more than in the note as it was. FALSE_ALARMS are
+    [flagged, stated] of the notes as they are, claims left out. pairs: (dialogue, note).
+    """
+    counts = {kind: [0, 0] for kind in (*KINDS, FALSE_ALARMS)}
     for number, (dialogue, note) in enumerate(pairs):
-        before = flags(dialogue, note)
+        before, claims_before = _flags(dialogue, note)
+        counts[FALSE_ALARMS][0] += len(before)
+        counts[FALSE_ALARMS][1] += sum(
+            v.statement.kind != "claim" for v in distinct(compare(dialogue, note).note)
+        )
         for corruption in corrupt(note, dialogue, number):
-            noticed = bool(flags(dialogue, corruption.note) - before)
-            seen, tried = counts[corruption.kind]
-            counts[corruption.kind] = seen + noticed, tried + 1
+            after, claims_after = _flags(dialogue, corruption.note)
+            counts[corruption.kind][0] += bool(after - before) or claims_after > claims_before
+            counts[corruption.kind][1] += 1
     return counts
+
+
+def _flags(dialogue: str, note: str) -> tuple[set[tuple], int]:
+    """(what the scorer flags in a note, how many claims it refutes)"""
+    flagged = [v for v in distinct(compare(dialogue, note).note) if v.verdict != SUPPORTED]
+    stated = [v.statement for v in flagged if v.statement.kind != "claim"]
+    found = {(s.kind, s.value, s.of, s.polarity, s.subject) for s in stated}
+    return found, len(flagged) - len(stated)
+
+
+def as_table(counts: dict[str, list[int]]) -> str:
+    """The counts of `challenge` as text, a line for each kind that was tried."""
+    lines = [
+        f"  {kind:28}{100 * seen / tried:6.1f} %  {seen:5,} of {tried:,}"
+        for kind, (seen, tried) in counts.items()
+        if tried
+    ]
+    return "\n".join(["  made wrong in one place, and noticed:", *lines])

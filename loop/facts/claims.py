@@ -28,7 +28,7 @@ _EMPTY = frozenset(
     prior previous previously evaluation activity any normal normally completely appear abnormal
     abnormality finding found increased decreased right left bilateral general constitutional
     neurological respiratory cardiovascular gastrointestinal musculoskeletal psychiatric skin known
-    acute evidence continue question answered explained reasoning sure auscultation palpation
+    acute evidence allergic allergy continue question answered explained reasoning sure auscultation palpation
     inspection seen""".split()
 )
 
@@ -63,7 +63,7 @@ def read_claims(items: list[Item], stems: list[str], context: Context) -> Iterat
 
 
 def _tells(item: Item, stem: str) -> bool:
-    if item.number is not None or len(item.word) < _MIN_LETTERS:
+    if len(item.word) < _MIN_LETTERS or not item.word.isalpha():
         return False
     return stem not in _EMPTY and item.word not in _EMPTY
 

@@ -55,6 +55,8 @@ _WRITTEN_BREAKS = frozenset(
 )
 # They end a negation: "no cough due to asthma", "no medicine for her asthma".
 _RESETS = frozenset("due secondary despite since until".split())
+# Behind a comma, they begin another clause of a note.
+_AFTER_COMMA = frozenset("he she they the his her it smokes drinks uses lives works takes".split())
 _SPOKEN_BREAKS = frozenset("so okay ok alright well now then and-then anyway".split())
 _SUBJECTS = frozenset(
     """i you he she we they it there i'm i've i'd you're you've he's she's it's there's we're
@@ -181,9 +183,11 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     if word in _BREAKS:
         return True
     if not spoken:
+        if word in ("denies", "denied"):
+            return True
         if word in _WRITTEN_BREAKS:
             return previous not in ("no", "not", "any", "without")
-        return items[i].gap == "," and word in ("he", "she", "they", "the", "his", "her", "it")
+        return items[i].gap == "," and word in _AFTER_COMMA
     if word in _SPOKEN_BREAKS:
         return True
     if word in ("no", "yes", "yeah", "nope") and _answers_itself(items, i):
@@ -193,7 +197,10 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
         return previous not in _SUBJECTS
     if previous in _LINKS:
         return False
-    if following in _COPULAS and word not in _SUBJECTS:  # "no drift sensation is intact"
+    together = i + 1 < len(items) and items[i + 1].gap == ""
+    if (
+        following in _COPULAS and together and word not in _SUBJECTS
+    ):  # "no drift sensation is intact"
         return previous not in _BEFORE_NOUN and previous not in _NO and word not in _BEFORE_NOUN
     if word == "your":
         return any(item.word in _COPULAS or item.word == "exam" for item in items[i + 1 : i + 4])

@@ -296,7 +296,12 @@ class Index:
         return found[max(0, at - 1) : at + 1]
 
     def _amount(self, s: Statement) -> Verdict:
-        assert s.amount is not None
+        if s.amount is None:  # of more digits than a float keeps
+            places = self.places_of_word.get(s.value)
+            if not places:
+                return Verdict(s, NOT_SAID, None)
+            item = self.document.items[places[0]]
+            return Verdict(s, SUPPORTED, (item.start, item.end))
         kinds = ("duration", "age") if s.kind in ("duration", "age") else (s.kind,)
         for o in self._all(*kinds):
             if _equal(s, o):

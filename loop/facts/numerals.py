@@ -86,7 +86,7 @@ def blank_labels(text: str) -> str:
     """
     text = _SPELLED.sub(lambda match: match.group().replace(" ", "."), text)
     text = _lower(text).replace("\u2019", "'").replace("\u2018", "'")
-    for pattern in (_TIMESTAMP, _LABEL, _LIST_NUMBER):
+    for pattern in (_TIMESTAMP, _LIST_NUMBER, _LABEL):
         text = pattern.sub(lambda match: " " * len(match.group()), text)
     return text
 

@@ -307,7 +307,7 @@ def _unit(text: str, items: list[Item], i: int) -> tuple[str, int]:
 
 def _says_age(items: list[Item], i: int) -> bool:
     before = items[i - 1].word if i else ""
-    if before in ("age", "aged", "ages"):
+    if before in ("age", "aged", "ages", "turned"):
         return True
     return before in ("of", "is", "was", "at") and i > 1 and items[i - 2].word == "age"
 

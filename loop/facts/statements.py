@@ -34,16 +34,16 @@ _ACTION_OF = {word: action for action, words in ACTIONS.items() for word in word
 HABITS: Phrases[str] = Phrases()
 for _habit, _names in {
     "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
-    "chewing tobacco,nonsmoker,pack year,cigarette smoking",
+    "chewing tobacco,nonsmoker,non smoker,pack year,cigarette smoking",
     "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka,nondrinker",
+    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
     "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
     "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
     "recreational,illegal drug",
 }.items():
     for _phrase in _names.split(","):
         HABITS.add(_phrase, _habit)
-_DENYING = frozenset(("nonsmoker", "nondrinker"))
+_DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 # What numbers below 10 measure; in speech, most others are "one of them".
 _MEASURES = frozenset(
     """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin glycohemoglobin
@@ -142,6 +142,8 @@ class Document:
             amount = amount_at(self.text, self.padded, i)
             if amount and not self._is_manner(amount, i):
                 return self._amount(amount, i), amount.num_items
+        if item.word[:1].isdecimal() and item.word.replace(".", "").isdecimal():
+            return self._make("number", item.word, i, 1), 1  # more digits than a float keeps
         drug = drug_at(self.padded, stems, i)
         if drug:
             made = self._make("drug", drug.meaning.name, i, drug.num_items)
@@ -337,10 +339,21 @@ class Document:
         at = bisect.bisect(self.drugs, i, key=lambda drug: drug.word)
         return self.drugs[max(0, at - 2) : at + 2]
 
+    def _is_forbidden(self, i: int) -> bool:
+        before = [item.word for item in self.items[max(0, i - 5) : i]]
+        verbs = [k for k, word in enumerate(before) if word in ("have", "take", "tolerate")]
+        return bool(verbs) and any(
+            word in ("cannot", "can't")
+            or (word in ("n't", "not") and before[k - 1] in ("ca", "can"))
+            for k, word in enumerate(before[: verbs[-1]])
+        )
+
     def _allergy(self, statement: Statement) -> Statement:
         """A drug behind "allergic to" or "allergies:" is an allergy."""
         if statement.kind not in ("drug", "allergen"):
             return statement
+        if self._is_forbidden(statement.word):  # "I cannot have codeine"
+            return statement._replace(kind="allergy", polarity=AFFIRMED)
         start = max(0, statement.word - 12)
         sentence = self.context.sentence
         for k in range(statement.word - 1, start - 1, -1):
