@@ -95,7 +95,7 @@ def take_flag(args: list[str], name: str) -> bool:
 
 
 def challenge_scorer(args: list[str]) -> None:
-    """Prints what the scorer notices in reference notes that were made wrong. Raises ConfigError."""
+    """Prints what the scorer notices in references that were made wrong. Raises ConfigError."""
     options = take_evaluation_options(args)
     given = [n for n in ("adapter", "predictions", "html", "compare") if getattr(options, n)]
     if given:

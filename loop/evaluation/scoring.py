@@ -152,7 +152,7 @@ def critical(note: ParsedNote) -> Score:
 
 
 def agreeing_claims(note: ParsedNote) -> Score:
-    """The fraction of what is affirmed or denied in other words that the dialogue doesn't refute."""
+    """The fraction of what is said in other words that the dialogue does not refute."""
     claims = [v for v in distinct(note.comparison.note) if v.statement.kind == "claim"]
     return float(sum(v.verdict == SUPPORTED for v in claims)), float(len(claims))
 

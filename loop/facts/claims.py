@@ -1,4 +1,4 @@
-"""What a note affirms or denies in words that no table lists, held against how a dialogue uses them.
+"""What a note affirms or denies in words that no table lists, against how a dialogue uses them.
 
 "Reports blood in her stool" is contradicted where the dialogue only denies "blood" and "stool".
 Words that the dialogue lacks say nothing: it may put the same thing otherwise.
@@ -16,19 +16,21 @@ _MOST_PLACES = 30  # of a word with one polarity, so that the time stays linear
 _MOST_AFFIRMED = 3  # words of an affirmed run that count: those right behind what affirms them
 # They say nothing of what is affirmed or denied.
 _EMPTY = frozenset(
-    """with history time will been this that past from medical other have having last when over
-    next there about than more were also what which while would could should some such they them
-    then their these those very well where after before being both does doing during each even here
-    into just like made make most much only onto same since still upon until through under recent
-    recently currently today present presents status significant significantly noted note
-    associated patient deny denies denied report reported state stated symptom issue problem
-    concern change sign year month week day negative positive difficulty without never neither
-    nothing none exam examination taken taking take rate test result night first second again around
-    because however between given gave going goes long back down able unable discussed recommended
-    prior previous previously evaluation activity any normal normally completely appear abnormal
-    abnormality finding found increased decreased right left bilateral general constitutional
-    neurological respiratory cardiovascular gastrointestinal musculoskeletal psychiatric skin known
-    acute evidence allergic allergy continue question answered explained reasoning sure auscultation palpation
+    """with history time will been this that past from medical other have having last
+    when over next there about than more were also what which while would could should
+    some such they them then their these those very well where after before being both
+    does doing during each even here into just like made make most much only onto same
+    since still upon until through under recent recently currently today present presents
+    status significant significantly noted note associated patient deny denies denied
+    report reported state stated symptom issue problem concern change sign year month
+    week day negative positive difficulty without never neither nothing none exam
+    examination taken taking take rate test result night first second again around
+    because however between given gave going goes long back down able unable discussed
+    recommended prior previous previously evaluation activity any normal normally
+    completely appear abnormal abnormality finding found increased decreased right left
+    bilateral general constitutional neurological respiratory cardiovascular
+    gastrointestinal musculoskeletal psychiatric skin known acute evidence allergic
+    allergy continue question answered explained reasoning sure auscultation palpation
     inspection seen""".split()
 )
 

@@ -46,7 +46,8 @@ _PATIENT_WORDS = frozenset(
 )
 # Words that begin another clause.
 _BREAKS = frozenset(
-    """but however although though because except yet which apart aside whereas nevertheless""".split()
+    """but however although though because except yet which apart aside whereas
+    nevertheless""".split()
 )
 _WRITTEN_BREAKS = frozenset(
     """reports reported endorses endorsed states stated complains admits admitted presents notes
@@ -101,11 +102,13 @@ _FILLERS = frozenset(
 _OWN_VERBS = frozenset("do did have has does am".split())
 # One word in so many of what is spoken is one of these, ends a question or names who speaks.
 _SPEECH_WORDS = frozenset(
-    """i i'm i've you you're your my me yeah yes okay ok um uh hi hello thank thanks mm hmm""".split()
+    """i i'm i've you you're your my me yeah yes okay ok um uh hi hello thank thanks mm
+    hmm""".split()
 )
 _SPEECH_SHARE = 20
 _RELATIVE_SPEAKS = re.compile(
-    r"^(?:guest[ _])?(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b[^:\n]{0,20}:",
+    r"^(?:guest[ _])?(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b"
+    r"[^:\n]{0,20}:",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE = frozenset(".!?\n\u2022;")

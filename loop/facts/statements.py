@@ -46,8 +46,8 @@ for _habit, _names in {
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 # What numbers below 10 measure; in speech, most others are "one of them".
 _MEASURES = frozenset(
-    """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin glycohemoglobin
-    calcium albumin tsh score dilated ph""".split()
+    """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin
+    glycohemoglobin calcium albumin tsh score dilated ph""".split()
 )
 _NO_OBJECT = frozenset(
     """taking with using this that these those their your until when after before immediately

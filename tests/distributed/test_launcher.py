@@ -22,6 +22,7 @@ COMMANDS = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].sp
 # What the launcher is made of.
 COPIED = (
     "config/cli.py",
+    "config/device.py",
     "config/schema.py",
     "distributed/exit.py",
     "distributed/hosts.py",
@@ -464,6 +465,25 @@ def test_set_up_installs_torch_first_and_only_once(clone, new_clone):
     with open(clone / "constraints.txt", "a") as file:
         file.write("one-more==1\n")
     assert set_up().wait(10) == 0 and last_words(calls) == ALL[1:]
+
+
+def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
+    set_up, _ = new_clone
+    (clone / "bin").mkdir()
+    driver = clone / "bin" / "nvidia-smi"
+    driver.write_text("#!/usr/bin/env bash\necho 'GPU 0: L4 (UUID: 1)'\n")
+    driver.chmod(0o755)
+    with_gpu = {"PATH": f"{driver.parent}:{os.environ['PATH']}"}
+    for env, says, index in (
+        ({"PATH": "/usr/bin:/bin"}, "for CPUs", r"--extra-index-url \S+/cpu torch "),
+        (with_gpu, "PyTorch ...", "constraints.txt torch "),
+        (with_gpu | {"LOOP_TORCH_INDEX": "file:///x"}, "PyTorch ...", "-url file:///x torch "),
+        ({"LOOP_TORCH_INDEX": ""}, "PyTorch ...", "constraints.txt torch "),
+    ):
+        shutil.rmtree(clone / ".venv", ignore_errors=True)
+        out, _ = set_up(**env).communicate(timeout=10)
+        (line,) = [line for line in (clone / "pip.log").read_text().splitlines() if "ninja" in line]
+        assert says in out and re.search(index, line), (out, line)
 
 
 def test_an_interrupted_set_up_is_repeated_from_the_start(new_clone):
