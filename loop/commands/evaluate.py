@@ -102,8 +102,9 @@ def challenge_scorer(args: list[str]) -> None:
         raise ConfigError(
             f"--{given[0]}: --challenge tries the scorer on the reference notes alone"
         )
-    counts = challenge_split(load_config(args), options)
+    config = load_config(args)
     if os.environ.get("RANK", "0") == "0":
+        counts = challenge_split(config, options)
         print(f"{options.split}, its reference notes\n{challenge_table(counts)}")
 
 

@@ -235,7 +235,7 @@ def _fact_metrics() -> dict[str, Metric]:
         **kinds,
         **sections,
         "facts/contradicted": Metric("  contradicted by it", share(CONTRADICTED)),
-        "facts/not said": Metric("  not said in it", share(NOT_SAID)),
+        "facts/unsaid": Metric("  not said in it", share(NOT_SAID)),
         "facts/critical": Metric("  of these, critical", critical),
         "facts/claims": Metric("claims not refuted", agreeing_claims),
         "facts/kept": Metric("dialogue's facts in note", kept_facts),

@@ -180,8 +180,10 @@ class Document:
 
     def _condition(self, found: Found[Condition], i: int) -> Statement | None:
         meaning, count = found
-        if not meaning.kind:
-            return None
+        if not meaning.kind or (
+            meaning.name == "any allergy" and self.padded[i + count].gap == ":"
+        ):
+            return None  # it is none, or a heading
         kind = "weak" if meaning.is_weak else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):

@@ -71,7 +71,7 @@ def test_a_note_like_the_reference_has_every_metric_at_its_best():
         (NOTE.replace("500", "250"), "facts/supported/dose", 0),
         (NOTE.replace("500", "250"), "facts/supported/P", 2 / 3),
         (NOTE.replace("500", "250"), "facts/critical", 1 / 8),
-        (NOTE.replace("500", "250"), "facts/not said", 1 / 8),
+        (NOTE.replace("500", "250"), "facts/unsaid", 1 / 8),
         (NOTE.replace("Cough", "No cough"), "facts/contradicted", 1 / 8),
         (NOTE.replace(", takes warfarin", ""), "facts/kept/S", 2 / 3),
         (NOTE.replace("P: ", "P: No degrees. "), "facts/claims", 3 / 4),
