@@ -212,8 +212,10 @@ def _section_rouge_metrics() -> dict[str, Metric]:
 
 
 def _fact_metrics() -> dict[str, Metric]:
-    def share(verdict: str, **of: str) -> Callable[[ParsedNote], Score]:
-        return functools.partial(facts_that_are, verdict=verdict, **of)
+    def share(
+        verdict: str, kind: str | None = None, heading: str | None = None
+    ) -> Callable[[ParsedNote], Score]:
+        return functools.partial(facts_that_are, verdict=verdict, kind=kind, heading=heading)
 
     kinds = {
         f"facts/supported/{kind}": Metric(f"  {title}", share(SUPPORTED, kind=kind))
