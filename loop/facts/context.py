@@ -107,8 +107,8 @@ _SPEECH_WORDS = frozenset(
 )
 _SPEECH_SHARE = 20
 _RELATIVE_SPEAKS = re.compile(
-    r"^(?:guest[ _])?(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b"
-    r"[^:\n]{0,20}:",
+    r"^[^A-Za-z\n]*(?:guest[ _])?"
+    r"(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b[^:\n]{0,20}:",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE = frozenset(".!?\n\u2022;")

@@ -64,7 +64,7 @@ _BREAKS = {sign: rank for rank, sign in enumerate("(),:;.!?\n\u2022")}  # from t
 
 
 _SPEAKER = re.compile(
-    rf"^[ \t\-|>*]*(?:{'|'.join(_ROLES.split())})\b[\w ._#]{{0,30}}[*\])]*:", re.MULTILINE
+    rf"^[^a-z\n]*(?:{'|'.join(_ROLES.split())})\b[\w ._#]{{0,30}}[*\])]*:", re.MULTILINE
 )
 
 

@@ -146,9 +146,13 @@ def test_a_verdict_knows_its_place():
 
 
 def test_timestamps_and_speakers_state_nothing():
-    plain = ["Doctor: how is your knee?", "Patient: I take 20 mg of prednisone", "Doctor: okay"]
+    plain = [
+        "Doctor: how is his knee?",
+        "Guest_family: he takes 20 mg of prednisone, I had asthma",
+        "Doctor: okay",
+    ]
     stamped = [f"[00:{15 + i}:40] {line}" for i, line in enumerate(plain)]
-    for note in ("prednisone 20 mg", "prednisone 40 mg", "knee pain for 15 days"):
+    for note in ("prednisone 20 mg", "prednisone 40 mg", "knee pain for 15 days", "He has asthma."):
         assert verdicts("\n".join(plain), note) == verdicts("\n".join(stamped), note)
 
 
