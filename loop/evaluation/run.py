@@ -291,14 +291,16 @@ def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:
     """{id: the distinct statements of its note that the dialogue does not support}, where any are.
 
     Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
-    contradictions come first.
+    contradictions come first. A claim is written as its place: its words are the note's.
     """
     found = {}
     for row in rows:
         lines = {}
         for v in flagged(row):
-            section = section_of(row.note, v.statement.start)
-            line = f"{v.verdict}, {v.statement.kind}: {v.title}" + f" [{section}]" * bool(section)
+            s = v.statement
+            section = section_of(row.note, s.start)
+            what = v.title if s.kind != "claim" else f"characters {s.start} to {s.end}"
+            line = f"{v.verdict}, {s.kind}: {what}" + f" [{section}]" * bool(section)
             lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
         if lines:
             found[row.id] = sorted(lines, key=lambda line: (lines[line], line))

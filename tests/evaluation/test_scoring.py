@@ -8,6 +8,7 @@ import pytest
 from helpers import SHARED
 
 from loop.evaluation import scoring
+from loop.evaluation.run import list_unsupported
 from loop.evaluation.scoring import (
     METRICS,
     Metric,
@@ -199,3 +200,15 @@ def test_published_metrics_are_met():
         "rouge2": pytest.approx(12.5, abs=0.05),
         "rougeLsum": pytest.approx(30.7, abs=0.05),
     }
+
+
+def test_the_list_of_what_is_unsupported_names_verdict_kind_and_section_but_no_claims_words():
+    note = (
+        NOTE.replace("500", "250").replace("S: ", "S: No cough. ").replace("P: ", "P: No degrees. ")
+    )
+    (lines,) = list_unsupported([Row("a", DIALOGUE, NOTE, note)]).values()
+    assert lines[0].startswith("critical, contradicted, ") and "degree" not in " ".join(lines)
+    assert "critical, contradicted, symptom: no cough [S]" in lines
+    assert "critical, contradicted, claim: characters" in " ".join(lines)
+    assert lines[-1] == "critical, not said, dose: 250 mg of amoxicillin [P]"
+    assert list_unsupported([Row("a", DIALOGUE, NOTE, NOTE)]) == {}
