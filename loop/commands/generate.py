@@ -301,6 +301,31 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
         )
 
 
+def fit_to_base(
+    source: dict,
+    tokenizer,
+    dialogues: dict[str, str],
+    generation: GenerationSettings,
+    request: Request,
+) -> dict[str, tuple[str, int]]:
+    """The dialogues as the base can read them: of `fit_dialogues`. Says which lost turns.
+
+    source: of `generation_source`. Raises ConfigError where a token has no embedding.
+    """
+    model_config = load_model_config(source["base"], source["revision"])
+    context = context_length(model_config) or sys.maxsize
+    fitted = fit_dialogues(
+        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
+    )
+    warn_of_shortened(fitted, context)
+    prompts = {
+        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
+        for key, (text, _) in fitted.items()
+    }
+    check_vocabulary(source["base"], model_config, prompts)
+    return fitted
+
+
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
     device = "cuda:0" if on_gpu() else "cpu"
@@ -315,17 +340,7 @@ def generate(args: argparse.Namespace) -> None:
     if not args.any_prompt:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
-    model_config = load_model_config(source["base"], source["revision"])
-    context = context_length(model_config) or sys.maxsize
-    fitted = fit_dialogues(
-        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
-    )
-    warn_of_shortened(fitted, context)
-    prompts = {
-        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
-        for key, (text, _) in fitted.items()
-    }
-    check_vocabulary(source["base"], model_config, prompts)
+    fitted = fit_to_base(source, tokenizer, dialogues, generation, request)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:
