@@ -13,6 +13,7 @@ LOOP = ROOT / "loop"
 # loop/train.py.
 FLOORS = (
     {"config"},
+    {"untrusted"},
     {"distributed", "data"},
     {"kernels"},
     {"optim"},

@@ -25,9 +25,8 @@ from ..distributed.files import sha256
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
-from ..model.lora import read_adapter
+from ..model.lora import WEIGHTS, is_as_written, read_adapter
 
-WEIGHTS = "adapter_model.safetensors"
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
 # 3e-4 of a loss of 0.054.
@@ -174,7 +173,7 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
     """
     trained = read_adapter(adapter)
     folder = Path(adapter)
-    if "sha256" in trained and trained["sha256"] != sha256(folder / WEIGHTS):
+    if not is_as_written(folder, trained):
         raise AuditError(
             f"--adapter {adapter}: {WEIGHTS} is not the file that the run wrote (its hash "
             "differs); copy or train it again"

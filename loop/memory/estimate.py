@@ -84,7 +84,7 @@ def count_weights(config: Config, model_config) -> WeightCounts:
 
 def _count_weights(config: Config, model_config) -> WeightCounts:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     linears = [
         module.weight
         for name, module in model.named_modules()
@@ -99,8 +99,9 @@ def _count_weights(config: Config, model_config) -> WeightCounts:
     try:
         with torch.device("meta"):
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:  # PEFT raises anything at a field that does not fit
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"lora: {reason}") from error
     trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     lora_modules: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     widths = tuple(module.in_features for module in lora_modules)

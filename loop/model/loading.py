@@ -15,19 +15,24 @@ import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
+from ..untrusted.bases import check_base_folder, read_model_config
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
-from .streaming import stream_base
+from .streaming import fetch_base, stream_base
 from .structure import decoder_layers
 
+# Without it transformers asks on the terminal whether a base's own code may run.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LOCAL = NO_CODE | {"local_files_only": True}
+# Errors that no network can cause.
+NOT_THE_NETWORK = (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
@@ -54,7 +59,8 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     f"base={base}: the folder has no config.json, so it is not a model in the "
                     "hub's layout"
                 )
-            return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+            check_base_folder(base, path)
+            return LOCAL | {"pretrained_model_name_or_path": str(path)}
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
@@ -62,8 +68,8 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
         )
     converted = converted_base(base)
     if revision is None and (converted / "config.json").is_file():
-        return {"pretrained_model_name_or_path": str(converted), "local_files_only": True}
-    return {"pretrained_model_name_or_path": base}
+        return LOCAL | {"pretrained_model_name_or_path": str(converted)}
+    return NO_CODE | {"pretrained_model_name_or_path": base}
 
 
 @contextlib.contextmanager
@@ -73,8 +79,18 @@ def config_errors_for(base: str) -> Iterator[None]:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise  # it says what is wrong
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # libraries raise anything at a file that they did not expect
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"base={base}: needs code of its own (auto_map), which never runs here; take a "
+                "base of a kind that transformers knows"
+            ) from error
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        if isinstance(error, NOT_THE_NETWORK):
+            raise ConfigError(
+                f"base={base}: cannot be loaded ({reason}): its files are damaged, or of a kind "
+                "that the installed transformers can't read"
+            ) from error
         way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
         way += "base=/path/to/folder"
         if base == SMOLLM2:
@@ -101,7 +117,7 @@ def load_model_config(base: str, revision: str | None = None):
     Raises ConfigError.
     """
     with config_errors_for(base):
-        model_config = AutoConfig.from_pretrained(**resolve_base(base, revision), revision=revision)
+        model_config = read_model_config(resolve_base(base, revision), revision)
     model_config.head_dim = (
         getattr(model_config, "head_dim", None)
         or model_config.hidden_size // model_config.num_attention_heads
@@ -145,7 +161,10 @@ def load_base(
             dtype, double_quant
         )
     with config_errors_for(base):
-        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base, revision), **options)
+        location = resolve_base(base, revision)
+        check_base_folder(base, fetch_base(location["pretrained_model_name_or_path"], revision))
+        options["config"] = read_model_config(location, revision)
+        model = AutoModelForCausalLM.from_pretrained(**location, **options)
     del zero3
     return keep_codes(model, dtype)
 
@@ -221,5 +240,8 @@ def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.
     try:
         lora_config = LoraConfig(task_type="CAUSAL_LM", **config.lora)
         return get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT raises anything at a field that does not fit
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"lora: {reason}") from error
