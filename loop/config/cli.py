@@ -83,10 +83,10 @@ def load_config(argv: list[str]) -> Config:
     raise ConfigError(printable(f"{mistake} ({path.name} or the command line)"))
 
 
-def printable(text: str) -> str:
-    """The text in one line that a terminal can show: other characters as escapes, 600 at most."""
+def printable(text: str, most: int = 600) -> str:
+    """The text in one line that a terminal can show: other characters as escapes, `most` of all."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return line if len(line) <= 600 else f"{line[:450]} ... {line[-140:]}"
+    return line if len(line) <= most else f"{line[: most - 150]} ... {line[-140:]}"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

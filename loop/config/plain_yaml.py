@@ -62,7 +62,9 @@ def read_yaml(text: str) -> Any:
         _count(node, {}, set())
         return loader.construct_document(node)
     except (RecursionError, ValueError, TypeError) as error:
-        raise yaml.MarkedYAMLError(problem=f"nested too deeply, or no value ({type(error).__name__})") from error
+        raise yaml.MarkedYAMLError(
+            problem=f"nested too deeply, or no value ({type(error).__name__})"
+        ) from error
     finally:
         loader.dispose()
 

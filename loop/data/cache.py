@@ -21,10 +21,12 @@ from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
+from ..distributed.files import fsync
 from .readers import digest_sources
 from .report import DatasetReport
 from .tokenization import Example
 
+TENSORS = ("input_ids", "labels", "ends")
 MAX_FILES = 8  # the oldest ones above this number are removed
 
 
@@ -72,21 +74,31 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
     return lock
 
 
+def content_hash(tensors: dict[str, np.ndarray], about: str) -> str:
+    """SHA-256, in hex, of all that a cache file holds."""
+    digest = hashlib.sha256(about.encode())
+    for name in TENSORS:
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
 def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
     """The examples and their report; None where the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
-            about = json.loads(file.metadata()["about"])
-            input_ids = file.get_tensor("input_ids")
-            labels = file.get_tensor("labels")
-            ends = file.get_tensor("ends")
+            metadata = file.metadata()
+            about = json.loads(metadata["about"])
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        if metadata["sha256"] != content_hash(tensors, metadata["about"]):
+            return None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     os.utime(path)  # the files used last are the ones that stay
     columns = zip(
         about["ids"],
-        np.split(input_ids, ends[:-1]),
-        np.split(labels, ends[:-1]),
+        np.split(tensors["input_ids"], tensors["ends"][:-1]),
+        np.split(tensors["labels"], tensors["ends"][:-1]),
         about["weights"],
     )
     return [Example(*column) for column in columns], DatasetReport(**about["report"])
@@ -110,9 +122,13 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
         "ends": np.cumsum([len(e) for e in examples]),
     }
     unfinished = path.with_suffix(".writing")
+    text = json.dumps(about)
+    metadata = {"about": text, "sha256": content_hash(tensors, text)}
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, unfinished, metadata={"about": json.dumps(about)})
+        save_file(tensors, unfinished, metadata=metadata)
+        fsync(unfinished)
         unfinished.rename(path)
+        fsync(path.parent)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:
             old.unlink()

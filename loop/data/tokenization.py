@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from ..config.schema import ConfigError
+from ..untrusted.limits import LimitError, limited
 from .conversations import Conversation
 
 Messages = list[dict[str, str]]  # each with "role" and "content"
@@ -47,12 +48,21 @@ class Example:
 
 
 def render(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
-    """The text that the base's chat template makes of a conversation."""
+    """The text that the base's chat template makes of a conversation. Raises ConfigError.
+
+    The template is a stranger's program: it runs in a sandbox, within limits of time and memory.
+    """
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateError as error:  # e.g. a template that knows no system role
+        with limited():
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            text.encode()  # a lone surrogate is no text
+            return text
+    except Exception as error:  # e.g. a template that knows no system role, or divides by zero
+        if not isinstance(error, jinja2.TemplateError):
+            what = str(error) if isinstance(error, LimitError) else type(error).__name__
+            raise ConfigError(f"the base's chat template can't be used: {what}") from error
         roles = ", ".join(m["role"] for m in messages)
         raise ConfigError(
             f"the base's chat template refuses a conversation of {roles}: {type(error).__name__}"

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -36,6 +37,8 @@ from .hosts import Hosts, find_hosts, read_number
 
 # How the names begin of the environment variables that other machines get.
 PASSED_ON = ("GLOO_", "HF_H", "LOOP_", "MASTER_", "NCCL_", "OMP_")
+# A secret would be in other machines' lists of processes.
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY")
 ALIVE_SECONDS = 5  # between two signs of life
 SILENCE_SECONDS = 60  # without a sign of life: a stop
 # After ranks ended badly the others have so long to report the loss themselves:
@@ -115,7 +118,9 @@ class RemoteNode:
         self.name = host
         self.kill_deadline: float | None = None  # on the monotonic clock
         env = [
-            f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)
+            f"{name}={value}"
+            for name, value in os.environ.items()
+            if name.startswith(PASSED_ON) and not SECRET.search(name)
         ]
         remote_command = [
             "env",
@@ -129,6 +134,7 @@ class RemoteNode:
         self.process = subprocess.Popen(
             [
                 *("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5"),
+                "--",
                 host,
                 f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote_command)}",
             ],
@@ -240,7 +246,7 @@ def print_message(text: str) -> None:
 def free_port() -> int:
     """A port that is free now, so that two runs can share a machine."""
     with socket.socket() as s:
-        s.bind(("", 0))
+        s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
@@ -260,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = None
     try:
         grace = read_number("LOOP_GRACE_SECONDS", 120)
-        port = read_number("MASTER_PORT", 0)
+        port = read_number("MASTER_PORT", 0, most=65535)
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
         hostfile, node = options["--hostfile"], options["--node-rank"]
         if hostfile == "-":

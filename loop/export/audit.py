@@ -18,6 +18,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.identity import base_fingerprint
+from ..checkpoint.run_dir import read_report
 from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
@@ -279,7 +280,7 @@ def audit_run(config: Config) -> str:
     else:
         check_adapter(str(folder))
     report = config.folder / "report.json"
-    noted = json.loads(report.read_text()).get("audit") if report.is_file() else None
+    noted = read_report(config.folder).get("audit")
     if not noted:
         raise ConfigError(
             f"{report}: notes no loss to compare with; the files are complete. Train with "

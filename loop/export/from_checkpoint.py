@@ -107,9 +107,7 @@ def model_without_weights(config: Config, dtype: torch.dtype) -> nn.Module:
     with config_errors_for(config.base):
         model_config = read_model_config(resolve_base(config.base), config.revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         model.name_or_path = config.base
         model.requires_grad_(config.method == "full")
         if config.method == "full":

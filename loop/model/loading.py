@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -23,6 +24,7 @@ from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..untrusted.bases import check_base_folder, read_model_config
+from ..untrusted.limits import LimitError, try_in_child
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import fetch_base, stream_base
@@ -30,6 +32,9 @@ from .structure import decoder_layers
 
 # Without it transformers asks on the terminal whether a base's own code may run.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+# Where a regular expression that explodes would do so: runs of the same kind of character.
+TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
+MOST_TRIAL_CHARACTERS = 2**20
 LOCAL = NO_CODE | {"local_files_only": True}
 # Errors that no network can cause.
 NOT_THE_NETWORK = (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError)
@@ -85,7 +90,7 @@ def config_errors_for(base: str) -> Iterator[None]:
                 f"base={base}: needs code of its own (auto_map), which never runs here; take a "
                 "base of a kind that transformers knows"
             ) from error
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         if isinstance(error, NOT_THE_NETWORK):
             raise ConfigError(
                 f"base={base}: cannot be loaded ({reason}): its files are damaged, or of a kind "
@@ -108,7 +113,45 @@ def load_tokenizer(base: str, revision: str | None = None):
     with config_errors_for(base):
         tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    try_tokenizer(base, tokenizer)
     return tokenizer
+
+
+def try_tokenizer(base: str, tokenizer) -> None:
+    """Tries template and tokenizer on a made-up conversation, in a child that can be killed.
+
+    A template's own refusal, as of a role, passes: its message is for the rows that it concerns.
+    Raises ConfigError.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return  # several, by names: transformers says which one is missing
+
+    def render_and_tokenize() -> str:
+        for roles in (("user", "assistant"), ("user",)):
+            messages = [{"role": role, "content": TRIAL_TEXT} for role in roles]
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=len(roles) == 1
+                )
+            except jinja2.TemplateError:
+                return "refused"
+            text.encode()
+            if len(text) > MOST_TRIAL_CHARACTERS:
+                raise MemoryError
+            tokenizer.encode(text, add_special_tokens=False)
+            if not text.strip():
+                return "empty"
+        return "text"
+
+    try:
+        answer = try_in_child(render_and_tokenize)
+    except LimitError as error:
+        raise ConfigError(
+            f"base={base}: its chat template or tokenizer can't be used: on a short conversation "
+            f"it {error}; take another base"
+        ) from error
+    if answer == "empty":
+        raise ConfigError(f"base={base}: its chat template writes nothing; take another base")
 
 
 def load_model_config(base: str, revision: str | None = None):

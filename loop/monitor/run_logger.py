@@ -15,8 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from ..checkpoint.checkpointer import Checkpointer
-from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, write_report
+from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, whole_lines, write_report
 from ..checkpoint.train_state import TrainState
+from ..config.cli import printable
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 from ..data.dataset import TrainingData
@@ -71,27 +72,37 @@ class RunLogger:
         self.tokens = 0  # of the steps of this process
         self.seconds = 0.0  # of its steps alone, without evaluation and saving
         self.largest_micro_batch = 0  # tokens, of this rank
-        if self.on:
-            self._open_files(validated=not state.validation_due)
+        problem = None
+        try:
+            if self.on:
+                self._open_files(validated=not state.validation_due)
+        except OSError as error:
+            problem = f"{self.folder} cannot be written: {error.strerror or error}"
+        problem = ranks.all_gather_json(problem)[0]
+        if problem:  # on all ranks alike, or the others would wait for rank 0
+            raise OSError(problem)
 
     def _open_files(self, validated: bool) -> None:
         """validated: nothing that belongs to `first_step` will be logged once more."""
         self.folder.chmod(0o700)  # a run on patients' data is its owner's alone
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        (self.folder / "config.yaml").write_text(settings)
+        write_atomically(self.folder / "config.yaml", settings)
         ds_config = json.dumps(self.execution.ds_config, indent=2)
-        (self.folder / "ds_config.json").write_text(ds_config)
+        write_atomically(self.folder / "ds_config.json", ds_config)
         self.versions = versions()
-        (self.folder / "versions.json").write_text(json.dumps(self.versions, indent=2))
+        write_atomically(self.folder / "versions.json", json.dumps(self.versions, indent=2))
         log = self.folder / "metrics.jsonl"
-        lines = lines_to_keep(log.read_text() if log.exists() else "", self.first_step, validated)
+        lines = lines_to_keep(
+            log.read_text(errors="replace") if log.exists() else "", self.first_step, validated
+        )
         write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
         self.log = log.open("a")
         if not self.first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
         self.clipped = sum(self._is_clipped(line.get("train/grad_norm", 0.0)) for line in lines)
-        purge = self.first_step + validated if self.first_step else None
+        # TensorBoard's server ignores the first mark of a restart, so a new run writes one, too.
+        purge = self.first_step + validated if self.first_step else 0
         tags = {key for line in lines for key in line}
         self.board = TensorBoardLog(
             self.folder / "tensorboard", self.config, self.first_step, purge, tags
@@ -173,7 +184,7 @@ class RunLogger:
         """A line above the progress bar."""
         if self.on:
             with contextlib.suppress(OSError):  # the terminal may have gone away; the run goes on
-                self.bar.write(text)
+                self.bar.write("\n".join(printable(line, 10**5) for line in text.split("\n")))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
@@ -339,7 +350,7 @@ class RunLogger:
             self.bar.close()
             self.board.close(self.num_steps)
             self.log.close()
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        lines = whole_lines((self.folder / "metrics.jsonl").read_text(errors="replace"))
         losses = [line["train/loss"] for line in lines if "train/loss" in line]
         if losses:
             metrics = {"train/loss_first": losses[0], "train/loss_last": losses[-1]} | metrics

@@ -181,8 +181,8 @@ def other_rank(dog, **changes) -> None:
         "step": 7,
         "doing": "micro-batch 2 of 3",
         "turns": 5,
-        "since": time.time(),
-        "alive": time.time(),
+        "since": time.monotonic(),
+        "alive": time.monotonic(),
     }
     (dog.folder / "rank-1.json").write_text(json.dumps(dog.me | now | changes))
 
@@ -208,7 +208,7 @@ def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
 
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
-    ago = time.time() - 100
+    ago = time.monotonic() - 100
     activity = {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
     monkeypatch.setattr(watchdog, "_activity", activity)
     other_rank(dog, since=ago)  # it has come less far than this one
