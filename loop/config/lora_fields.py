@@ -1,4 +1,4 @@
-"""The section `lora`: fields of peft.LoraConfig, each checked by its own type before PEFT gets it."""
+"""The section `lora`: fields of peft.LoraConfig, each checked by its type before PEFT gets it."""
 
 import dataclasses
 import math

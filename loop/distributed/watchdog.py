@@ -30,8 +30,8 @@ PAUSE_SECONDS = 10  # between two turns of the watchdog: the process was stopped
 BROKEN_CONNECTION_SECONDS = 4  # after a collective failed, so long a silence means a lost rank
 
 # What this process does now; only `set_activity` writes it.
-# doing: in words; turns: how many activities there were; since: when this one began, on the monotonic
-# clock: a machine that was suspended, or whose clock was set, makes no rank late.
+# doing: in words; turns: how many activities there were; since: when this one began, on the
+# monotonic clock: a machine that was suspended, or whose clock was set, makes no rank late.
 _activity: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0}
 _activity["since"] = time.monotonic()
 

@@ -90,7 +90,8 @@ def show_summary(config: Config, report: dict) -> None:
         f"{report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
         f"  written to        {exported}\n"
         f"  look at curves    ./launch.sh board {shlex.quote(config.run.dir)}\n"
-        f"  write a note      ./launch.sh generate {option} {shlex.quote(exported)} --dialogue FILE\n"
+        f"  write a note      ./launch.sh generate {option} {shlex.quote(exported)} "
+        "--dialogue FILE\n"
         f"  score it          ./launch.sh evaluate --config {shlex.quote(f'{folder}/config.yaml')}"
     )
 

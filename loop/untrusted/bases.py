@@ -44,8 +44,8 @@ def check_base_folder(base: str, folder: Path) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(
-            f"base={base}: cannot be loaded: config.json: model_type={_show(model_type)}: must be the "
-            "name of a kind of model"
+            f"base={base}: cannot be loaded: config.json: model_type={_show(model_type)}: "
+            "must be the name of a kind of model"
         )
     for key in ("auto_map", "quantization_config", "text_config"):
         if not isinstance(config.get(key, {}) or {}, dict):

@@ -104,7 +104,12 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     """Four steps, then a resume after the second with other norms: TensorBoard shows one run."""
     config = load_config(["--config", str(config_file), "data.valid=null"])
     config.folder.mkdir(parents=True)
-    ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    ranks = SimpleNamespace(
+        is_main=True,
+        world_size=1,
+        device=torch.device("cpu"),
+        all_gather_json=lambda value: [value],
+    )
     engine, data = bare_engine(), made_up_data()
     plan = plan_batches(data.lengths, 4096, seed=0)
     assert len(plan) == 4
