@@ -14,7 +14,8 @@ LOOP = ROOT / "loop"
 FLOORS = (
     {"config"},
     {"untrusted"},
-    {"distributed", "data"},
+    {"distributed"},
+    {"data"},
     {"kernels"},
     {"optim"},
     {"memory"},

@@ -347,7 +347,7 @@ class Config(Section):
     max_steps: int | None = Field(
         None, ge=1, le=10**9, description="End after so many optimizer steps, whatever the epochs."
     )
-    lr: float = Field(1e-4, gt=0, le=1e3, description="The highest learning rate.")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="The highest learning rate.")
     min_lr: float = Field(
         0.0,
         ge=0,

@@ -5,6 +5,7 @@ Exit code 2 is a user's mistake, 1 any other failure.
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -48,7 +49,7 @@ def ignore_broken_pipe() -> Iterator[None]:
 def print_any_text() -> None:
     """Lets standard output and error take any character: as an escape where they can't show it."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

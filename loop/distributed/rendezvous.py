@@ -49,7 +49,7 @@ def join_process_group(
             is_server,
             datetime.timedelta(minutes=minutes),
             wait_for_workers=False,
-            **(listen_here_alone(port) if is_server and host in LOOPBACK else {}),
+            master_listen_fd=listen_here_alone(port) if is_server and host in LOOPBACK else None,
         )
         store.set(f"joined/{rank}", backend)
         _wait_for_all(store, started, minutes, stop)
@@ -71,8 +71,8 @@ def join_process_group(
     )
 
 
-def listen_here_alone(port: int) -> dict[str, int]:
-    """Arguments of TCPStore, which else listens to the whole network, for a run on one machine.
+def listen_here_alone(port: int) -> int:
+    """The descriptor of a socket that listens on the loopback; TCPStore's own hears the network.
 
     Raises RendezvousError where the port is taken.
     """
@@ -83,7 +83,7 @@ def listen_here_alone(port: int) -> dict[str, int]:
     except OSError as error:
         raise RendezvousError(f"MASTER_PORT={port}: {error.strerror}; name another") from error
     listener.listen(128)
-    return {"master_listen_fd": listener.detach()}
+    return listener.detach()
 
 
 def keep_to_this_machine() -> None:

@@ -85,7 +85,7 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     was doing, None if the run had ended before. All of its processes must be gone within the grace
     time, whoever was killed.
     """
-    folder, started, working = config_file.parent / "runs" / name, time.time(), None
+    folder, started, working = config_file.parent / "runs" / name, time.monotonic(), None
     process = launch(config_file, name)
     while process.poll() is None:
         step, what = doing(folder, started)
