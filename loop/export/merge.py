@@ -25,7 +25,7 @@ from ..config.schema import ConfigError
 from ..distributed.files import atomic_folder
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import NO_CODE, config_errors_for, resolve_base
-from ..untrusted.bases import read_model_config
+from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
 from .card import TRAINED, write_papers
@@ -141,7 +141,9 @@ def find_base(base: str, revision: str | None) -> StoredBase:
             f"base={base}: is stored quantised ({stored.get('quant_method', 'unknown')}), so there "
             "is nothing to add to; name the 16-bit model that it was made from with --base"
         )
-    return StoredBase(base, folder, config, find_tensors(base, folder))
+    tensors = find_tensors(base, folder)
+    check_base_folder(base, folder)
+    return StoredBase(base, folder, config, tensors)
 
 
 def download_base(hub_id: str, revision: str | None) -> Path:

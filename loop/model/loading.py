@@ -64,7 +64,6 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     f"base={base}: the folder has no config.json, so it is not a model in the "
                     "hub's layout"
                 )
-            check_base_folder(base, path)
             return LOCAL | {"pretrained_model_name_or_path": str(path)}
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
@@ -75,6 +74,18 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
     if revision is None and (converted / "config.json").is_file():
         return LOCAL | {"pretrained_model_name_or_path": str(converted)}
     return NO_CODE | {"pretrained_model_name_or_path": base}
+
+
+def checked_base(base: str, revision: str | None = None) -> dict[str, Any]:
+    """What `resolve_base` returns, of a base whose files can be those of a model.
+
+    Raises ConfigError. Of a base of the hub nothing is checked before it is downloaded.
+    """
+    location = resolve_base(base, revision)
+    folder = Path(location["pretrained_model_name_or_path"])
+    if folder.is_dir():
+        check_base_folder(base, folder)
+    return location
 
 
 @contextlib.contextmanager
@@ -111,7 +122,7 @@ def load_tokenizer(base: str, revision: str | None = None):
     The template is set at once, so that what is hashed, cached and exported has it, too.
     """
     with config_errors_for(base):
-        tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(**checked_base(base, revision), revision=revision)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     try_tokenizer(base, tokenizer)
     return tokenizer
@@ -160,7 +171,7 @@ def load_model_config(base: str, revision: str | None = None):
     Raises ConfigError.
     """
     with config_errors_for(base):
-        model_config = read_model_config(resolve_base(base, revision), revision)
+        model_config = read_model_config(checked_base(base, revision), revision)
     model_config.head_dim = (
         getattr(model_config, "head_dim", None)
         or model_config.hidden_size // model_config.num_attention_heads

@@ -121,7 +121,7 @@ def _stored_shapes(base: str, folder: Path) -> Iterator[tuple[str, tuple[int, ..
                     "pickle"
                 )
             if Path(name).name != name or not (folder / name).is_file():
-                raise ConfigError(f"base={base}: {INDEX} names {_show(name)}, which is not there")
+                raise ConfigError(f"base={base}: lacks {_show(name)}, which its index names")
     elif not files and (pickles := [p for p in folder.iterdir() if p.suffix in PICKLES]):
         raise ConfigError(
             f"base={base}: its weights are in {pickles[0].name}: only safetensors are read, never "
