@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,20 @@ from ..memory.breakdown import memory_breakdown
 from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
 from ..optim.adamw import trainable_parameters
+from .late_file import LateFile
 from .mfu import utilisation
 from .step_timer import StepTimer
 from .summary import describe_plan
 from .tensorboard import TensorBoardLog
 
+FLUSH_SECONDS = 10  # between two writes to TensorBoard's file
 MINUTE = 60  # seconds between two lines where no terminal shows a progress bar
 
 
 class RunLogger:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`.
 
-    A failed write, as on a full disk, costs a line of the log and not the run.
+    A failed write, as on a full disk, is said once; what was to be written waits in memory.
     """
 
     def __init__(
@@ -72,14 +74,22 @@ class RunLogger:
         self.tokens = 0  # of the steps of this process
         self.seconds = 0.0  # of its steps alone, without evaluation and saving
         self.largest_micro_batch = 0  # tokens, of this rank
-        problem = None
-        try:
+        self.texts: dict[Path, str] = {}  # files that wait to be written
+        self.failing = False  # the last write failed
+        self.next_flush = 0.0  # of TensorBoard's file, on the monotonic clock
+        with self._fail_alike():
             if self.on:
                 self._open_files(validated=not state.validation_due)
+
+    @contextlib.contextmanager
+    def _fail_alike(self):
+        """A context whose OSError on rank 0 is one on all ranks: the others would wait for it."""
+        problem = None
+        try:
+            yield
         except OSError as error:
             problem = f"{self.folder} cannot be written: {error.strerror or error}"
-        problem = ranks.all_gather_json(problem)[0]
-        if problem:  # on all ranks alike, or the others would wait for rank 0
+        if problem := self.ranks.all_gather_json(problem)[0]:
             raise OSError(problem)
 
     def _open_files(self, validated: bool) -> None:
@@ -96,7 +106,7 @@ class RunLogger:
             log.read_text(errors="replace") if log.exists() else "", self.first_step, validated
         )
         write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
-        self.log = log.open("a")
+        self.log = LateFile(log)
         if not self.first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
@@ -155,8 +165,7 @@ class RunLogger:
             for line in report.lines(split, self.config.max_seq_len):
                 self.say(line)
         reports = {split: dataclasses.asdict(report) for split, report in data.reports.items()}
-        with self._survive_full_disk():
-            (self.folder / "data.json").write_text(json.dumps(reports, indent=1))
+        self._write_text("data.json", json.dumps(reports, indent=1))
 
     def _log_plan(self, data: TrainingData, packing: PackingSpec) -> None:
         """The batch arithmetic, the planned learning rate, and a picture of the first step."""
@@ -166,8 +175,7 @@ class RunLogger:
         text = describe_plan(plan, data.lengths, data.num_targets, self.config, world_size, rows)
         self.say(text)
         first = split_step(plan[0], data.lengths, world_size, packing)
-        with self._survive_full_disk():
-            self.board.plan(plan, text, data.train, first, rows * self.config.max_seq_len)
+        self.board.plan(plan, text, data.train, first, rows * self.config.max_seq_len)
 
     def _write_prompts(self, data: TrainingData, tokenizer) -> None:
         """What the sample notes are written from."""
@@ -176,9 +184,7 @@ class RunLogger:
             for e in data.samples
         }
         if prompts:
-            with self._survive_full_disk():
-                (self.folder / "samples").mkdir(exist_ok=True)
-                (self.folder / "samples" / "prompts.md").write_text(as_markdown(prompts))
+            self._write_text("samples/prompts.md", as_markdown(prompts))
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -189,26 +195,47 @@ class RunLogger:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
         if self.on and values:
-            with self._survive_full_disk():
-                self.log.write(json.dumps({"step": step} | values) + "\n")
-                self.log.flush()
-                self.board.scalars(step, values)
+            self.log.write(json.dumps({"step": step} | values).encode() + b"\n")
+            self.board.scalars(step, values)
+            self._write_out()
 
     def flush(self) -> None:
         """Makes safe what was logged: a run that resumes from the next checkpoint finds it."""
         if self.on:
-            with self._survive_full_disk():
-                os.fsync(self.log.fileno())
-                self.board.flush()
-
-    @contextlib.contextmanager
-    def _survive_full_disk(self):
-        try:
-            yield
-        except OSError as error:
-            self.say(f"not logged: {error} ({self.folder})")
+            self.next_flush = 0.0
+            self._write_out()
             with contextlib.suppress(OSError):
-                self.board.reopen()
+                self.log.sync()
+
+    def _write_text(self, name: str, text: str) -> None:
+        """A file of the run's folder; where it can't be written now, it is later."""
+        self.texts[self.folder / name] = text
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """Writes what waits. That it fails is said once, and so is when it works again."""
+        try:
+            self.log.flush()
+            if self.failing or time.monotonic() > self.next_flush:
+                self.board.flush()
+                self.next_flush = time.monotonic() + FLUSH_SECONDS
+            for path in list(self.texts):
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(self.texts[path])
+                del self.texts[path]
+        except OSError as error:
+            if not self.failing:
+                self.say(
+                    f"not logged yet: {error.strerror or error} ({self.folder}); the run goes on, "
+                    "and writes it when it can"
+                )
+            self.failing = True
+            return
+        if self.failing:
+            lost = self.log.lost + self.board.lost
+            gap = f", but for {lost:,} lines that memory could not hold" if lost else ""
+            self.say(f"what could not be logged is written now{gap} ({self.folder})")
+        self.failing = False
 
     def _is_clipped(self, grad_norm: float) -> bool:
         return math.isfinite(grad_norm) and grad_norm > self.config.max_grad_norm
@@ -312,10 +339,9 @@ class RunLogger:
             f"perplexity {metrics['eval/perplexity']:.2f}{also}"
         )
         if self.on and notes:
-            with self._survive_full_disk():
-                (self.folder / "samples" / f"step-{step:06d}.md").write_text(as_markdown(notes))
-                for key, note in notes.items():
-                    self.board.note(step, key, note)
+            for key, note in notes.items():
+                self.board.note(step, key, note)
+            self._write_text(f"samples/step-{step:06d}.md", as_markdown(notes))
 
     def finish(self, state: TrainState, exported: dict, stop: StopRequest) -> dict:
         """Closes the files of a run that ends well, and returns what report.json holds now."""
@@ -342,14 +368,21 @@ class RunLogger:
     def close(self, metrics: dict) -> dict:
         """Closes the files and returns what report.json holds now; {} on other ranks than 0.
 
-        That is `metrics` and those of all steps, the steps before a resume included.
+        That is `metrics` and those of all steps, the steps before a resume included. Every rank
+        must call it. Raises OSError on all where rank 0 can't write.
         """
-        if not self.on:
-            return {}
-        with self._survive_full_disk():
+        report: dict = {}
+        with self._fail_alike():
+            if self.on:
+                report = self._close_files(metrics)
+        return report
+
+    def _close_files(self, metrics: dict) -> dict:
+        with contextlib.suppress(OSError):
             self.bar.close()
-            self.board.close(self.num_steps)
-            self.log.close()
+        self.flush()
+        self.log.close()
+        self.board.close(self.num_steps)
         lines = whole_lines((self.folder / "metrics.jsonl").read_text(errors="replace"))
         losses = [line["train/loss"] for line in lines if "train/loss" in line]
         if losses:

@@ -22,10 +22,13 @@ COMMANDS = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].sp
 # What the launcher is made of.
 COPIED = (
     "config/cli.py",
+    "config/lora_fields.py",
+    "config/plain_yaml.py",
     "config/schema.py",
     "distributed/exit.py",
     "distributed/hosts.py",
     "distributed/launcher.py",
+    "distributed/node_launcher.py",
 )
 
 # A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a
@@ -199,6 +202,25 @@ def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
         for rank in (0, 1):
             assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
         assert not living(clone)
+
+
+def test_a_signal_to_every_process_at_once_ends_well(clone):
+    """As from SLURM: DeepSpeed's launcher gets it as well, and waits for its ranks."""
+    process = start(clone, "wait=1")
+    wait_for_ranks(clone)
+    wait_until(lambda: any(ignores_sigterm(p.pid) for p in living(clone)))
+    for each in living(clone):
+        each.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    for rank in (0, 1):
+        assert events(clone, rank)[-1] == "saved"
+    assert not living(clone)
+
+
+def ignores_sigterm(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"SigIgn:\s+(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_period(two_clones):
