@@ -5,13 +5,14 @@
 # the start of a string, which ends below the Bash part; it runs only what comes after that.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # a symbolic link is followed
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
 stamp=$here/.venv/launch.stamp
 commands="train evaluate generate merge export audit preview plan board profile check bench break test setup help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
        ./launch.sh COMMAND --help        its options, and all keys of the configuration
+       ./launch.sh --version             the release, and the commit of this clone
 
   train      fine-tune (the default command)       preview    show the exact tokens of training
   evaluate   score a trained adapter, its notes    plan       a run in advance: steps, lr, memory
@@ -28,7 +29,9 @@ train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, here or o
 hostfile. Ctrl-C or SIGTERM: the ranks save and end, on all machines; once more: they end at once.
 environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv is made),
              LOOP_GRACE_SECONDS (the longest stop; 120), MASTER_PORT, CUDA_VISIBLE_DEVICES,
-             OMP_NUM_THREADS, DS_ACCELERATOR (cpu: no GPU is used)"
+             OMP_NUM_THREADS, DS_ACCELERATOR (cpu: no GPU is used),
+             LOOP_TORCH_INDEX (where setup takes PyTorch from as well; PyTorch's pages name the
+             index of each build. Empty: nowhere else)"
 
 die() {
   echo "launch.sh: $*" >&2
@@ -43,6 +46,20 @@ wanted() { "$py" --version && cat "$here/constraints.txt"; }
 is_set_up() { [[ ${LOOP_PYTHON:-} ]] || [[ -f $stamp && $(<"$stamp") == "$(wanted 2>&1)" ]]; }
 pip_install() { "$py" -m pip install -qq --disable-pip-version-check "$@"; }
 install() { pip_install -c "$here/constraints.txt" "$@"; }
+count_gpus() { nvidia-smi -L 2>/dev/null | grep -c "^GPU "; } # fails where there is none
+reachable() { "$py" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=8)' "$1" 2>/dev/null; }
+
+# Where no GPU is, PyTorch's build for CPUs: a tenth of the download. PyTorch has an index for each
+# of its builds; pip takes "2.13.0+cpu" before the "2.13.0" of the package index.
+install_torch() {
+  local index=${LOOP_TORCH_INDEX-} build=""
+  if [[ -z ${LOOP_TORCH_INDEX+set} ]] && ! count_gpus >/dev/null; then
+    index=https://download.pytorch.org/whl/cpu build=", its build for CPUs"
+    reachable "$index/torch/" || index="" build=""
+  fi
+  echo "installing PyTorch$build ... (1/3)"
+  install ${index:+--extra-index-url "$index"} torch setuptools wheel ninja
+}
 
 need_python() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
@@ -61,8 +78,7 @@ setup() {
   echo "setting up $here/.venv (once; some minutes)"
   [[ -x $py ]] || "$base" -m venv "$here/.venv"
   # In this order, as the build of DeepSpeed imports PyTorch. Its kernels are built at first use.
-  echo "installing PyTorch ... (1/3)"
-  install torch setuptools wheel ninja
+  install_torch
   echo "installing DeepSpeed ... (2/3)"
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed
   echo "installing the rest ... (3/3)"
@@ -94,6 +110,11 @@ case ${1:-} in
   -h | --help | help)
     echo "$help"
     exit ;;
+  --version)
+    release=$(grep '^version = ' "$here/pyproject.toml" | cut -d '"' -f 2)
+    commit=$(git -C "$here" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+    echo "soap-loop $release, commit $commit"
+    exit ;;
   "" | -* | *=*) ;;
   *)
     [[ " $commands " == *" $1 "* ]] || die "no command '$1'; there are: $commands"
@@ -119,13 +140,17 @@ export PATH PYTHONPATH TOKENIZERS_PARALLELISM
 [[ " test bench break " == *" $command "* ]] || export PYTHONSAFEPATH=1
 
 gpus="" # the numbers of the GPUs to use
-count_gpus() { nvidia-smi -L 2>/dev/null | grep -c "^GPU "; } # fails where there is none
+driver_is_silent() { command -v nvidia-smi >/dev/null && grep -qs 0x10de /sys/bus/pci/devices/*/vendor; }
 if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(count_gpus); then
   gpus=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}
 fi
 if [[ -z $gpus || $gpus == -1 ]]; then
   gpus=""
-  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" # or DeepSpeed would look for GPUs, and warn
+  # The CPU by name, or DeepSpeed would look for GPUs, and warn. Not where a card's driver is silent:
+  # that is a mistake, which loop/config/device.py tells.
+  if [[ ${count-} != 0 || -z ${CUDA_VISIBLE_DEVICES-0} ]] || ! driver_is_silent; then
+    export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  fi
 fi
 
 # --- the command ---------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ tells. DeepSpeed compiles an operator at its first use, in the middle of a run, 
 compiler or ninja is on PATH.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -16,38 +14,25 @@ import torch
 from kernels_check import packages
 from kernels_check.rows import Row, guarded
 from kernels_check.table import emit
+from loop.config.device import Card, asked_for_cpu, card_refusal, find_card, why_unusable
 
 
-def driver_version() -> str:
-    """The version of the NVIDIA driver; "" without a GPU, or where GPUs are not to be used."""
-    if not shutil.which("nvidia-smi") or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return ""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    # A machine without a GPU may have the command all the same.
-    versions = done.stdout.split() if done.returncode == 0 else []
-    return versions[0] if versions else ""
-
-
-def check_cuda(driver: str, built_for: str | None) -> Iterator[Row]:
-    """`driver`: its version, "" without a GPU; `built_for`: torch.version.cuda."""
-    if not driver:
+def check_cuda(card: Card | None, built_for: str | None) -> Iterator[Row]:
+    """`card`: None without a GPU, or where GPUs are not to be used; `built_for`: of torch."""
+    if not card:
         note = "no NVIDIA driver here: rows that need a GPU are not required"
         yield Row("CUDA", "", "missing", note=note, required=False)
         return
     if not torch.cuda.is_available():
-        note = (
-            f"driver {driver} is here, but torch {torch.__version__} can't use it:"
-            " install its CUDA build"
-        )
-        yield Row("CUDA", str(built_for), "wrong", note=note)
+        yield Row("CUDA", str(built_for), "wrong", note=f"{card}: {why_unusable(card)}")
         return
     major, minor = torch.cuda.get_device_capability()
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    version = f"{built_for}, driver {driver}, sm_{major}{minor}, NCCL {nccl}"
-    if (torch.ones(2, device="cuda") + 1).sum().item() != 4 or major < 8:
-        note = "bf16 and varlen attention need compute capability 8.0 or newer"
-        yield Row("CUDA", version, "wrong", note=note)
+    version = f"{built_for}, driver {card.driver}, sm_{major}{minor}, NCCL {nccl}"
+    if refusal := card_refusal():
+        yield Row("CUDA", version, "wrong", note=refusal)
+    elif (torch.ones(2, device="cuda") + 1).sum().item() != 4:
+        yield Row("CUDA", version, "wrong", note="it can't add")
     else:
         yield Row("CUDA", version)
 
@@ -82,7 +67,8 @@ def check_operators(
 
 def main() -> Iterator[Row]:
     yield from packages.main()
-    yield from guarded("CUDA", check_cuda, driver_version(), torch.version.cuda)
+    card = None if asked_for_cpu() else find_card()
+    yield from guarded("CUDA", check_cuda, card, torch.version.cuda)
     compiler = shutil.which("g++") or shutil.which("clang++")
     yield from check_tool("C++ compiler", "torch.compile and DeepSpeed's operators", compiler)
     needed_by = "DeepSpeed's operators (pip install ninja)"

@@ -1,7 +1,7 @@
 """Documents of one packed row must not see one another. The attention check runs it.
 
-In the field: a leak of a percent hides in the rounding of bf16 and in no loss curve (trl#3910). So
-this check compares bits.
+In the field: a leak of a percent hides in the rounding of bf16 and in no loss curve. So this check
+compares bits.
 """
 
 from collections.abc import Iterator

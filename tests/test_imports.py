@@ -21,6 +21,7 @@ FLOORS = (
     {"memory"},
     {"zero3"},
     {"model"},
+    {"families"},
     {"generation"},
     {"evaluation"},
     {"checkpoint"},

@@ -19,6 +19,7 @@ from ..generation.loading import fit_dialogues, generation_source, load_for_gene
 from ..generation.notes_file import NotesFile, digest, read_dialogues
 from ..generation.prompt import check_prompt
 from ..model.loading import load_model_config, load_tokenizer
+from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
 
 OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0}  # what has no effect
@@ -196,6 +197,7 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
 
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
+    device = "cuda:0" if on_gpu() else "cpu"
     if args.input:
         dialogues = read_dialogues(args.input)
     else:
@@ -208,10 +210,9 @@ def generate(args: argparse.Namespace) -> None:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
     model_config = load_model_config(source["base"], source["revision"])
-    context = model_config.max_position_embeddings
+    context = context_length(model_config) or sys.maxsize
     fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
     warn_of_shortened(fitted, context)
-    device = "cuda:0" if on_gpu() else "cpu"
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:

@@ -4,13 +4,13 @@ Every mistake is a ConfigError: one line that names the key. Old names of keys a
 runs write their configuration down, and refused on the command line.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from .device import uses_gpu
 from .plain_yaml import read_yaml
 from .schema import ROOT, Config, ConfigError
 
@@ -52,11 +52,12 @@ def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_config_path() -> Path:
-    """The seed configuration where there is an NVIDIA GPU, the embedded one elsewhere."""
-    import torch
+    """The seed configuration where there is an NVIDIA GPU, the embedded one elsewhere.
 
-    gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-    return ROOT / "loop" / "configs" / ("soap_qlora.yaml" if gpu else "embedded.yaml")
+    Raises ConfigError for a GPU that torch can't use.
+    """
+    name = "soap_qlora.yaml" if uses_gpu() else "embedded.yaml"
+    return ROOT / "loop" / "configs" / name
 
 
 def load_config(argv: list[str]) -> Config:

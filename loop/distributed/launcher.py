@@ -1,8 +1,8 @@
 """Starts a command's ranks for ./launch.sh, on this machine or on those of a hostfile.
 
-On each machine DeepSpeed's launcher starts the ranks (node_launcher.py). At a SIGTERM it would
-signal one rank after the other, and kill after 30 seconds. So a stop goes past it: every rank gets
-one SIGTERM, all at once, and its own time to save.
+On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. At a SIGTERM it
+would signal one rank after the other, and kill after 30 seconds. So a stop goes past it: every rank
+gets one SIGTERM, all at once, and its own time to save.
 
 Other machines are reached over ssh, which starts ./launch.sh there with --node-rank. Its standard
 input carries commands: a line with the hosts, then "alive" now and then, "stop" or "kill". When it
@@ -79,7 +79,7 @@ class LocalNode:
         handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-u", "-m", "loop.distributed.node_launcher"),
+                *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
                 f"--world_info={world}",
                 f"--node_rank={node}",
                 f"--master_addr={address}",
@@ -134,7 +134,6 @@ class RemoteNode:
         self.process = subprocess.Popen(
             [
                 *("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5"),
-                "--",
                 host,
                 f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote_command)}",
             ],

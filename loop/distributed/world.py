@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ..config.device import uses_gpu
 from ..config.schema import RunConfig
 from .rendezvous import join_process_group, keep_to_this_machine
 from .stop import StopRequest
@@ -34,8 +35,11 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def on_gpu() -> bool:
-    """True where DeepSpeed computes on NVIDIA GPUs; DS_ACCELERATOR=cpu says no on any machine."""
-    return get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
+    """True where DeepSpeed computes on NVIDIA GPUs; DS_ACCELERATOR=cpu says no on any machine.
+
+    Raises ConfigError for a GPU that is here and that torch can't use.
+    """
+    return uses_gpu() and get_accelerator().device_name() == "cuda"
 
 
 class Ranks:

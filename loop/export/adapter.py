@@ -90,7 +90,7 @@ def export_model(
     """Writes what was trained: `adapter/` in PEFT's format; with method=full the hub's `model/`.
 
     Both come with tokenizer and model card. Every rank must call it: under ZeRO-3 a tensor that is
-    not gathered would be saved empty (trl#4416).
+    not gathered would be saved empty (DeepSpeed#7900).
 
     The files are written to a temporary folder, audited, and renamed. The audit reads them from
     disk again, and with a `sample` of examples a standalone process must get the `loss` on them.

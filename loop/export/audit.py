@@ -1,7 +1,7 @@
 """The audit of an export: its files against the trained weights, its loss in a process of its own.
 
-Under ZeRO-3 an adapter is easily saved empty (trl#4416, DeepSpeed#7900), and nobody notices: PEFT
-loads what is there and only warns. A run audits what it writes; `audit_run` does it again later.
+Under ZeRO-3 an adapter is easily saved empty (DeepSpeed#7900), and nobody notices: PEFT loads what
+is there and only warns. A run audits what it writes; `audit_run` does it again later.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,7 +211,8 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     try:
         process = subprocess.run(
-            [sys.executable, "-c", script, str(folder), str(device)],
+            [sys.executable, "-c", script, str(folder.absolute()), str(device)],
+            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
             input=rows,
             capture_output=True,
             text=True,

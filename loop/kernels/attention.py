@@ -2,7 +2,7 @@
 
 Each backend of `ATTENTION_BACKENDS` computes the same thing. To add one, write the function that
 loads it and its entry at the end of this file. No backend takes a padding mask: a mask of the wrong
-shape is the usual way in which packed documents leak into one another (trl#3910), while boundaries
+shape is the usual way in which packed documents leak into one another (trl#3067), while boundaries
 that are an argument of the kernel can't be forgotten.
 """
 
@@ -217,9 +217,10 @@ def _attend_for_transformers(
     window = kwargs.get("sliding_window") or kwargs["max_seqlen"]
     windowed = window < kwargs["max_seqlen"]
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or windowed:
+        remedy = f"; max_seq_len={window} or less stays within the window" if windowed else ""
         raise AttentionError(
             f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window"
-            " is not supported"
+            f" is not supported{remedy}"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = packed_attention(
@@ -251,7 +252,7 @@ for _backend in (
     AttentionBackend(
         "sdpa",
         load_sdpa,
-        "packed_sdpa",
+        "packed_per_document",
         min_capability=None,
         half_precision_only=False,
         fallback_note="costs a kernel call for each document",

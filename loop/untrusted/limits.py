@@ -110,6 +110,8 @@ def _answer(work: Callable[[], str], read: int, write: int) -> None:
             text = f"failed:took more than {MEMORY / 2**30:g} GiB of memory"
         except RecursionError:
             text = "failed:calls itself without an end"
+        except LimitError as error:
+            text = f"failed:{error}"
         except BaseException as error:  # a template may raise anything
             text = f"failed:raised {type(error).__name__}"
         os.write(write, text.encode("utf-8", "backslashreplace")[:MOST_ANSWER])

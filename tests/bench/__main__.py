@@ -9,11 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from shapes import LONGEST, MEAN, SHAPES, SUPERVISED, make_base
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 from helpers import free_port  # noqa: E402
+
+from loop.config.device import uses_gpu  # noqa: E402
+from loop.config.schema import ConfigError  # noqa: E402
+from loop.distributed.exit import exit_with_config_error  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,7 +42,7 @@ def matrix_rate() -> float:
     """FLOP/s of a large bf16 product here and now: what bounds a step from below."""
     from kernels_check.ceilings import check_matrix_rate
 
-    row = next(iter(check_matrix_rate("cuda" if torch.cuda.is_available() else "cpu")))
+    row = next(iter(check_matrix_rate("cuda" if uses_gpu() else "cpu")))
     return row.speed * 1e12
 
 
@@ -49,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         description="Measure the loop, and peers beside it, on the seed's lengths.",
     )
     parser.add_argument(
-        "--shape", choices=SHAPES, default="tinyllama" if torch.cuda.is_available() else "embedded"
+        "--shape", choices=SHAPES, default="tinyllama" if uses_gpu() else "embedded"
     )
     parser.add_argument(
         "--gpus", type=int, default=1, help="ranks of the loop (on a CPU, too); peers run on one"
@@ -166,7 +169,7 @@ def run(spec: dict, world_size: int, limit: float) -> dict:
 def run_all(contenders: dict[str, dict], args: argparse.Namespace) -> dict[str, list[dict]]:
     """What each contender measured in each round. They run in turn, so all see one machine."""
     results: dict[str, list[dict]] = {name: [] for name in contenders}
-    can_profile = args.profile and torch.cuda.is_available()
+    can_profile = args.profile and uses_gpu()
     for round_number in range(args.rounds):
         for name, spec in contenders.items():
             is_ours = spec["name"] == "ours"
@@ -211,7 +214,10 @@ def describe_contender(name: str, runs: list[dict], limit: float) -> str:
 
 
 def main() -> None:
-    args = parse_args()
+    try:
+        args = parse_args()
+    except ConfigError as error:
+        exit_with_config_error(error)
     results = run_all(make_contenders(args), args)
     rate = matrix_rate()
     limit = rate * args.gpus / flops_per_token(SHAPES[args.shape], args.length or MEAN)

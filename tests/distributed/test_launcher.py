@@ -22,13 +22,13 @@ COMMANDS = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].sp
 # What the launcher is made of.
 COPIED = (
     "config/cli.py",
+    "config/device.py",
     "config/lora_fields.py",
     "config/plain_yaml.py",
     "config/schema.py",
     "distributed/exit.py",
     "distributed/hosts.py",
     "distributed/launcher.py",
-    "distributed/node_launcher.py",
 )
 
 # A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a
@@ -202,25 +202,6 @@ def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
         for rank in (0, 1):
             assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
         assert not living(clone)
-
-
-def test_a_signal_to_every_process_at_once_ends_well(clone):
-    """As from SLURM: DeepSpeed's launcher gets it as well, and waits for its ranks."""
-    process = start(clone, "wait=1")
-    wait_for_ranks(clone)
-    wait_until(lambda: any(ignores_sigterm(p.pid) for p in living(clone)))
-    for each in living(clone):
-        each.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
-    for rank in (0, 1):
-        assert events(clone, rank)[-1] == "saved"
-    assert not living(clone)
-
-
-def ignores_sigterm(pid):
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"SigIgn:\s+(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_period(two_clones):
@@ -486,6 +467,25 @@ def test_set_up_installs_torch_first_and_only_once(clone, new_clone):
     with open(clone / "constraints.txt", "a") as file:
         file.write("one-more==1\n")
     assert set_up().wait(10) == 0 and last_words(calls) == ALL[1:]
+
+
+def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
+    set_up, _ = new_clone
+    (clone / "bin").mkdir()
+    driver = clone / "bin" / "nvidia-smi"
+    driver.write_text("#!/usr/bin/env bash\necho 'GPU 0: L4 (UUID: 1)'\n")
+    driver.chmod(0o755)
+    with_gpu = {"PATH": f"{driver.parent}:{os.environ['PATH']}"}
+    for env, says, index in (
+        ({"PATH": "/usr/bin:/bin"}, "for CPUs", r"--extra-index-url \S+/cpu torch "),
+        (with_gpu, "PyTorch ...", "constraints.txt torch "),
+        (with_gpu | {"LOOP_TORCH_INDEX": "file:///x"}, "PyTorch ...", "-url file:///x torch "),
+        ({"LOOP_TORCH_INDEX": ""}, "PyTorch ...", "constraints.txt torch "),
+    ):
+        shutil.rmtree(clone / ".venv", ignore_errors=True)
+        out, _ = set_up(**env).communicate(timeout=10)
+        (line,) = [line for line in (clone / "pip.log").read_text().splitlines() if "ninja" in line]
+        assert says in out and re.search(index, line), (out, line)
 
 
 def test_an_interrupted_set_up_is_repeated_from_the_start(new_clone):

@@ -33,6 +33,7 @@ from kernels_check import (
 )
 from kernels_check.rows import Row, guarded, judge
 from kernels_check.table import table
+from loop.config.device import Card
 from loop.kernels import lora_ops
 from loop.kernels.attention import packed_attention
 
@@ -215,9 +216,9 @@ def test_native_library_that_did_not_load():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plants a torch that can't see the GPU")
 def test_cpu_build_of_torch_on_a_gpu_machine():
-    (row,) = environment.check_cuda("580.1", None)
+    (row,) = environment.check_cuda(Card("A10", "580.1", "13.0"), None)
     assert row.verdict == "wrong" and row.blocks()
-    assert not next(environment.check_cuda("", None)).blocks()
+    assert not next(environment.check_cuda(None, None)).blocks()
 
 
 # ---- attention
