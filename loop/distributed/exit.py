@@ -50,7 +50,8 @@ def print_any_text() -> None:
     """Lets standard output and error take any character: as an escape where they can't show it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # of a fork whose stream was a file before
+                stream.reconfigure(errors="backslashreplace")
 
 
 def exit_process(code: int, message: str = "") -> NoReturn:

@@ -1,20 +1,19 @@
 """A case of hostile input: what is run, and what must hold of it, whatever the input is."""
 
-import contextlib
-import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ROOT
+from fork_server import CPU
+from helpers import PYTHON, ROOT, free_port
+
+WATCHED = str(Path(__file__).with_name("watched.py"))
 
 
 @dataclass
 class Outcome:
-    code: int | str  # the exit code; "time": killed by the clock; 99: a traceback; -9: died
+    code: int | str  # the exit code; "time": killed by the clock
     out: str
     err: str
     events: list[str]  # what it did and must not do
@@ -24,7 +23,7 @@ class Outcome:
         found = [f"did: {event}" for event in self.events]
         if self.code not in codes:
             found.append(f"ended with {self.code}: {self.err.strip()[-300:]}")
-        elif self.code == 2:
+        elif self.code:
             lines = [line for line in self.err.splitlines() if line.startswith("error")]
             if len(lines) != 1:
                 found.append(f"{len(lines)} lines of error: {self.err[-300:]}")
@@ -35,47 +34,38 @@ class Outcome:
         return found
 
 
-class Zygote:
-    """The process that runs cases; started at the first one."""
+def run_watched(
+    folder: Path, command: str, *argv: str, typed: str = "", seconds: float = 120
+) -> Outcome:
+    """Runs a command of `loop.commands` in a folder, made if need be: it may write there alone.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.count = 0
-        env = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "MASTER_PORT": "0",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=env,
-        )
-
-    def run(self, command: str, *argv: str, typed: str = "", seconds: float = 60) -> Outcome:
-        """Runs a command of `loop.commands` in a new folder, `typed` being its standard input."""
-        self.count += 1
-        folder = self.folder / f"case-{self.count}"
-        case = {"command": command, "argv": argv, "folder": str(folder)}
-        self.process.stdin.write(json.dumps(case | {"typed": typed, "seconds": seconds}) + "\n")
-        self.process.stdin.flush()
-        return Outcome(**json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@contextlib.contextmanager
-def zygote_in(folder: Path) -> Iterator[Zygote]:
-    zygote = Zygote(folder)
+    typed: its standard input. seconds: the clock after which it is killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    env = (
+        os.environ
+        | CPU
+        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "MASTER_PORT": str(free_port())}
+    )
+    process = subprocess.Popen(
+        [PYTHON, WATCHED, str(folder), command, *argv],
+        cwd=folder,
+        env=env,
+        text=True,
+        errors="replace",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    code: int | str
     try:
-        yield zygote
-    finally:
-        zygote.close()
+        out, err = process.communicate(typed, timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        code = "time"
+    events = folder / "events"
+    noted = events.read_text(errors="replace").splitlines() if events.exists() else []
+    events.unlink(missing_ok=True)
+    return Outcome(code, out, err, noted)

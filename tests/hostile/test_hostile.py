@@ -2,16 +2,20 @@
 
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import yaml
-from harness import zygote_in
+from harness import run_watched
 from helpers import ROOT
 from hostile_bases import corpus, make
+from hostile_files import WEIGHTS, adapters, rows, runs
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from loop.checkpoint.run_dir import lock_folder, read_report, whole_lines, write_report
 from loop.checkpoint.store import UNREADABLE, sealed, verified_manifest
@@ -21,18 +25,21 @@ from loop.config.plain_yaml import read_yaml
 from loop.config.schema import Config, ConfigError
 from loop.data.cache import read_cache, write_cache
 from loop.data.dataset import load_examples
+from loop.distributed.files import sha256
 from loop.model.loading import load_tokenizer
 
 EMBEDDED = str(ROOT / "loop/configs/embedded.yaml")
-CORPUS = dict(corpus())
-QUICK = (
-    "template eats memory", "template recurses", "template renders nothing",
-    "template ends in a surrogate", "template escapes the sandbox", "config gptq",
-    "config model_type a list", "config num_hidden_layers=10000000", "config num_attention_heads=0",
-    "config attention of no kind", "code in config.json, unknown kind",
-    "code in tokenizer_config.json", "index of .bin", "index outside", "pickle only",
-    "model.safetensors cut at 0.3",
+BASES, ADAPTERS, ROWS, RUNS = dict(corpus()), dict(adapters()), dict(rows()), dict(runs())
+DIALOGUE = ["--dialogue", str(ROOT / "tests" / "dialogue.txt"), "--max-new-tokens", "1"]
+QUICK_BASES = (
+    "template eats memory", "config gptq", "config num_hidden_layers=10000000",
+    "code in config.json, unknown kind", "code in tokenizer_config.json", "index of .bin",
 )  # fmt: skip
+QUICK_ADAPTERS = (
+    "a pickle", "weights bit 3", "adapter_config.json r=1000000000",
+    "adapter_config.json base_model_name_or_path=../../../etc",
+)  # fmt: skip
+QUICK_ROWS = ("id='\\ud800'", "dialogue='a\\udfffb'", "deep, after rows")
 ALIASES = "[" + ", ".join(["*a"] * 20) + "]"
 BOMB = "{a: &a [1, 1], " + "b: &a " + ALIASES + ", c: &a " + ALIASES + ", d: &a " + ALIASES + "}"
 OVERRIDES = (
@@ -51,46 +58,142 @@ SECTIONS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    with zygote_in(tmp_path_factory.mktemp("hostile")) as zygote:
-        yield zygote
+def code_ran(folder: Path) -> list[str]:
+    return ["code of the input ran"] if any(folder.rglob("CODE_RAN")) else []
 
 
-def mistakes_with(zygote, tiny_base: str, name: str) -> list[str]:
+def mistakes_with_base(folder: Path, tiny_base: str, name: str) -> list[str]:
     """What `generate` does wrong with a base of the corpus; "y" is typed at whatever asks."""
-    folder = make(tiny_base, CORPUS[name], zygote.folder / f"base-{zygote.count}")
-    typed = ["--dialogue", str(ROOT / "tests" / "dialogue.txt"), "--max-new-tokens", "1"]
-    outcome = zygote.run("generate", "--base", str(folder), *typed, typed="y\n" * 20)
+    base = make(tiny_base, BASES[name], folder / "base")
+    outcome = run_watched(
+        folder / "here", "generate", "--base", str(base), *DIALOGUE, typed="y\n" * 20
+    )
+    return outcome.mistakes() + code_ran(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory) -> str:
+    """An adapter of the tiny base, with the hash of its weights."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_base),
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    model.save_pretrained(folder)
+    trained = {"base": tiny_base, "sha256": sha256(folder / WEIGHTS)}
+    (folder / "trained.json").write_text(json.dumps(trained))
+    return str(folder)
+
+
+def mistakes_with_adapter(folder: Path, adapter: str, name: str, command: str) -> list[str]:
+    """What `generate` or `merge` does wrong with an adapter of the corpus."""
+    changed = make(adapter, ADAPTERS[name], folder / "adapter")
+    more = DIALOGUE if command == "generate" else ["--out", str(folder / "here" / "merged")]
+    outcome = run_watched(
+        folder / "here", command, "--adapter", str(changed), *more, typed="y\n" * 20
+    )
+    return outcome.mistakes() + code_ran(folder)
+
+
+def mistakes_with_rows(folder: Path, config_file: Path, name: str) -> list[str]:
+    """What `plan` does wrong with a file of rows of the corpus."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(ROWS[name])
+    train = f"data.train={folder / 'rows.jsonl'}"
+    more = [train, "data.valid=null", "data.cache=false", f"run.dir={folder / 'here'}"]
+    outcome = run_watched(folder / "here", "plan", "--config", str(config_file), *more)
+    return outcome.mistakes() + code_ran(folder)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_base, tmp_path_factory) -> Path:
+    """A configuration beside the folder of its finished run of four steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = "".join(
+        json.dumps({"id": str(i), "dialogue": f"Doctor: {i}?", "soap": "S: a\nP: b"}) + "\n"
+        for i in range(12)
+    )
+    (folder / "rows.jsonl").write_text(rows)
+    config = {
+        "base": tiny_base,
+        "data": {"train": str(folder / "rows.jsonl"), "cache": False},
+        "max_seq_len": 64, "batch_size": 1, "max_steps": 4, "monitor": {"sample_notes": 0},
+        "run": {"dir": str(folder / "runs"), "name": "x", "save_steps": 1, "keep_checkpoints": 3},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))
+    outcome = run_watched(folder, "train", "--config", str(folder / "config.yaml"))
+    assert outcome.code == 0, outcome.err[-2000:]
+    return folder
+
+
+def mistakes_with_run(folder: Path, run_folder: Path, name: str) -> list[str]:
+    """What `train` does wrong where it resumes a run of the corpus, for two more steps."""
+    shutil.copytree(run_folder / "runs", folder / "runs", symlinks=True)
+    RUNS[name](folder / "runs" / "x")
+    more = [f"run.dir={folder / 'runs'}", "max_steps=6"]
+    outcome = run_watched(folder, "train", "--config", str(run_folder / "config.yaml"), *more)
     found = outcome.mistakes()
-    if any(zygote.folder.rglob("CODE_RAN")):
-        found.append("code of the base ran")
-    return found
+    victim = folder / "runs" / "victim"
+    if victim.exists() and victim.read_text() != "mine":
+        found.append("a file outside was changed")
+    return found + code_ran(folder)
 
 
-def test_hostile_bases_end_in_one_line(zygote, tiny_base):
-    names = [name for name in QUICK if name in CORPUS]
-    assert names == list(QUICK)
-    found = {name: mistakes_with(zygote, tiny_base, name) for name in names}
+def test_hostile_input_ends_in_one_line(tiny_base, adapter, config_file, tmp_path):
+    found = {}
+    for number, name in enumerate((*QUICK_BASES, *QUICK_ADAPTERS, *QUICK_ROWS)):
+        folder = tmp_path / str(number)
+        if name in QUICK_BASES:
+            found[name] = mistakes_with_base(folder, tiny_base, name)
+        elif name in QUICK_ADAPTERS:
+            found[name] = mistakes_with_adapter(folder, adapter, name, "generate")
+        else:
+            found[name] = mistakes_with_rows(folder, config_file, name)
     assert {name: mistakes for name, mistakes in found.items() if mistakes} == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CORPUS)
-def test_every_hostile_base_ends_in_one_line(zygote, tiny_base, name):
-    assert mistakes_with(zygote, tiny_base, name) == []
+@pytest.mark.parametrize("name", BASES)
+def test_every_hostile_base_ends_in_one_line(tiny_base, tmp_path, name):
+    assert mistakes_with_base(tmp_path, tiny_base, name) == []
 
 
-def test_configuration_bombs_end_in_one_line(zygote, config_file, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["generate", "merge"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_hostile_adapter_ends_in_one_line(adapter, tmp_path, name, command):
+    assert mistakes_with_adapter(tmp_path, adapter, name, command) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_hostile_row_ends_in_one_line(config_file, tmp_path, name):
+    assert mistakes_with_rows(tmp_path / "rows", config_file, name) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_hostile_run_ends_in_one_line(run_folder, tmp_path, name):
+    assert mistakes_with_run(tmp_path, run_folder, name) == []
+
+
+@pytest.mark.slow
+def test_configuration_bombs_end_a_command_in_one_line(config_file, tmp_path):
     for override in OVERRIDES:
-        outcome = zygote.run("plan", "--config", str(config_file), override)
+        outcome = run_watched(tmp_path, "plan", "--config", str(config_file), override)
         assert (override, outcome.mistakes((2,))) == (override, [])
+
+
+def test_configuration_bombs_are_refused(config_file, tmp_path):
+    for override in OVERRIDES:
+        with pytest.raises(ConfigError):
+            build_ds_config(load_config(["--config", str(config_file), override]))
     for change in SECTIONS:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
-        outcome = zygote.run("plan", "--config", str(config_file), f"deepspeed={path}")
-        # `plan` reads the file as the run does
-        assert (change, outcome.mistakes((2,))) == (change, [])
+        with pytest.raises(ConfigError) as refused:
+            build_ds_config(load_config(["--config", str(config_file), f"deepspeed={path}"]))
+        assert next(iter(change)).split(".")[0] in str(refused.value)
 
 
 KEYS = st.sampled_from([*Config.model_fields, "lora.r", "lora.x", "run.name", "data.train", "y"])
