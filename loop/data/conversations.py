@@ -17,6 +17,7 @@ from .soap import has_all_sections, soap_messages
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED_COLUMNS = 12
+NAME = r"[^\s\ud800-\udfff]{1,100}"  # of an example; half a surrogate pair is no character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
     numbered = key is None
     if numbered:
         key = row.default_id
-    if not isinstance(key, (str, int)) or not re.fullmatch(r"[^\s]{1,100}", str(key)):
+    if not isinstance(key, (str, int)) or not re.fullmatch(NAME, str(key)):
         raise BadRow(
             "its id must be a number, or 1 to 100 characters without a space: check data.columns.id"
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet
 
 from ..config.schema import ROOT, Config, ConfigError, DataConfig
+from ..untrusted.datasets import check_data_folder
 
 if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
     import datasets
@@ -195,6 +196,8 @@ def open_dataset(source: str, split: str) -> "datasets.Dataset":
     Raises ConfigError naming the source.
     """
     path, name, source_split = locate(source, split)
+    if path.is_dir():
+        check_data_folder(f"data.{split}={source}", path)
     try:
         return _load_dataset(str(path) if path.exists() else name, source_split)
     except Exception as error:  # each of the library's readers raises its own exceptions

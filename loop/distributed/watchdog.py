@@ -69,8 +69,8 @@ class Watchdog:
         self.ranks = ranks
         self.stall_seconds = 60 * run.stall_timeout_minutes
         self.heartbeat_seconds = 60 * run.heartbeat_timeout_minutes
-        # Of each rank: its last time by its own clock, and when this rank read that by its clock.
-        self.last_beats: dict[int, tuple[float, float]] = {}
+        # Of each rank: when its file was written, and when this rank read that by its own clock.
+        self.last_beats: dict[int, tuple[int, float]] = {}
         self.me = {
             "rank": ranks.rank,
             "pid": os.getpid(),
@@ -112,12 +112,18 @@ class Watchdog:
         return self.folder / f"rank-{rank}.json"
 
     def _write(self, path: Path, **more) -> None:
-        """Writes this rank's heartbeat, and `more`, to a file; complete or not at all."""
-        with contextlib.suppress(OSError):  # a full disk must not end the run
+        """Writes this rank's heartbeat, and `more`, to a file; complete or not at all.
+
+        A full disk must not end the run: the time of the last heartbeat is a sign of life as well.
+        """
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self._file(self.ranks.rank).with_suffix(".writing")
             temporary.write_text(json.dumps(self._my_beat() | more))
             temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.utime(path)
 
     def _my_beat(self) -> dict:
         now = time.monotonic()
@@ -128,7 +134,7 @@ class Watchdog:
         beats = []
         for path in paths:
             with contextlib.suppress(OSError, ValueError):
-                beats.append(json.loads(path.read_text()))
+                beats.append(json.loads(path.read_text()) | {"written": path.stat().st_mtime_ns})
         return [
             beat
             for beat in beats
@@ -149,8 +155,8 @@ class Watchdog:
         # One that ended with an error may have done so for one that just died: look at it last.
         for beat in sorted(beats, key=lambda beat: "ended" in beat):
             rank, host = beat["rank"], beat["host"]
-            if beat["alive"] != self.last_beats.get(rank, (0, 0))[0]:
-                self.last_beats[rank] = beat["alive"], now
+            if beat["written"] != self.last_beats.get(rank, (0, 0))[0]:
+                self.last_beats[rank] = beat["written"], now
             if "lost" in beat:
                 return beat["lost"]
             if "ended" in beat:
@@ -187,7 +193,7 @@ class Watchdog:
         if beat["host"] == self.me["host"]:
             return now - beat["alive"]
         last = self.last_beats.get(beat["rank"])
-        return now - last[1] if last and last[0] == beat["alive"] else 0.0
+        return now - last[1] if last and last[0] == beat["written"] else 0.0
 
     def _last_words(self, reason: str) -> str:
         return (
