@@ -40,8 +40,10 @@ AT_IMPORT = (
     *("BNB", "CUDA", "DS_", "HF_", "KMP", "LANG", "LC_", "LD_", "MKL", "NUMEXPR", "OPENBLAS"),
     *("PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "XDG"),
 )
-# What means nothing to them: PYTHONPATH is that of a fork, and GPUs need a driver.
-APART = {"PYTHONPATH"} | (set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"})
+# What means nothing to them: a fork has its own path, and GPUs need a driver.
+APART = {"PYTHONPATH", "PYTHONSAFEPATH"} | (
+    set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"}
+)
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 PR_SET_PDEATHSIG = 1
 
@@ -175,7 +177,7 @@ def be_python(request: dict, client: str, installed: list[str]) -> None:
     sys.executable = client
     own = {"-m": os.getcwd(), "-c": ""}.get(first, os.path.dirname(first))
     paths = python_path(env)
-    sys.path[:] = [own, *paths, *installed]
+    sys.path[:] = [*([] if env.get("PYTHONSAFEPATH") else [own]), *paths, *installed]
     if any(Path(path, "sitecustomize.py").exists() for path in paths):
         sys.modules.pop("sitecustomize", None)
         importlib.import_module("sitecustomize")
