@@ -37,7 +37,7 @@ def start(folder: Path, steps: int) -> subprocess.Popen:
         *(f"data.train={folder / 'rows.jsonl'}", "data.valid=null", "data.test=null"),
         *("max_seq_len=256", "batch_size=1", "epochs=10000", f"max_steps={steps}"),
         *(f"run.dir={folder}", "run.name=soak", "run.save_steps=500", "run.export=none"),
-        *("monitor.sample_notes=0", "warmup_steps=0"),
+        *("monitor.sample_notes=[]", "warmup_steps=0"),
     ]
     config = ROOT / "loop/configs/embedded.yaml"
     command = [str(ROOT / "launch.sh"), "train", "--gpus", "2", "--config", str(config), *settings]
