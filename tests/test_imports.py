@@ -27,7 +27,7 @@ FLOORS = (
     {"checkpoint"},
     {"monitor", "export"},
     {"train"},
-    {"commands", "bases"},
+    {"commands", "bases", "sweep"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 MOST_MODULES = 12

@@ -22,7 +22,7 @@ from ..evaluation.scoring import as_table
 from ..export.audit import WEIGHTS, AuditError, check_adapter
 from ..export.card import record_evaluation
 from ..generation.notes_file import digest
-from ..generation.prompt import check_prompt
+from ..generation.prompt import check_prompt, task_of
 from ..kernels.attention import AttentionError
 from ..model.loading import load_tokenizer
 from ..model.lora import read_adapter
@@ -33,7 +33,7 @@ from .canaries import main as measure_canaries
 
 def take_evaluation_options(args: list[str]) -> EvaluationOptions:
     """The command's own options, taken out of `args`. Raises ConfigError."""
-    names = ("--adapter", "--notes", "--predictions", "--reference", "--html")
+    names = ("--adapter", "--notes", "--predictions", "--reference", "--html", "--compare")
     taken = take_options(args, dict.fromkeys(names) | {"--split": "test"})
     split = taken["--split"]
     num_notes = taken["--notes"]
@@ -48,6 +48,7 @@ def take_evaluation_options(args: list[str]) -> EvaluationOptions:
         predictions=taken["--predictions"],
         reference=taken["--reference"],
         html=taken["--html"],
+        compare=tuple(filter(None, (taken["--compare"] or "").split(","))),
     )
 
 
@@ -74,7 +75,9 @@ def choose_weights(config: Config, options: EvaluationOptions) -> tuple[Config, 
         # The rounding of the base that it was trained on, whatever the configuration says.
         trained_on = read_adapter(adapter)
         keys = ("method", "double_quant", "revision")
-        config = config.model_copy(update={key: trained_on[key] for key in keys})
+        update = {key: trained_on[key] for key in keys}
+        update["task"] = task_of(trained_on, config.task)
+        config = config.model_copy(update=update)
         check_adapter(adapter, config.base)
     return config, dataclasses.replace(options, adapter=adapter)
 
@@ -98,7 +101,7 @@ def own_folder(config: Config, options: EvaluationOptions) -> Path | None:
 
 
 def check_own_prompt(config: Config, options: EvaluationOptions) -> None:
-    """Raises ConfigError where the weights were trained with another prompt than this code's."""
+    """Raises ConfigError where the weights can't be asked with the prompt of their training."""
     folder = own_folder(config, options)
     if folder:
         tokenizer = load_tokenizer(config.base, config.revision)
@@ -129,7 +132,7 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     keys = ("examples", "left out", "notes", "notes reused", "notes written")
     counts = [f"{report[key]:,} {key}" for key in keys if key in report]
     print(f"{options.split}, {evaluated}: {', '.join(counts)}")
-    print(as_table(report["figures"]))
+    print(as_table(report["figures"], config.task))
 
 
 def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:

@@ -22,11 +22,10 @@ from safetensors.numpy import save_file
 from ..config.schema import Config
 from ..config.source import source_digest
 from ..distributed.files import fsync
-from .readers import digest_sources
 from .report import DatasetReport
+from .sources.locations import digest_sources
 from .tokenization import Example
 
-TENSORS = ("input_ids", "labels", "ends")
 MAX_FILES = 8  # the oldest ones above this number are removed
 
 
@@ -37,6 +36,7 @@ def cache_key(config: Config, tokenizer, split: str) -> str:
     """
     longest = [config.max_seq_len, tokenizer.model_max_length]
     settings = [split, config.data.model_dump(), longest, tokenizer.chat_template]
+    settings.append(config.task.model_dump())
     digest = hashlib.sha256(digest_sources(config))
     digest.update(json.dumps(settings).encode())
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
@@ -75,34 +75,48 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
     return lock
 
 
-def content_hash(tensors: dict[str, np.ndarray], about: str) -> str:
-    """SHA-256, in hex, of all that a cache file holds."""
-    digest = hashlib.sha256(about.encode())
-    for name in TENSORS:
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
+def content_hash(*tensors: np.ndarray) -> str:
+    """SHA-256, in hex, of what a cache file holds, in any order."""
+    hashes = []
+    for tensor in tensors:
+        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+        hashes.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
 def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
-    """The examples and their report; None where the file is missing or damaged."""
+    """The examples and their report; None where the file is missing or damaged.
+
+    Their tokens are views of the file, so all ranks of a machine share them in its page cache.
+    """
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata()
-            about = json.loads(metadata["about"])
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-        if metadata["sha256"] != content_hash(tensors, metadata["about"]):
+        with safe_open(path, "np") as file:  # it checks the header and the file's size
+            about, ends = file.get_tensor("about"), file.get_tensor("ends")
+            digest = file.metadata()["sha256"]
+        input_ids, labels = (_map_tensor(path, name) for name in ("input_ids", "labels"))
+        if digest != content_hash(about, ends, input_ids, labels):
             return None
+        about = json.loads(about.tobytes())
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     os.utime(path)  # the files used last are the ones that stay
     columns = zip(
         about["ids"],
-        np.split(tensors["input_ids"], tensors["ends"][:-1]),
-        np.split(tensors["labels"], tensors["ends"][:-1]),
+        np.split(input_ids, ends[:-1]),
+        np.split(labels, ends[:-1]),
         about["weights"],
     )
     return [Example(*column) for column in columns], DatasetReport(**about["report"])
+
+
+def _map_tensor(path: Path, name: str) -> np.ndarray:
+    """A tensor of int32 in a safetensors file, read-only, which is read where it is used."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(header_size))[name]["data_offsets"]
+    offset, count = 8 + header_size + start, (end - start) // 4
+    return np.asarray(np.memmap(path, np.int32, "r", offset, (count,)))
 
 
 def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> None:
@@ -121,12 +135,12 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
         "input_ids": np.concatenate([e.input_ids for e in examples]),
         "labels": np.concatenate([e.labels for e in examples]),
         "ends": np.cumsum([len(e) for e in examples]),
+        # A tensor, because a header of safetensors holds at most 100 MB: some million ids.
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
     }
     unfinished = path.with_suffix(".writing")
-    text = json.dumps(about)
-    metadata = {"about": text, "sha256": content_hash(tensors, text)}
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, unfinished, metadata=metadata)
+        save_file(tensors, unfinished, metadata={"sha256": content_hash(*tensors.values())})
         fsync(unfinished)
         unfinished.rename(path)
         fsync(path.parent)

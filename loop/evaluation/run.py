@@ -13,8 +13,9 @@ import deepspeed
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
-from ..data.conversations import Conversation, dialogue_text, read_split
+from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
+from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
@@ -26,12 +27,13 @@ from ..kernels.attention_backends import choose_backend
 from ..model.loading import load_model, load_model_config, load_tokenizer
 from ..model.quantization import compute_dtype
 from ..model.structure import attention_shape
-from .baselines import score_with_baselines
+from .baselines import rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
 from .scoring import Row, as_table, interval, ratio, unsupported
 
 GOES_ON = "the same command goes on"
+REFERENCE = "reference"  # in the place of a file to compare with: the reference notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class EvaluationOptions:
     predictions: str | None = None  # a file whose notes are scored instead, without a model
     reference: str | None = None  # the column to score against; None: the note's
     html: str | None = None  # where a page with the notes is written
+    compare: tuple[str, ...] = ()  # files of other systems' notes for the page; REFERENCE
     # What writes the notes, beside `generation` and the prompts: base, adapter, storage.
     by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -72,6 +75,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     reference_config = with_reference(config, options.reference)
     conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
     train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
+    compared = read_compared(options, conversations)
     if options.predictions:
         report: dict = {"figures": {}}
         ids = list(conversations)[: options.num_notes]
@@ -82,13 +86,16 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         ids = list(notes)
     if ids:
         chosen = [conversations[id] for id in ids]
-        rows, metrics = score_with_baselines(chosen, notes, train, ranks)
+        rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
         report["unsupported"] = list_unsupported(rows)
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
-            write_page(Path(options.html), title, rows, as_table(report["figures"]))
+            others = {name: rows_of(chosen, theirs) for name, theirs in compared.items()}
+            about = describe(config, options)
+            table = as_table(report["figures"], config.task)
+            write_page(Path(options.html), title, rows, table, about, others)
     return report if ranks.is_main else {}
 
 
@@ -117,12 +124,46 @@ def evaluate_model(
             "left out": dataset_report.rows - dataset_report.kept,
         }
         notes = generate_sharded(
-            engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
+            engine,
+            tokenizer,
+            sampled,
+            config.generation,
+            ranks,
+            stop,
+            kept=kept,
+            task=config.task,
         )
         if kept:
             report |= finish_notes(kept, notes, ids, stop)
     report["generation"] = config.generation.model_dump(mode="json")
     return report, notes, ranks
+
+
+def read_compared(
+    options: EvaluationOptions, conversations: dict[str, Conversation]
+) -> dict[str, dict[str, Note]]:
+    """The notes that the page shows beside the evaluated ones: {file: {id: note}}.
+
+    Raises ConfigError. conversations: of the split, by id.
+    """
+    ids = list(conversations)[: options.num_notes]
+    return {
+        name: {id: Note(note_text(conversations[id]), None, False) for id in ids}
+        if name == REFERENCE
+        else read_predictions(name, ids, "--compare")
+        for name in options.compare
+    }
+
+
+def describe(config: Config, options: EvaluationOptions) -> dict[str, str]:
+    """What wrote the notes and how, as the page shows it."""
+    about = {"notes by": options.predictions or options.adapter or f"{config.base}, no adapter"}
+    if not options.predictions:
+        settings = config.generation.model_dump(mode="json")
+        about |= {"base": config.base, "storage": str(config.quantization or "16 or 32 bits")}
+        about["generation"] = ", ".join(f"{name}={value}" for name, value in settings.items())
+    about["reference"] = f"column {options.reference or config.data.columns.get('note', 'note')}"
+    return about
 
 
 def check_options(config: Config, options: EvaluationOptions) -> None:
@@ -132,11 +173,13 @@ def check_options(config: Config, options: EvaluationOptions) -> None:
     if not is_set:
         hint = "; --split valid takes the share that was held out" if data.valid_fraction else ""
         raise ConfigError(f"data.{options.split} is not set{hint}")
-    if options.reference and "messages" in data.columns:
+    if options.reference and "note" not in data.columns:
         raise ConfigError(
             f"--reference {options.reference}: data.columns maps messages, which hold the note "
             "already; map dialogue and note"
         )
+    if options.compare and not options.html:
+        raise ConfigError("--compare: the page shows them; name it with --html FILE")
     if options.html and not Path(options.html).resolve().parent.is_dir():
         raise ConfigError(f"--html {options.html}: there is no such folder")
 
@@ -208,6 +251,8 @@ def open_notes(
         prompts.update(json.dumps([example.id, prompt_of(example).tolist()]).encode())
     generation = config.generation.model_dump(mode="json")
     by = options.by | {"generation": generation, "prompts": prompts.hexdigest()[:16]}
+    if config.generation.forced_headings and config.task.headings != SOAP.headings:
+        by["headings"] = [*config.task.headings]
     name = f"notes-{digest(json.dumps(by, sort_keys=True))[:8]}.jsonl"
     folder = config.folder / "evaluate" / options.split
     with contextlib.closing(KeptNotes(folder / name, dialogues, by, ranks)) as kept:

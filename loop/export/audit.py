@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -24,10 +25,11 @@ from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.files import sha256
+from ..distributed.timeline import part
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
-from ..model.lora import WEIGHTS, is_as_written, read_adapter
+from ..model.lora import WEIGHTS, describe_start, is_as_written, read_adapter
 
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
@@ -112,13 +114,17 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
 
     It has the base's name and fingerprint, how the base was stored while the adapter was trained on
     it (generation, merging and audits store it alike), how the run's own notes were written, the
-    prompt (None where the rows brought their own), and the hash of the adapter's weights.
+    prompt (None where the rows brought their own), the adapters that it was trained on from, and
+    the hash of the adapter's weights.
     dtype: of the adapter; weights: its file, or None for a full model.
     """
     dtype_name = str(dtype).removeprefix("torch.")
-    own_prompts = "messages" in config.data.columns or config.data.supervise == "all"
+    own_prompts = (
+        bool({"messages", "conversations"} & set(config.data.columns))
+        or config.data.supervise == "all"
+    )
     tokenizer = load_tokenizer(config.base, config.revision)
-    described = {
+    described: dict[str, Any] = {
         "base": config.base,
         "revision": config.revision,
         "base_fingerprint": base_fingerprint(config.base, config.revision),
@@ -127,9 +133,11 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
         "double_quant": config.double_quant,
         "dtype": dtype_name,
         "generation": config.generation.model_dump(mode="json"),
-        "prompt": None if own_prompts else describe_prompt(tokenizer),
+        "prompt": None if own_prompts else describe_prompt(tokenizer, config.task),
         "max_seq_len": config.max_seq_len,
     }
+    if config.adapter:
+        described["started_from"] = describe_start(config.adapter)
     return described | {"sha256": sha256(weights)} if weights else described
 
 
@@ -198,6 +206,37 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
 # ------------------------------------------------------------------ the loss
 
 
+_started: list[subprocess.Popen] = []  # the process that waits for its request, if there is one
+
+
+def start_standalone_process() -> None:
+    """Starts the process of `standalone_loss` ahead of time, so that its imports are done by then.
+
+    It takes neither a GPU nor a core while it waits, and ends when this process does.
+    """
+    script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    _started.append(
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
+            env=environment,
+        )
+    )
+
+
+def stop_standalone_process() -> None:
+    """Ends the process if one still waits, as in a run that ends without its audit."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.communicate()
+
+
 def standalone_loss(folder: Path, examples: list[Example], device, timeout: float) -> float | str:
     """The mean loss of examples in a process that gets the text of standalone_loss.py.
 
@@ -205,33 +244,30 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     could not be measured (no memory, no time, a signal), the reason. timeout: in seconds. Raises
     AuditError when transformers and PEFT can't load the folder.
     """
-    script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
     # By a pipe: patients' words stay off the disk.
-    rows = json.dumps([(e.input_ids.tolist(), e.labels.tolist()) for e in examples])
-    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
     try:
-        process = subprocess.run(
-            [sys.executable, "-c", script, str(folder.absolute()), str(device)],
-            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
-            input=rows,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-        )
+        if not _started:
+            start_standalone_process()
+        process = _started[-1]
+        request = json.dumps([str(folder.absolute()), str(device), rows])
+        answer, errors = process.communicate(request, timeout=timeout)
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
+    finally:
+        stop_standalone_process()
     if process.returncode == 0:
-        return float(process.stdout.split()[-1])
+        return float(answer.split()[-1])
     if process.returncode < 0:
         return f"signal {-process.returncode}"
     no_memory = r"out ?of ?memory|busy or unavailable|ALLOC_FAILED"
-    if re.search(no_memory, process.stderr, re.IGNORECASE):
+    if re.search(no_memory, errors, re.IGNORECASE):
         return "not enough memory beside the run"
-    last_line = (process.stderr.strip().splitlines() or ["nothing"])[-1]
+    last_line = (errors.strip().splitlines() or ["nothing"])[-1]
     raise AuditError(f"transformers and PEFT cannot load it ({last_line[:160]})")
 
 
+@part("audit")
 def audit_loss(
     folder: Path, examples: list[Example], loss: float, device, timeout: float = 300
 ) -> dict:
