@@ -136,6 +136,8 @@ PATH=$(dirname "$(command -v "$py")"):$PATH # DeepSpeed looks for ninja there
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 export PATH PYTHONPATH TOKENIZERS_PARALLELISM
+# From Python 3.11 on, no module is imported from the folder where one stands.
+[[ " test bench break " == *" $command "* ]] || export PYTHONSAFEPATH=1
 
 gpus="" # the numbers of the GPUs to use
 driver_is_silent() { command -v nvidia-smi >/dev/null && grep -qs 0x10de /sys/bus/pci/devices/*/vendor; }

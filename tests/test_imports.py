@@ -13,7 +13,9 @@ LOOP = ROOT / "loop"
 # loop/train.py.
 FLOORS = (
     {"config", "facts"},
-    {"distributed", "data"},
+    {"untrusted"},
+    {"distributed"},
+    {"data"},
     {"kernels"},
     {"optim"},
     {"memory"},

@@ -71,13 +71,17 @@ def lock_folder(folder: Path) -> TextIO:
     An earlier run gets LOOP_GRACE_SECONDS (120) to end: the ranks of a run whose launcher was
     killed save before they go. Raises TimeoutError when it is still there then.
     """
-    file = (folder / LOCK).open("w")
+    file = _open_lock(folder)
     end = time.monotonic() + float(os.environ.get("LOOP_GRACE_SECONDS") or 120)
     announced = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            if _is_at(file, folder / LOCK):
+                return file
+            # The folder was moved aside meanwhile: what is locked is another run's now.
+            file.close()
+            file = _open_lock(folder)
         except BlockingIOError:
             if time.monotonic() > end:
                 raise TimeoutError from None
@@ -87,6 +91,20 @@ def lock_folder(folder: Path) -> TextIO:
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return file
+
+
+def _open_lock(folder: Path) -> TextIO:
+    """The lock file, made with its folder if need be; a link is not followed (OSError)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """True where the path leads to this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +119,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def whole_lines(log: str) -> list[dict]:
+    """The lines of metrics.jsonl that are whole: a crash may have torn some."""
+    lines = []
+    for text in log.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
 def lines_to_keep(log: str, first_step: int, evaluated: bool) -> list[dict]:
     """The lines of metrics.jsonl that a run resumed after `first_step` keeps, for one curve.
 
@@ -109,10 +138,9 @@ def lines_to_keep(log: str, first_step: int, evaluated: bool) -> list[dict]:
     """
     if not first_step:
         return []
-    lines = [json.loads(line) for line in log.splitlines() if line.endswith("}")]
     return [
         line
-        for line in lines
+        for line in whole_lines(log)
         if line["step"] < first_step
         or (line["step"] == first_step and (evaluated or "eval/loss" not in line))
     ]
@@ -123,10 +151,18 @@ def as_markdown(texts: dict[str, str]) -> str:
     return "\n\n".join(f"## {key}\n\n{text}" for key, text in texts.items()) + "\n"
 
 
+def read_report(folder: Path) -> dict:
+    """What report.json holds; {} where it is absent or torn."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        report = json.loads((folder / "report.json").read_text())
+        if isinstance(report, dict):
+            return report
+    return {}
+
+
 def write_report(folder: Path, metrics: dict) -> dict:
     """Adds metrics to the run's report.json and returns all that it holds then."""
     path = folder / "report.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    report = earlier | metrics
+    report = read_report(folder) | metrics
     write_atomically(path, json.dumps(report, indent=2) + "\n")
     return report

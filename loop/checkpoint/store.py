@@ -6,6 +6,7 @@ and renamed, so one with its final name is complete. `newest` and `best` are sym
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,9 @@ from ..distributed.watchdog import set_activity
 from ..evaluation.choosing import Choice
 from ..zero3.optimizer_state import MASTER
 
+# What reading a damaged checkpoint raises.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+SEAL = {"sealed", "sha256"}  # of a manifest
 Manifest = (
     dict  # of JSON's types; `TrainState.to_manifest` and `Checkpointer.save` say what is in it
 )
@@ -56,7 +60,7 @@ class CheckpointStore:
             path = temporary / f"state-{number:05d}.safetensors"
             save_file(tensors, path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        (temporary / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+        (temporary / "manifest.json").write_text(sealed(manifest | {"files": files}))
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         final = self.folder / f"step-{step:06d}"
@@ -81,7 +85,7 @@ class CheckpointStore:
         for path in reversed(self.finished()):
             try:
                 return path, verified_manifest(path), notes
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except UNREADABLE as error:
                 self.corrupt.add(path.name)
                 notes.append(f"{path.name} passed over: {error}")
         return None, {}, notes
@@ -94,7 +98,7 @@ class CheckpointStore:
         while path := self._best_of([p for p in self.finished() if p.name not in self.corrupt]):
             try:
                 return path, verified_manifest(path)
-            except (OSError, ValueError, KeyError, TypeError):
+            except UNREADABLE:
                 self.corrupt.add(path.name)
         return None, {}
 
@@ -105,7 +109,7 @@ class CheckpointStore:
         """
         manifest = json.loads((path / "manifest.json").read_text())
         temporary = path / ".manifest.json"
-        temporary.write_text(json.dumps(manifest | changes))
+        temporary.write_text(sealed(manifest | changes))
         fsync(temporary)
         temporary.replace(path / "manifest.json")
         fsync(path)
@@ -161,15 +165,35 @@ def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 
-def verified_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint whose files have their recorded sizes and hashes.
+def sealed(manifest: Manifest) -> str:
+    """The manifest as JSON, with a hash of all that it says."""
+    manifest = {key: value for key, value in manifest.items() if key not in SEAL}
+    return json.dumps(manifest | {"sealed": True, "sha256": _hash_of(manifest)})
 
-    Raises OSError, KeyError, TypeError or ValueError where they do not.
+
+def _hash_of(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def verified_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint that is what was written, as its files are.
+
+    Those of older runs have no hash of their own, of their files alone. Raises one of UNREADABLE
+    where something differs.
     """
     manifest = json.loads((path / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("manifest.json is not what was written")
+    # One changed byte can't take away both keys.
+    if SEAL & manifest.keys():
+        facts = {key: value for key, value in manifest.items() if key not in SEAL}
+        if manifest.get("sha256") != _hash_of(facts):
+            raise ValueError("manifest.json is not what was written")
     for name, recorded in manifest["files"].items():
         set_activity(f"checking {path.name}")
         file = path / name
+        if Path(name).name != name or file.is_symlink():
+            raise ValueError(f"{name[:60]!r} is no file of the checkpoint's own")
         if file.stat().st_size != recorded["bytes"] or sha256(file) != recorded["sha256"]:
             raise ValueError(f"{name} is not what was written")
     return manifest

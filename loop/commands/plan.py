@@ -4,13 +4,13 @@ It shows what is left out, steps, tokens, fill, time, whether the run fits the G
 lengths of the examples and the learning rate.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from ..checkpoint.run_dir import read_report
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
@@ -65,9 +65,8 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
     Without `tokens_per_second` it is the speed of the last finished run of this name.
     """
     rate, source = tokens_per_second, "as given"
-    report = config.folder / "report.json"
-    if rate is None and report.is_file():
-        rate = json.loads(report.read_text()).get("train/tokens_per_second")
+    if rate is None:
+        rate = read_report(config.folder).get("train/tokens_per_second")
         source = f"as measured in {config.folder}"
     if not rate:
         return "time        not known before a first run; give --tokens-per-second N"
@@ -79,8 +78,7 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
 
 def describe_parts(config: Config) -> str:
     """Where the seconds of the last run of this name went, a line for each part."""
-    path = config.folder / "report.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
+    report = read_report(config.folder)
     if not report.get("time"):
         return "parts       not known before a first run of this name"
     start, whole = report.get("time_to_first_step", {}), report["time"]

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config.cli import load_config, take_options
+from ..config.cli import load_config, printable, take_options
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec, plan_run, split_step
 from ..data.conversations import Conversation, read_split
 from ..data.dataset import load_examples, visit_weights
 from ..data.tokenization import IGNORE, Example, encode
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
+from ..distributed.hosts import is_number
 from ..model.loading import load_tokenizer
 from ..monitor.quiet import quiet_libraries
 
@@ -193,7 +194,7 @@ def pack_step(examples: list[Example], step: str, config: Config) -> list[list[E
     """The packed rows of a step of the run on one rank. step: as it was typed."""
     lengths = np.array([len(e) for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))
-    if not step.isdigit() or int(step) >= len(plan):
+    if not is_number(step) or int(step) >= len(plan):
         raise ConfigError(f"--step {step}: must be a whole number below {len(plan)}")
     size = config.micro_batch_size
     if size == "auto":
@@ -216,8 +217,10 @@ def show(examples: list[Example], rows: list[list[Example]], tokenizer) -> None:
 def preview(args: list[str]) -> None:
     """Raises ConfigError for a mistake in `args`, or where an example fails a check."""
     options = take_options(args, {"--rows": "1", "--id": None, "--step": None, "--html": None})
-    if not options["--rows"].isdigit() or options["--rows"] == "0":
-        raise ConfigError(f"--rows {options['--rows']}: must be a whole number of at least 1")
+    if not is_number(options["--rows"]) or int(options["--rows"]) == 0:
+        raise ConfigError(
+            f"--rows {printable(options['--rows'])}: must be a whole number of at least 1"
+        )
     config = load_config(args)
     tokenizer = load_tokenizer(config.base, config.revision)
     examples, report = load_examples(config, tokenizer, "train")

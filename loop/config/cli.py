@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from .device import uses_gpu
+from .plain_yaml import read_yaml
 from .schema import ROOT, Config, ConfigError
 
 RENAMED = {  # old key -> its name now
@@ -67,22 +68,33 @@ def load_config(argv: list[str]) -> Config:
     environment says the same. Raises ConfigError with one line that names the key.
     """
     args = [arg for arg in argv if not arg.startswith("--local_rank")]
-    path = Path(take_options(args, {"--config": None})["--config"] or default_config_path())
+    given = take_options(args, {"--config": None})["--config"]
+    if given == "":
+        raise ConfigError("--config: its value is empty")
+    path = Path(given or default_config_path())
     tree = read_config_file(path)
     for arg in args:
         apply_override(tree, arg)
     try:
         return Config(**tree)
     except ValidationError as error:
-        raise ConfigError(
-            f"{describe_first_mistake(error)} ({path.name} or the command line)"
-        ) from error
+        mistake = describe_first_mistake(error)
+    except (TypeError, ArithmeticError, RecursionError) as error:  # of a value that no check met
+        mistake = f"a value can't be used ({type(error).__name__}: {str(error)[:100]})"
+    raise ConfigError(printable(f"{mistake} ({path.name} or the command line)"))
+
+
+def printable(text: str, most: int = 600) -> str:
+    """The text in one line that a terminal can show: other characters as escapes, `most` of all."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else f"{line[: most - 150]} ... {line[-140:]}"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The YAML mapping in a file, with keys under their names of today. Raises ConfigError."""
     try:
-        tree = yaml.safe_load(path.read_text("utf-8")) or {}
+        tree = read_yaml(path.read_text("utf-8"))
+        tree = {} if tree is None else tree
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -126,7 +138,7 @@ def apply_override(tree: dict[str, Any], arg: str) -> None:
     """Sets the value of one `key=value` argument in the tree. Raises ConfigError."""
     key, separator, value = arg.partition("=")
     if not separator or key.startswith("-"):
-        raise ConfigError(f"{arg}: not understood; write --config FILE or key=value")
+        raise ConfigError(f"{printable(arg)}: not understood; write --config FILE or key=value")
     if key in RENAMED:
         raise ConfigError(f"{key} is {RENAMED[key]} now")
     *sections, last = key.split(".")
@@ -136,9 +148,10 @@ def apply_override(tree: dict[str, Any], arg: str) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
     try:
-        section[last] = yaml.safe_load(value)
+        section[last] = read_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={value}: not a YAML value") from error
+        problem = str(getattr(error, "problem", error)).splitlines()[0]
+        raise ConfigError(printable(f"{key}={value[:60]}: not a YAML value: {problem}")) from error
 
 
 def describe_first_mistake(error: ValidationError) -> str:
@@ -154,8 +167,17 @@ def describe_first_mistake(error: ValidationError) -> str:
     if not key:
         return what
     value = first["input"]
-    shown = f"={value!r}" if isinstance(value, (str, int, float)) else ""
+    shown = f"={short(value)}" if isinstance(value, (str, int, float)) else ""
     return f"{key}{shown}: {what}"
+
+
+def short(value) -> str:
+    """A value as Python writes it, 60 characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of too many digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def key_of(mistake) -> str:

@@ -5,10 +5,14 @@ run's YAML owns everything else. A key that stood in both would have to be chang
 so it is refused here. So is what would give wrong numbers silently.
 """
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from .cli import describe_first_mistake, printable, short
 from .schema import ROOT, Config, ConfigError
 
 OWNED_BY_THE_RUN = {  # DeepSpeed's key -> the keys of the run's configuration
@@ -20,6 +24,34 @@ OWNED_BY_THE_RUN = {  # DeepSpeed's key -> the keys of the run's configuration
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "activation_checkpointing": "gradient_checkpointing",
 }
+# DeepSpeed takes any other key in silence, and does nothing with it.
+KNOWN = {
+    "activation_checkpointing", "aio", "allgather_size", "amp", "autotuning", "bf16", "bfloat16",
+    "checkpoint", "comet", "comms_logger", "communication_data_type", "compile",
+    "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types",
+    "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state", "elasticity",
+    "expert_parallel", "flops_profiler", "fp16", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "hybrid_engine", "log_level", "memory_breakdown", "optimizer",
+    "prescale_gradients", "progressive_layer_drop", "quantize_training", "scheduler",
+    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
+SECTIONS = {
+    "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile",
+    "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types",
+    "elasticity", "expert_parallel", "flops_profiler", "fp16", "hybrid_engine", "tensor_parallel",
+    "tensorboard", "timers", "torch_autocast", "wandb", "zero_optimization",
+}  # fmt: skip
+SWITCHES = {
+    "disable_allgather", "disable_python_gc", "dump_state", "memory_breakdown",
+    "prescale_gradients", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+DTYPES = ("fp32", "fp16", "bf16")
+MOST_BYTES = 2**20
 QUANTIZED_WEIGHTS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 
 
@@ -30,13 +62,18 @@ def build_ds_config(config: Config) -> dict[str, Any]:
     """
     path = ROOT / config.deepspeed  # an absolute path stays as it is
     try:
-        ds_config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed={config.deepspeed}: {error}") from error
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+        ds_config = json.loads(path.read_text("utf-8"), object_pairs_hook=_with_unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = printable(str(error).splitlines()[0])
+        raise ConfigError(f"deepspeed={printable(config.deepspeed)}: {reason}") from error
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path.name}: must hold one JSON object")
     _check_owners(ds_config, path)
+    _check_types(ds_config, path)
     _check_numbers(ds_config, path, config)
+    check_sections(ds_config, path)
     # Left out, the throughput timer waits for the GPU before each micro-batch.
     timers = ds_config.get("timers", {"throughput": {"enabled": False}})
     return {
@@ -61,6 +98,66 @@ def _check_owners(ds_config: dict[str, Any], path: Path) -> None:
         raise ConfigError(f'{path.name}: "auto" is not filled in by anybody here; write the value')
 
 
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, _ in pairs:
+        if sum(key == other for other, _ in pairs) > 1:
+            raise ValueError(f"the key {key[:60]!r} is there twice")
+    return dict(pairs)
+
+
+def _check_types(ds_config: dict[str, Any], path: Path) -> None:
+    """Refuses unknown keys, and values that are not of DeepSpeed's types."""
+    for key, value in ds_config.items():
+        if key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, 1)
+            hint = f"; is {near[0]} meant?" if near else ""
+            raise ConfigError(printable(f"{path.name}: unknown key {key}{hint}"))
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ConfigError(f"{path.name}: {key}={short(value)}: must be an object")
+        if key in SWITCHES and not isinstance(value, bool):
+            raise ConfigError(f"{path.name}: {key}={short(value)}: must be true or false")
+    steps = ds_config.get("steps_per_print", 1)
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ConfigError(f"{path.name}: steps_per_print={short(steps)}: must be 1 or more")
+    for section in ("bf16", "fp16", "torch_autocast"):
+        enabled = ds_config.get(section, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise ConfigError(
+                f"{path.name}: {section}.enabled={short(enabled)}: must be true or false"
+            )
+    dtype = ds_config.get("communication_data_type")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"{path.name}: communication_data_type={short(dtype)}: must be one of "
+            f"{', '.join(DTYPES)}"
+        )
+    zero = ds_config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key) or {}, dict):
+            raise ConfigError(
+                f"{path.name}: zero_optimization.{key}={short(zero[key])}: must be an object"
+            )
+
+
+def check_sections(ds_config: dict[str, Any], path: Path) -> None:
+    """DeepSpeed's own check of two sections. Raises ConfigError with the key and its value."""
+    # late: it takes a second
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+    for section, model in models.items():
+        try:
+            model(**ds_config.get(section, {}))
+        except ValidationError as error:
+            mistake = describe_first_mistake(error)
+        except Exception as error:  # DeepSpeed raises anything at a value that does not fit
+            mistake = (str(error).splitlines() or [type(error).__name__])[0]
+        else:
+            continue
+        raise ConfigError(printable(f"{path.name}: {section}.{mistake}"))
+
+
 def _check_numbers(ds_config: dict[str, Any], path: Path, config: Config) -> None:
     """Refuses what the loop can't compute with, or what would give wrong numbers silently."""
     zero = ds_config.get("zero_optimization", {})
@@ -75,7 +172,7 @@ def _check_numbers(ds_config: dict[str, Any], path: Path, config: Config) -> Non
             f"{path.name}: data_types.grad_accum_dtype must be fp32: clipping scales the "
             "accumulated slices in place"
         )
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ConfigError(
             f"{path.name}: offload_optimizer would leave the gradients on the CPU, where our "
             "clipping gets copies of them only"

@@ -5,12 +5,13 @@ DeepSpeed does with it stands in ds_config.json, see deepspeed.py. How a configu
 YAML and the command line: cli.py. help.py reads the descriptions here without importing anything.
 """
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .lora_fields import check_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,19 +251,19 @@ class RunConfig(Section):
     stall_timeout_minutes: float = Field(
         10,
         gt=0,
-        allow_inf_nan=False,
+        le=10**6,
         description="End all ranks when one stands still for so long.",
     )
     heartbeat_timeout_minutes: float = Field(
         1,
         gt=0,
-        allow_inf_nan=False,
+        le=10**6,
         description="End all ranks when nothing is heard for so long from one on another machine.",
     )
     rendezvous_timeout_minutes: float = Field(
         10,
         gt=0,
-        allow_inf_nan=False,
+        le=10**6,
         description="How long ranks wait for each other at the start.",
     )
     export: Literal["best", "last", "none"] = Field(
@@ -322,7 +323,7 @@ class GenerationSettings(Section):
 
     # A note that is cut off is lost, while a limit that no note reaches costs nothing: notes end
     # by themselves, or are ended where they run in circles.
-    max_new_tokens: int = Field(600, ge=1, description="The longest note, in tokens.")
+    max_new_tokens: int = Field(600, ge=1, le=2**20, description="The longest note, in tokens.")
     temperature: float = Field(
         0.0,
         ge=0,
@@ -372,6 +373,7 @@ class GenerationSettings(Section):
         return self
 
 
+MOST_TOKENS_PER_STEP = 2**31
 # What a run's `lora` adds to or changes.
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
@@ -406,6 +408,7 @@ class Config(Section):
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
+        allow_inf_nan=False,
         description="The lr of the B matrices over that of the A matrices (LoRA+, arXiv "
         "2402.12354).",
     )
@@ -443,11 +446,12 @@ class Config(Section):
     data: DataConfig = Field(description="The examples.")
     task: TaskConfig = Field(TaskConfig(), description="The prompt and the headings.")
     max_seq_len: int = Field(
-        2048, ge=8, description="The longest example, and the length of a row, in tokens."
+        2048, ge=8, le=2**22, description="The longest example, and the length of a row, in tokens."
     )
     batch_size: int = Field(
         8,
         ge=1,
+        le=2**20,
         description="Rows of an optimizer step, over all ranks: a step has at most batch_size * "
         "max_seq_len tokens, packed.",
     )
@@ -456,38 +460,52 @@ class Config(Section):
         description="Rows of one forward and backward pass on one rank; auto: as many as fit.",
     )
 
-    epochs: int = Field(1, ge=1, description="How often every example is visited.")
+    epochs: int = Field(1, ge=1, le=10_000, description="How often every example is visited.")
     max_steps: int | None = Field(
-        None, ge=1, description="End after so many optimizer steps, whatever the epochs."
+        None, ge=1, le=10**9, description="End after so many optimizer steps, whatever the epochs."
     )
-    lr: float = Field(1e-4, gt=0, description="The highest learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="The lowest one, at the end of a cosine cycle.")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="The highest learning rate.")
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="The lowest one, at the end of a cosine cycle.",
+    )
     lr_schedule: str = Field(
         "cosine",
         description="How the learning rate goes on after the warm-up: cosine, or a name that is "
         "added to SCHEDULES in loop/optim/schedule.py.",
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps in which lr rises linearly from 0.")
+    warmup_steps: int = Field(
+        0, ge=0, le=10**9, description="Steps in which lr rises linearly from 0."
+    )
     restart_steps: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="The length of the first cosine cycle, in steps; null: one cycle over the "
         "whole run.",
     )
     restart_mult: int = Field(
         1,
         ge=1,
+        le=10**6,
         description="Each further cycle is so many times longer (SGDR, arXiv 1608.03983).",
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Of AdamW.")
-    eps: float = Field(1e-8, gt=0, description="Of AdamW.")
+    eps: float = Field(1e-8, gt=0, le=1, description="Of AdamW.")
     optimizer: str = Field(
         "auto",
         description="fused or plain: torch's AdamW in this implementation; auto: the faster one "
         "that is right here; or a name that is added to OPTIMIZERS in loop/optim/adamw.py. 8-bit "
         "states don't fit the checkpoints, which hold fp32 moments.",
     )
-    weight_decay: float = Field(1e-4, ge=0, description="Of AdamW, decoupled from the gradient.")
+    weight_decay: float = Field(
+        1e-4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Of AdamW, decoupled from the gradient.",
+    )
     max_grad_norm: float = Field(
         1.0, gt=0, description="The global L2 norm above which a step's gradient is scaled down."
     )
@@ -509,28 +527,7 @@ class Config(Section):
     @field_validator("lora")
     @classmethod
     def _check_lora(cls, lora: dict[str, Any]) -> dict[str, Any]:
-        from peft import LoraConfig  # late: it takes seconds, which a mistyped key need not wait
-
-        known = {f.name for f in dataclasses.fields(LoraConfig)}
-        for key in lora:
-            if key not in known:
-                raise ValueError(f"unknown field {key!r} of peft.LoraConfig")
-        if isinstance(lora.get("lora_dropout"), str):  # YAML reads 1e-1 as a text
-            lora = lora | {"lora_dropout": float(lora["lora_dropout"])}
-        if not isinstance(lora.get("r", 8), int) or lora.get("r", 8) < 1:
-            raise ValueError("r must be a whole number of at least 1")
-        if not 0 <= lora.get("lora_dropout", 0) < 1:
-            raise ValueError("lora_dropout must lie in [0, 1)")
-        # DoRA needs the norm of the dense weight, and PiSSA, OLoRA, LoftQ and EVA rewrite it. A
-        # partitioned 4-bit base offers neither.
-        if lora.get("use_dora"):
-            raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
-        initial = lora.get("init_lora_weights", True)
-        if initial not in (True, False, "gaussian", "orthogonal"):
-            raise ValueError(
-                f"init_lora_weights={initial!r} rewrites the base, which stays frozen here"
-            )
-        return LORA | lora
+        return LORA | check_lora(lora)
 
     @model_validator(mode="after")
     def _check_together(self):
@@ -540,6 +537,11 @@ class Config(Section):
             raise ValueError(f"micro_batch_size={size} must lie between 1 and batch_size={most}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.batch_size * self.max_seq_len > MOST_TOKENS_PER_STEP:
+            raise ValueError(
+                f"batch_size={most} rows of max_seq_len={self.max_seq_len} are above "
+                f"{MOST_TOKENS_PER_STEP:,} tokens a step"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.adapter and self.method == "full":
@@ -548,7 +550,7 @@ class Config(Section):
                 "first"
             )
         name = Path(self.run.name)
-        if name.name in ("", "..") or name.is_absolute():
+        if name.name == "" or ".." in name.parts or name.is_absolute() or len(name.name) > 200:
             raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
         self._check_sources()
         self._check_choice()

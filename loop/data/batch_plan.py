@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from ..config.schema import Config
+from ..config.schema import Config, ConfigError
 from .bin_packing import best_fit_decreasing, ceil_div, lpt_partition
 
 
@@ -88,6 +88,8 @@ def plan_batches(
             order, examples_per_step = _pack_epoch(rng.permutation(visits), lengths, budget, rng)
             orders.append(order)
             counts.append(examples_per_step)
+            if max_steps and sum(map(len, counts)) >= max_steps:
+                break  # what comes later would be cut off
     if not orders:
         raise ValueError("the weights are so small that no epoch visits an example")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
@@ -98,10 +100,16 @@ def plan_batches(
 
 
 def plan_run(config: Config, lengths: np.ndarray, weights: np.ndarray | None) -> BatchPlan:
-    """The plan of a run by its configuration. Arguments are those of `plan_batches`."""
-    return plan_batches(
-        lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights
-    )
+    """The plan of a run by its configuration. Arguments are those of `plan_batches`.
+
+    Raises ConfigError.
+    """
+    try:
+        return plan_batches(
+            lengths, config.tokens_per_step, config.seed, config.epochs, config.max_steps, weights
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.weights={config.data.weights}: {error}") from error
 
 
 def _pack_epoch(

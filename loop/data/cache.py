@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
+from ..distributed.files import fsync
 from .report import DatasetReport
 from .sources.locations import digest_sources
 from .tokenization import Example
@@ -74,6 +75,16 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
     return lock
 
 
+def content_hash(*tensors: np.ndarray) -> str:
+    """SHA-256, in hex, of what a cache file holds, in any order."""
+    hashes = []
+    for tensor in tensors:
+        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+        hashes.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+
+
 def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
     """The examples and their report; None where the file is missing or damaged.
 
@@ -81,9 +92,12 @@ def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
     """
     try:
         with safe_open(path, "np") as file:  # it checks the header and the file's size
-            about = json.loads(file.get_tensor("about").tobytes())
-            ends = file.get_tensor("ends")
+            about, ends = file.get_tensor("about"), file.get_tensor("ends")
+            digest = file.metadata()["sha256"]
         input_ids, labels = (_map_tensor(path, name) for name in ("input_ids", "labels"))
+        if digest != content_hash(about, ends, input_ids, labels):
+            return None
+        about = json.loads(about.tobytes())
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     os.utime(path)  # the files used last are the ones that stay
@@ -126,8 +140,10 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
     }
     unfinished = path.with_suffix(".writing")
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, metadata={"sha256": content_hash(*tensors.values())})
+        fsync(unfinished)
         unfinished.rename(path)
+        fsync(path.parent)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:
             old.unlink()

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 
 from ..config.schema import ConfigError
+from ..untrusted.limits import LimitError, limited
 from .conversations import Conversation
 
 Messages = list[dict[str, str]]  # each with "role" and "content"
@@ -129,17 +130,31 @@ def render(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
 
 
 # A template's own, and what it does with a content of another type than it expects.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError)
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,  # also a lone surrogate, which is no text
+    ArithmeticError,
+)
 
 
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+    """The template is a stranger's program: it runs in a sandbox, within limits."""
     arguments: dict[str, Any] = {**THINKING_OFF, "tokenize": False}
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=_with_fixed_date(tokenizer.get_chat_template()),
-        add_generation_prompt=add_generation_prompt,
-        **arguments,
-    )
+    try:
+        with limited():
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=_with_fixed_date(tokenizer.get_chat_template()),
+                add_generation_prompt=add_generation_prompt,
+                **arguments,
+            )
+            text.encode()
+            return text
+    except LimitError as error:
+        raise ConfigError(f"the base's chat template {error}; take another base") from error
 
 
 @functools.lru_cache

@@ -5,12 +5,15 @@ Exit code 2 is a user's mistake, 1 any other failure.
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
+
+from ..config.cli import printable
 
 
 def exit_with_config_error(error: Exception) -> NoReturn:
@@ -43,6 +46,14 @@ def ignore_broken_pipe() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def print_any_text() -> None:
+    """Lets standard output and error take any character: as an escape where they can't show it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # of a fork whose stream was a file before
+                stream.reconfigure(errors="backslashreplace")
+
+
 def exit_process(code: int, message: str = "") -> NoReturn:
     """Ends this process with an exit code, after a message on stderr.
 
@@ -50,6 +61,7 @@ def exit_process(code: int, message: str = "") -> NoReturn:
     it, with a code of their own.
     """
     if message:
+        message = "\n".join(printable(line, 2000) for line in message.split("\n"))
         sys.stderr.write(message + "\n")  # one write: the lines of several ranks must not mix
     sys.stdout.flush()
     sys.stderr.flush()

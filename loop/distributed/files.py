@@ -30,12 +30,18 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that only its owner can read: killed meanwhile, it has the old text."""
+    """Writes a text file that only its owner can read: killed meanwhile, it has the old text.
+
+    It is on the disk then. A link is replaced, not followed.
+    """
     temporary = path.with_name(f".writing-{path.name}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    fsync(path.parent)
 
 
 def sha256(path: Path) -> str:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO
 
+from ..config.cli import printable
 from ..config.schema import ConfigError
 
 Hosts = dict[str, list[int]]  # the numbers of each machine's GPUs, or of its CPU ranks
+MOST_RANKS = 1024  # of a machine
 CPU_RANKS = 2  # without GPUs, if --gpus does not say
 
 
@@ -29,10 +32,11 @@ def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
         if not words:
             continue
         name, slots = words[0], _slots(words)
-        if slots is None or name in hosts:
+        # ssh would take a name that begins with - for an option.
+        if slots is None or name in hosts or not re.fullmatch(r"[A-Za-z0-9_[][\w.:%@[\]-]*", name):
             raise ConfigError(
                 f"--hostfile {path}, line {number}: not `NAME slots=N` with N from 1 upwards and "
-                f"each name once: {line.strip()[:60]}"
+                f"each name once: {printable(line.strip()[:60])}"
             )
         if gpus and gpus > slots:
             raise ConfigError(
@@ -49,7 +53,7 @@ def _slots(words: list[str]) -> int | None:
     if len(words) != 2 or not words[1].startswith("slots="):
         return None
     number = words[1].removeprefix("slots=")
-    return int(number) if number.isdecimal() and int(number) else None
+    return int(number) if is_number(number) and int(number) else None
 
 
 def local_hosts(visible: str, gpus: int | None = None) -> Hosts:
@@ -85,8 +89,8 @@ def find_hosts(
 
     Raises ConfigError.
     """
-    if gpus is not None and not (gpus.isdecimal() and int(gpus)):
-        raise ConfigError(f"--gpus takes a number from 1 upwards, not '{gpus}'")
+    if gpus is not None and not (is_number(gpus) and 0 < int(gpus) <= MOST_RANKS):
+        raise ConfigError(f"--gpus takes a number from 1 to {MOST_RANKS}, not '{printable(gpus)}'")
     count = int(gpus) if gpus else None
     if hostfile is not None and node is None and not shutil.which("ssh"):
         raise ConfigError(
@@ -99,7 +103,7 @@ def find_hosts(
     else:
         hosts = read_hostfile(Path(hostfile), count)
     if node is not None:
-        if hostfile is None or not node.isdecimal() or int(node) >= len(hosts):
+        if hostfile is None or not is_number(node) or int(node) >= len(hosts):
             raise ConfigError(
                 f"--node-rank '{node}': takes this machine's place in the --hostfile, from 0 "
                 f"upwards ({len(hosts)} machines)"
@@ -119,9 +123,14 @@ def _read_first_line(commands: BinaryIO) -> Hosts:
         ) from error
 
 
-def read_number(name: str, default: int) -> int:
+def is_number(text: str) -> bool:
+    """True for some digits 0 to 9, and not too many; `isdecimal` takes those of other scripts."""
+    return bool(re.fullmatch("[0-9]{1,9}", text))
+
+
+def read_number(name: str, default: int, most: int = 10**9) -> int:
     """The number in an environment variable. Raises ConfigError where it holds something else."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise ConfigError(f"{name}={text}: must be a whole number")
+    if not is_number(text) or int(text) > most:
+        raise ConfigError(f"{name}={printable(text)}: must be a whole number, {most} at most")
     return int(text)

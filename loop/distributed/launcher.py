@@ -1,7 +1,7 @@
 """Starts a command's ranks for ./launch.sh, on this machine or on those of a hostfile.
 
-On each machine `start_ranks` starts the ranks. A SIGTERM there means that one ended badly: it kills
-after 30 seconds. So a stop goes past it: every rank gets one SIGTERM, and its own time to save.
+On each machine `start_ranks` starts the ranks. A stop goes past it: every rank gets one SIGTERM,
+and its own time to save.
 
 Other machines are reached over ssh, which starts ./launch.sh there with --node-rank. Its standard
 input carries commands: a line with the hosts, then "alive" now and then, "stop" or "kill". When it
@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -34,6 +35,8 @@ from .hosts import Hosts, find_hosts, read_number
 
 # How the names begin of the environment variables that other machines get.
 PASSED_ON = ("GLOO_", "HF_H", "LOOP_", "MASTER_", "NCCL_", "OMP_")
+# A secret would be in other machines' lists of processes.
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY")
 ALIVE_SECONDS = 5  # between two signs of life
 SILENCE_SECONDS = 60  # without a sign of life: a stop
 # After ranks ended badly the others have so long to report the loss themselves:
@@ -105,7 +108,9 @@ class RemoteNode:
         self.name = host
         self.kill_deadline: float | None = None  # on the monotonic clock
         env = [
-            f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED_ON)
+            f"{name}={value}"
+            for name, value in os.environ.items()
+            if name.startswith(PASSED_ON) and not SECRET.search(name)
         ]
         remote_command = [
             "env",
@@ -230,7 +235,7 @@ def print_message(text: str) -> None:
 def free_port() -> int:
     """A port that is free now, so that two runs can share a machine."""
     with socket.socket() as s:
-        s.bind(("", 0))
+        s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
@@ -250,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = None
     try:
         grace = read_number("LOOP_GRACE_SECONDS", 120)
-        port = read_number("MASTER_PORT", 0)
+        port = read_number("MASTER_PORT", 0, most=65535)
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
         hostfile, node = options["--hostfile"], options["--node-rank"]
         if hostfile == "-":

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .stop import StopRequest
 
+LOOPBACK = ("127.0.0.1", "localhost")  # a run on one machine
 ANNOUNCE_SECONDS = 20  # rank 0 says whom it waits for
 
 
@@ -39,14 +40,16 @@ def join_process_group(
     started = time.monotonic()
     # torchrun's agent runs the store itself.
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = rank == 0 and not agent_has_store
     try:
         store = dist.TCPStore(
             host,
             port,
             None,
-            rank == 0 and not agent_has_store,
+            is_server,
             datetime.timedelta(minutes=minutes),
             wait_for_workers=False,
+            master_listen_fd=listen_here_alone(port) if is_server and host in LOOPBACK else None,
         )
         store.set(f"joined/{rank}", backend)
         _wait_for_all(store, started, minutes, stop)
@@ -66,6 +69,28 @@ def join_process_group(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+def listen_here_alone(port: int) -> int:
+    """The descriptor of a socket that listens on the loopback; TCPStore's own hears the network.
+
+    Raises RendezvousError where the port is taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise RendezvousError(f"MASTER_PORT={port}: {error.strerror}; name another") from error
+    listener.listen(128)
+    return listener.detach()
+
+
+def keep_to_this_machine() -> None:
+    """Lets the ranks of one machine exchange tensors over its loopback alone, on Linux."""
+    if os.environ.get("MASTER_ADDR") in LOOPBACK and os.path.exists("/sys/class/net/lo"):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
 
 
 def _wait_for_all(

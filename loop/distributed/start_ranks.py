@@ -37,7 +37,11 @@ def rank_environments(spec: dict) -> list[dict[str, str]]:
 
 
 class RankProcesses:
-    """The ranks of this machine. When one ends badly, or at SIGTERM, all end."""
+    """The ranks of this machine. When one ends badly, all end.
+
+    SIGTERM goes to each of them, and how they end decides how this process ends: a scheduler may
+    signal every process of a run at once, and the ranks save then.
+    """
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen] = []
@@ -56,7 +60,9 @@ class RankProcesses:
         """Returns when all have ended well; ends this process when one has not."""
         while self.running:
             if self.stop:
-                self.end(1)
+                self.stop = False
+                for process in self.running:
+                    process.terminate()
             for process in list(self.running):
                 if process.poll():
                     self.end(process.returncode % 256)  # of signal N: 256 - N

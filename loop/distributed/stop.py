@@ -28,10 +28,11 @@ class StopRequest:
     def __init__(self, max_hours: float | None = None) -> None:
         self._reason: str | None = None
         self._requested_at = 0.0  # on the monotonic clock
-        self._end = float("inf")
+        self._end = float("inf")  # on the monotonic clock
         if max_hours:
             # Wall time: what Python and the libraries took to start counts as well.
-            self._end = psutil.Process().create_time() + max_hours * 3600
+            started = time.time() - psutil.Process().create_time()
+            self._end = time.monotonic() - started + max_hours * 3600
         self._grace_seconds = float(os.environ.get("LOOP_GRACE_SECONDS") or 120)
         self._launcher_pid = int(os.environ.get("LOOP_LAUNCHER_PID", 0))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -41,7 +42,7 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """Why the run is to stop: a signal's name or "run.max_hours". None as long as it is not."""
-        if not self._reason and time.time() > self._end:
+        if not self._reason and time.monotonic() > self._end:
             self._request("run.max_hours")
         return self._reason
 

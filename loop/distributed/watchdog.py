@@ -26,11 +26,14 @@ from .world import Ranks
 
 BEAT_SECONDS = 1.0
 RECHECK_SECONDS = 3  # a rank that fails like the lost one may end by itself, with its own message
+PAUSE_SECONDS = 10  # between two turns of the watchdog: the process was stopped or suspended
 BROKEN_CONNECTION_SECONDS = 4  # after a collective failed, so long a silence means a lost rank
 
 # What this process does now; only `set_activity` writes it.
-# doing: in words; turns: how many activities there were; since: when this one began (time.time()).
-_activity: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0, "since": time.time()}
+# doing: in words; turns: how many activities there were; since: when this one began, on the
+# monotonic clock: a machine that was suspended, or whose clock was set, makes no rank late.
+_activity: dict[str, Any] = {"step": 0, "doing": "starting", "turns": 0}
+_activity["since"] = time.monotonic()
 
 
 def set_activity(what: str, step: int | None = None) -> None:
@@ -39,7 +42,7 @@ def set_activity(what: str, step: int | None = None) -> None:
         doing=what,
         step=_activity["step"] if step is None else step,
         turns=_activity["turns"] + 1,
-        since=time.time(),
+        since=time.monotonic(),
     )
 
 
@@ -66,8 +69,8 @@ class Watchdog:
         self.ranks = ranks
         self.stall_seconds = 60 * run.stall_timeout_minutes
         self.heartbeat_seconds = 60 * run.heartbeat_timeout_minutes
-        # Of each rank: its last time by its own clock, and when this rank read that by its clock.
-        self.last_beats: dict[int, tuple[float, float]] = {}
+        # Of each rank: when its file was written, and when this rank read that by its own clock.
+        self.last_beats: dict[int, tuple[int, float]] = {}
         self.me = {
             "rank": ranks.rank,
             "pid": os.getpid(),
@@ -109,22 +112,29 @@ class Watchdog:
         return self.folder / f"rank-{rank}.json"
 
     def _write(self, path: Path, **more) -> None:
-        """Writes this rank's heartbeat, and `more`, to a file; complete or not at all."""
-        with contextlib.suppress(OSError):  # a full disk must not end the run
+        """Writes this rank's heartbeat, and `more`, to a file; complete or not at all.
+
+        A full disk must not end the run: the time of the last heartbeat is a sign of life as well.
+        """
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self._file(self.ranks.rank).with_suffix(".writing")
             temporary.write_text(json.dumps(self._my_beat() | more))
             temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.utime(path)
 
     def _my_beat(self) -> dict:
-        return self.me | _activity | {"alive": time.time()}
+        now = time.monotonic()
+        return self.me | _activity | {"alive": now, "seconds": now - _activity["since"]}
 
     def _read(self, *paths: Path) -> list[dict]:
         """What other ranks of this run wrote last into these files."""
         beats = []
         for path in paths:
             with contextlib.suppress(OSError, ValueError):
-                beats.append(json.loads(path.read_text()))
+                beats.append(json.loads(path.read_text()) | {"written": path.stat().st_mtime_ns})
         return [
             beat
             for beat in beats
@@ -145,8 +155,8 @@ class Watchdog:
         # One that ended with an error may have done so for one that just died: look at it last.
         for beat in sorted(beats, key=lambda beat: "ended" in beat):
             rank, host = beat["rank"], beat["host"]
-            if beat["alive"] != self.last_beats.get(rank, (0, 0))[0]:
-                self.last_beats[rank] = beat["alive"], now
+            if beat["written"] != self.last_beats.get(rank, (0, 0))[0]:
+                self.last_beats[rank] = beat["written"], now
             if "lost" in beat:
                 return beat["lost"]
             if "ended" in beat:
@@ -167,15 +177,23 @@ class Watchdog:
         That is one that is frozen, as not even its thread writes, or else the one that has come
         least far.
         """
-        if time.time() - _activity["since"] < self.stall_seconds:
+        if time.monotonic() - _activity["since"] < self.stall_seconds:
             return None
         beats = [self._my_beat(), *self._others()]
-        frozen = [beat for beat in beats if beat["alive"] < time.time() - self.stall_seconds / 2]
+        frozen = [beat for beat in beats if self._silence(beat) > self.stall_seconds / 2]
         beat = min(frozen or beats, key=lambda beat: beat["turns"])
         return (
             f"rank {beat['rank']} stands still {_describe(beat)}, "
             "and run.stall_timeout_minutes is over"
         )
+
+    def _silence(self, beat: dict) -> float:
+        """Seconds since a rank wrote; of one on another machine, since this one read that."""
+        now = time.monotonic()
+        if beat["host"] == self.me["host"]:
+            return now - beat["alive"]
+        last = self.last_beats.get(beat["rank"])
+        return now - last[1] if last and last[0] == beat["written"] else 0.0
 
     def _last_words(self, reason: str) -> str:
         return (
@@ -183,10 +201,22 @@ class Watchdog:
             "The next start goes on from the newest checkpoint"
         )
 
+    def _forgive_pause(self, last_turn: float) -> float:
+        """Counts no time in which this process itself was stopped. Returns the time now."""
+        now = time.monotonic()
+        pause = now - last_turn - BEAT_SECONDS
+        if pause > PAUSE_SECONDS:
+            _activity["since"] = min(now, _activity["since"] + pause)
+            for rank, (alive, read_at) in self.last_beats.items():
+                self.last_beats[rank] = alive, min(now, read_at + pause)
+        return now
+
     def _watch(self) -> None:
         next_rank = self._file((self.ranks.rank + 1) % self.ranks.world_size)
         lost_file = self.folder / "lost.json"
+        last_turn = time.monotonic()
         while not self.over.wait(BEAT_SECONDS):
+            last_turn = self._forgive_pause(last_turn)
             self._write(self._file(self.ranks.rank))
             stalled = self._find_stalled()
             reason = stalled or self._find_lost(self._read(next_rank, lost_file))
@@ -202,7 +232,7 @@ class Watchdog:
 
 
 def _describe(beat: dict) -> str:
-    seconds = time.time() - beat["since"]
+    seconds = beat.get("seconds", time.monotonic() - beat["since"])
     return f"in step {beat['step']} ({beat['doing']}, for {seconds:.0f} s)"
 
 

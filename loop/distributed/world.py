@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ..config.device import uses_gpu
 from ..config.schema import RunConfig
-from .rendezvous import join_process_group
+from .rendezvous import join_process_group, keep_to_this_machine
 from .stop import StopRequest
 from .timeline import part
 
@@ -113,12 +113,15 @@ def init_distributed(run: RunConfig | None = None, stop: StopRequest | None = No
     timeout = datetime.timedelta(minutes=minutes)
     for name, value in SINGLE_PROCESS.items():
         os.environ.setdefault(name, value)
+    keep_to_this_machine()
     if on_gpu():
         backend = "nccl"
         # Before anything is loaded, or every rank would quantise on GPU 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         backend = "gloo"
+        # oneDNN keeps what it compiled for each of 1,024 shapes, up to a GiB.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         # Otherwise DeepSpeed compiles a C++ helper at start-up.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _terminate_with_parent()

@@ -20,6 +20,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.identity import base_fingerprint
+from ..checkpoint.run_dir import read_report
 from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
@@ -28,7 +29,7 @@ from ..distributed.timeline import part
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
-from ..model.lora import WEIGHTS, describe_start, read_adapter
+from ..model.lora import WEIGHTS, describe_start, is_as_written, read_adapter
 
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
@@ -182,7 +183,7 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
     """
     trained = read_adapter(adapter)
     folder = Path(adapter)
-    if "sha256" in trained and trained["sha256"] != sha256(folder / WEIGHTS):
+    if not is_as_written(folder, trained):
         raise AuditError(
             f"--adapter {adapter}: {WEIGHTS} is not the file that the run wrote (its hash "
             "differs); copy or train it again"
@@ -317,7 +318,7 @@ def audit_run(config: Config) -> str:
     else:
         check_adapter(str(folder))
     report = config.folder / "report.json"
-    noted = json.loads(report.read_text()).get("audit") if report.is_file() else None
+    noted = read_report(config.folder).get("audit")
     if not noted:
         raise ConfigError(
             f"{report}: notes no loss to compare with; the files are complete. Train with "

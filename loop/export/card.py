@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.identity import examples_fingerprint
-from ..checkpoint.run_dir import versions
+from ..checkpoint.run_dir import versions, whole_lines
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
 from ..data.dataset import TrainingData
@@ -92,11 +92,9 @@ def validation_loss(run_dir: Path, step: int) -> float | None:
     """The validation loss after `step` steps in a run's metrics.jsonl; None where it has none."""
     path = run_dir / "metrics.jsonl"
     loss = None
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        if line.endswith("}"):
-            values = json.loads(line)
-            if values["step"] == step:
-                loss = values.get("eval/loss", loss)
+    for values in whole_lines(path.read_text(errors="replace")) if path.is_file() else []:
+        if values["step"] == step:
+            loss = values.get("eval/loss", loss)
     return loss
 
 

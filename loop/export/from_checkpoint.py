@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..checkpoint.store import read_masters, step_of, verified_manifest
 from ..config.cli import load_config
@@ -24,9 +24,10 @@ from ..data.batch_plan import plan_run
 from ..data.dataset import load_examples, load_training_data
 from ..distributed.files import atomic_folder
 from ..distributed.world import on_gpu
-from ..model.loading import config_errors_for, load_tokenizer, resolve_base
+from ..model.loading import checked_base, config_errors_for, load_tokenizer
 from ..model.quantization import compute_dtype
 from ..optim.adamw import trainable_parameters
+from ..untrusted.bases import read_model_config
 from .adapter import provenance_of, write_model
 from .audit import AuditError, audit_loss, check_tensor, describe_audit
 from .card import describe_run, write_papers
@@ -104,11 +105,9 @@ def export_checkpoint(checkpoint: str, out: str) -> tuple[Path, int]:
 def model_without_weights(config: Config, dtype: torch.dtype) -> nn.Module:
     """The run's model, with its LoRA, on torch's meta device. Raises ConfigError."""
     with config_errors_for(config.base):
-        model_config = AutoConfig.from_pretrained(
-            **resolve_base(config.base), revision=config.revision
-        )
+        model_config = read_model_config(checked_base(config.base), config.revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         model.name_or_path = config.base
         model.requires_grad_(config.method == "full")
         if config.method == "full":

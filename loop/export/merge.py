@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, load_peft_weights
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import AutoHfQuantizer
@@ -26,7 +26,8 @@ from transformers.quantizers import AutoHfQuantizer
 from ..config.schema import ConfigError
 from ..distributed.files import atomic_folder
 from ..kernels.quantization import QUANTIZATIONS, Quantization
-from ..model.loading import config_errors_for, resolve_base
+from ..model.loading import NO_CODE, config_errors_for, resolve_base
+from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
 from .card import TRAINED, write_papers
@@ -142,7 +143,9 @@ def find_base(base: str, revision: str | None) -> StoredBase:
             f"base={base}: is stored quantised ({stored.get('quant_method', 'unknown')}), so there "
             "is nothing to add to; name the 16-bit model that it was made from with --base"
         )
-    return StoredBase(base, folder, config, find_tensors(base, folder))
+    tensors = find_tensors(base, folder)
+    check_base_folder(base, folder)
+    return StoredBase(base, folder, config, tensors)
 
 
 def download_base(hub_id: str, revision: str | None) -> Path:
@@ -186,7 +189,9 @@ def load_adapted_layers(
     check_plain_lora(adapter, lora_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base.folder), dtype=torch.bfloat16
+            read_model_config(NO_CODE | {"pretrained_model_name_or_path": base.folder}, None),
+            dtype=torch.bfloat16,
+            **NO_CODE,
         )
     quantizer = AutoHfQuantizer.from_config(
         quantization.transformers_config(torch.bfloat16, double_quant), pre_quantized=False
@@ -389,6 +394,6 @@ def write_chat_template(adapter: str, base: StoredBase, folder: Path) -> None:
     """
     if not (Path(adapter) / "tokenizer_config.json").is_file():
         return
-    template = AutoTokenizer.from_pretrained(adapter).chat_template
-    if template and template != AutoTokenizer.from_pretrained(base.folder).chat_template:
+    template = AutoTokenizer.from_pretrained(adapter, **NO_CODE).chat_template
+    if template and template != AutoTokenizer.from_pretrained(base.folder, **NO_CODE).chat_template:
         (folder / "chat_template.jinja").write_text(template)

@@ -19,7 +19,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 def load(folder: str, device: str):
     """A folder's model, in evaluation mode. trained.json says how an adapter's base is stored."""
-    options: dict[str, Any] = {"dtype": "auto", "device_map": {"": device}, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "device_map": {"": device},
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with open(os.path.join(folder, "trained.json")) as file:

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import PackingSpec
 from ..data.collate import collate
 from ..data.tokenization import IGNORE, Example
 from ..kernels.attention import ATTENTION_BACKENDS, AttentionError
-from ..model.loading import LIBRARY_ERRORS, first_line, resolve_base
+from ..model.loading import LIBRARY_ERRORS, checked_base, first_line
 from ..model.structure import decoder_layers, switch_off_dropout
 from ..optim.lora_targets import put_lora
+from ..untrusted.bases import read_model_config
 
 LENGTHS = (37, 5, 90)  # tokens of the documents
 TOLERANCE = 1e-3  # of losses in nats, and of gradients relative to the plain ones; fp32
@@ -56,9 +57,8 @@ def check_isolation(config: Config) -> None:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
-            model_config = AutoConfig.from_pretrained(
-                **resolve_base(config.base, config.revision), revision=config.revision
-            )
+            location = checked_base(config.base, config.revision)
+            model_config = read_model_config(location, config.revision)
             if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 raise ConfigError(
                     f"transformers has no language model for {model_config.model_type} "
@@ -151,7 +151,11 @@ def build(model_config) -> Any:
     Raises ConfigError, MemoryError above `MOST_WEIGHTS`, and what transformers raises.
     """
     attention = ATTENTION_BACKENDS["sdpa"].transformers_name
-    options = {"dtype": torch.float32, "attn_implementation": attention}
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": attention,
+        "trust_remote_code": False,
+    }
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, **options)

@@ -85,7 +85,7 @@ def count_weights(config: Config, model_config) -> WeightCounts:
 
 def _count_weights(config: Config, model_config) -> WeightCounts:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     linears = [
         module.weight
         for name, module in model.named_modules()

@@ -91,7 +91,7 @@ def build_model(
             tensor = split_rotary_pairs(tensor, config.num_key_value_heads)
         state[parameter_name(name)] = tensor.to(DTYPE)
     # Not `.to(DTYPE)`, which would round the rotary frequencies as well.
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, trust_remote_code=False)
     # The output layer is the embedding: it has no tensor of its own.
     missing = set(model.state_dict()) - set(state) - {"lm_head.weight"}
     if missing:

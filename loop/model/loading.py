@@ -16,20 +16,28 @@ import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
-from ..data.tokenization import PLAIN_TEMPLATE
+from ..data.tokenization import PLAIN_TEMPLATE, render
 from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
+from ..untrusted.bases import check_base_folder, read_model_config
+from ..untrusted.limits import LimitError, try_in_child
 from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
-from .streaming import stream_base
+from .streaming import fetch_base, stream_base
 from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
+# Without it transformers asks on the terminal whether a base's own code may run.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+# Where a regular expression that explodes would do so: runs of the same kind of character.
+TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
+MOST_TRIAL_CHARACTERS = 2**20
+LOCAL = NO_CODE | {"local_files_only": True}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
@@ -57,10 +65,7 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     "hub's layout"
                 )
             # Absolute, as an adapter names its base so, and is loaded from anywhere.
-            return {
-                "pretrained_model_name_or_path": os.path.abspath(path),
-                "local_files_only": True,
-            }
+            return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
@@ -68,8 +73,20 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
         )
     converted = converted_base(base)
     if revision is None and (converted / "config.json").is_file():
-        return {"pretrained_model_name_or_path": str(converted), "local_files_only": True}
-    return {"pretrained_model_name_or_path": base}
+        return LOCAL | {"pretrained_model_name_or_path": str(converted)}
+    return NO_CODE | {"pretrained_model_name_or_path": base}
+
+
+def checked_base(base: str, revision: str | None = None) -> dict[str, Any]:
+    """What `resolve_base` returns, of a base whose files can be those of a model.
+
+    Raises ConfigError. Of a base of the hub nothing is checked before it is downloaded.
+    """
+    location = resolve_base(base, revision)
+    folder = Path(location["pretrained_model_name_or_path"])
+    if folder.is_dir():
+        check_base_folder(base, folder)
+    return location
 
 
 @contextlib.contextmanager
@@ -82,17 +99,22 @@ def config_errors_for(base: str) -> Iterator[None]:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise  # it says what is wrong
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # libraries raise anything at a file that they did not expect
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"base={base}: needs code of its own (auto_map), which never runs here; take a "
+                "base of a kind that transformers knows"
+            ) from error
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise ConfigError(
+                f"base={base}: cannot be loaded ({first_line(error)}); take another base"
+            ) from error
         way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
         way += "base=/path/to/folder"
         if base == SMOLLM2:
             way = f"get this base from the package index by ./launch.sh setup --smollm2, or {way}"
         raise ConfigError(
             f"base={base}: cannot be loaded ({first_line(error)}). Without a network, {way}"
-        ) from error
-    except LIBRARY_ERRORS as error:
-        raise ConfigError(
-            f"base={base}: cannot be loaded ({first_line(error)}); take another base"
         ) from error
 
 
@@ -126,7 +148,7 @@ def load_tokenizer(base: str, revision: str | None = None):
     text, as the base was trained so. `model_max_length` is the context of the base.
     """
     with config_errors_for(base):
-        tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(**checked_base(base, revision), revision=revision)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "
@@ -136,7 +158,36 @@ def load_tokenizer(base: str, revision: str | None = None):
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
     tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
+    try_tokenizer(base, tokenizer)
     return tokenizer
+
+
+def try_tokenizer(base: str, tokenizer) -> None:
+    """Tries template and tokenizer on a made-up conversation, in a child that can be killed.
+
+    That a template refuses it passes: the message is for the rows that it concerns. Raises
+    ConfigError.
+    """
+
+    def render_and_tokenize() -> str:
+        try:
+            text = render(tokenizer, [{"role": "user", "content": TRIAL_TEXT}], True)
+        except ConfigError as error:
+            if isinstance(error.__cause__, LimitError):
+                raise error.__cause__ from error
+            return "refused"
+        if len(text) > MOST_TRIAL_CHARACTERS:
+            raise MemoryError
+        tokenizer.encode(text, add_special_tokens=False)
+        return "written"
+
+    try:
+        try_in_child(render_and_tokenize)
+    except LimitError as error:
+        raise ConfigError(
+            f"base={base}: its chat template or tokenizer can't be used: on a short conversation "
+            f"it {error}; take another base"
+        ) from error
 
 
 def load_model_config(base: str, revision: str | None = None):
@@ -145,9 +196,8 @@ def load_model_config(base: str, revision: str | None = None):
     `head_dim` and `intermediate_size` are set whatever the family calls them. Raises ConfigError.
     """
     with config_errors_for(base):
-        model_config = AutoConfig.from_pretrained(**resolve_base(base, revision), revision=revision)
-        model_config = model_config.get_text_config(decoder=True)
-        return with_usual_names(model_config)
+        model_config = read_model_config(checked_base(base, revision), revision)
+        return with_usual_names(model_config.get_text_config(decoder=True))
 
 
 def load_base(
@@ -186,7 +236,10 @@ def load_base(
             dtype, double_quant
         )
     with config_errors_for(base):
-        model = AutoModelForCausalLM.from_pretrained(**resolve_base(base, revision), **options)
+        location = resolve_base(base, revision)
+        check_base_folder(base, fetch_base(location["pretrained_model_name_or_path"], revision))
+        options["config"] = read_model_config(location, revision)
+        model = AutoModelForCausalLM.from_pretrained(**location, **options)
     del zero3
     return keep_codes(model, dtype)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 from peft import (
     LoraConfig,
@@ -12,8 +13,8 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 
+from ..config.lora_fields import HIGHEST_RANK
 from ..config.schema import ConfigError
 from ..distributed.files import sha256
 from ..kernels.quantization import QUANTIZATIONS
@@ -41,24 +42,72 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     The keys are those of trained.json: base, revision, method, double_quant, dtype, and of a run's
     own adapter also storage, base_fingerprint, generation and sha256. An adapter from elsewhere
     only names its base; the rest is this project's defaults. Raises ConfigError where there is no
-    adapter; option: how it was named, for the message.
+    adapter, or one of another kind than LoRA for a language model; option: how it was named, for
+    the message.
     """
     folder = Path(adapter)
     # PEFT would take a pickle instead of the second.
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise ConfigError(f"{option}{adapter}: no {name} there; give a run's adapter/ folder")
     trained = {}
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        written = json.loads((folder / "adapter_config.json").read_text())
+        check_is_lora(f"{option}{adapter}", written)
         if (folder / "trained.json").is_file():
             trained = json.loads((folder / "trained.json").read_text())
-        return {"base": base} | DEFAULTS | trained
-    except (ValueError, KeyError, TypeError) as error:
+        trained = {"base": written["base_model_name_or_path"]} | DEFAULTS | trained
+        check_trained(f"{option}{adapter}", trained)
+        return trained
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{option}{adapter}: adapter_config.json or trained.json is broken "
             f"({type(error).__name__})"
         ) from error
+
+
+def check_is_lora(named: str, written: dict[str, Any]) -> None:
+    """Raises ConfigError for an adapter_config.json that PEFT would read as something else.
+
+    Other kinds of adapters change more than linear layers; `auto_mapping` names a module to import.
+    """
+    for key, ours in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"), ("auto_mapping", None)):
+        if written.get(key) not in (ours, None):
+            raise ConfigError(
+                f"{named}: adapter_config.json: {key}={str(written[key])[:60]!r}; only "
+                "LoRA of a causal language model is read"
+            )
+    rank = written.get("r", 8)
+    if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
+        raise ConfigError(
+            f"{named}: adapter_config.json: r={str(rank)[:60]}: must lie between 1 and "
+            f"{HIGHEST_RANK}"
+        )
+
+
+def check_trained(named: str, trained: dict[str, Any]) -> None:
+    """Raises ConfigError where trained.json holds what no run writes."""
+    texts = ("base", "method", "dtype")
+    wrong = [key for key in texts if not isinstance(trained[key], str)]
+    if trained["revision"] is not None and not isinstance(trained["revision"], str):
+        wrong.append("revision")
+    if not isinstance(getattr(torch, str(trained["dtype"]), None), torch.dtype):
+        wrong.append("dtype")
+    if wrong:
+        raise ConfigError(
+            f"{named}: adapter_config.json or trained.json: "
+            f"{wrong[0]}={str(trained[wrong[0]])[:60]!r} can't be used"
+        )
+
+
+def is_as_written(folder: Path, trained: dict[str, Any]) -> bool:
+    """False where the weights are not those that the run wrote. One from elsewhere has no hash.
+
+    trained: of `read_adapter`.
+    """
+    return "sha256" not in trained or trained["sha256"] == sha256(folder / WEIGHTS)
 
 
 def trained_quantization(trained: dict[str, Any]) -> str | None:
@@ -74,11 +123,18 @@ def trained_quantization(trained: dict[str, Any]) -> str | None:
 def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
     """The model with the adapter of a folder on it. options: of `PeftModel.from_pretrained`.
 
-    Raises ConfigError when the adapter was made for another base.
+    Raises ConfigError when the adapter was made for another base, or is damaged.
     """
+    if not is_as_written(Path(adapter), read_adapter(adapter)):
+        raise ConfigError(
+            f"--adapter {adapter}: {WEIGHTS} is not the file that the run wrote (its hash "
+            "differs); copy or train it again"
+        )
     try:
         return PeftModel.from_pretrained(model, adapter, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT and transformers raise anything at a file that is broken
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise ConfigError(
             f"--adapter {adapter}: does not fit this base, or is broken ({reason})"

@@ -18,11 +18,12 @@ import torch.nn as nn
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config.schema import ConfigError
 from ..kernels.quantization import QUANTIZATIONS, find_quantization
+from ..untrusted.bases import read_model_config
 from ..zero3.partition import partition_module
 
 
@@ -87,7 +88,7 @@ def stream_base(
         attention: a name that transformers knows.
     """
     folder = fetch_base(location["pretrained_model_name_or_path"], revision)
-    model_config = AutoConfig.from_pretrained(**location, revision=revision)
+    model_config = read_model_config(location, revision)
     stored = getattr(model_config, "quantization_config", None)
     try:
         reader = SafetensorsReader(folder)
@@ -101,7 +102,10 @@ def stream_base(
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation=attention
+            model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
         )
     quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
     tied = set(model.all_tied_weights_keys)

@@ -121,7 +121,7 @@ class ProfilingLogger(RunLogger):
         if len(self.timer.steps) == WARM_UP + STEPS:
             if self.on:
                 self.profiler.stop()
-                self.close({})
+            self.close({})
             dist.barrier()  # rank 0 takes its time
             raise Finished(self.profiler, self.timer.steps)
 

@@ -6,12 +6,15 @@ import warnings
 
 import transformers
 
+from ..distributed.exit import print_any_text
+
 
 def quiet_libraries() -> None:
     """Turns off the libraries' warnings, informational messages and progress bars.
 
-    Their errors are still logged.
+    Their errors are still logged. A command's own lines are written whatever the terminal can show.
     """
+    print_any_text()
     warnings.filterwarnings("ignore")
     for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "torch", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

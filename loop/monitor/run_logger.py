@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from ..checkpoint.checkpointer import Checkpointer
-from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, write_report
+from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, whole_lines, write_report
 from ..checkpoint.train_state import TrainState
+from ..config.cli import printable
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 from ..data.dataset import TrainingData
@@ -30,18 +31,20 @@ from ..memory.breakdown import memory_breakdown
 from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
 from ..optim.adamw import trainable_parameters
+from .late_file import LateFile
 from .mfu import utilisation
 from .step_timer import StepTimer
 from .summary import describe_plan
 from .tensorboard import TensorBoardLog
 
+FLUSH_SECONDS = 10  # between two writes to TensorBoard's file
 MINUTE = 60  # seconds between two lines where no terminal shows a progress bar
 
 
 class RunLogger:
     """Writes on rank 0 and is silent on the others, so that the loop needs no `if`.
 
-    A failed write, as on a full disk, costs a line of the log and not the run.
+    A failed write, as on a full disk, is said once; what was to be written waits in memory.
     """
 
     def __init__(
@@ -73,27 +76,45 @@ class RunLogger:
         self.start_time: dict[str, float] = {}  # seconds by part, up to the first step's end
         self.seconds = 0.0  # of its steps alone, without evaluation and saving
         self.largest_micro_batch = 0  # tokens, of this rank
-        if self.on:
-            self._open_files(validated=not state.validation_due)
+        self.texts: dict[Path, str] = {}  # files that wait to be written
+        self.failing = False  # the last write failed
+        self.next_flush = 0.0  # of TensorBoard's file, on the monotonic clock
+        with self._fail_alike():
+            if self.on:
+                self._open_files(validated=not state.validation_due)
+
+    @contextlib.contextmanager
+    def _fail_alike(self):
+        """A context whose OSError on rank 0 is one on all ranks: the others would wait for it."""
+        problem = None
+        try:
+            yield
+        except OSError as error:
+            problem = f"{self.folder} cannot be written: {error.strerror or error}"
+        if problem := self.ranks.all_gather_json(problem)[0]:
+            raise OSError(problem)
 
     def _open_files(self, validated: bool) -> None:
         """validated: nothing that belongs to `first_step` will be logged once more."""
         self.folder.chmod(0o700)  # a run on patients' data is its owner's alone
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        (self.folder / "config.yaml").write_text(settings)
+        write_atomically(self.folder / "config.yaml", settings)
         ds_config = json.dumps(self.execution.ds_config, indent=2)
-        (self.folder / "ds_config.json").write_text(ds_config)
+        write_atomically(self.folder / "ds_config.json", ds_config)
         self.versions = versions()
-        (self.folder / "versions.json").write_text(json.dumps(self.versions, indent=2))
+        write_atomically(self.folder / "versions.json", json.dumps(self.versions, indent=2))
         log = self.folder / "metrics.jsonl"
-        lines = lines_to_keep(log.read_text() if log.exists() else "", self.first_step, validated)
+        lines = lines_to_keep(
+            log.read_text(errors="replace") if log.exists() else "", self.first_step, validated
+        )
         write_atomically(log, "".join(json.dumps(line) + "\n" for line in lines))
-        self.log = log.open("a")
+        self.log = LateFile(log)
         if not self.first_step:  # what is here is of a run that died before its first checkpoint
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
         self.clipped = sum(self._is_clipped(line.get("train/grad_norm", 0.0)) for line in lines)
-        purge = self.first_step + validated if self.first_step else None
+        # TensorBoard's server ignores the first mark of a restart, so a new run writes one, too.
+        purge = self.first_step + validated if self.first_step else 0
         tags = {key for line in lines for key in line}
         self.board = TensorBoardLog(
             self.folder / "tensorboard", self.config, self.first_step, purge, tags
@@ -147,8 +168,7 @@ class RunLogger:
             for line in report.lines(split, self.config.max_seq_len):
                 self.say(line)
         reports = {split: dataclasses.asdict(report) for split, report in data.reports.items()}
-        with self._survive_full_disk():
-            (self.folder / "data.json").write_text(json.dumps(reports, indent=1))
+        self._write_text("data.json", json.dumps(reports, indent=1))
 
     def _log_plan(self, data: TrainingData, packing: PackingSpec) -> None:
         """The batch arithmetic, the planned learning rate, and a picture of the first step."""
@@ -158,8 +178,7 @@ class RunLogger:
         text = describe_plan(plan, data.lengths, data.num_targets, self.config, world_size, rows)
         self.say(text)
         first = split_step(plan[0], data.lengths, world_size, packing)
-        with self._survive_full_disk():
-            self.board.plan(plan, text, data.train, first, rows * self.config.max_seq_len)
+        self.board.plan(plan, text, data.train, first, rows * self.config.max_seq_len)
 
     def _write_prompts(self, data: TrainingData, tokenizer) -> None:
         """What the sample notes are written from."""
@@ -168,39 +187,58 @@ class RunLogger:
             for e in data.samples
         }
         if prompts:
-            with self._survive_full_disk():
-                (self.folder / "samples").mkdir(exist_ok=True)
-                (self.folder / "samples" / "prompts.md").write_text(as_markdown(prompts))
+            self._write_text("samples/prompts.md", as_markdown(prompts))
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.on:
             with contextlib.suppress(OSError):  # the terminal may have gone away; the run goes on
-                self.bar.write(text)
+                self.bar.write("\n".join(printable(line, 10**5) for line in text.split("\n")))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Scalars after `step` steps, to TensorBoard and as one line to metrics.jsonl."""
         if self.on and values:
-            with self._survive_full_disk():
-                self.log.write(json.dumps({"step": step} | values) + "\n")
-                self.log.flush()
-                self.board.scalars(step, values)
+            self.log.write(json.dumps({"step": step} | values).encode() + b"\n")
+            self.board.scalars(step, values)
+            self._write_out()
 
     def flush(self) -> None:
         """Makes safe what was logged: a run that resumes from the next checkpoint finds it."""
         if self.on:
-            with self._survive_full_disk():
-                os.fsync(self.log.fileno())
-                self.board.flush()
-
-    @contextlib.contextmanager
-    def _survive_full_disk(self):
-        try:
-            yield
-        except OSError as error:
-            self.say(f"not logged: {error} ({self.folder})")
+            self.next_flush = 0.0
+            self._write_out()
             with contextlib.suppress(OSError):
-                self.board.reopen()
+                self.log.sync()
+
+    def _write_text(self, name: str, text: str) -> None:
+        """A file of the run's folder; where it can't be written now, it is later."""
+        self.texts[self.folder / name] = text
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """Writes what waits. That it fails is said once, and so is when it works again."""
+        try:
+            self.log.flush()
+            if self.failing or time.monotonic() > self.next_flush:
+                self.board.flush()
+                self.next_flush = time.monotonic() + FLUSH_SECONDS
+            for path in list(self.texts):
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(self.texts[path])
+                del self.texts[path]
+        except OSError as error:
+            if not self.failing:
+                self.say(
+                    f"not logged yet: {error.strerror or error} ({self.folder}); the run goes on, "
+                    "and writes it when it can"
+                )
+            self.failing = True
+            return
+        if self.failing:
+            lost = self.log.lost + self.board.lost
+            gap = f", but for {lost:,} lines that memory could not hold" if lost else ""
+            self.say(f"what could not be logged is written now{gap} ({self.folder})")
+        self.failing = False
 
     def _is_clipped(self, grad_norm: float) -> bool:
         return math.isfinite(grad_norm) and grad_norm > self.config.max_grad_norm
@@ -309,10 +347,9 @@ class RunLogger:
             f"perplexity {metrics['eval/perplexity']:.2f}{also}"
         )
         if self.on and notes:
-            with self._survive_full_disk():
-                (self.folder / "samples" / f"step-{step:06d}.md").write_text(as_markdown(notes))
-                for key, note in notes.items():
-                    self.board.note(step, key, note)
+            for key, note in notes.items():
+                self.board.note(step, key, note)
+            self._write_text(f"samples/step-{step:06d}.md", as_markdown(notes))
 
     def finish(self, state: TrainState, exported: dict, stop: StopRequest) -> dict:
         """Closes the files of a run that ends well, and returns what report.json holds now."""
@@ -339,15 +376,22 @@ class RunLogger:
     def close(self, metrics: dict) -> dict:
         """Closes the files and returns what report.json holds now; {} on other ranks than 0.
 
-        That is `metrics` and those of all steps, the steps before a resume included.
+        That is `metrics` and those of all steps, the steps before a resume included. Every rank
+        must call it. Raises OSError on all where rank 0 can't write.
         """
-        if not self.on:
-            return {}
-        with self._survive_full_disk():
+        report: dict = {}
+        with self._fail_alike():
+            if self.on:
+                report = self._close_files(metrics)
+        return report
+
+    def _close_files(self, metrics: dict) -> dict:
+        with contextlib.suppress(OSError):
             self.bar.close()
-            self.board.close(self.num_steps)
-            self.log.close()
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        self.flush()
+        self.log.close()
+        self.board.close(self.num_steps)
+        lines = whole_lines((self.folder / "metrics.jsonl").read_text(errors="replace"))
         losses = [line["train/loss"] for line in lines if "train/loss" in line]
         if losses:
             metrics = {"train/loss_first": losses[0], "train/loss_last": losses[-1]} | metrics

@@ -3,6 +3,7 @@
 `./launch.sh plan` shows the plan; each run prints it as well and writes it to TensorBoard.
 """
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,10 @@ def show_summary(config: Config, report: dict) -> None:
         f"{report.get('train/loss_last', 0):.4f}{validation}, "
         f"{report.get('train/tokens_per_second', 0):,.0f} tokens/s\n"
         f"  written to        {exported}\n"
-        f"  look at curves    ./launch.sh board {config.run.dir}\n"
-        f"  write a note      ./launch.sh generate {option} {exported} --dialogue FILE\n"
-        f"  score it          ./launch.sh evaluate --config {folder}/config.yaml"
+        f"  look at curves    ./launch.sh board {shlex.quote(config.run.dir)}\n"
+        f"  write a note      ./launch.sh generate {option} {shlex.quote(exported)} "
+        "--dialogue FILE\n"
+        f"  score it          ./launch.sh evaluate --config {shlex.quote(f'{folder}/config.yaml')}"
     )
 
 

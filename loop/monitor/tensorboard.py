@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from ..config.schema import LORA, Config
 from ..data.batch_plan import BatchPlan
 from ..data.tokenization import IGNORE, Example
 from ..optim.schedule import learning_rates
+from .late_file import EventLog
 from .step_timer import PHASES
 from .summary import markdown_block, write_plan
 
@@ -160,19 +160,18 @@ class TensorBoardLog:
     """The TensorBoard files of one run, written on rank 0."""
 
     def __init__(
-        self, folder: Path, config: Config, first_step: int, purge: int | None, tags: set[str]
+        self, folder: Path, config: Config, first_step: int, purge: int, tags: set[str]
     ) -> None:
-        """Opens a new file in `folder`.
+        """Opens a new file in `folder`. Raises OSError.
 
         Args:
             first_step: where a resumed run starts, else 0.
             purge: TensorBoard drops what earlier files hold from this step on.
             tags: of the scalars that earlier files hold.
         """
-        self.folder = folder
         self.config = config
         self.first_step = first_step
-        self.board = SummaryWriter(str(folder), purge_step=purge)
+        self.board = EventLog(folder, purge)
         self.tags = set(tags)
         self.layout: dict | None = None  # the one that was written last
         # hparams also returns a list of columns. We leave it out: without one, TensorBoard makes a
@@ -246,14 +245,15 @@ class TensorBoardLog:
         self.board.add_text(f"notes/{key}", markdown_block(note), step)
 
     def flush(self) -> None:
-        """Writes what is buffered; TensorBoard holds lines back for two minutes."""
+        """Writes what was logged. Raises OSError where that fails, and it waits in memory."""
         self.board.flush()
 
-    def reopen(self) -> None:
-        """Continues in another file after an error: TensorBoard's writer never recovers."""
-        self.board = SummaryWriter(str(self.folder))
+    @property
+    def lost(self) -> int:
+        """Records that were more than memory may hold while nothing could be written."""
+        return self.board.events.file.lost
 
     def close(self, step: int) -> None:
-        """Marks the run as ended and closes the file."""
+        """Marks the run as ended and closes the file. Raises OSError."""
         self._add(self.end, step)
         self.board.close()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -22,8 +23,11 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
             targets = without_renamed(linear_names(model), model)
         lora_config = LoraConfig(task_type="CAUSAL_LM", **{**lora, "target_modules": targets})
         peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT raises anything at a field that does not fit
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"lora: {reason}") from error
     if lora_config.target_parameters:
         raise ConfigError(
             "lora.target_modules: names experts that are stored as one tensor, which get no LoRA "

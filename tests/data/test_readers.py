@@ -8,6 +8,7 @@ from helpers import ROOT
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
+from loop.data.sources.locations import open_dataset
 from loop.data.sources.readers import READERS, BadRow
 from loop.model.loading import load_tokenizer
 
@@ -76,3 +77,16 @@ def test_a_reader_from_outside_gives_the_same_examples(load, tmp_path, monkeypat
     # So is a file that isn't there.
     with pytest.raises(ConfigError, match="nowhere.visits: no such file"):
         load("nowhere.visits")
+
+
+@pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd", "http://127.0.0.1:9/x"])
+def test_a_folders_readme_names_no_file_outside_of_it(tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "secret.jsonl").write_text('{"id": "1", "dialogue": "a", "soap": "b"}\n')
+    files = f"- split: train\n    path: {name}"
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  {files}\n---\n"
+    )
+    with pytest.raises(ConfigError, match="outside of the folder"):
+        open_dataset(str(folder), "train")

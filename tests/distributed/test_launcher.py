@@ -26,6 +26,8 @@ COMMANDS = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].sp
 COPIED = (
     "config/cli.py",
     "config/device.py",
+    "config/lora_fields.py",
+    "config/plain_yaml.py",
     "config/schema.py",
     "distributed/exit.py",
     "distributed/hosts.py",
@@ -196,6 +198,19 @@ def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
         for rank in (0, 1):
             assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
         assert not living(clone)
+
+
+def test_a_signal_to_every_process_at_once_ends_well(clone):
+    """As from SLURM: the parent of the ranks gets it as well, and waits for them."""
+    process = start(clone, "wait=1")
+    wait_for_ranks(clone)
+    for each in living(clone):
+        each.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    for rank in (0, 1):
+        assert events(clone, rank)[-1] == "saved"
+    assert not living(clone)
 
 
 def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_period(two_clones):

@@ -36,7 +36,9 @@ def test_what_the_ranks_of_a_second_machine_find():
         assert rank["LOCAL_SIZE"] == rank["CROSS_SIZE"] == "2" and rank["CROSS_RANK"] == "1"
 
 
-@pytest.mark.parametrize("how, code", [("end", 0), ("fail", 3), ("die", 256 - 9), ("wait", 1)])
+@pytest.mark.parametrize(
+    "how, code", [("end", 0), ("fail", 3), ("die", 256 - 9), ("wait", 256 - 15)]
+)
 def test_one_that_ends_badly_ends_them_all(tmp_path, how, code):
     (tmp_path / "rank.py").write_text(RANK)
     spec = {"hosts": {"here": [0, 1]}, "node": 0, "address": "127.0.0.1", "port": 1}

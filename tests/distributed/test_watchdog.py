@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -159,8 +160,8 @@ def other_rank(dog, **changes) -> None:
         "step": 7,
         "doing": "micro-batch 2 of 3",
         "turns": 5,
-        "since": time.time(),
-        "alive": time.time(),
+        "since": time.monotonic(),
+        "alive": time.monotonic(),
     }
     (dog.folder / "rank-1.json").write_text(json.dumps(dog.me | now | changes))
 
@@ -186,7 +187,7 @@ def test_a_rank_that_died_is_named_with_its_step_and_last_deed(dog):
 
 
 def test_the_rank_that_all_wait_for_is_named(dog, monkeypatch):
-    ago = time.time() - 100
+    ago = time.monotonic() - 100
     activity = {"step": 7, "doing": "clipping and updating", "turns": 9, "since": ago}
     monkeypatch.setattr(watchdog, "_activity", activity)
     other_rank(dog, since=ago)  # it has come less far than this one
@@ -255,6 +256,40 @@ def test_a_failed_rank_says_so_in_its_file(dog):
     with pytest.raises(ValueError), dog:
         raise ValueError
     assert json.loads((dog.folder / "rank-0.json").read_text())["ended"] == "ValueError"
+
+
+def test_time_in_which_the_machine_was_suspended_makes_no_rank_late(dog, monkeypatch):
+    """The clock goes on for 15 minutes between two turns of the watchdog."""
+    set_activity("micro-batch 1 of 3")
+    other_rank(dog, host="another")
+    assert dog._find_lost(dog._others()) is None
+    last_turn, now = time.monotonic(), time.monotonic() + 900
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    assert "nothing is heard from rank 1" in dog._find_lost(dog._others())
+    assert dog._find_stalled() is not None
+    dog._forgive_pause(last_turn)
+    assert dog._find_lost(dog._others()) is None and dog._find_stalled() is None
+
+
+def test_a_clock_that_is_set_makes_no_rank_late(dog, monkeypatch):
+    other_rank(dog, host="another")
+    assert dog._find_lost(dog._others()) is None
+    monkeypatch.setattr(watchdog.time, "time", lambda: 0.0)
+    assert dog._find_lost(dog._others()) is None and dog._find_stalled() is None
+
+
+def test_a_rank_that_writes_to_a_full_disk_is_heard(dog, monkeypatch):
+    path = dog._file(0)
+    dog._write(path)
+    os.utime(path, (0, 0))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    dog._write(path)
+    assert path.stat().st_mtime > time.time() - 60
+    assert json.loads(path.read_text())["rank"] == 0
 
 
 @pytest.mark.slow

@@ -1,15 +1,21 @@
 """Ranks: what they tell each other, and how they begin."""
 
+import contextlib
+import datetime
+import os
 import random
+import socket
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_ok
+import torch.distributed as dist
+from helpers import free_port, run_ok
 
 from loop.config.schema import RunConfig
 from loop.distributed import world
+from loop.distributed.rendezvous import RendezvousError, listen_here_alone
 from loop.distributed.seeding import seed_everything
 
 RUN = RunConfig(rendezvous_timeout_minutes=7, stall_timeout_minutes=4)
@@ -38,6 +44,29 @@ def test_every_rank_gets_what_every_rank_says():
     Nothing is pickled on the way.
     """
     assert "agreed" in run_ok(3, "-c", COLLECTIVES)
+
+
+def test_what_a_stranger_sends_to_the_meeting_point_is_ignored():
+    """It listens on the loopback alone. Strangers send garbage before a rank comes, and stay."""
+    port = free_port()
+    descriptor = listen_here_alone(port)
+    assert socket.socket(fileno=os.dup(descriptor)).getsockname()[0] == "127.0.0.1"
+    minute = datetime.timedelta(minutes=1)
+    server = dist.TCPStore(
+        "127.0.0.1", port, None, True, minute, wait_for_workers=False, master_listen_fd=descriptor
+    )
+    strangers = []
+    for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 400, b"\xff" * 9):
+        strangers.append(socket.create_connection(("127.0.0.1", port)))
+        with contextlib.suppress(ConnectionError):
+            strangers[-1].sendall(garbage)
+    client = dist.TCPStore("127.0.0.1", port, None, False, minute, wait_for_workers=False)
+    client.set("joined/1", "gloo")
+    assert server.get("joined/1") == b"gloo"
+    with pytest.raises(RendezvousError, match=f"MASTER_PORT={port}: Address already in use"):
+        listen_here_alone(port)
+    for stranger in strangers:
+        stranger.close()
 
 
 # With `stop`, as the training loop has it: the watchdog is to speak before a collective ends.

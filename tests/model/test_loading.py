@@ -188,4 +188,7 @@ def test_what_is_not_a_model_is_named(tmp_path, tiny_base):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_model_config(str(tmp_path))
-    assert resolve_base("owner/name") == {"pretrained_model_name_or_path": "owner/name"}
+    assert resolve_base("owner/name") == {
+        "pretrained_model_name_or_path": "owner/name",
+        "trust_remote_code": False,
+    }

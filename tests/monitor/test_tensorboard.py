@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,9 @@ import pytest
 import torch
 from helpers import CPU, PYTHON, ROOT, communicate, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import (
     EXPERIMENT_TAG,
@@ -21,6 +25,7 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
+from loop.checkpoint.run_dir import whole_lines
 from loop.checkpoint.train_state import TrainState
 from loop.config.cli import load_config
 from loop.data.batch_plan import PackingSpec, plan_batches
@@ -28,6 +33,7 @@ from loop.data.conversations import read_split
 from loop.data.dataset import TrainingData
 from loop.data.report import DatasetReport
 from loop.data.tokenization import Example
+from loop.monitor.late_file import LateFile
 from loop.monitor.run_logger import RunLogger
 from loop.monitor.tensorboard import (
     CHARTS,
@@ -100,11 +106,17 @@ def bare_engine() -> SimpleNamespace:
     return SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
 
 
-def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
-    """Four steps, then a resume after the second with other norms: TensorBoard shows one run."""
+@pytest.fixture
+def make_logger(config_file):
+    """A function that makes the logger of a run of four steps, from a step on, and a step's log."""
     config = load_config(["--config", str(config_file), "data.valid=null"])
     config.folder.mkdir(parents=True)
-    ranks = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    ranks = SimpleNamespace(
+        is_main=True,
+        world_size=1,
+        device=torch.device("cpu"),
+        all_gather_json=lambda value: [value],
+    )
     engine, data = bare_engine(), made_up_data()
     plan = plan_batches(data.lengths, 4096, seed=0)
     assert len(plan) == 4
@@ -114,17 +126,36 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     memory = SimpleNamespace(begin=lambda: None, beside=lambda estimate: "")
     checkpointer = SimpleNamespace(notes=[], start_note="")
     row = SimpleNamespace(input_ids=torch.zeros(1, 3500))
-    for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
+
+    def make(first):
         state = TrainState(config.run, step=first, eval_metrics={})
         logger = RunLogger(config, execution, engine, ranks, state, plan, None, memory)
         logger.log_start(data, None, PackingSpec(4096, 1024), checkpointer, [])
-        for step, norm in enumerate(norms, first):
-            logger.start_step(step)
+
+        def log_step(norm):
+            logger.start_step(state.step)
             state.record(1.0, applied=True)
             result = SimpleNamespace(loss=1.0, grad_norm=norm)
             logger.log_step(state, result, 1e-3, np.array([700] * 5), 700, [row])
+
+        return logger, log_step
+
+    return make
+
+
+def read_as_the_server_does(folder):
+    """The reader of TensorBoard's server; EventAccumulator is another one."""
+    return PluginEventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def test_a_resumed_run_counts_on_and_draws_the_same_charts(make_logger):
+    """Four steps, then a resume after the second with other norms: TensorBoard shows one run."""
+    for first, norms in ((0, [2.0, 0.5, 3.0, 3.0]), (2, [float("inf"), 1.5])):
+        logger, log_step = make_logger(first)
+        for norm in norms:
+            log_step(norm)
         logger.close({})
-    board = EventAccumulator(str(config.folder / "tensorboard")).Reload()
+    board = EventAccumulator(str(logger.folder / "tensorboard")).Reload()
     clipped = [(e.step, e.value) for e in board.Scalars("train/clipped_steps")]
     assert clipped == [(1, 1), (2, 1), (3, 1), (4, 2)]
     assert [e.step for e in board.Scalars("plan/max_grad_norm")] == [1, 4]
@@ -133,6 +164,49 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(config_file):
     tags = {pattern[1:-1] for pattern in patterns}
     assert tags == set(board.Tags()["scalars"]) and "plan/lr" in tags
     assert len(board.Images("plan/packed_rows_of_the_first_step")) == 1
+    server = read_as_the_server_does(logger.folder)
+    assert [e.step for e in server.Tensors("train/loss")] == [1, 2, 3, 4]
+
+
+def test_what_a_full_disk_held_back_is_logged_when_there_is_room(make_logger, capsys):
+    logger, log_step = make_logger(0)
+    log_step(1.0)
+    logger.flush()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))  # no file may grow beyond
+    try:
+        for _ in range(2):
+            log_step(1.0)
+            logger.flush()
+        logger._write_text("samples/step-000003.md", "x" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert len(whole_lines((logger.folder / "metrics.jsonl").read_text())) == 1
+    said = capsys.readouterr().out
+    assert said.count("not logged yet: File too large") == 1 and "Traceback" not in said
+    log_step(1.0)
+    logger.close({})
+    assert capsys.readouterr().out.count("what could not be logged is written now (") == 1
+    log = (logger.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
+    board = EventAccumulator(str(logger.folder / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert (logger.folder / "samples" / "step-000003.md").read_text() == "x" * 200
+
+
+def test_memory_holds_no_more_than_it_may_of_what_a_full_disk_held_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("loop.monitor.late_file.MOST_WAITING", 25)
+    file = LateFile(tmp_path / "log")
+    for number in range(4):
+        file.write(f"record {number}\n".encode())
+    file.flush()
+    file.write(b"record 4\n")
+    file.close()
+    assert file.lost == 2
+    assert (tmp_path / "log").read_text() == "record 0\nrecord 1\nrecord 4\n"
+    with pytest.raises(OSError):  # a link is not followed
+        (tmp_path / "link").symlink_to(tmp_path / "log")
+        LateFile(tmp_path / "link")
 
 
 def test_the_configuration_is_there_to_compare_runs_by(trained, board):

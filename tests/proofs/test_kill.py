@@ -73,19 +73,26 @@ def doing(folder: Path, since: float) -> tuple[int, str]:
         return -1, ""
 
 
+def what_is_written(folder: Path) -> str:
+    """ "save", "export", or "" where neither a checkpoint nor the adapter is being written."""
+    if any((folder / "checkpoints").glob(".*-*")):
+        return "save"
+    return "export" if (folder / ".writing-adapter").exists() else ""
+
+
 def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     """Starts or continues the run and sends SIGKILL when `instant` says so, given for how many
-    seconds its ranks work, the step, and whether a checkpoint is being written. Returns what rank 0
+    seconds its ranks work, the step, and what is being written. Returns what rank 0
     was doing, None if the run had ended before. All of its processes must be gone within the grace
     time, whoever was killed.
     """
-    folder, started, working = config_file.parent / "runs" / name, time.time(), None
+    folder, started, working = config_file.parent / "runs" / name, time.monotonic(), None
     process = launch(config_file, name)
     while process.poll() is None:
         step, what = doing(folder, started)
         working = working or (time.monotonic() if step >= 0 else None)
-        saving = any((folder / "checkpoints").glob(".*-*"))
-        if working and instant(time.monotonic() - working, step, saving):
+        writing = what_is_written(folder)
+        if working and instant(time.monotonic() - working, step, writing):
             break
         time.sleep(0.005)
     running = processes(config_file, name)
@@ -96,7 +103,7 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     wait_until(lambda: not processes(config_file, name), 90)
     if not running:
         return None
-    inside = ", inside a save" if saving else ""
+    inside = f", inside a {writing}" if writing else ""
     return f"in step {step} ({what}{inside})"
 
 
@@ -149,10 +156,13 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
         "os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]\n"
     )
     assert kill(
-        tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, saving: step >= 1
+        tmp_path / "config.yaml", "killed", "launch.sh", lambda seconds, step, writing: step >= 1
     )
     assert kill(
-        tmp_path / "config.yaml", "killed", "everybody", lambda seconds, step, saving: saving
+        tmp_path / "config.yaml",
+        "killed",
+        "everybody",
+        lambda seconds, step, writing: writing == "save",
     )
     finish(tmp_path / "config.yaml", "killed")
     assert_same_run(tmp_path / "runs" / "killed", trained)
@@ -183,13 +193,15 @@ def test_fifty_kills_change_nothing(config_file):
     while done < kills or not (runs / f"killed{number}" / "adapter").is_dir():
         name = f"killed{number}"
         if done < kills:
-            after, whom = rng.uniform(0.0, 6.0), WHOM[done % len(WHOM)]
-            inside = done % 5 == 0  # every fifth falls inside a save, the others anywhere
+            whom = rng.choice(WHOM)
+            # Every fourth falls inside a save, every tenth inside the export, the others anywhere.
+            inside = "save" if done % 4 == 0 else "export" if done % 10 == 1 else ""
+            after = 0.0 if inside == "export" else rng.uniform(0.0, 6.0)
             if where := kill(
                 config_file,
                 name,
                 whom,
-                lambda seconds, step, saving: seconds > after and (saving or not inside),
+                lambda seconds, step, writing: seconds > after and writing.startswith(inside),
             ):
                 done += 1
                 print(f"{done}: {whom} after {after:.1f} s {where}", flush=True)

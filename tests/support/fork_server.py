@@ -40,10 +40,11 @@ AT_IMPORT = (
     *("BNB", "CUDA", "DS_", "HF_", "KMP", "LANG", "LC_", "LD_", "MKL", "NUMEXPR", "OPENBLAS"),
     *("PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "XDG"),
 )
-# Others may differ: a fork has its own PYTHONPATH, libraries and loop/monitor/quiet.py set three
+# Others may differ: a fork has its own path, libraries and loop/monitor/quiet.py set three
 # themselves, and GPUs need a driver.
 APART = {
-    *("PYTHONPATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"),
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+    "TORCHINDUCTOR_CACHE_DIR",
     "HF_DATASETS_DISABLE_PROGRESS_BARS",
 } | (set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"})
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -179,7 +180,7 @@ def be_python(request: dict, client: str, installed: list[str]) -> None:
     sys.executable = client
     own = {"-m": os.getcwd(), "-c": ""}.get(first, os.path.dirname(first))
     paths = python_path(env)
-    sys.path[:] = [own, *paths, *installed]
+    sys.path[:] = [*([] if env.get("PYTHONSAFEPATH") else [own]), *paths, *installed]
     if any(Path(path, "sitecustomize.py").exists() for path in paths):
         sys.modules.pop("sitecustomize", None)
         importlib.import_module("sitecustomize")

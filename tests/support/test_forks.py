@@ -35,12 +35,13 @@ def python(*args: str, which: str = PYTHON, **env: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.parametrize("safe", ["", "1"])
 @pytest.mark.parametrize("how", ["-c", "-m", "file"])
-def test_a_fork_is_as_a_true_python(tmp_path, how):
+def test_a_fork_is_as_a_true_python(tmp_path, how, safe):
     (tmp_path / "shown.py").write_text(SHOW)
     args = {"-c": ["-c", SHOW], "-m": ["-m", "shown"], "file": [str(tmp_path / "shown.py")]}[how]
     fork, true = (
-        python(*args, "a b", "é", which=which, PYTHONPATH=str(tmp_path))
+        python(*args, "a b", "é", which=which, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH=safe)
         for which in (PYTHON, sys.executable)
     )
     assert fork.returncode == true.returncode == 3

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...config.schema import ROOT, Config, ConfigError, DataConfig
+from ...untrusted.datasets import check_data_folder
 from .readers import OPENERS, READERS, Rows, format_of, read_text_pairs
 
 if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
@@ -147,6 +148,8 @@ def open_dataset(source: str, split: str) -> "datasets.Dataset":
     Raises ConfigError naming the source.
     """
     at = locate(source, split)
+    if at.path:
+        check_data_folder(f"data.{split}={source}", at.path)
     try:
         return _load_dataset(at)
     except Exception as error:  # each of the library's readers raises its own exceptions

@@ -1,0 +1,92 @@
+"""YAML as a configuration needs it: texts, numbers, true, false, null, lists, mappings with keys.
+
+YAML can also say dates, Python objects, keys that are no text, the same key twice, and by aliases a
+few lines can stand for gigabytes or for themselves. Each of these is one line of error here.
+"""
+
+from typing import Any
+
+import yaml
+
+MOST_NODES = 10_000  # with every alias written out
+MOST_BYTES = 2**20
+MOST_DIGITS = 300
+
+
+class PlainLoader(yaml.SafeLoader):
+    """A YAML 1.1 loader without tags and dates, whose mappings have each key once, as a text."""
+
+    def fetch_tag(self):
+        raise yaml.scanner.ScannerError(
+            None, None, "a tag (!...) has no place here", self.get_mark()
+        )
+
+    def construct_mapping(self, node, deep=False):
+        self.flatten_mapping(node)
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise _error(key_node, "a key is not a text; put it into quotes")
+            key = self.construct_object(key_node)
+            if key in mapping:
+                raise _error(key_node, f"the key {key[:60]!r} is there twice")
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > MOST_DIGITS:
+            raise _error(node, "a number of too many digits")
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_map(self, node):
+        yield self.construct_mapping(node)
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
+PlainLoader.add_constructor("tag:yaml.org,2002:map", PlainLoader.construct_yaml_map)
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises yaml.YAMLError, whose `problem` does not quote the text."""
+    if len(text) > MOST_BYTES:
+        raise yaml.MarkedYAMLError(problem=f"longer than {MOST_BYTES:,} characters")
+    loader = PlainLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, set())
+        return loader.construct_document(node)
+    except (RecursionError, ValueError, TypeError) as error:
+        raise yaml.MarkedYAMLError(
+            problem=f"nested too deeply, or no value ({type(error).__name__})"
+        ) from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
+    """The nodes below one, each alias written out. Raises YAMLError above MOST_NODES."""
+    if id(node) in open_nodes:
+        raise _error(node, "an alias stands for itself")
+    if id(node) not in sizes:
+        open_nodes.add(id(node))
+        size = 1
+        if isinstance(node, yaml.SequenceNode):
+            size += sum(_count(child, sizes, open_nodes) for child in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            for pair in node.value:
+                size += sum(_count(child, sizes, open_nodes) for child in pair)
+        open_nodes.remove(id(node))
+        sizes[id(node)] = size
+        if size > MOST_NODES:
+            raise _error(node, f"more than {MOST_NODES:,} values, aliases written out")
+    return sizes[id(node)]
+
+
+def _error(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

@@ -1,0 +1,1 @@
+"""What strangers wrote is read here within limits: a base's files and its chat template."""

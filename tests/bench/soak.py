@@ -1,0 +1,110 @@
+"""`python tests/bench/soak.py [STEPS]`: many steps of a tiny run, and whether anything grows.
+
+It trains the embedded base on two CPU ranks and looks at each rank's resident memory, open files
+and threads every few seconds, and at the time of each step. It prints their slopes over the second
+half of the run, and ends with 1 where one of them is not flat.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOK_SECONDS = 5
+# What may be added in 1,000 steps: noise of the allocator, and of other work on the machine.
+MOST = {"MiB resident": 2.0, "open files": 0.01, "threads": 0.01, "ms a step": 2.0}
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    """Starts the run in a folder, two ranks of a tiny configuration."""
+    rows = [
+        {
+            "id": str(i),
+            "dialogue": "Doctor: Pain?\n" * (1 + i % 7),
+            "soap": "S: a\nO: b\nA: c\nP: d",
+        }
+        for i in range(64)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        *(f"data.train={folder / 'rows.jsonl'}", "data.valid=null", "data.test=null"),
+        *("max_seq_len=256", "batch_size=1", "epochs=10000", f"max_steps={steps}"),
+        *(f"run.dir={folder}", "run.name=soak", "run.save_steps=500", "run.export=none"),
+        *("monitor.sample_notes=[]", "warmup_steps=0"),
+    ]
+    config = ROOT / "loop/configs/embedded.yaml"
+    command = [str(ROOT / "launch.sh"), "train", "--gpus", "2", "--config", str(config), *settings]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env.setdefault("LOOP_PYTHON", sys.executable)
+    log = (folder / "log").open("w")
+    return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def look(process: subprocess.Popen) -> dict[str, tuple[float, float, float]]:
+    """(MiB resident, open files, threads) of each rank that runs now."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            rank = child.environ().get("RANK")
+            if rank is not None and child.environ().get("LOCAL_RANK") is not None:
+                mib = child.memory_info().rss / 2**20
+                found.setdefault(f"rank {rank}", (mib, child.num_fds(), child.num_threads()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def read_steps(folder: Path) -> list[dict]:
+    log = folder / "soak" / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [line for line in map(json.loads, lines) if "train/loss" in line]
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """The rise in 1,000 steps over the second half of (step, value), by least squares."""
+    half = points[len(points) // 2 :]
+    steps, values = np.array(half).T
+    return float(np.polyfit(steps, values, 1)[0] * 1000)
+
+
+def main() -> None:
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = start(folder, steps)
+        seen: dict[str, list[tuple[float, tuple[float, float, float]]]] = {}
+        while process.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            log = folder / "soak" / "metrics.jsonl"
+            step = log.read_bytes().count(b'"train/loss"') if log.is_file() else 0
+            if step:
+                for rank, values in look(process).items():
+                    seen.setdefault(rank, []).append((step, values))
+        if process.returncode:
+            sys.exit((folder / "log").read_text()[-3000:])
+        times = [
+            (line["step"], 1000 * sum(v for k, v in line.items() if k.startswith("time/")))
+            for line in read_steps(folder)
+        ]
+    rows = [("rank 0", "ms a step", times)]
+    for rank, looks in sorted(seen.items()):
+        for i, what in enumerate(("MiB resident", "open files", "threads")):
+            rows.append((rank, what, [(step, values[i]) for step, values in looks]))
+    grows = False
+    print(f"{'':8s}{'':14s}{'first':>10s}{'last':>10s}{'in 1,000 steps':>16s}")
+    for rank, what, points in rows:
+        rise = slope(points)
+        grows |= rise > MOST[what]
+        print(f"{rank:8s}{what:14s}{points[0][1]:10.1f}{points[-1][1]:10.1f}{rise:16.3f}")
+    sys.exit(int(grows))
+
+
+if __name__ == "__main__":
+    main()
