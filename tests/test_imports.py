@@ -23,6 +23,7 @@ FLOORS = (
     {"evaluation"},
     {"checkpoint"},
     {"monitor", "export"},
+    {"gguf"},
     {"train"},
     {"commands", "bases"},
 )

@@ -15,7 +15,9 @@ NO_TEMPLATE = """\
 """
 
 
-def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSettings) -> str:
+def modelfile(
+    tokenizer, prompt: dict, context: int, settings: GenerationSettings, source: str = "."
+) -> str:
     """The text of a Modelfile that lies in the folder of a merged or full model.
 
     Args:
@@ -23,6 +25,7 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
         prompt: of trained.json, with `system` and `request`.
         context: tokens that prompt and note may have together.
         settings: how the run wrote its notes; the longest note is taken from there.
+        source: the folder, or the GGUF file in it.
     """
     template = go_template(tokenizer, prompt)
     system = prompt["system"]
@@ -30,7 +33,7 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
         "# ollama create NAME -f Modelfile",
         "# The message is the conversation alone; TEMPLATE puts the request before it.",
         "# The notes are drafts: a clinician must review each one.",
-        "FROM .",
+        f"FROM {source}",
         f'TEMPLATE """{template}"""' if template else NO_TEMPLATE.strip(),
     ]
     if '"""' not in system:
