@@ -115,7 +115,7 @@ COMMANDS = {
     ),
     "export": Command(
         "Write what a run would have exported at a checkpoint; a model as GGUF; push to the hub.",
-        "--checkpoint DIR | --model DIR [--gguf KIND] [--out DIR] [--push OWNER/NAME]",
+        "--checkpoint DIR | --model DIR [--gguf KIND] [--out DIR] [--push REPO]",
         {
             "--checkpoint DIR": "runs/NAME/checkpoints/step-000200, or best or newest",
             "--model DIR": "instead: an adapter's folder, or a merged or full model's",
