@@ -5,7 +5,7 @@
 # the start of a string, which ends below the Bash part; it runs only what comes after that.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # a symbolic link is followed
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
 stamp=$here/.venv/launch.stamp
@@ -111,7 +111,7 @@ case ${1:-} in
     echo "$help"
     exit ;;
   --version)
-    release=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/pyproject.toml")
+    release=$(grep '^version = ' "$here/pyproject.toml" | cut -d '"' -f 2)
     commit=$(git -C "$here" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
     echo "soap-loop $release, commit $commit"
     exit ;;

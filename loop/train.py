@@ -24,6 +24,7 @@ from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result
+from .families.admission import check_vocabulary
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
@@ -116,6 +117,7 @@ def train(
         tokenizer = load_tokenizer(config.base, config.revision)
         model_config = load_model_config(config.base, config.revision)
         data = data or load_training_data(config, tokenizer)
+        check_vocabulary(config, data.train + data.valid)
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step

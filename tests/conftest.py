@@ -9,14 +9,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import run_ok, tinyllama_shape, write_rows
+from fork_server import start_server
 
-# What ./launch.sh check found on this machine must not decide what the tests test.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
+# A shell's background job ignores Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, and so would what the tests start
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have the environment of the first process
+    # What ./launch.sh check found on this machine must not decide what the tests test.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
+    os.environ["LOOP_TESTS_PYTHON"] = start_server()
+
+from helpers import run_ok, tinyllama_shape, write_rows  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ FLOORS = (
     {"memory"},
     {"zero3"},
     {"model"},
+    {"families"},
     {"generation"},
     {"evaluation"},
     {"checkpoint"},

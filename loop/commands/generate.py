@@ -19,6 +19,7 @@ from ..generation.loading import fit_dialogues, generation_source, load_for_gene
 from ..generation.notes_file import NotesFile, digest, read_dialogues
 from ..generation.prompt import check_prompt
 from ..model.loading import load_model_config, load_tokenizer
+from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
 
 OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0}  # what has no effect
@@ -209,7 +210,7 @@ def generate(args: argparse.Namespace) -> None:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
     model_config = load_model_config(source["base"], source["revision"])
-    context = model_config.max_position_embeddings
+    context = context_length(model_config) or sys.maxsize
     fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
     warn_of_shortened(fitted, context)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)

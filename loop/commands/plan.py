@@ -17,6 +17,7 @@ from ..config.schema import Config, ConfigError
 from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
+from ..families.admission import check_base, check_vocabulary
 from ..memory.report import describe_memory, read_gpus
 from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
@@ -87,7 +88,9 @@ def describe_run(
     """
     ds_config = build_ds_config(config)
     tokenizer = load_tokenizer(config.base, config.revision)
+    check_base(config)
     examples, report = load_examples(config, tokenizer, "train")
+    check_vocabulary(config, examples)
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))

@@ -15,6 +15,7 @@ from ..distributed.rendezvous import RendezvousError
 from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
+from ..families.admission import check_base
 from ..kernels.attention import AttentionError
 from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(sys.argv[1:] if argv is None else argv)
         Choice.of(config)  # a mistake there is said before the data is read
         uses_gpu()  # and so is a GPU that torch can't use
+        check_base(config)
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)

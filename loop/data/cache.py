@@ -33,7 +33,8 @@ def cache_key(config: Config, tokenizer, split: str) -> str:
 
     Raises OSError when a file of the data can't be read, ConfigError when a source is missing.
     """
-    settings = [split, config.data.model_dump(), config.max_seq_len, tokenizer.chat_template]
+    longest = [config.max_seq_len, tokenizer.model_max_length]
+    settings = [split, config.data.model_dump(), longest, tokenizer.chat_template]
     digest = hashlib.sha256(digest_sources(config))
     digest.update(json.dumps(settings).encode())
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())

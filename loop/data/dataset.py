@@ -80,7 +80,9 @@ def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example],
                 write_cache(path, *prepared)
     examples, report = prepared
     if not examples and (report.rows or getattr(config.data, split)):
-        too_long = f"{len(report.dropped)} are longer than max_seq_len={config.max_seq_len}"
+        longest = longest_example(config, tokenizer)
+        name = "max_seq_len" if longest == config.max_seq_len else "the base's context"
+        too_long = f"{len(report.dropped)} are longer than {name}={longest}"
         reason = report.skipped[0] if report.skipped else too_long
         raise ConfigError(f"data.{split}: no example is left ({reason})")
     return examples, report
@@ -101,20 +103,23 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         dropped=[],
         truncated=[],
         without_headings=0,
-        plain_template=tokenizer.chat_template == PLAIN_TEMPLATE,
+        plain_template=str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE),
     )
     supervise = config.data.supervise
+    longest = longest_example(config, tokenizer)
+    limit = f"max_seq_len={config.max_seq_len}; raise it"
+    if longest < config.max_seq_len:
+        limit = f"the base's context of {longest} tokens; take a base with a longer one"
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
-        if len(example) > config.max_seq_len:
+        if len(example) > longest:
             if config.data.overlong == "error":
                 raise ConfigError(
-                    f"data.{split}, id {example.id}: {len(example)} tokens, more than "
-                    f"max_seq_len={config.max_seq_len}; raise it, "
+                    f"data.{split}, id {example.id}: {len(example)} tokens, more than {limit}, "
                     "or set data.overlong to drop or truncate_dialogue"
                 )
             shorter = None
             if config.data.overlong == "truncate_dialogue":
-                shorter = shorten_to_fit(tokenizer, conversation, config.max_seq_len, supervise)
+                shorter = shorten_to_fit(tokenizer, conversation, longest, supervise)
             if shorter is None:
                 report.dropped.append(example.id)
                 continue
@@ -125,6 +130,11 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         examples.append(example)
     report.kept = len(examples)
     return examples, report
+
+
+def longest_example(config: Config, tokenizer) -> int:
+    """The tokens that an example may have: those of max_seq_len, or of the base's context."""
+    return min(config.max_seq_len, tokenizer.model_max_length)
 
 
 def _encode_in_chunks(

@@ -5,9 +5,12 @@ Training and generation encode prompts by the same functions.
 """
 
 import dataclasses
+import datetime
+import functools
 import itertools
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -28,6 +31,13 @@ PLAIN_TEMPLATE = (
 )
 
 
+# A model that can think aloud before its answer must not: the note is what is asked for. Each
+# family has a switch of its own, and a template ignores what it does not know.
+THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
+# A date in a template is always the same one: a run resumed tomorrow has the prompts of today.
+DATE = datetime.datetime(2026, 1, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One conversation. A label is the token itself where it is supervised, otherwise -100."""
@@ -46,17 +56,145 @@ class Example:
         return int((self.labels[1:] != IGNORE).sum())
 
 
+# ---- the template
+
+
+class ChatFrame(NamedTuple):
+    """What the base's chat template does with conversations of the same roles, seen by running it.
+
+    Example: a template that writes `<think>\n\n</think>\n\n` before each answer, but not at the end
+    of a prompt. That text is the `lead`: part of the prompt, so never of the note.
+    """
+
+    arrange: Callable[[Messages], list[dict]]  # puts messages into the form that it takes
+    lead: str  # what the prompt has behind the template's own text
+    end: str | None  # what the template writes behind the answer; None: it writes no answer
+
+
+def _as_they_are(messages: Messages) -> list[dict]:
+    return list(messages)
+
+
+def _system_with_user(messages: Messages) -> list[dict]:
+    """The system's text at the head of the user's first message."""
+    if [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return list(messages)
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{**messages[1], "content": content}, *messages[2:]]
+
+
+def _in_parts(messages: Messages) -> list[dict]:
+    """Contents as lists of parts, as templates of models that see images want them."""
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+ARRANGEMENTS = (
+    _as_they_are,
+    _system_with_user,
+    _in_parts,
+    lambda messages: _in_parts(_system_with_user(messages)),
+)
+
+
 def render(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
-    """The text that the base's chat template makes of a conversation."""
+    """The text that the base's chat template makes of a conversation.
+
+    With `add_generation_prompt` it is the prompt of an answer that comes next. Raises ConfigError
+    where the template refuses the conversation.
+    """
+    roles = tuple(m["role"] for m in messages)
+    if not add_generation_prompt and roles[-1] == "assistant":
+        roles = roles[:-1]
+    frame = _find_frame(tokenizer, str(tokenizer.chat_template), roles)
+    if not add_generation_prompt and frame.end is None:
+        return ""  # it would raise, or leave the answer out
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateError as error:  # e.g. a template that knows no system role
-        roles = ", ".join(m["role"] for m in messages)
+        text = _apply(tokenizer, frame.arrange(messages), add_generation_prompt)
+    except _TEMPLATE_ERRORS as error:  # without its message, which may quote the conversation
         raise ConfigError(
-            f"the base's chat template refuses a conversation of {roles}: {type(error).__name__}"
+            f"the base's chat template refuses a conversation of {', '.join(roles)}: "
+            f"{type(error).__name__}"
         ) from error
+    return text + frame.lead if add_generation_prompt else text
+
+
+# A template's own, and what it does with a content of another type than it expects.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError)
+
+
+def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+    arguments: dict[str, Any] = {**THINKING_OFF, "tokenize": False}
+    return tokenizer.apply_chat_template(
+        messages,
+        chat_template=_with_fixed_date(tokenizer.get_chat_template()),
+        add_generation_prompt=add_generation_prompt,
+        **arguments,
+    )
+
+
+@functools.lru_cache
+def _with_fixed_date(template: str) -> str:
+    return re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+        lambda call: repr(DATE.strftime(call.group(2))),
+        template,
+    )
+
+
+def _placeholder(number: int) -> str:
+    """Stands for a message's content: private-use characters, which no template writes."""
+    return f"\ue000{number}\ue001"
+
+
+@functools.lru_cache(maxsize=256)
+def _find_frame(tokenizer, template: str, roles: tuple[str, ...]) -> ChatFrame:
+    """The frame of prompts of messages with these roles. Raises ConfigError.
+
+    The first arrangement counts under which the template writes every message. template: the
+    tokenizer's, as a key of the cache.
+    """
+    messages = [{"role": role, "content": _placeholder(i)} for i, role in enumerate(roles)]
+    answer = {"role": "assistant", "content": _placeholder(len(roles))}
+    problem = "it does not write all of its messages"
+    for arrange in ARRANGEMENTS:
+        try:
+            prompt = _apply(tokenizer, arrange(messages), True)
+        except _TEMPLATE_ERRORS as error:
+            if arrange is _as_they_are:  # the conversation is made of placeholders: it can be shown
+                problem = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            continue
+        if all(m["content"] in prompt for m in messages):
+            try:
+                whole = _apply(tokenizer, arrange([*messages, answer]), False)
+            except _TEMPLATE_ERRORS:
+                whole = ""
+            before, found, end = whole.rpartition(answer["content"])
+            tail = prompt[prompt.rfind("\ue001") + 1 :]
+            return ChatFrame(arrange, _lead(tail, prompt, before), end if found else None)
+    raise ConfigError(
+        f"the base's chat template refuses a conversation of {', '.join(roles)}: {problem}"
+    )
+
+
+def _lead(tail: str, prompt: str, before: str) -> str:
+    """The text between the template's own prompt and the answer.
+
+    Args:
+        tail: of the prompt, behind its last message.
+        prompt: as the template ends it.
+        before: what the template writes before the answer of a complete conversation.
+    """
+    lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    if lead.strip():
+        return lead
+    opened = re.findall(r"<([^<>/\s]*think[^<>/\s]*)>", tail)
+    if opened and f"</{opened[-1]}>" not in tail:  # a block of thoughts, whatever the switches say
+        gap = "" if tail.endswith("\n") else "\n"
+        return f"{gap}\n</{opened[-1]}>\n\n"
+    return ""
+
+
+# ---- from text to token ids
 
 
 def special_tokens(tokenizer) -> dict[str, int]:
@@ -76,8 +214,15 @@ def encode(tokenizer, conversations: list[tuple[Messages, bool]]) -> list[list[i
 
     Text that spells a special token ("</s>") inside a message stays text.
     """
-    specials = special_tokens(tokenizer)
     texts = [render(tokenizer, messages, prompt) for messages, prompt in conversations]
+    return _encode_texts(tokenizer, conversations, texts)
+
+
+def _encode_texts(
+    tokenizer, conversations: list[tuple[Messages, bool]], texts: list[str]
+) -> list[list[int]]:
+    """As `encode`; texts: what `render` makes of the conversations."""
+    specials = special_tokens(tokenizer)
     encoded = _tokenize(tokenizer, texts)
     for i, (messages, add_generation_prompt) in enumerate(conversations):
         if _spells_special_token(messages, specials):
@@ -105,8 +250,8 @@ def _encode_in_pieces(tokenizer, messages: Messages, add_generation_prompt: bool
 
     Special tokens count in the frame; in the messages their spellings are text.
     """
-    # While the template is rendered, private-use characters stand for the contents.
-    placeholders = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    # While the template is rendered, placeholders stand for the contents.
+    placeholders = [{**m, "content": _placeholder(i)} for i, m in enumerate(messages)]
     text = render(tokenizer, placeholders, add_generation_prompt)
     ids: list[int] = []
     for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
@@ -150,13 +295,16 @@ class PromptCache:
         self.specials = special_tokens(tokenizer)
         self.frames: dict[tuple[str, ...], PromptFrame | None] = {}  # by roles and tail's text
 
-    def prefix_of(self, messages: Messages, ids: list[int]) -> list[int] | None:
-        """The token ids of the prompt of a conversation, whose own are `ids`.
+    def prefix_of(self, messages: Messages, whole: str, ids: list[int]) -> list[int] | None:
+        """The token ids of the prompt of a conversation, whose own are `ids`, of the text `whole`.
 
-        None where they must be tokenised: the template has no special token, or a message spells
-        one.
+        None where they must be tokenised: the template has no special token, a message spells one,
+        or the conversation's text does not begin with the prompt's. So it is with templates that
+        write earlier messages otherwise once an answer follows.
         """
         text = render(self.tokenizer, messages[:-1], True)
+        if not whole.startswith(text):
+            return None
         found = [s for s in self.specials if s in text]
         if not found or _spells_special_token(messages, self.specials):
             return None
@@ -187,15 +335,15 @@ class PromptCache:
 
 
 def encode_prompts(
-    tokenizer, conversations: list[Messages], encoded: list[list[int]]
+    tokenizer, conversations: list[Messages], texts: list[str], encoded: list[list[int]]
 ) -> list[list[int]]:
-    """The token ids of the prompts of conversations, whose own token ids are `encoded`.
+    """The token ids of the prompts of conversations, of these texts and token ids.
 
     A prompt is all messages but the last, and the template's lead to the answer. The result is that
     of `encode`, most of it read out of `encoded` (`PromptCache`).
     """
     cache = PromptCache(tokenizer)
-    prompts = [cache.prefix_of(messages, ids) for messages, ids in zip(conversations, encoded)]
+    prompts = [cache.prefix_of(*row) for row in zip(conversations, texts, encoded)]
     missing = [
         (messages[:-1], True) for messages, ids in zip(conversations, prompts) if ids is None
     ]
@@ -214,11 +362,9 @@ def encode_examples(
     """
     turns = [_assistant_turns(c, supervise) for c in conversations]
     flat = list(itertools.chain.from_iterable(turns))
-    encoded = encode(tokenizer, [(messages, False) for messages in flat])
-    if supervise == "all":
-        prompts: list[list[int]] = [[]] * len(flat)
-    else:
-        prompts = encode_prompts(tokenizer, flat, encoded)
+    texts = [render(tokenizer, messages, False) for messages in flat]
+    encoded = _encode_texts(tokenizer, [(messages, False) for messages in flat], texts)
+    prompts = encode_prompts(tokenizer, flat, texts, encoded)
     answers = (
         _answer_ids(tokenizer, messages, prompt, ids)
         for messages, prompt, ids in zip(flat, prompts, encoded)
@@ -229,6 +375,10 @@ def encode_examples(
         ids: list[int] = []
         spans: list[tuple[int, int]] = []  # of the answers
         for prompt, answer in itertools.islice(prompts_and_answers, len(own_turns)):
+            # Some templates write the EOS behind the last answer alone.
+            if prompt[: len(ids)] != ids and prompt[: len(ids) - 1] == ids[:-1]:
+                ids.pop()
+                spans[-1] = (spans[-1][0], len(ids))
             if prompt[: len(ids)] != ids:
                 raise ConfigError(
                     f"id {conversation.id}: the chat template rewrites earlier turns; "
@@ -259,19 +409,22 @@ def _answer_ids(tokenizer, messages: Messages, prompt: list[int], ids: list[int]
     """The token ids of the last message of a conversation, which end with the EOS.
 
     prompt, ids: the token ids of the prompt and of the whole conversation. Where the latter do not
-    begin with the former, because the text is tokenised differently at their border or the template
-    writes the prompt otherwise (trl#5213), the answer is tokenised on its own. An answer that the
-    template ends without an EOS gets one (trl#1623: an EOS that is never supervised is never
-    learned).
+    begin with the former, the answer is tokenised on its own, with the end that the template gives
+    it. So it is where the template's text is tokenised differently at their border, and where it
+    writes earlier messages otherwise once an answer follows (trl#5213). An answer that the template
+    ends without an EOS gets one (trl#1623: an EOS that is never supervised is never learned).
     """
     eos = tokenizer.eos_token_id
-    if ids[: len(prompt)] == prompt:
+    roles = tuple(m["role"] for m in messages[:-1])
+    end = _find_frame(tokenizer, str(tokenizer.chat_template), roles).end
+    if end is not None and ids[: len(prompt)] == prompt:
         answer = ids[len(prompt) :]
     else:
         content = messages[-1]["content"]
         answer = tokenizer(content, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
+        answer += tokenizer(end or "", add_special_tokens=False)["input_ids"]
     if eos not in answer:
         return [*answer, eos]
     # The template's own line break behind the EOS is not part of the answer.

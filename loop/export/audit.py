@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,7 +211,8 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     try:
         process = subprocess.run(
-            [sys.executable, "-c", script, str(folder), str(device)],
+            [sys.executable, "-c", script, str(folder.absolute()), str(device)],
+            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
             input=rows,
             capture_output=True,
             text=True,

@@ -254,7 +254,7 @@ def check_names(adapter: str, base: StoredBase, adapted: AdaptedLayers) -> None:
     absent = sorted(adapted.lora.keys() - base.files.keys())
     if not absent:
         return
-    if base.config.get("tie_word_embeddings"):
+    if base.config.get("tie_word_embeddings") and ".layers." not in absent[0]:
         why = "shares it with the embeddings"
     else:
         why = "stores its weights under other names"

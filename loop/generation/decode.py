@@ -161,19 +161,20 @@ def generation_mode(model) -> Iterator[torch.device]:
     config = model.config
     was_training = model.training
     attention = config._attn_implementation
-    use_cache = config.use_cache
+    text_config = config.get_text_config()  # of the language model
+    use_cache = text_config.use_cache
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     generation_config = base.generation_config
     try:
         base.generation_config = GenerationConfig()
         model.eval()
-        base.set_attn_implementation("sdpa")
-        config.use_cache = True
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+        text_config.use_cache = True
         yield base.device
     finally:
         base.generation_config = generation_config
         base.set_attn_implementation(attention)
-        config.use_cache = use_cache
+        text_config.use_cache = use_cache
         model.train(was_training)
 
 

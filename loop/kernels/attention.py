@@ -217,9 +217,10 @@ def _attend_for_transformers(
     window = kwargs.get("sliding_window") or kwargs["max_seqlen"]
     windowed = window < kwargs["max_seqlen"]
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or windowed:
+        remedy = f"; max_seq_len={window} or less stays within the window" if windowed else ""
         raise AttentionError(
             f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window"
-            " is not supported"
+            f" is not supported{remedy}"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = packed_attention(
@@ -251,7 +252,7 @@ for _backend in (
     AttentionBackend(
         "sdpa",
         load_sdpa,
-        "packed_sdpa",
+        "packed_per_document",
         min_capability=None,
         half_precision_only=False,
         fallback_note="costs a kernel call for each document",

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config
 from ..kernels.dropout import mask_width
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..optim.adamw import optimizer_spec
+from ..optim.lora_targets import put_lora
 
 # Before the engine is made.
 LOADED = (
@@ -96,11 +96,8 @@ def _count_weights(config: Config, model_config) -> WeightCounts:
     if config.method == "full":
         trained = tuple(p.numel() for p in model.parameters())
         return WeightCounts(matrices, other, trained, widths=())
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    with torch.device("meta"):
+        model = put_lora(model, config.lora)
     trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     lora_modules: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     widths = tuple(module.in_features for module in lora_modules)

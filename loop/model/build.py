@@ -18,6 +18,7 @@ from ..kernels.fuse import choose_dequantized, choose_fused_layers, fuse
 from ..memory.estimate import RunShape, estimate_memory
 from ..memory.planner import choose_micro_batch, choose_weight_placement, free_gpu_bytes
 from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
+from ..optim.lora_targets import count_expert_weights
 from .activation_checkpointing import use_checkpointing
 from .loading import load_model
 from .quantization import compute_dtype
@@ -88,7 +89,7 @@ def build_model(
     attention, _, attention_warning = attention.partition("; ")
     if ranks.device.type != "cuda":
         attention_warning = ""  # a CPU has only one backend
-    warnings = [attention_warning, layers_warning, optimizer_warning(config)]
+    warnings = [attention_warning, layers_warning, *other_warnings(config, model)]
     return model, Execution(
         ds_config=ds_config,
         dropout=dropout,
@@ -113,6 +114,18 @@ def fuse_layers(
     dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
     unfused = fuse(layers, dequantized)
     return replace(run, dequantized=dequantized, fused=not unfused), unfused
+
+
+def other_warnings(config: Config, model: nn.Module) -> list[str]:
+    """Lines about the optimizer and about experts without LoRA, or "" for each."""
+    experts = count_expert_weights(model)
+    line = ""
+    if config.method != "full" and experts:
+        line = (
+            f"experts     {experts:,} weights, stored as one tensor for all experts of a layer, "
+            "get no LoRA"
+        )
+    return [optimizer_warning(config), line]
 
 
 def describe_execution(attention: str, replicated: bool, checkpointing: bool) -> str:

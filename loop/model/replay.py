@@ -30,7 +30,7 @@ def can_replay(config: Config, replicated: bool, ranks: Ranks, backend: str) -> 
 
 
 def replay_layers(
-    config: Config,
+    max_seq_len: int,
     model: nn.Module,
     plan: BatchPlan,
     lengths: np.ndarray,
@@ -45,15 +45,16 @@ def replay_layers(
     nothing was captured; and why nothing was captured on this rank, or "".
 
     Args:
+        max_seq_len: tokens of the longest possible example.
         lengths: int [n], tokens of every example of the run.
         max_tokens: of a micro-batch, as the memory allows.
         dropout: LoRA's masks, which get an address for rows of this size.
     """
-    padded_shape = padded_shape_of(plan, lengths, ranks.world_size, max_tokens, config.max_seq_len)
+    padded_shape = padded_shape_of(plan, lengths, ranks.world_size, max_tokens, max_seq_len)
     tokens, _ = padded_shape
     dropout.reserve(tokens)
     layers = decoder_layers(model)
-    problem = graph_layers(model, layers, padded_shape, config.max_seq_len, ranks.device)
+    problem = graph_layers(model, layers, padded_shape, max_seq_len, ranks.device)
     if problem:
         warning = f"layers      launched kernel by kernel, not replayed: {problem}"
         return tokens, None, f"{warning} (rank {ranks.rank})"

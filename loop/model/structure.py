@@ -1,5 +1,7 @@
 """Where things are in a transformers model: its decoder layers, and the shape of its attention."""
 
+from typing import Any
+
 import torch.nn as nn
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,6 +19,43 @@ def attention_shape(model_config) -> tuple[int, int, int]:
     return query_heads, key_value_heads, model_config.head_dim
 
 
+def with_usual_names(model_config):
+    """The configuration with `head_dim` and `intermediate_size`, whatever its family calls them."""
+    hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    found = [getattr(model_config, name, None) for name in names]
+    inner = next(filter(None, found), 4 * hidden)
+    if not getattr(model_config, "head_dim", None):
+        model_config.head_dim = hidden // heads
+    model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner
+    return model_config
+
+
+def context_length(model_config) -> int | None:
+    """The most tokens that a base can see at once; None where its configuration names no limit.
+
+    longrope (arXiv 2402.13753) takes other factors for a whole row as soon as one document in it
+    exceeds the length that the base was first trained with. So that length counts.
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
+    for rope in rotary_settings(model_config):
+        before = rope.get("original_max_position_embeddings") or getattr(
+            model_config, "original_max_position_embeddings", None
+        )
+        if limit and before and rope.get("rope_type") == "longrope":
+            limit = min(limit, before)
+        if limit and before and rope.get("rope_type") == "yarn":  # limit may be `before`
+            limit = max(limit, int(before * rope.get("factor", 1)))
+    return limit
+
+
+def rotary_settings(model_config) -> list[dict[str, Any]]:
+    """The settings of rotary positions: one, or one for each kind of layer."""
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The stack of decoder layers, below PEFT's wrapper if there is one.
 
@@ -24,8 +63,19 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        return base.get_decoder().layers
+        # Some models name themselves as their decoder.
+        return getattr(base.get_decoder(), "layers", None) or base.model.layers
     except AttributeError as error:
         raise ConfigError(
             f"{type(base).__name__} has no stack of decoder layers; take a base built like Llama"
         ) from error
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout of a base to 0, whether it is a module or a number in another module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("jitter_noise")):
+                setattr(module, name, 0.0)

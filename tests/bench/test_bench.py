@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 BENCH = ROOT / "tests" / "bench"
@@ -64,8 +64,7 @@ def test_it_measures_the_loop_and_a_peer(tmp_path):
     options = "--shape embedded --steps 8 --rounds 1 --without-deepspeed --peer plain batch_size=1"
     command = [str(ROOT / "launch.sh"), "bench", *options.split()]
     command += ["--json", str(tmp_path / "all.json")]
-    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
-    env["OMP_NUM_THREADS"] = "1"
+    env = os.environ | CPU | {"LOOP_PYTHON": PYTHON}
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert out.returncode == 0, out.stderr[-2000:]
     results = json.loads((tmp_path / "all.json").read_text())["results"]

@@ -5,10 +5,9 @@ import json
 import os
 import runpy
 import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 from mistakes import MISTAKES, SHOWN_ONLY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +17,7 @@ BROKEN = ROOT / "tests" / "broken"
 
 def launch(*args: str, **options) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env |= CPU | {"LOOP_PYTHON": PYTHON}
     return subprocess.run(
         [str(ROOT / "launch.sh"), "break", *args],
         env=env,

@@ -8,11 +8,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import yaml
-from helpers import ROOT, free_port
+from helpers import CPU, PYTHON, ROOT, free_port
 
 from loop.checkpoint.identity import RunIdentity
 from loop.checkpoint.run_dir import lines_to_keep
@@ -94,9 +93,9 @@ def test_its_log_is_kept_up_to_its_checkpoint(old_run):
 
 def test_it_is_resumed_and_its_next_steps_are_those_of_the_old_code(old_run):
     written = {key: metrics_of(old_run, key) for key in ("train/loss", "eval/loss")}
-    env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env = CPU | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "loop.train", "--config", "runs/old/config.yaml"],
+        [PYTHON, "-m", "loop.train", "--config", "runs/old/config.yaml"],
         env=os.environ | env | {"MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,

@@ -6,14 +6,13 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, run_ok, write_rows
+from helpers import CPU, PYTHON, ROOT, run_ok, write_rows
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,14 +66,9 @@ def test_the_command_gives_the_runs_own_loss(trained):
 
 def launch(folder: Path, *args: str) -> subprocess.Popen:
     """The command on two ranks, for the run in `folder`."""
-    env = os.environ | {
-        "LOOP_PYTHON": sys.executable,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.Popen(
         [str(ROOT / "launch.sh"), "evaluate", "--config", str(folder / "config.yaml"), *args],
-        env=env,
+        env=os.environ | CPU | {"LOOP_PYTHON": PYTHON},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -2,12 +2,12 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 
 from loop.commands import generate
 from loop.config.schema import ConfigError
@@ -24,8 +24,9 @@ ROWS = [
 
 def command(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "loop.commands.generate", *args],
+        [PYTHON, "-m", "loop.commands.generate", *args],
         cwd=ROOT,
+        env=os.environ | CPU,
         input=stdin,
         capture_output=True,
         text=True,

@@ -3,11 +3,10 @@
 import copy
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 
 from loop.commands.verify_resume import find_differences, judge, largest_difference
 
@@ -74,11 +73,7 @@ def test_where_kernels_do_not_repeat_themselves_the_spread_is_stated():
 @pytest.mark.slow
 def test_the_proof_on_this_machine(config_file):
     """For real: it passes, says what it compared, and leaves nothing behind."""
-    env = os.environ | {
-        "LOOP_PYTHON": sys.executable,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = os.environ | CPU | {"LOOP_PYTHON": PYTHON}
     command = [
         str(ROOT / "launch.sh"),
         "train",

@@ -8,7 +8,13 @@ from tokenizers import AddedToken
 
 from loop.data.conversations import Conversation
 from loop.data.soap import soap_messages
-from loop.data.tokenization import PLAIN_TEMPLATE, encode, encode_examples, encode_prompts
+from loop.data.tokenization import (
+    PLAIN_TEMPLATE,
+    encode,
+    encode_examples,
+    encode_prompts,
+    render,
+)
 from loop.generation.sharded import prompt_of
 from loop.model.loading import load_tokenizer
 
@@ -144,7 +150,8 @@ def test_prompts_are_found_without_tokenising_them(tokenizer):
     ]
     encoded = encode(tokenizer, [(m, False) for m in upto])
     expected = encode(tokenizer, [(m[:-1], True) for m in upto])
-    assert encode_prompts(tokenizer, upto, encoded) == expected
+    texts = [render(tokenizer, m, False) for m in upto]
+    assert encode_prompts(tokenizer, upto, texts, encoded) == expected
 
 
 def test_a_base_without_a_template_gets_the_plain_one(tiny_base, tmp_path):

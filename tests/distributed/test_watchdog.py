@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, free_port
+from helpers import CPU, PYTHON, ROOT, start_ranks
 
 from loop.config.schema import RunConfig
 from loop.distributed import stop, watchdog
@@ -17,29 +16,8 @@ from loop.distributed.watchdog import RankLost, Watchdog, set_activity
 
 
 def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen]:
-    port = str(free_port())
-    ranks = []
-    for rank in range(world_size):
-        env = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "loop.train", "--config", str(config_file), *args],
-            cwd=ROOT,
-            env=os.environ | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ranks.append(process)
-    return ranks
+    command = ["-m", "loop.train", "--config", str(config_file), *args]
+    return start_ranks(world_size, *command)
 
 
 def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
@@ -94,11 +72,11 @@ def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 5
 
 
-def python(code: str, **env: str) -> subprocess.Popen:
+def python(code: str, **env: str):
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [PYTHON, "-c", code],
         cwd=ROOT,
-        env=os.environ | env,
+        env=os.environ | CPU | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -4,15 +4,15 @@ What can't be merged is refused before anything is written.
 """
 
 import json
+import os
 import shutil
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -68,7 +68,7 @@ def here(trained, tiny_base, tmp_path):
 def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
     if into == "16bit":
         command = [
-            sys.executable,
+            PYTHON,
             "-m",
             "loop.commands.merge",
             "--adapter",
@@ -76,7 +76,8 @@ def test_merging_gives_base_plus_adapter(trained, tiny_base, tmp_path, into):
             "--out",
             str(tmp_path / "m"),
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        env = os.environ | CPU
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and "peak memory" in done.stdout, done.stderr
     else:
         merge(str(trained / "adapter"), str(tmp_path / "m"), into=into)

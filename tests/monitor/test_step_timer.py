@@ -3,13 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 
 from loop.monitor.kernel_profile import KINDS, STEPS, WARM_UP, busy_time, kernel_kind, profile_table
 from loop.monitor.step_timer import PHASES, StepTimer
@@ -105,11 +104,7 @@ def test_profile_writes_a_trace_of_three_steps_and_a_table(config_file):
         "max_seq_len=512",
         "batch_size=2",
     ]
-    env = os.environ | {
-        "LOOP_PYTHON": sys.executable,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = os.environ | CPU | {"LOOP_PYTHON": PYTHON}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = runs / "t" / "profile"
@@ -134,12 +129,12 @@ def test_profile_writes_a_trace_of_three_steps_and_a_table(config_file):
 
 
 def test_a_mistake_in_what_is_profiled_is_one_line(config_file):
-    command = [sys.executable, "-m", "loop.commands.profile", "--config", str(config_file)]
+    command = [PYTHON, "-m", "loop.commands.profile", "--config", str(config_file)]
     command.append("lr=none")
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        env=os.environ | CPU,
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import urllib.request
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import (
@@ -225,7 +224,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
     assert runs >= 1
     process = subprocess.Popen(
         [str(ROOT / "launch.sh"), "board", str(trained.parent)],
-        env=os.environ | {"LOOP_PYTHON": sys.executable},
+        env=os.environ | CPU | {"LOOP_PYTHON": PYTHON},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -263,9 +262,9 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
 )
 def test_a_mistake_of_board_is_one_line(args, says, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "loop.commands.board", *args],
+        [PYTHON, "-m", "loop.commands.board", *args],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | CPU | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,

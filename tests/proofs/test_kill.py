@@ -6,14 +6,13 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,12 +20,7 @@ WHOM = ["everybody", "launch.sh", "the launcher", "rank 0", "rank 1"]
 
 
 def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
-    env = os.environ | {
-        "LOOP_PYTHON": sys.executable,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "LOOP_GRACE_SECONDS": "60",
-    }
+    env = os.environ | CPU | {"LOOP_PYTHON": PYTHON, "LOOP_GRACE_SECONDS": "60"}
     if (slow_disk := config_file.parent / "slow_disk").is_dir():
         env["PYTHONPATH"] = str(slow_disk)
     log = (config_file.parent / f"{name}.log").open("a")

@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from fork_server import CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
+# Starts fast, with the libraries imported: fork_server.py. sys.executable is a true Python.
+PYTHON = os.environ.get("LOOP_TESTS_PYTHON", sys.executable)
 
 
 def free_port() -> int:
@@ -22,43 +25,38 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def start_ranks(
+    world_size: int, *command: str, gpu: bool = False, **env: str
+) -> list[subprocess.Popen]:
+    """Starts `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu)."""
+    folders = [ROOT, ROOT / "tests" / "support", ROOT / "tests" / "proofs"]
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    common = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    common |= ({} if gpu else CPU) | env
+    return [
+        subprocess.Popen(
+            [PYTHON, *command],
+            cwd=ROOT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(world_size)
+    ]
+
+
 def run_ranks(
-    world_size: int, *command: str, timeout: int = 300, gpu: bool = False, **env: str
+    world_size: int, *command: str, timeout: int = 300, **options
 ) -> list[subprocess.CompletedProcess]:
-    """Runs `python COMMAND...` as `world_size` ranks (gloo, or NCCL with gpu) and returns the
-    finished processes by rank. A rank that hangs fails the test.
-    """
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        ranks = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        paths = os.pathsep.join(
-            [
-                str(ROOT),
-                str(ROOT / "tests" / "support"),
-                str(ROOT / "tests" / "proofs"),
-                *filter(None, [os.environ.get("PYTHONPATH")]),
-            ]
-        )
-        quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | (
-            {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        )
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=os.environ | quiet | ranks | env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
+    """start_ranks; returns the finished processes by rank. A rank that hangs fails the test."""
+    processes = start_ranks(world_size, *command, **options)
     try:
         outputs = [p.communicate(timeout=timeout) for p in processes]
     finally:

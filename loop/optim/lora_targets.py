@@ -1,0 +1,79 @@
+"""Which layers of a base get LoRA, as PEFT's configuration."""
+
+from typing import Any
+
+import torch.nn as nn
+from peft import LoraConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+from ..config.schema import ConfigError
+
+
+def put_lora(model: Any, lora: dict[str, Any]) -> nn.Module:
+    """The model with new LoRA weights, which the caller draws at random. Raises ConfigError.
+
+    `target_modules: all-linear` means the linear layers of the language model's decoder layers.
+    Experts that a family stores as one tensor are no linear layers and stay as they are. So do the
+    layers that see images.
+    """
+    targets = lora.get("target_modules")
+    try:
+        if targets == "all-linear" and (has_fused_experts(model) or sees_images(model)):
+            targets = without_renamed(linear_names(model), model)
+        lora_config = LoraConfig(task_type="CAUSAL_LM", **{**lora, "target_modules": targets})
+        peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0][:200]}") from error
+    if lora_config.target_parameters:
+        raise ConfigError(
+            "lora.target_modules: names experts that are stored as one tensor, which get no LoRA "
+            "here; take all-linear (attention and shared experts), or name other layers"
+        )
+    lora_config.target_parameters = None  # PEFT leaves an empty set, which JSON does not know
+    output_layer = model.get_output_embeddings()
+    if hasattr(output_layer, "lora_A") and lora.get("lora_dropout"):
+        raise ConfigError(
+            "lora.lora_dropout: must be 0 with LoRA on the output layer, which sees supervised "
+            "tokens alone; set it to 0, or leave the output layer out of lora.target_modules"
+        )
+    return peft_model
+
+
+def without_renamed(names: list[str], model: nn.Module) -> list[str]:
+    """The names without those that PEFT takes for experts of older versions of transformers.
+
+    In some families (DeepSeek-V3) it means the experts by `gate_proj` wherever that stands, so
+    their shared experts get no LoRA.
+    """
+    probe = LoraConfig(task_type="CAUSAL_LM", target_modules=names)
+    convert_peft_config_for_transformers(probe, model, None)
+    return sorted(probe.target_modules or ())
+
+
+def has_fused_experts(model: nn.Module) -> bool:
+    """Whether a layer stores all experts of a mixture in one tensor."""
+    return count_expert_weights(model) > 0
+
+
+def count_expert_weights(model: nn.Module) -> int:
+    """The weights of experts that are stored as one tensor, [experts, out, in]."""
+    return sum(
+        getattr(p, "ds_numel", p.numel())
+        for name, p in model.named_parameters()
+        if "expert" in name and len(getattr(p, "ds_shape", p.shape)) == 3
+    )
+
+
+def sees_images(model: Any) -> bool:
+    """Whether the model has a language model beside other parts."""
+    return model.config.get_text_config(decoder=True) is not model.config
+
+
+def linear_names(model: Any) -> list[str]:
+    """The names of the linear layers in the language model's decoder layers."""
+    layers = set(model.get_decoder().layers.modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module in layers
+    ]

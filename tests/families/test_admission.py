@@ -1,0 +1,128 @@
+"""What a base must be, asked of its configuration and its tokenizer alone."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from helpers import ROOT, write_rows
+
+from loop.config.cli import load_config
+from loop.config.schema import ConfigError
+from loop.data.dataset import load_training_data
+from loop.data.tokenization import PLAIN_TEMPLATE, Example
+from loop.families.admission import check_base, check_vocabulary
+from loop.model.loading import load_model_config, load_tokenizer
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def base(tiny_base, tmp_path):
+    """A copy without weights, and a way to change its files."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def change(file="config.json", **values):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return str(folder)
+
+    return change
+
+
+def configure(base: str, tmp_path, *words: str):
+    rows = write_rows(tmp_path / "rows.jsonl", "row", 12, 5)
+    words = (f"base={base}", f"data.train={rows}", f"run.dir={tmp_path}", *words)
+    return load_config(["--config", "loop/configs/embedded.yaml", *WITHOUT_SPLITS, *words])
+
+
+WITHOUT_SPLITS = (
+    "data.valid=null",
+    "data.valid_fraction=0",
+    "data.test=null",
+    "data.headings=optional",
+    "monitor.sample_notes=[]",
+    "data.columns={id: id, dialogue: dialogue, note: soap}",
+)
+EXAMPLE = Example("row-7", np.array([1, 5, 2], np.int32), np.array([-100, 5, 2], np.int32))
+
+
+def refusal(config) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_base(config)
+        check_vocabulary(config, [EXAMPLE])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_base_is_refused_without_its_weights(base, tmp_path):
+    check_base(configure(base(), tmp_path))
+    check_vocabulary(configure(base(), tmp_path), [EXAMPLE])
+    check_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"))
+    config = configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=512")
+    assert "set max_seq_len=256" in refusal(config)
+    config = configure(base(rope_parameters=None, vocab_size=5, pad_token_id=0), tmp_path)
+    assert "id row-7 has token 5" in refusal(config)
+    words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.1, target_modules: [lm_head]}"
+    assert "lora.lora_dropout: must be 0" in refusal(
+        configure(base(vocab_size=320), tmp_path, words)
+    )
+    check_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
+    words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [nothing]}"
+    assert "lora: " in refusal(configure(base(), tmp_path, words))
+
+
+def test_overlong_applies_at_the_bases_context_where_that_is_smaller(base, tmp_path):
+    config = configure(base(max_position_embeddings=400), tmp_path, "max_seq_len=1024")
+    data = load_training_data(config, load_tokenizer(config.base))
+    assert data.reports["train"].dropped and data.lengths.max() <= 400
+    stop = configure(config.base, tmp_path, "max_seq_len=1024", "data.overlong=error")
+    with pytest.raises(ConfigError, match="more than the base's context of 400 tokens"):
+        load_training_data(stop, load_tokenizer(stop.base))
+
+
+def test_a_tokenizer_without_an_end_is_refused_and_the_plain_template_begins_as_it_does(base):
+    folder = base("tokenizer_config.json", chat_template=None)
+    path = ROOT.__class__(folder) / "chat_template.jinja"
+    path.unlink()
+    assert load_tokenizer(folder).chat_template == PLAIN_TEMPLATE
+    tokenizer = json.loads((path.parent / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (path.parent / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_tokenizer(folder).chat_template == "{{ bos_token }}" + PLAIN_TEMPLATE
+    base("tokenizer_config.json", eos_token=None)
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        load_tokenizer(folder)
+
+
+def test_names_of_sizes_that_families_have_of_their_own(tmp_path, base):
+    opt = {"model_type": "opt", "hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 96}
+    (tmp_path / "config.json").write_text(json.dumps(opt))
+    model_config = load_model_config(str(tmp_path))
+    assert (model_config.head_dim, model_config.intermediate_size) == (16, 96)
+    assert load_tokenizer(base(max_position_embeddings=77)).model_max_length == 77
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}
+    for rope, length in (({"rope_theta": 1e4} | yarn, 308), (LONGROPE, 256), (None, 1000)):
+        folder = base(max_position_embeddings=77 if length == 308 else 1000, rope_parameters=rope)
+        assert load_tokenizer(folder).model_max_length == length
+
+
+def test_a_link_to_the_entry_finds_its_folder(tmp_path):
+    (tmp_path / "x").symlink_to(ROOT / "launch.sh")
+    done = subprocess.run([tmp_path / "x", "plan", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--gpus" in done.stdout, done.stderr
