@@ -27,6 +27,7 @@ from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.lora import read_adapter
+from ..progress import Progress
 
 WEIGHTS = "adapter_model.safetensors"
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
@@ -210,15 +211,16 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     rows = json.dumps([(e.input_ids.tolist(), e.labels.tolist()) for e in examples])
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     try:
-        process = subprocess.run(
-            [sys.executable, "-c", script, str(folder.absolute()), str(device)],
-            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
-            input=rows,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-        )
+        with Progress("checking the export in a process of its own"):
+            process = subprocess.run(
+                [sys.executable, "-c", script, str(folder.absolute()), str(device)],
+                cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
+                input=rows,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=environment,
+            )
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
     if process.returncode == 0:

@@ -10,6 +10,7 @@ from ..config.schema import GenerationSettings
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
+from ..progress import track
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .decode import ROWS, Note, write_notes
@@ -94,7 +95,7 @@ def generate_sharded(
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
-        for number, ids in enumerate(mine):
+        for number, ids in enumerate(track(mine, "writing notes", "batches")):
             if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
                 break  # in lockstep all of them, before the same batch
             batch = {id: prompts[id] for id in ids}

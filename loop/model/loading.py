@@ -23,6 +23,7 @@ from ..data.tokenization import PLAIN_TEMPLATE
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
+from ..progress import Progress
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
@@ -180,7 +181,8 @@ def load_base(
         options["quantization_config"] = QUANTIZATIONS[quantization].transformers_config(
             dtype, double_quant
         )
-    with config_errors_for(base):
+    what = "loading and quantising the base" if quantization else "loading the base"
+    with config_errors_for(base), Progress(what):
         model = AutoModelForCausalLM.from_pretrained(**resolve_base(base, revision), **options)
     del zero3
     return keep_codes(model, dtype)
