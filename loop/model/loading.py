@@ -24,6 +24,7 @@ from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
 from ..progress import Progress
+from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
@@ -237,6 +238,8 @@ def load_model(
     switch_off_dropout(model)  # the base's own; LoRA has one
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
+    if config.embedding_on_cpu:
+        keep_embedding_on_cpu(model, config, device)
     if config.method != "full":
         model = add_lora(model, config, adapter)
     # ZeRO-3 puts hooks on every submodule. Decoder layers as leaf modules are gathered in one piece

@@ -20,7 +20,6 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -65,17 +64,8 @@ def fetch_base(base: str, revision: str | None) -> Path:
         return Path(base)
     patterns = ["*.json", "*.safetensors", "README.md"]  # the last names the licence
     with Progress(f"downloading {base}", measure=lambda: downloaded(base)):
-        folder = snapshot_download(
-            base, revision=revision, allow_patterns=patterns, tqdm_class=NoBar
-        )
+        folder = snapshot_download(base, revision=revision, allow_patterns=patterns)
     return Path(folder)
-
-
-class NoBar(tqdm):
-    """The hub's own bars are off: each rank would show them."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs | {"disable": True})
 
 
 def downloaded(base: str) -> str:
