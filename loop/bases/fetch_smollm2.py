@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
-from ..model.gguf_conversion import convert_gguf
+from ..gguf.reader import convert_gguf
 from ..model.loading import SMOLLM2, converted_base
 from ..monitor.quiet import quiet_libraries
 

@@ -32,6 +32,7 @@ BY_FIELD = {"lora"}
 ONLY_HOW = {  # where and how a run computes, not what
     "attention",
     "gradient_checkpointing",
+    "embedding_on_cpu",
     "micro_batch_size",
     "deepspeed",
     "run",

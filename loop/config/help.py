@@ -134,11 +134,17 @@ COMMANDS = {
         },
     ),
     "export": Command(
-        "Write what a run would have exported at a checkpoint: an adapter, or a model.",
-        "--checkpoint DIR --out DIR",
+        "Write what a run would have exported at a checkpoint; a model as GGUF; push to the hub.",
+        "--checkpoint DIR | --model DIR [--gguf KIND] [--out DIR] [--push REPO]",
         {
             "--checkpoint DIR": "runs/NAME/checkpoints/step-000200, or best or newest",
+            "--model DIR": "instead: an adapter's folder, or a merged or full model's",
             "--out DIR": "the folder to write, new or empty",
+            "--gguf KIND": "write a merged or full model as a GGUF file for llama.cpp and Ollama: "
+            "f16 or q8_0",
+            "--push OWNER/NAME": "upload the folder with its card to the hub, where it is private",
+            "--public": "with --push: for everybody to read",
+            "--dry-run": "with --push: only list what would be uploaded",
         },
     ),
     "audit": Command(

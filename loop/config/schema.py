@@ -427,6 +427,11 @@ class Config(Section):
         description="Compute decoder layers in few kernels; false: as PEFT computes them; auto: "
         "where a self-test finds the fused ones right.",
     )
+    embedding_on_cpu: bool = Field(
+        False,
+        description="Keep the frozen embedding in the CPU's memory, for one small GPU: 1 GiB less "
+        "with Llama-3-8B. The result is the same to the bit.",
+    )
     replicate_weights: bool | Literal["auto"] = Field(
         "auto",
         description="With several ranks: all weights on each of them, instead of a shard; auto: on "

@@ -8,6 +8,8 @@ runs that they have in common.
 
 import numpy as np
 
+from ..progress import track
+
 RUN_LENGTH = 32  # characters; the hash below is made for this number
 NUM_HASHES = 128
 MIN_SIMILARITY = 0.8  # from here on two dialogues are nearly the same
@@ -53,7 +55,7 @@ def find_near_duplicates(train: list[str], held_out: list[str]) -> list[tuple[in
     hashes = hashes[order]
     owners = owners[order]
     found = []
-    for i, text in enumerate(train):
+    for i, text in enumerate(track(train, "looking for held-out dialogues", "dialogues")):
         sketch = minhash(text)
         starts = np.searchsorted(hashes, sketch)
         num_known = (hashes[np.minimum(starts, len(hashes) - 1)] == sketch).sum()

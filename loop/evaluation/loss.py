@@ -11,6 +11,7 @@ from ..data.collate import PackedBatch, collate
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
+from ..progress import track
 from .scoring import ratio
 
 
@@ -28,7 +29,7 @@ def example_losses(
     engine.module.eval()
     totals = np.zeros((len(examples), 2))
     plan = plan_batches(lengths, packing.max_tokens * ranks.world_size, seed=0)
-    for step in range(len(plan)):
+    for step in track(range(len(plan)), "evaluating", "batches"):
         set_activity(f"evaluating, batch {step + 1} of {len(plan)}")
         if stop and ranks.any(stop.requested):
             engine.module.train(was_training)

@@ -30,6 +30,7 @@ from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.lora import WEIGHTS, describe_start, is_as_written, read_adapter
+from ..progress import Progress
 
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
@@ -251,7 +252,8 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
             start_standalone_process()
         process = _started[-1]
         request = json.dumps([str(folder.absolute()), str(device), rows])
-        answer, errors = process.communicate(request, timeout=timeout)
+        with Progress("checking the export in a process of its own"):
+            answer, errors = process.communicate(request, timeout=timeout)
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
     finally:

@@ -6,6 +6,7 @@ the folder was copied to. It holds counts and hashes of the data, and no text an
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from ..evaluation.scoring import Metric, metrics_of
 from ..generation.prompt import prompt_texts, task_of
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.streaming import fetch_base
-from .card_text import NO_REPEAT, NO_REPEAT_ARGUMENT, RECIPE, SYSTEM_MESSAGE, WRITING
+from .card_text import (
+    LLAMA_CPP,
+    NO_REPEAT,
+    NO_REPEAT_ARGUMENT,
+    RECIPE,
+    SYSTEM_MESSAGE,
+    VLLM,
+    WRITING,
+)
 from .ollama import modelfile
 
 CARD = "README.md"
@@ -205,12 +214,15 @@ def _text(path: Path) -> str:
 def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dict[str, Any]:
     """What the hub reads of a card."""
     adapter = is_adapter(folder)
+    library = "peft" if adapter else "transformers"
+    if "gguf" in trained:
+        library = "gguf"
     method = trained.get("method", "lora")
     data = trained.get("data", {})
     matter: dict[str, Any] = {
         "base_model": name,
         "base_model_relation": "adapter" if adapter else "finetune",
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "license": license_id,
         "tags": ["clinical-notes", "medical", "summarization", method],
@@ -227,9 +239,12 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
 
 
 def usage(folder: Path, trained: dict[str, Any]) -> str:
-    """A sentence and the code that writes a note with transformers, and PEFT for an adapter."""
+    """How a note is written: a sentence and code for transformers, PEFT, vLLM or llama.cpp."""
     prompt = trained.get("prompt") or prompt_texts()
     settings = settings_of(trained)
+    if "gguf" in trained:
+        file, context = f"model-{trained['gguf']}.gguf", trained.get("max_seq_len") or CONTEXT
+        return LLAMA_CPP.format(file=file, context=context, request=chat_request(prompt, settings))
     libraries = "transformers and PEFT" if is_adapter(folder) else "transformers"
     kind = "model"
     if is_adapter(folder):
@@ -245,6 +260,9 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
     beyond = beyond_the_recipe(settings)
     if beyond:
         lines.append(f"The project's `generate` also {' and '.join(beyond)}.")
+    if not is_adapter(folder):
+        context = trained.get("max_seq_len") or CONTEXT
+        lines.append(VLLM.format(context=context, request=chat_request(prompt, settings)))
     return "\n\n".join(lines)
 
 
@@ -258,6 +276,21 @@ def prompt_code(prompt: dict[str, Any], columns: list[str]) -> dict[str, str]:
         "parameters": "".join(f", {column}" for column in columns),
         "arguments": "".join(f', {column}="..."' for column in columns),
     }
+
+
+def chat_request(prompt: dict[str, Any], settings: GenerationSettings) -> str:
+    """The arguments of curl that ask a server with OpenAI's interface for a note."""
+    conversation = "Doctor: What brings you in?\nPatient: A cough for a week."
+    messages = [{"role": "user", "content": prompt["request"] + conversation}]
+    if prompt["system"]:
+        messages.insert(0, {"role": "system", "content": prompt["system"]})
+    body = {
+        "model": "soap",
+        "messages": messages,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_new_tokens,
+    }
+    return f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def no_repeat_code(n: int) -> dict[str, str]:
@@ -321,6 +354,7 @@ def data_section(trained: dict[str, Any], name: str) -> str:
         "fingerprint of the base": trained.get("base_fingerprint"),
         "stored while training as": trained.get("storage"),
         "merged into": trained.get("merged_into"),
+        "converted to GGUF as": trained.get("gguf"),
     }
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value]
     for split, counts in trained.get("data", {}).items():

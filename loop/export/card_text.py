@@ -1,4 +1,4 @@
-"""The code that a model card shows: a note, written with transformers and PEFT alone.
+"""The code that a model card shows: a note, written without this project.
 
 The parts are templates of str.format; a card's reader runs them in the folder of the card.
 """
@@ -87,3 +87,20 @@ class NoRepeat(LogitsProcessor):
         return scores
 """
 NO_REPEAT_ARGUMENT = ", logits_processor=LogitsProcessorList([NoRepeat(width)])"
+
+# Both servers have the chat template of the folder or file, so the messages are all that they need.
+_ASK = """\
+
+```bash
+{serve}
+curl http://localhost:{port}/v1/chat/completions {{request}}
+```"""
+VLLM = "With vLLM, which was not run here:\n" + _ASK.format(
+    serve="vllm serve . --served-model-name soap --max-model-len {context} --port 8000 &", port=8000
+)
+LLAMA_CPP = (
+    "With Ollama the message is the conversation alone; the Modelfile has the prompt:\n\n"
+    '```bash\nollama create soap -f Modelfile\nollama run soap "$(cat dialogue.txt)"\n```\n\n'
+    "With llama.cpp:\n"
+    + _ASK.format(serve="llama-server --jinja -m {file} -c {context} --port 8080 &", port=8080)
+)

@@ -27,6 +27,7 @@ from ..config.schema import ConfigError
 from ..distributed.files import atomic_folder
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import NO_CODE, config_errors_for, resolve_base
+from ..progress import track
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
@@ -108,7 +109,7 @@ def merge(
 
     with atomic_folder(Path(out)) as folder:
         check_free_space(out, folder, sum(sizes.values()))
-        for file, names in shards.filename_to_tensors.items():
+        for file, names in track(list(shards.filename_to_tensors.items()), "merging", "files"):
             # Without a name for the tensors: they must be freed before the next file's are made.
             save_file(
                 {name: merged(name) for name in names}, folder / file, metadata={"format": "pt"}

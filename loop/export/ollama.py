@@ -16,7 +16,9 @@ NO_TEMPLATE = """\
 """
 
 
-def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSettings) -> str:
+def modelfile(
+    tokenizer, prompt: dict, context: int, settings: GenerationSettings, source: str = "."
+) -> str:
     """The text of a Modelfile that lies in the folder of a merged or full model.
 
     Args:
@@ -24,6 +26,7 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
         prompt: of trained.json, with `system` and `request`.
         context: tokens that prompt and note may have together.
         settings: how the run wrote its notes; the longest note is taken from there.
+        source: the folder, or the GGUF file in it.
     """
     request = prompt["request"]
     said = "# The message is the conversation alone; TEMPLATE puts the request before it."
@@ -38,7 +41,7 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
         "# ollama create NAME -f Modelfile",
         said,
         "# The notes are drafts: a clinician must review each one.",
-        "FROM .",
+        f"FROM {source}",
         f'TEMPLATE """{template}"""' if template else NO_TEMPLATE.strip(),
     ]
     if system and '"""' not in system:

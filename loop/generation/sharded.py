@@ -13,6 +13,7 @@ from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
+from ..progress import Progress
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .decode import ROWS, Note, write_notes
@@ -145,9 +146,11 @@ def generate_sharded(
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
-    with without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext():
+    gathered = without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext()
+    with gathered, Progress("writing notes", len(mine), "batches") as progress:
         writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop, task)
         for number, notes in enumerate(writing):
+            progress.advance()
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue

@@ -8,6 +8,7 @@ import importlib.metadata
 
 import torch
 
+from ..progress import Progress
 from . import check_results
 from .attention import ATTENTION_BACKENDS, AttentionBackend, AttentionError, packed_attention
 
@@ -115,7 +116,8 @@ def choose_backend(
     skipped: list[str] = []
     for name in ATTENTION_BACKENDS if wanted == "auto" else (wanted,):
         version = versions.get(name, unknown)
-        reason = refusal_reason(name, version, device, dtype, heads)
+        with Progress(f"testing attention {name} for leaks between documents"):
+            reason = refusal_reason(name, version, device, dtype, heads)
         if reason is None:
             note = [f"attention: {name} ({version})", *skipped]
             cost = ATTENTION_BACKENDS[name].fallback_note

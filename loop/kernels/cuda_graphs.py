@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..data.batch_plan import PackingSpec
 from ..data.collate import collate
+from ..progress import Progress
 
 BOUND = 1e-2  # of a replay's relative error: bf16, and attention's backward pass adds in any order
 
@@ -205,14 +206,17 @@ def capture(
     graphed = [GraphedLayer(layer, inputs) for layer in layers]
     pool = torch.cuda.graph_pool_handle()
     torch.cuda.synchronize()  # what the forward pass above wrote is read on other streams
-    with torch.enable_grad():
+    waiting = Progress("capturing CUDA graphs", 2 * len(graphed), "graphs")
+    with torch.enable_grad(), waiting as progress:
         x = x.detach().requires_grad_()
         warm_up(graphed[0], x)
         for g in graphed:
             x = g.capture_forward(x, pool)
+            progress.advance()
         dy = torch.zeros_like(x)
         for g in reversed(graphed):
             dy = g.capture_backward(dy, pool)
+            progress.advance()
     return graphed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map
 
+from ..progress import track
 from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
 
 SIZES = ((1100, 256), (300, 200))  # (tokens, width): both divide by 16, and not
@@ -20,21 +21,25 @@ def find_failing_kernel(device, rank: int, dtype: torch.dtype) -> str | None:
 
     Each runs in `dtype` on the device, with LoRA's `rank`, against fp32 on the CPU.
     """
-    for rows, width in SIZES:
-        for op, args in make_cases(rows, width, rank, dtype):
-            try:
-                ours = run_op(op, args, width, device, dtype)
-                exact = run_op(op, args, width, "cpu", torch.float32)
-            # A compiler that is missing, a card that is too small or unknown. Whatever it is,
-            # PEFT's layers run.
-            except Exception as error:
-                message = (str(error).strip().splitlines() or [""])[0][:120]
-                return f"{op.__name__}: {type(error).__name__}: {message}"
-            errors = [
-                ((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact)
-            ]
-            if not max(errors) < BOUND:
-                return f"{op.__name__}: error {max(errors):.1e} against plain PyTorch"
+    cases = [
+        (op, args, width)
+        for rows, width in SIZES
+        for op, args in make_cases(rows, width, rank, dtype)
+    ]
+    for op, args, width in track(cases, "compiling and testing kernels", "kernels"):
+        try:
+            ours = run_op(op, args, width, device, dtype)
+            exact = run_op(op, args, width, "cpu", torch.float32)
+        # A compiler that is missing, a card that is too small or unknown. Whatever it is, PEFT's
+        # layers run.
+        except Exception as error:
+            message = (str(error).strip().splitlines() or [""])[0][:120]
+            return f"{op.__name__}: {type(error).__name__}: {message}"
+        errors = [
+            ((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(ours, exact)
+        ]
+        if not max(errors) < BOUND:
+            return f"{op.__name__}: error {max(errors):.1e} against plain PyTorch"
     return None
 
 

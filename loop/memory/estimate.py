@@ -41,6 +41,8 @@ WORKING = (
 )
 # A persistence threshold of DeepSpeed's above all weights: each rank then holds them in full.
 EVERY_WEIGHT = 2**62
+# Numbers of logits that the loss has in fp32 at once: a chunk of 32 MiB.
+LOSS_CHUNK = 2**23
 # Of WORKING: rows differ in length, and a block that was freed often fits the next tensor badly.
 SLACK = 0.15
 
@@ -66,6 +68,7 @@ class WeightCounts:
     other: tuple[int, ...]  # embeddings, head, norms, biases
     trained: tuple[int, ...]
     widths: tuple[int, ...]  # inputs of each LoRA module
+    embedding: int = 0  # of `other`, those of an embedding that is not the output layer as well
 
 
 _weight_counts: dict[tuple, WeightCounts] = {}
@@ -85,7 +88,7 @@ def count_weights(config: Config, model_config) -> WeightCounts:
 
 def _count_weights(config: Config, model_config) -> WeightCounts:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     linears = [
         module.weight
         for name, module in model.named_modules()
@@ -100,9 +103,11 @@ def _count_weights(config: Config, model_config) -> WeightCounts:
     with torch.device("meta"):
         model = put_lora(model, config.lora)
     trained = tuple(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    is_tied = model_config.get_text_config().tie_word_embeddings
+    embedding = 0 if is_tied else model.get_input_embeddings().weight.numel()
     lora_modules: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     widths = tuple(module.in_features for module in lora_modules)
-    return WeightCounts(matrices, other, trained, widths)
+    return WeightCounts(matrices, other, trained, widths, embedding)
 
 
 def saved_bytes_per_token(config: Config, model_config, fused: bool, itemsize: int) -> int:
@@ -175,9 +180,11 @@ def frozen_sizes(config: Config, counts: WeightCounts) -> tuple[int, ...]:
     """Numbers of weights that are frozen and not quantised, for each parameter."""
     if config.method == "full":
         return ()
-    if config.quantization:
-        return counts.other
-    return counts.other + counts.matrices
+    frozen = counts.other if config.quantization else counts.other + counts.matrices
+    if config.embedding_on_cpu:
+        at = frozen.index(counts.embedding)
+        return frozen[:at] + frozen[at + 1 :]
+    return frozen
 
 
 def quantization_state_bytes(config: Config, counts: WeightCounts) -> int:
@@ -305,8 +312,14 @@ def activation_bytes(
 
 
 def logits_bytes(num_logits: float, itemsize: int) -> int:
-    """Bytes of the logits and, in fp32, of the loss: logits, log-probabilities, gradients."""
-    return int(num_logits * (itemsize + 12))
+    """Bytes of the logits and of the loss.
+
+    In fp32 the loss holds logits, log-probabilities and gradients: of all at once, or of a chunk,
+    where the gradients of all are in the compute dtype.
+    """
+    if num_logits <= LOSS_CHUNK:
+        return int(num_logits * (itemsize + 12))
+    return int(num_logits * 2 * itemsize + LOSS_CHUNK * 12)
 
 
 def current_layer_bytes(

@@ -72,6 +72,9 @@ def settings_that_fit(
 
     current = plan(Proposal())
     slower = slower_settings(current)
+    untied = count_weights(config, model_config).embedding
+    if gpus == 1 and untied and config.method != "full" and not config.embedding_on_cpu:
+        slower["embedding_on_cpu"] = True
     found = []
     for name, value in slower.items():
         found += first_that_fits([Proposal({name: value})])

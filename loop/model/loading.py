@@ -25,8 +25,10 @@ from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
+from ..progress import Progress
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..untrusted.limits import LimitError, try_in_child
+from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
 from .streaming import fetch_base, stream_base
@@ -235,7 +237,8 @@ def load_base(
         options["quantization_config"] = QUANTIZATIONS[quantization].transformers_config(
             dtype, double_quant
         )
-    with config_errors_for(base):
+    what = "loading and quantising the base" if quantization else "loading the base"
+    with config_errors_for(base), Progress(what):
         location = resolve_base(base, revision)
         check_base_folder(base, fetch_base(location["pretrained_model_name_or_path"], revision))
         options["config"] = read_model_config(location, revision)
@@ -299,6 +302,8 @@ def load_model(
     switch_off_dropout(model)  # the base's own; LoRA has one
     model.config.use_cache = False
     model.requires_grad_(config.method == "full")
+    if config.embedding_on_cpu:
+        keep_embedding_on_cpu(model, config, device)
     if config.method != "full":
         model = add_lora(model, config, adapter)
         if start:

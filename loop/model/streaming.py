@@ -8,6 +8,7 @@ bit the one that transformers loads. All ranks of a machine map the same files, 
 from the disk once a machine.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config.schema import ConfigError
 from ..kernels.quantization import QUANTIZATIONS, find_quantization
+from ..progress import Progress, track
 from ..untrusted.bases import read_model_config
 from ..zero3.partition import partition_module
 
@@ -61,7 +64,19 @@ def fetch_base(base: str, revision: str | None) -> Path:
     if Path(base).is_dir():
         return Path(base)
     patterns = ["*.json", "*.safetensors", "README.md"]  # the last names the licence
-    return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    with Progress(f"downloading {base}", measure=lambda: downloaded(base)):
+        folder = snapshot_download(base, revision=revision, allow_patterns=patterns)
+    return Path(folder)
+
+
+def downloaded(base: str) -> str:
+    """What the hub's cache holds of a base, unfinished files included, in GiB."""
+    blobs = Path(HF_HUB_CACHE) / f"models--{base.replace('/', '--')}" / "blobs"
+    size = 0
+    for path in blobs.glob("*"):
+        with contextlib.suppress(OSError):  # an unfinished file gets its name meanwhile
+            size += path.stat().st_size
+    return f"{size / 2**30:.2f} GiB are here"
 
 
 def stream_base(
@@ -113,7 +128,8 @@ def stream_base(
     if not stored_names <= reader.files.keys():
         return None
 
-    for prefix, module in model.named_modules():
+    modules = list(model.named_modules())
+    for prefix, module in track(modules, "quantising the base", "modules"):
         names = own_parameters(prefix, module, stored_names)
         if names:
             fill_module(module, names, reader, dtype, device)

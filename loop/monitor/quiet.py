@@ -5,6 +5,7 @@ import os
 import warnings
 
 import transformers
+from huggingface_hub.utils import disable_progress_bars
 
 from ..distributed.exit import print_any_text
 
@@ -20,5 +21,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    disable_progress_bars()  # each rank would show them; loop/progress.py shows one
     # An environment variable, because `datasets` is imported late, where it is needed.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

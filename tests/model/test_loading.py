@@ -192,3 +192,20 @@ def test_what_is_not_a_model_is_named(tmp_path, tiny_base):
         "pretrained_model_name_or_path": "owner/name",
         "trust_remote_code": False,
     }
+
+
+def test_a_loss_in_chunks_is_the_loss():
+    """Whatever the chunks, with unsupervised rows: the value, and the gradient as bf16 has it."""
+    torch.manual_seed(0)
+    targets = torch.randint(0, 50, (37,))
+    targets[::5] = -100
+    for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 0)):
+        logits = (3 * torch.randn(1, 37, 50)).to(dtype).requires_grad_()
+        whole = summed_cross_entropy(logits, targets)
+        (expected,) = torch.autograd.grad(whole * 0.3, logits)
+        for chunk in (50, 199, 1000):
+            loss = summed_cross_entropy(logits, targets, chunk)
+            (found,) = torch.autograd.grad(loss * 0.3, logits)
+            torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+            assert (found - expected).abs().max() <= most + 2**-8 * bool(dtype != torch.float32)
+            assert not found[0, ::5].any() and found.dtype == dtype

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from loop.bases.fetch_smollm2 import fetch
 from loop.config.schema import ConfigError
-from loop.model.gguf_conversion import (
+from loop.gguf.reader import (
     LAYER_MODULES,
     OUTER_MODULES,
     build_config,

@@ -25,7 +25,11 @@ from ..config.schema import ConfigError
 Metadata = dict[str, Any]  # by GGUF's keys, such as "llama.block_count"
 
 # What is not in a layer.
-OUTER_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+OUTER_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",  # absent where it is the embedding
+}
 # `blk.N.NAME.weight` in a file is `model.layers.N.MODULE.weight` in transformers.
 LAYER_MODULES = {
     "attn_norm": "input_layernorm",
@@ -45,8 +49,7 @@ DTYPE = torch.bfloat16
 def convert_gguf(path: Path, folder: Path) -> None:
     """Writes the model in a GGUF file to `folder`, which is created, in the hub's layout.
 
-    Needs the `gguf` package. Raises ConfigError for what is not a Llama with tied embeddings and
-    SmolLM's tokenizer.
+    Needs the `gguf` package. Raises ConfigError for what is not a Llama with SmolLM's tokenizer.
     """
     metadata, tensors = read_gguf(path)
     model = build_model(metadata, tensors)
@@ -90,9 +93,10 @@ def build_model(
         elif name.endswith("attn_k.weight"):
             tensor = split_rotary_pairs(tensor, config.num_key_value_heads)
         state[parameter_name(name)] = tensor.to(DTYPE)
+    config.tie_word_embeddings = "lm_head.weight" not in state
     # Not `.to(DTYPE)`, which would round the rotary frequencies as well.
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, trust_remote_code=False)
-    # The output layer is the embedding: it has no tensor of its own.
+    # An output layer that is the embedding has no tensor of its own.
     missing = set(model.state_dict()) - set(state) - {"lm_head.weight"}
     if missing:
         raise ConfigError(f"the GGUF file lacks {len(missing)} tensors, such as {min(missing)}")
