@@ -70,7 +70,8 @@ _NOTHING = (
     "cva tenderness; cold medicine; cold pack; heat and cold; cold compress; ppd status; cold air;"
     "stress test; stress echo; depression screening; cancer screening; cold cut; fall risk; sugar;"
     "incision and drainage; tetanus immunization; tetanus vaccination; alcoholic drink;"
-    "alcoholic beverage; non alcoholic; hay fever vaccine"
+    "cut down; cut it down; cut back; fractured sleep; alcoholic beverage; non alcoholic;"
+    "hay fever vaccine"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):

@@ -78,6 +78,7 @@ _BEFORE_NOUN = frozenset(
     """the a an my your his her their our this that these those any some no all and or of in on with
     which who what there here how where when it he she we they you everything""".split()
 )
+_TESTS = frozenset(("test", "tests", "result", "screen", "swab"))
 _BEHIND_ANSWER = frozenset(("no", "yeah", "yes", "nothing", "not", "okay", "i", "just", "it"))
 _ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
 _THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
@@ -190,6 +191,8 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
             return True
         if word in _WRITTEN_BREAKS:
             return previous not in ("no", "not", "any", "without")
+        if previous == "and" and word in ("he", "she", "they"):
+            return True
         return items[i].gap == "," and word in _AFTER_COMMA
     if word in _SPOKEN_BREAKS:
         return True
@@ -250,6 +253,9 @@ def _read_polarity(
         word = items[i].word
         if i >= reach or (polarity == DENIED and _ends_negation(items, i)):
             polarity = AFFIRMED
+        if i and items[i - 1].word == "non":  # "non-tender"
+            context.polarity[i] = DENIED
+            continue
         if word in _NO or word.endswith("n't"):
             if _is_behind(items, i, clause):
                 for k in range(start, i):
@@ -299,7 +305,8 @@ def _negates_nothing(items: list[Item], i: int, clause: _Clause, spoken: bool) -
     if word == "free":
         return following.word != "of"
     if word == "negative" and spoken:
-        return following.word not in ("for", "any")
+        tested = {item.word for item in items[i + 1 : i + 4]} & _TESTS
+        return following.word not in ("for", "any") and not tested
     if word == "no" and spoken:  # an answer: "no , i have pain"
         return following.gap == "," or following.word in _SUBJECTS | {"no", "not"}
     return word in ("none", "ruled", "nope")
@@ -311,7 +318,7 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
     asked_of_family = False
     for clause in clauses:
         if clause.new_turn:
-            first = {item.word for item in items[clause.start : clause.start + 8]}
+            first = {item.word for item in items[clause.start : clause.start + 4]}
             if not asked_of_family and (first & _SELF_OR_YOU or subject == PATIENT):
                 subject = PATIENT
             elif asked_of_family:

@@ -310,6 +310,10 @@ class Index:
             if s.amount.high != 10:
                 return Verdict(s, NOT_SAID, None)
         elif s.amount.low != s.amount.high:
+            low = self.numbers.get(s.amount.low, [])
+            if s.kind == "number" and low and s.amount.high in self.numbers:
+                item = self.document.items[low[0]]
+                return Verdict(s, SUPPORTED, (item.start, item.end))
             return Verdict(s, NOT_SAID, None)
         number = s.amount.low / 360 if s.kind == "age" else s.amount.low
         if s.kind != "duration":

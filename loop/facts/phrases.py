@@ -47,7 +47,7 @@ class Phrases(Generic[Meaning]):
 
 
 _AS_THEY_ARE = frozenset(
-    """as is was has his this yes us its diabetes herpes pus gas plus less does
+    """as aids is was has his this yes us its diabetes herpes pus gas plus less does
     gravis lens chills rales hives measles shingles mumps rickets scabies rabies piles blues bends
     tetanus lupus pancreas feces""".split()
 )
