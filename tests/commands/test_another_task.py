@@ -90,8 +90,10 @@ def test_evaluate_and_generate_ask_what_each_row_says(run, config, tmp_path, cap
     generate.main([*adapter, "--input", config.data.valid, "--output", str(notes), wanted])
     written = {row["id"]: row["note"] for row in map(json.loads, notes.open())}
     kept = next((run / "evaluate" / "valid").glob("notes-*.jsonl"))
-    assert written == {row["id"]: row["note"] for row in map(json.loads, kept.open())}
-    assert all([*parse_note(note, config.task)] == SECTIONS for note in written.values())
+    evaluated = {row["id"]: row["note"] for row in map(json.loads, kept.open())}
+    assert written.keys() == evaluated.keys() == {f"v{number}" for number in range(30, 34)}
+    for note in (*written.values(), *evaluated.values()):
+        assert [*parse_note(note, config.task)] == SECTIONS
     (tmp_path / "d.txt").write_text(filled(30)["dialogue"])
     capsys.readouterr()
     generate.main([*adapter, "--dialogue", f"{tmp_path}/d.txt", "--field", "station=Chirurgie 0"])
