@@ -159,6 +159,7 @@ case $command in
     exit ;;
   test)
     cd "$here"
+    if [[ ${1:-} == --mutants ]]; then exec "$py" -u tests/mutants "${@:2}"; fi
     exec "$py" -m pytest -q "$@" ;;
   sweep) CUDA_VISIBLE_DEVICES=$gpus exec "$py" -u -m loop.sweep "$@" ;;
   check) exec "$py" -u -m kernels_check "$@" ;;

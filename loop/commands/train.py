@@ -12,10 +12,10 @@ from ..config.device import uses_gpu
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
+from ..distributed.timeline import begin
 from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
-from ..families.admission import check_base
 from ..kernels.attention import AttentionError
 from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
@@ -33,12 +33,12 @@ def leave_failed(error: Exception) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> None:
+    begin()  # the account of where the time goes
     quiet_libraries()
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         Choice.of(config)  # a mistake there is said before the data is read
         uses_gpu()  # and so is a GPU that torch can't use
-        check_base(config)
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
@@ -53,3 +53,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # all is written; taking the libraries down can take seconds

@@ -169,6 +169,7 @@ COMMANDS = {
             "--tokens-per-second N": "for the time; without it the last finished run's of this "
             "name",
             "--tensorboard DIR": "write the plan there as well",
+            "--timing": "where the seconds of the last run of this name went, by part",
         },
         takes_config=True,
     ),
@@ -205,8 +206,13 @@ COMMANDS = {
             "lengths",
             "--profile": "where one step's time goes on the GPU",
             "--json FILE": "write all measurements there",
+            "--job": "the whole seed job instead, and what each of its parts takes",
+            "--rows N": "training rows of --job (default: 9250, on a CPU 48)",
             "--limit S": "seconds that one run may take (default: 300)",
             "--base-dir DIR": "where the models with random weights are kept",
+            "--notes": "how fast notes are written instead; it takes --shape and --json, and "
+            "--slots N... (notes at a time), --prompt N, --tokens N, --peer-tokens N, "
+            "--without-peer",
             "key=value": "of the loop's configuration; see ./launch.sh train --help",
         },
     ),
@@ -226,6 +232,7 @@ COMMANDS = {
         {
             "-m gpu -n 0": "those that need NVIDIA GPUs",
             "-m slow": "those that take minutes",
+            "--mutants [NAME ...]": "would the tests notice a slip? See tests/README.md",
         },
     ),
     "setup": Command(

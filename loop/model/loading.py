@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE
+from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
@@ -105,14 +107,17 @@ LIBRARY_ERRORS = (
     ImportError,
     ArithmeticError,
     AssertionError,
+    StrictDataclassError,
 )
 
 
 def first_line(error: Exception) -> str:
     """A library's error in one short line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    lines = filter(str.strip, str(error).splitlines())
+    return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
+@part("tokenizer")
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 

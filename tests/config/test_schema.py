@@ -90,3 +90,9 @@ def test_the_resolved_configuration_loads_again(tmp_path):
     text = yaml.safe_dump(c.model_dump(mode="json"), sort_keys=False)  # as a run writes it
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == c
+
+
+def test_a_run_stays_in_the_folder_of_runs():
+    for name in ("/tmp/x", "/", "..", "."):
+        with pytest.raises(ConfigError, match="run.name=.*must be the name of a folder in run.dir"):
+            load(f"run.name={name}")

@@ -10,7 +10,7 @@ from helpers import ROOT
 from loop.config import source
 from loop.config.cli import load_config
 from loop.data.cache import cache_key, read_cache
-from loop.data.dataset import load_examples, prepare_examples
+from loop.data.dataset import load_examples, prepare_examples, visit_weights
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -86,3 +86,39 @@ def test_splits_have_keys_of_their_own(run):
     config, tokenizer, _ = run
     assert cache_key(config, tokenizer, "train") == cache_key(config, tokenizer, "train")
     assert cache_key(config, tokenizer, "train") != cache_key(config, tokenizer, "valid")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_seq_len": 100},
+        {"data": {"weights": [0.5]}},
+        {"data": {"limit": 3}},
+        {"data": {"supervise": "all"}},
+    ],
+)
+def test_what_changes_the_examples_changes_the_key(run, change):
+    config, tokenizer, _ = run
+    data = config.data.model_copy(update=change.pop("data", {}))
+    other = config.model_copy(update={"data": data} | change)
+    assert cache_key(other, tokenizer, "train") != cache_key(config, tokenizer, "train")
+
+
+def test_the_key_is_of_the_template_and_of_the_special_tokens(run):
+    config, tokenizer, _ = run
+    keys = [cache_key(config, tokenizer, "train")]
+    tokenizer.eos_token = "<pad>"  # in the vocabulary before: the backend is the same
+    keys.append(cache_key(config, tokenizer, "train"))
+    tokenizer.chat_template += " "
+    keys.append(cache_key(config, tokenizer, "train"))
+    assert len(set(keys)) == 3
+
+
+def test_weights_survive_the_cache(run):
+    config, tokenizer, _ = run
+    data = config.data.model_copy(update={"train": [config.data.train], "weights": [0.25]})
+    weighted = config.model_copy(update={"data": data})
+    for _ in range(2):
+        examples, _ = load_examples(weighted, tokenizer, "train")
+        assert {e.weight for e in examples} == {0.25}
+        assert visit_weights(examples).tolist() == [0.25] * 4

@@ -80,6 +80,12 @@ def test_what_is_wrong_with_a_note_moves_its_metric(note, name, value):
     assert metrics(note)[name] == (None if value is None else pytest.approx(value))
 
 
+def test_a_section_is_compared_with_the_references_own():
+    """A right plan beside a wrong assessment: each has its own figure."""
+    found = metrics(NOTE.replace("Bronchitis", "Asthma of old"))
+    assert found["A/rouge1"] == 0 and found["P/rouge1"] == found["S/rougeLsum"] == 1
+
+
 def test_what_nobody_knows_counts_nothing():
     """Whether a note from a file was cut off; a section that the reference lacks."""
     assert metrics(NOTE)["ended"] is metrics(NOTE)["looped"] is None
