@@ -116,7 +116,7 @@ def train(
         stop = StopRequest(config.run.max_hours)
         tokenizer, model_config = admit_base(config)
         data = data or part("data")(load_training_data)(config, tokenizer)
-        check_vocabulary(config, model_config, data.train + data.valid)
+        check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step

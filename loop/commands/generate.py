@@ -20,6 +20,7 @@ from ..data.soap import SOAP
 from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
+from ..families.admission import check_vocabulary
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.engine import NoteRequest
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
@@ -300,6 +301,31 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
         )
 
 
+def fit_to_base(
+    source: dict,
+    tokenizer,
+    dialogues: dict[str, str],
+    generation: GenerationSettings,
+    request: Request,
+) -> dict[str, tuple[str, int]]:
+    """The dialogues as the base can read them: of `fit_dialogues`. Says which lost turns.
+
+    source: of `generation_source`. Raises ConfigError where a token has no embedding.
+    """
+    model_config = load_model_config(source["base"], source["revision"])
+    context = context_length(model_config) or sys.maxsize
+    fitted = fit_dialogues(
+        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
+    )
+    warn_of_shortened(fitted, context)
+    prompts = {
+        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
+        for key, (text, _) in fitted.items()
+    }
+    check_vocabulary(source["base"], model_config, prompts)
+    return fitted
+
+
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
     device = "cuda:0" if on_gpu() else "cpu"
@@ -314,12 +340,7 @@ def generate(args: argparse.Namespace) -> None:
     if not args.any_prompt:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
-    model_config = load_model_config(source["base"], source["revision"])
-    context = context_length(model_config) or sys.maxsize
-    fitted = fit_dialogues(
-        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
-    )
-    warn_of_shortened(fitted, context)
+    fitted = fit_to_base(source, tokenizer, dialogues, generation, request)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:

@@ -105,7 +105,7 @@ def describe_run(
     ds_config = build_ds_config(config)
     tokenizer, model_config = admit_base(config)
     examples, report = load_examples(config, tokenizer, "train")
-    check_vocabulary(config, model_config, examples)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))

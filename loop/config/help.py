@@ -78,6 +78,8 @@ COMMANDS = {
             "--compare FILES": "with --html: other files of notes, or the word reference, with "
             "commas between; the page shows all under letters, and FILE.key.csv tells whose",
             "--any-prompt": "evaluate even an adapter that was trained with another prompt",
+            "--challenge": "instead: make reference notes wrong in one place each, and print what "
+            "the scorer of facts notices; it loads no model",
             "--canaries N": "instead: what a run remembers of N made-up patients; it trains on a "
             "copy of the data with their record numbers planted in it",
             "--repeats LIST": "with --canaries: how often each of them is planted (default: "

@@ -171,3 +171,14 @@ def test_half_a_surrogate_pair_is_refused_where_a_tokenizer_would_fail(tmp_path,
 def test_predictions_may_hold_anything(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "note": "x \ud83d\x00"}))
     assert read_predictions(str(tmp_path / "p.jsonl"), ["a"])["a"].text == "x \ud83d\x00"
+
+
+def test_a_note_on_another_text_of_the_same_id_is_refused(tmp_path):
+    """As where a row of the input was corrected meanwhile."""
+    path, by = str(tmp_path / "notes.jsonl"), {"adapter": "1"}
+    file = NotesFile(path, {"a": "Patient: x"}, by)
+    file.add("a", Note("S: x", True))
+    file.close()
+    NotesFile(path, {"a": "Patient: x"}, by).file.close()
+    with pytest.raises(ConfigError, match=r"row 1 \(id a\): its dialogue is not the input's"):
+        NotesFile(path, {"a": "Patient: y"}, by)
