@@ -338,9 +338,11 @@ def prompt_section(trained: dict[str, Any]) -> str:
         lead = "What it was trained with is not recorded. This is the one of `generate`."
     columns = ", ".join(f"{{{name}}}" for name in sorted(task_of(trained).columns))
     filled = f", {columns} filled from the row's columns," if columns else ","
+    system = "There is no system message."
+    if prompt["system"]:
+        system = f"The system's message:\n\n````text\n{prompt['system']}\n````"
     return (
-        f"{lead} The code above has it to the character.\n\nThe system's message:\n\n"
-        f"````text\n{prompt['system']}\n````\n\n"
+        f"{lead} The code above has it to the character.\n\n{system}\n\n"
         f"The user's message{filled} with an empty line and the conversation behind it:\n\n"
         f"````text\n{prompt['request'].rstrip()}\n````"
     )
