@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # a symbolic
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
 stamp=$here/.venv/launch.stamp
-commands="train evaluate generate merge export audit preview plan board profile check bench break test setup help"
+commands="train evaluate generate merge export audit preview plan board profile check bench break test setup sweep help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
        ./launch.sh COMMAND --help        its options, and all keys of the configuration
        ./launch.sh --version             the release, and the commit of this clone
@@ -20,7 +20,7 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
   merge      fold an adapter into its base model   bench      tokens a second, alone or beside peers
   audit      is the adapter what was trained?      test       run the tests; arguments go to pytest
   board      TensorBoard on runs/, or on a folder  profile    where the time of a step goes
-  export     a checkpoint as adapter or model
+  export     a checkpoint as adapter or model      sweep      a run for each of several values
   setup      only set up .venv, as the first use of any command does; or an attention kernel, or
              with --smollm2 an English base, where no hub can be reached
   break      what a classic mistake does to the curves; without a name it lists the mistakes
@@ -159,7 +159,9 @@ case $command in
     exit ;;
   test)
     cd "$here"
+    if [[ ${1:-} == --mutants ]]; then exec "$py" -u tests/mutants "${@:2}"; fi
     exec "$py" -m pytest -q "$@" ;;
+  sweep) CUDA_VISIBLE_DEVICES=$gpus exec "$py" -u -m loop.sweep "$@" ;;
   check) exec "$py" -u -m kernels_check "$@" ;;
   bench) exec "$py" -u "$here/tests/bench" "$@" ;;
   break) exec "$py" -u "$here/tests/broken" "$@" ;;

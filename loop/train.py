@@ -25,11 +25,10 @@ from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result, prepare_audit
-from .families.admission import check_vocabulary
+from .families.admission import admit_base, check_vocabulary
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
-from .model.loading import load_model_config, load_tokenizer
 from .model.loss import summed_cross_entropy
 from .monitor.run_logger import RunLogger
 from .optim.adamw import build_optimizer, trainable_parameters
@@ -115,10 +114,9 @@ def train(
     with contextlib.ExitStack() as stack:  # unlocks the run directory, stops the watchdog
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
         stop = StopRequest(config.run.max_hours)
-        tokenizer = load_tokenizer(config.base, config.revision)
-        model_config = load_model_config(config.base, config.revision)
+        tokenizer, model_config = admit_base(config)
         data = data or part("data")(load_training_data)(config, tokenizer)
-        check_vocabulary(config, data.train + data.valid)
+        check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step

@@ -14,7 +14,7 @@ from fork_server import start_server
 # A shell's background job ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have the environment of the first process
+if "LOOP_TESTS_PYTHON" not in os.environ:  # other workers have the environment of the first one
     # What ./launch.sh check found on this machine must not decide what the tests test.
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
     os.environ["LOOP_TESTS_PYTHON"] = start_server()
@@ -150,13 +150,19 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
 # Two workers take a file each, in this order: the longest ones first, or one worker would wait for
 # the other's at the end.
 LONGEST = (
-    "test_train.py",
     "test_readme.py",
-    "test_checkpoint.py",
-    "test_kill.py",
-    "test_watchdog.py",
+    "test_gradient.py",
     "test_evaluate.py",
-    "test_launch.py",
+    "test_checkpointer.py",
+    "test_kernels_check.py",
+    "test_best.py",
+    "test_launcher.py",
+    "test_kill.py",
+    "test_wiring.py",
+    "test_watchdog.py",
+    "test_estimate.py",
+    "test_same_notes.py",
+    "test_break.py",
 )
 
 

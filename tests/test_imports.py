@@ -12,7 +12,7 @@ LOOP = ROOT / "loop"
 # From the bottom to the top. A package imports from lower floors and from itself alone; `train` is
 # loop/train.py.
 FLOORS = (
-    {"config"},
+    {"config", "facts"},
     {"distributed", "data"},
     {"kernels"},
     {"optim"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"checkpoint"},
     {"monitor", "export"},
     {"train"},
-    {"commands", "bases"},
+    {"commands", "bases", "sweep"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 MOST_MODULES = 12

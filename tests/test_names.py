@@ -24,11 +24,19 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from loop.config.cli import RENAMED
-from loop.config.schema import Config, DataConfig, GenerationSettings, MonitorConfig, RunConfig
+from loop.config.schema import (
+    Config,
+    DataConfig,
+    GenerationSettings,
+    MonitorConfig,
+    RunConfig,
+    TaskConfig,
+)
 
 SECTIONS = {
     "config": Config,
     "data": DataConfig,
+    "task": TaskConfig,
     "run": RunConfig,
     "monitor": MonitorConfig,
     "generation": GenerationSettings,

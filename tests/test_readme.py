@@ -14,18 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PYTHON, ROOT, seed_profile
+from helpers import PYTHON, ROOT, run, seed_profile
 
 from loop.config.cli import load_config
 from loop.config.help import COMMANDS as COMMANDS_HELP
 from loop.config.schema import Config, ConfigError, Section
 from loop.data.batch_plan import PackingSpec, plan_batches, split_step
-from loop.data.readers import READERS
+from loop.data.sources.readers import READERS
 from loop.evaluation.scoring import METRICS
 from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.quantization import QUANTIZATIONS
 from loop.optim.adamw import OPTIMIZERS
 from loop.optim.schedule import SCHEDULES
+from loop.sweep.grid import read_axes
 
 PATHS = [ROOT / "README.md"] + sorted(
     path
@@ -113,14 +114,8 @@ def test_the_commands_run_one_after_the_other(clone):
         words = shlex.split(line)
         name = words[1] if len(words) > 1 else "train"
         python = sys.executable if line == "./launch.sh" else PYTHON  # the main job: as it comes
-        done = subprocess.run(
-            ["bash", *words, *SHORTER.get(name, [])],
-            cwd=clone,
-            env=env | {"LOOP_PYTHON": python},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        command = ["bash", *words, *SHORTER.get(name, [])]
+        done = run(command, cwd=clone, env=env | {"LOOP_PYTHON": python})
         assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         assert done.stdout.strip(), line
     assert (clone / "runs" / "embedded" / "adapter" / "adapter_model.safetensors").is_file()
@@ -181,6 +176,10 @@ def check_options(line: str) -> None:
     name = words.pop(0) if words and not re.match(f"-|{KEY_VALUE}", words[0]) else "train"
     assert name in known, f"{line}: no such command"
     parts = [part for word in words for part in (word.split() if name == "bench" else [word])]
+    if name == "test" and words[:1] == ["--mutants"]:
+        tables = "".join(path.read_text() for path in (ROOT / "tests/mutants").glob("*.yaml"))
+        assert all(word in tables for word in words[1:]), line
+        return
     if name == "test":
         for word in words:
             assert word in ("-s", "-m", "-n", "0", "gpu", "slow") or (ROOT / word).is_file(), line
@@ -198,7 +197,11 @@ def check_options(line: str) -> None:
             assert known_option, f"{line}: {word} is not known"
             if word == "--config" and not re.match(r"runs/|FILE|$", following):
                 assert (ROOT / following).is_file(), line
-    load([part for part in parts if re.fullmatch(KEY_VALUE, part)])
+    keys = [part for part in parts if re.fullmatch(KEY_VALUE, part)]
+    if name == "sweep" and keys:
+        axes, keys = read_axes(keys)
+        keys += [f"{key}={value}" for key, values in axes.items() for value in values]
+    load(keys)
 
 
 def test_every_command_line_has_known_options_and_keys():

@@ -19,6 +19,7 @@ from ..data.batch_plan import BatchPlan
 from ..data.tokenization import Example
 from ..distributed.world import Ranks
 from ..model.loading import config_errors_for, resolve_base
+from ..model.lora import check_start
 from ..model.streaming import fetch_base
 from .run_dir import versions
 
@@ -26,7 +27,7 @@ KINDS = ("state", "plan", "settings")
 # Keys of the configuration by what holds them. All others are settings.
 IN_STATE = ("method", "double_quant")
 IN_PLAN = ("seed", "batch_size", "max_seq_len")
-HASHED = {"base", "revision", "data"}
+HASHED = {"base", "revision", "data", "task", "adapter"}
 BY_FIELD = {"lora"}
 ONLY_HOW = {  # where and how a run computes, not what
     "attention",
@@ -56,13 +57,18 @@ class RunIdentity:
     ) -> "RunIdentity":
         """The identity of a run. It reads samples of the base's weights; downloads them if need be.
 
-        Raises ConfigError where the base cannot be read.
+        Raises ConfigError where the base cannot be read, or the adapter to go on from does not fit.
         """
+        base = base_fingerprint(config.base, config.revision)
+        start = {}
+        if config.adapter:
+            start["adapter"] = check_start(config.adapter, config.lora, base)[:16]
         lora = {f"lora.{key}": value for key, value in sorted(config.lora.items())}
         dropout = lora.pop("lora.lora_dropout")
         facts = {
             "state": {
-                "base": base_fingerprint(config.base, config.revision),
+                "base": base,
+                **start,
                 **{key: getattr(config, key) for key in IN_STATE},
                 **(lora if config.method != "full" else {}),
             },

@@ -17,12 +17,18 @@ from ..config.schema import Config, ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.files import sha256
 from ..distributed.rendezvous import RendezvousError
-from ..evaluation.run import EvaluationOptions, EvaluationStopped, evaluate_split
+from ..evaluation.run import (
+    EvaluationOptions,
+    EvaluationStopped,
+    challenge_split,
+    evaluate_split,
+)
 from ..evaluation.scoring import as_table
 from ..export.audit import WEIGHTS, AuditError, check_adapter
 from ..export.card import record_evaluation
+from ..facts.challenge import as_table as challenge_table
 from ..generation.notes_file import digest
-from ..generation.prompt import check_prompt
+from ..generation.prompt import check_prompt, task_of
 from ..kernels.attention import AttentionError
 from ..model.loading import load_tokenizer
 from ..model.lora import read_adapter
@@ -33,7 +39,7 @@ from .canaries import main as measure_canaries
 
 def take_evaluation_options(args: list[str]) -> EvaluationOptions:
     """The command's own options, taken out of `args`. Raises ConfigError."""
-    names = ("--adapter", "--notes", "--predictions", "--reference", "--html")
+    names = ("--adapter", "--notes", "--predictions", "--reference", "--html", "--compare")
     taken = take_options(args, dict.fromkeys(names) | {"--split": "test"})
     split = taken["--split"]
     num_notes = taken["--notes"]
@@ -48,6 +54,7 @@ def take_evaluation_options(args: list[str]) -> EvaluationOptions:
         predictions=taken["--predictions"],
         reference=taken["--reference"],
         html=taken["--html"],
+        compare=tuple(filter(None, (taken["--compare"] or "").split(","))),
     )
 
 
@@ -74,7 +81,9 @@ def choose_weights(config: Config, options: EvaluationOptions) -> tuple[Config, 
         # The rounding of the base that it was trained on, whatever the configuration says.
         trained_on = read_adapter(adapter)
         keys = ("method", "double_quant", "revision")
-        config = config.model_copy(update={key: trained_on[key] for key in keys})
+        update = {key: trained_on[key] for key in keys}
+        update["task"] = task_of(trained_on, config.task)
+        config = config.model_copy(update=update)
         check_adapter(adapter, config.base)
     return config, dataclasses.replace(options, adapter=adapter)
 
@@ -85,6 +94,20 @@ def take_flag(args: list[str], name: str) -> bool:
     if given:
         args.remove(name)
     return given
+
+
+def challenge_scorer(args: list[str]) -> None:
+    """Prints what the scorer notices in references that were made wrong. Raises ConfigError."""
+    options = take_evaluation_options(args)
+    given = [n for n in ("adapter", "predictions", "html", "compare") if getattr(options, n)]
+    if given:
+        raise ConfigError(
+            f"--{given[0]}: --challenge tries the scorer on the reference notes alone"
+        )
+    config = load_config(args)
+    if os.environ.get("RANK", "0") == "0":
+        counts = challenge_split(config, options)
+        print(f"{options.split}, its reference notes\n{challenge_table(counts)}")
 
 
 def own_folder(config: Config, options: EvaluationOptions) -> Path | None:
@@ -98,7 +121,7 @@ def own_folder(config: Config, options: EvaluationOptions) -> Path | None:
 
 
 def check_own_prompt(config: Config, options: EvaluationOptions) -> None:
-    """Raises ConfigError where the weights were trained with another prompt than this code's."""
+    """Raises ConfigError where the weights can't be asked with the prompt of their training."""
     folder = own_folder(config, options)
     if folder:
         tokenizer = load_tokenizer(config.base, config.revision)
@@ -129,7 +152,9 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     keys = ("examples", "left out", "notes", "notes reused", "notes written")
     counts = [f"{report[key]:,} {key}" for key in keys if key in report]
     print(f"{options.split}, {evaluated}: {', '.join(counts)}")
-    print(as_table(report["figures"]))
+    print(as_table(report["figures"], config.task))
+    if "challenge" in report:
+        print(challenge_table(report["challenge"]))
 
 
 def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:
@@ -166,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if "--canaries" in args:
             return measure_canaries(args)
+        if take_flag(args, "--challenge"):
+            return challenge_scorer(args)
         any_prompt = take_flag(args, "--any-prompt")
         options = take_evaluation_options(args)
         config, options = choose_weights(load_config(args), options)

@@ -2,23 +2,30 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import json
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..config.schema import ConfigError, GenerationSettings
+from ..config.schema import ConfigError, GenerationSettings, TaskConfig
+from ..data.conversations import Question
+from ..data.soap import SOAP
+from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
+from ..families.admission import check_vocabulary
 from ..generation.decode import ROWS, Note, write_notes
 from ..generation.engine import NoteRequest
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
-from ..generation.notes_file import NotesFile, digest, read_dialogues
-from ..generation.prompt import check_prompt
+from ..generation.notes_file import NotesFile, digest, read_questions
+from ..generation.prompt import check_prompt, prompt_texts, task_of
 from ..generation.sharded import GPU_ROWS
 from ..model.loading import load_model_config, load_tokenizer
 from ..model.structure import context_length
@@ -32,14 +39,16 @@ MOST_SHOWN = 8  # ids in a warning
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.sh generate",
-        description="Write the SOAP notes of dialogues. They are drafts for a clinician.",
+        description="Write the notes of dialogues. They are drafts for a clinician.",
     )
     add = parser.add_argument
     add("--adapter", help="a run's adapter/ folder; without it the base answers alone")
     add("--base", help="the base, where it is not the one the adapter names")
     add("--dialogue", default="-", help="a text file with the dialogue, or - for standard input")
-    add("--input", help="a JSONL file with `dialogue` and `id`")
+    add("--input", help="a source of dialogues, named as in data.test")
+    add("columns", nargs="?", metavar="data.columns=...", help="the names of its columns")
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
+    add("--field", action="append", default=[], help="NAME=VALUE, for a {NAME} of the request")
     add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
     add("--batch-size", type=int, help="dialogues at a time (default: as many as are good here)")
     # Without these the settings are those of the adapter's run.
@@ -51,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="another seed, other notes")
     add("--no-repeat-ngram", type=int, help="no so many tokens twice in a note")
     add("--end-loops", action=yes_or_no, help="end a note that runs in circles")
-    add("--forced-headings", action=yes_or_no, help="force the four headings, and nothing else")
+    add("--forced-headings", action=yes_or_no, help="force the task's headings, nothing else")
     return parser
 
 
@@ -66,8 +75,24 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     # The run's temperature is not known yet.
     check_settings({"temperature": 1.0} | given_settings(args))
     if bool(args.input) != bool(args.output) or (args.input and args.dialogue != "-"):
-        raise ConfigError("give --input FILE.jsonl and --output FILE.jsonl, or --dialogue FILE")
+        raise ConfigError("give --input SOURCE and --output FILE.jsonl, or --dialogue FILE")
+    if args.columns and not args.input:
+        raise ConfigError(f"{args.columns}: means something only with --input")
     return args
+
+
+def parse_columns(option: str | None) -> dict | None:
+    """The columns of `data.columns={dialogue: NAME}`. Raises ConfigError."""
+    if option is None:
+        return None
+    key, _, value = option.partition("=")
+    try:
+        columns = yaml.safe_load(value)
+    except yaml.YAMLError:
+        columns = None
+    if key != "data.columns" or not isinstance(columns, dict):
+        raise ConfigError(f"{option}: write 'data.columns={{id: NAME, dialogue: NAME}}'")
+    return columns
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +143,10 @@ def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSetting
 def read_dialogue(path: str) -> str:
     """The dialogue of a text file, or of standard input for "-". Raises ConfigError."""
     try:
-        dialogue = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        if path == "-":
+            dialogue = clean_text(sys.stdin.read())
+        else:
+            dialogue = decode_text(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--dialogue {path}: {reason}") from error
@@ -127,11 +155,68 @@ def read_dialogue(path: str) -> str:
     return dialogue
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of the model: its task, and what stands for each {NAME} of the request."""
+
+    task: TaskConfig
+    fields: dict[str, dict[str, str]]  # by the dialogue's id; {} where the request has no {NAME}
+
+    def as_text(self, key: str) -> str:
+        """What tells two requests on one dialogue apart; "" where all are the same."""
+        return json.dumps(self.fields[key], sort_keys=True) if key in self.fields else ""
+
+
+def read_task(args: argparse.Namespace, source: dict) -> tuple[TaskConfig, dict[str, str]]:
+    """(the task of the adapter or model, what --field gives). Raises ConfigError.
+
+    source: of `generation_source`.
+    """
+    named = f"--adapter {args.adapter}" if args.adapter else f"--base {args.base}"
+    try:
+        task = task_of(source)
+    except ConfigError as error:
+        raise ConfigError(f"{named}: {error}") from error
+    given = {}
+    for field in args.field:
+        name, separator, value = field.partition("=")
+        if not separator or not value.strip() or name not in task.columns:
+            known = " and ".join(sorted(task.columns)) or "none"
+            raise ConfigError(f"--field {name}: write NAME=VALUE; the request's NAMEs are: {known}")
+        given[name] = value.strip()
+    missing = sorted(task.columns - given.keys())
+    if missing and not args.input:
+        raise ConfigError(
+            f"--field {missing[0]}=VALUE: the request of {named} has {{{missing[0]}}}, so say what "
+            "stands for it"
+        )
+    return task, given
+
+
+def read_input(
+    args: argparse.Namespace, dialogue: str | None, source: dict
+) -> tuple[dict[str, str], Request]:
+    """(the dialogues by id, what is asked of each). Raises ConfigError.
+
+    dialogue: the only one; None: those of --input. source: of `generation_source`.
+    """
+    task, given = read_task(args, source)
+    if dialogue is None:
+        names = task.columns - given.keys()
+        found = read_questions(args.input, parse_columns(args.columns), names)
+    else:
+        found = {args.dialogue: Question(dialogue, {})}
+    fields = {key: given | question.fields for key, question in found.items()}
+    dialogues = {key: question.dialogue for key, question in found.items()}
+    return dialogues, Request(task, fields if task.columns else {})
+
+
 def open_output(
     args: argparse.Namespace,
     dialogues: dict[str, str],
     source: dict,
     generation: GenerationSettings,
+    request: Request,
 ) -> NotesFile:
     """The output file, whose lines tell what made them. source: of `generation_source`."""
     made_by: dict[str, Any] = {
@@ -143,18 +228,31 @@ def open_output(
         weights = Path(args.adapter) / "adapter_model.safetensors"
         made_by["adapter"] = digest(weights.read_bytes())
     made_by |= generation.model_dump(mode="json")
-    return NotesFile(args.output, dialogues, made_by)
+    if request.task != SOAP:
+        made_by["prompt"] = digest(json.dumps(prompt_texts(request.task)))
+    asked = {key: text + request.as_text(key) for key, text in dialogues.items()}
+    return NotesFile(args.output, asked, made_by)
 
 
 def write_batch(
-    model, tokenizer, keys: list[str], dialogues: list[str], generation: GenerationSettings
+    model,
+    tokenizer,
+    keys: list[str],
+    dialogues: list[str],
+    generation: GenerationSettings,
+    request: Request,
 ) -> list[Note]:
     """The notes of some dialogues. keys: the dialogues' ids."""
+    task = request.task
     requests = [
-        NoteRequest(key, prompt_ids(tokenizer, text), generation.max_new_tokens)
+        NoteRequest(
+            key,
+            prompt_ids(tokenizer, text, task, request.fields.get(key)),
+            generation.max_new_tokens,
+        )
         for key, text in zip(keys, dialogues)
     ]
-    return write_notes(model, tokenizer, requests, generation)
+    return write_notes(model, tokenizer, requests, generation, task=task)
 
 
 def write_file(
@@ -163,6 +261,7 @@ def write_file(
     load,
     generation: GenerationSettings,
     batch_size: int | None,
+    request: Request,
 ) -> None:
     """Writes the notes that the output lacks, in batches of like length, and closes it.
 
@@ -172,6 +271,7 @@ def write_file(
         load: gives (model, tokenizer); it is not called where no note is missing.
         generation: the settings.
         batch_size: dialogues at a time; None: GPU_ROWS or ROWS.
+        request: what is asked of them.
     """
     missing = [key for key in dialogues if key not in output.done]
     missing.sort(key=lambda key: len(dialogues[key][0]))
@@ -182,7 +282,7 @@ def write_file(
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
             texts = [dialogues[key][0] for key in keys]
-            notes = write_batch(model, tokenizer, keys, texts, generation)
+            notes = write_batch(model, tokenizer, keys, texts, generation, request)
             for key, note in zip(keys, notes):
                 turns_left_out = dialogues[key][1]
                 output.add(key, note, turns_left_out)
@@ -201,36 +301,58 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
         )
 
 
+def fit_to_base(
+    source: dict,
+    tokenizer,
+    dialogues: dict[str, str],
+    generation: GenerationSettings,
+    request: Request,
+) -> dict[str, tuple[str, int]]:
+    """The dialogues as the base can read them: of `fit_dialogues`. Says which lost turns.
+
+    source: of `generation_source`. Raises ConfigError where a token has no embedding.
+    """
+    model_config = load_model_config(source["base"], source["revision"])
+    context = context_length(model_config) or sys.maxsize
+    fitted = fit_dialogues(
+        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
+    )
+    warn_of_shortened(fitted, context)
+    prompts = {
+        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
+        for key, (text, _) in fitted.items()
+    }
+    check_vocabulary(source["base"], model_config, prompts)
+    return fitted
+
+
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
     device = "cuda:0" if on_gpu() else "cpu"
-    if args.input:
-        dialogues = read_dialogues(args.input)
-    else:
-        dialogues = {args.dialogue: read_dialogue(args.dialogue)}
+    dialogue = None if args.input else read_dialogue(args.dialogue)
     source = generation_source(args.adapter, args.base)
     generation = choose_settings(args, source)
-    output = open_output(args, dialogues, source, generation) if args.output else None
+    dialogues, request = read_input(args, dialogue, source)
+    if generation.forced_headings and not request.task.headings:
+        raise ConfigError("--forced-headings: the task of this model has no headings")
+    output = open_output(args, dialogues, source, generation, request) if args.output else None
     tokenizer = load_tokenizer(source["base"], source["revision"])
     if not args.any_prompt:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
-    model_config = load_model_config(source["base"], source["revision"])
-    context = context_length(model_config) or sys.maxsize
-    fitted = fit_dialogues(tokenizer, dialogues, context, generation.max_new_tokens)
-    warn_of_shortened(fitted, context)
+    fitted = fit_to_base(source, tokenizer, dialogues, generation, request)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:
-        write_file(fitted, output, load, generation, args.batch_size)
+        write_file(fitted, output, load, generation, args.batch_size, request)
         rows = output.done.values()
         endings = count_endings([(row["ended"], row["looped"]) for row in rows])
         parts = [f"{count} of them {what}" for what, count in endings.items()]
         print(", ".join([f"{len(fitted)} notes in {args.output}", *parts]))
     else:
-        ((key, (dialogue, _)),) = fitted.items()
+        ((key, (shortened, _)),) = fitted.items()
         model, tokenizer = load()
-        (note,) = write_batch(model, tokenizer, [key], [dialogue], generation)
+        (note,) = write_batch(model, tokenizer, [key], [shortened], generation, request)
         for what in count_endings([(note.ended, note.looped)]):
             print(f"the note was {what}", file=sys.stderr)
         with contextlib.suppress(BrokenPipeError):

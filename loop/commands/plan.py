@@ -17,9 +17,8 @@ from ..config.schema import Config, ConfigError
 from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
-from ..families.admission import check_base, check_vocabulary
+from ..families.admission import admit_base, check_vocabulary
 from ..memory.report import describe_memory, read_gpus
-from ..model.loading import load_model_config, load_tokenizer
 from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import describe_plan, write_plan
 from ..optim.schedule import learning_rates
@@ -104,14 +103,12 @@ def describe_run(
         tokens_per_second: of the whole run; None: as the last run was.
     """
     ds_config = build_ds_config(config)
-    tokenizer = load_tokenizer(config.base, config.revision)
-    check_base(config)
+    tokenizer, model_config = admit_base(config)
     examples, report = load_examples(config, tokenizer, "train")
-    check_vocabulary(config, examples)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))
-    model_config = load_model_config(config.base, config.revision)
     supervised_fraction = float(targets.sum() / lengths.sum())
     memory, memory_plan = describe_memory(
         config, ds_config, model_config, gpus, gpu_memory, supervised_fraction

@@ -16,7 +16,6 @@ from ..distributed.timeline import begin
 from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
-from ..families.admission import check_base
 from ..kernels.attention import AttentionError
 from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
@@ -40,7 +39,6 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(sys.argv[1:] if argv is None else argv)
         Choice.of(config)  # a mistake there is said before the data is read
         uses_gpu()  # and so is a GPU that torch can't use
-        check_base(config)
         report = train(config, build_ds_config(config))
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)

@@ -51,6 +51,18 @@ COMMANDS = {
         },
         takes_config=True,
     ),
+    "sweep": Command(
+        "A run for each combination of values, and a table. The same command goes on after a stop.",
+        "key=a,b,... [key=a,b,...] [--config FILE] [key=value ...]",
+        {
+            "key=a,b,...": "a key with several values, e.g. lr=1e-4,3e-4 lora.r=16,64; a list in "
+            "[brackets] is one value",
+            "--gpus N": "ranks of each run; without it one GPU for each run, and the runs side by "
+            "side, or 2 ranks on the CPU",
+            "--hostfile FILE": "the machines of each run, as for train",
+        },
+        takes_config=True,
+    ),
     "evaluate": Command(
         "Score a trained adapter, and its notes beside those of baselines.",
         "[--split SPLIT] [--notes N] [--config FILE] [key=value ...]",
@@ -62,8 +74,12 @@ COMMANDS = {
             "--notes N": "for how many examples notes are written and scored (default: all)",
             "--predictions FILE": "score the notes of this JSONL file instead, without a model",
             "--reference COLUMN": "score against this column instead of the note's",
-            "--html FILE": "write a page with dialogues, notes and references side by side",
+            "--html FILE": "write a page to read and rate the notes on",
+            "--compare FILES": "with --html: other files of notes, or the word reference, with "
+            "commas between; the page shows all under letters, and FILE.key.csv tells whose",
             "--any-prompt": "evaluate even an adapter that was trained with another prompt",
+            "--challenge": "instead: make reference notes wrong in one place each, and print what "
+            "the scorer of facts notices; it loads no model",
             "--canaries N": "instead: what a run remembers of N made-up patients; it trains on a "
             "copy of the data with their record numbers planted in it",
             "--repeats LIST": "with --canaries: how often each of them is planted (default: "
@@ -72,15 +88,19 @@ COMMANDS = {
         takes_config=True,
     ),
     "generate": Command(
-        "Write the SOAP notes of dialogues. They are drafts for a clinician.",
-        "[--adapter DIR] [--dialogue FILE | --input FILE --output FILE]",
+        "Write the notes of dialogues. They are drafts for a clinician.",
+        "[--adapter DIR] [--dialogue FILE | --input SOURCE --output FILE]",
         {
             "--adapter DIR": "a run's adapter/ folder; without it the base answers alone",
             "--base BASE": "the base, where it is not the one that the adapter names",
             "--dialogue FILE": "a text file with the dialogue, or - for standard input (default: "
             "-)",
-            "--input FILE": "a JSONL file with `dialogue` and `id`",
+            "--input SOURCE": "dialogues of any kind that data.test reads; after the options, "
+            "data.columns={dialogue: NAME} names their columns",
             "--output FILE": "the JSONL file for its notes; an unfinished one is resumed",
+            "--field NAME=VALUE": "where the request that the model was trained with has a {NAME}: "
+            "what stands for it, for all dialogues; without it each row of --input has a column "
+            "NAME",
             "--any-prompt": "write even where the model was trained with another prompt",
             "--batch-size N": "dialogues at a time",
             "--max-new-tokens N": "the longest note; this and what follows stand for the keys of "
@@ -93,8 +113,8 @@ COMMANDS = {
             "--seed N": "with a temperature: another seed, other notes",
             "--no-repeat-ngram N": "no N tokens in a row occur twice in a note; 0: they may",
             "--end-loops": "end a note that runs in circles; --no-end-loops: go on",
-            "--forced-headings": "force the four headings, and nothing else; --no-forced-headings: "
-            "leave them to the model",
+            "--forced-headings": "force the task's headings, and nothing else; "
+            "--no-forced-headings: leave them to the model",
         },
     ),
     "merge": Command(
@@ -214,6 +234,7 @@ COMMANDS = {
         {
             "-m gpu -n 0": "those that need NVIDIA GPUs",
             "-m slow": "those that take minutes",
+            "--mutants [NAME ...]": "would the tests notice a slip? See tests/README.md",
         },
     ),
     "setup": Command(

@@ -6,6 +6,7 @@ YAML and the command line: cli.py. help.py reads the descriptions here without i
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,18 +37,113 @@ class Section(BaseModel):
         return value
 
 
+# The SOAP task, which is what a run without a task section learns.
+SYSTEM = (
+    "You are a medical scribe. "
+    "You turn the conversation of a doctor and a patient into a SOAP note."
+)
+REQUEST = (
+    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, "
+    "in plain text without markdown. State only what was said.\n\n"
+)
+# What data.columns maps; other names there stand for the {columns} of a request.
+COLUMNS = ("id", "dialogue", "note", "messages", "conversations")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+class TaskConfig(Section):
+    """What is asked of the model: the prompt around a dialogue, and the headings of its notes."""
+
+    system: str = Field(
+        None,
+        validate_default=True,
+        description="The system's message; null: that of the SOAP task; '' (in quotes): there is "
+        "none.",
+    )
+    request: str = Field(
+        None,
+        validate_default=True,
+        description="What stands before the dialogue in the user's message, an empty line between "
+        "them; {NAME} stands for the row's column NAME, or the one that data.columns maps to it; "
+        "null: that of the SOAP task.",
+    )
+    headings: dict[str, str | list[str]] = Field(
+        {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"},
+        description="The headings of a note, in order, each with its other spelling or a list of "
+        "them; {}: notes have none. One counts where it begins a line before a colon; one in "
+        "capitals, of two letters or more, also where it has the line for itself.",
+    )
+
+    @field_validator("system", mode="before")
+    @classmethod
+    def _choose_system(cls, system):
+        return SYSTEM if system is None else system
+
+    @field_validator("request", mode="before")
+    @classmethod
+    def _choose_request(cls, request):
+        if not isinstance(request, str):
+            return REQUEST if request is None else request
+        return f"{request.strip()}\n\n".lstrip()
+
+    @field_validator("headings", mode="before")
+    @classmethod
+    def _name_headings(cls, headings):
+        if isinstance(headings, list):  # without other spellings
+            return {heading: heading for heading in headings}
+        return headings
+
+    @model_validator(mode="after")
+    def _check_texts(self):
+        if PLACEHOLDER.search(self.system):
+            raise ValueError("system: a {NAME} is filled in the request alone; put it there")
+        if taken := sorted(self.columns & set(COLUMNS)):
+            raise ValueError(
+                f"request: {{{taken[0]}}} is filled from no column; the dialogue always stands "
+                "behind the request, and id and note are never shown"
+            )
+        if [*self.headings] != [*"SOAP"] and self.request == REQUEST:
+            raise ValueError("request: asks for S:, O:, A: and P:; give one that fits headings")
+        spellings = [text for found in self.spellings.values() for text in found]
+        for text in spellings:
+            if not text or text != text.strip(" \t\n#*_>:"):
+                raise ValueError(
+                    f"headings: {text!r} must be a text without the colon, markdown or blanks "
+                    "around it"
+                )
+            if spellings.count(text) > 1:
+                raise ValueError(f"headings: {text!r} is named twice")
+        return self
+
+    @property
+    def columns(self) -> set[str]:
+        """The names that the request has in braces, each filled from a column of the row."""
+        return set(PLACEHOLDER.findall(self.request))
+
+    @property
+    def spellings(self) -> dict[str, list[str]]:
+        """Each heading with all of its spellings, its own first."""
+        return {
+            heading: list(dict.fromkeys([heading, *([o] if isinstance(o, str) else o)]))
+            for heading, o in self.headings.items()
+        }
+
+
 class DataConfig(Section):
     """Where the examples come from, and what happens to those that can't be used.
 
-    A source is a .jsonl, .json, .csv or .parquet file, a folder of `NAME.dialogue.txt` and
-    `NAME.note.txt` pairs, a folder in the hub's layout, or a hub id. `SOURCE:SPLIT` names a split
-    of the last two; otherwise train, validation and test are taken.
+    A source is a file (.jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed as .gz,
+    .bz2 or .xz), a pattern of such, a folder of `NAME.dialogue.txt` and `NAME.note.txt` pairs, a
+    folder in the hub's layout or of save_to_disk, or a hub id. `SOURCE@REVISION:SUBSET:SPLIT` names
+    a part of the last ones; otherwise train, validation and test are taken.
     """
 
     train: str | list[str] = Field(
         description="The source of the training examples, or a list of sources: a file (.jsonl, "
-        ".json, .csv, .parquet), a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder "
-        "in the hub's layout, or a hub id; SOURCE:SPLIT names a split of the last two.",
+        ".ndjson, .json, .csv, .tsv, .xlsx, .parquet; compressed .gz, .bz2, .xz), a pattern such "
+        "as visits/*.csv, a folder of NAME.dialogue.txt and NAME.note.txt pairs, a folder in the "
+        "hub's layout or of save_to_disk, or a hub id; SOURCE@REVISION:SUBSET:SPLIT names a part "
+        "of the last ones.",
     )
     valid: str | list[str] | None = Field(
         None, description="The source of the validation examples, named as in data.train."
@@ -67,11 +163,12 @@ class DataConfig(Section):
         description="Without data.valid: this fraction of data.train, chosen by a hash of the id, "
         "is the validation split and is not trained on.",
     )
-    columns: dict[Literal["id", "dialogue", "note", "messages"], str | list[str]] = Field(
+    columns: dict[str, str | list[str]] = Field(
         {"id": "id", "dialogue": "dialogue", "note": "soap"},
         description="The names of your columns: for id, dialogue and note, or for messages (a "
-        "chat, of which every assistant's turn is supervised). Of a list of names the first one "
-        "that a source has counts.",
+        "chat, of which every assistant's turn is supervised), or for conversations (a chat as "
+        "ShareGPT writes it, with from and value), and for each {NAME} of task.request. Of a list "
+        "of names the first one that a source has counts.",
     )
     supervise: Literal["note", "all"] = Field(
         "note",
@@ -80,8 +177,13 @@ class DataConfig(Section):
     )
     headings: Literal["optional", "required"] = Field(
         "optional",
-        description="required: a note without the headings S, O, A and P, in order, is a bad row; "
+        description="required: a note without task.headings, in order, is a bad row; "
         "optional: such notes are counted.",
+    )
+    normalize_headings: bool = Field(
+        False,
+        description="Write headings such as Subjective:, **S:**, ## Plan, 1. Objective: or A/P: as "
+        "task.headings before anything else (S:, O:, A: and P:); what was changed is counted.",
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop",
@@ -92,6 +194,12 @@ class DataConfig(Section):
         "drop",
         description="What happens to an example above max_seq_len; one that is dropped is listed.",
     )
+    identifiers: Literal["warn", "error", "off"] = Field(
+        "warn",
+        description="Phone numbers, mail addresses, social security and record numbers and full "
+        "dates in training data: listed by kind and id (warn), or the run ends before it starts "
+        "(error).",
+    )
     cache: bool = Field(
         True,
         description="Keep the token ids below run.dir, readable by their owner alone, so that the "
@@ -100,6 +208,11 @@ class DataConfig(Section):
     limit: int | None = Field(
         None, ge=1, description="Take only the first so many rows of each split."
     )
+
+    @field_validator("identifiers", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value):
+        return "off" if value is False else value  # YAML reads off as false
 
 
 class RunConfig(Section):
@@ -191,7 +304,7 @@ class MonitorConfig(Section):
         "loss",
         description="What makes a validation the best one: loss, the lowest validation loss; or "
         "the highest value of a metric of evaluate, on notes that are written at each validation, "
-        "e.g. rouge1, rougeLsum, sections (S, O, A, P in order), facts/supported, facts/kept.",
+        "e.g. rouge1, rougeLsum, sections (all headings in order), facts/supported, facts/kept.",
     )
     best_notes: int | None = Field(
         None,
@@ -245,9 +358,7 @@ class GenerationSettings(Section):
         description="End a note that runs in circles: one whose last 48 tokens or more are at "
         "least four times the same 1 to 64 tokens.",
     )
-    forced_headings: bool = Field(
-        False, description="Force the headings S, O, A and P, and nothing else."
-    )
+    forced_headings: bool = Field(False, description="Force task.headings, and nothing else.")
 
     @model_validator(mode="after")
     def _check_sampling(self):
@@ -272,6 +383,11 @@ class Config(Section):
         description="The model to fine-tune: a hub id, or a folder in the hub's layout."
     )
     revision: str | None = Field(None, description="The base's revision on the hub.")
+    adapter: str | None = Field(
+        None,
+        description="Train on from this adapter, a run's adapter/ folder or another one of PEFT, "
+        "of the same base and with the same lora but for its dropout; null: from new weights.",
+    )
     method: Literal["qlora", "lora", "full"] = Field(
         "qlora",
         description="qlora: LoRA on a frozen NF4 base; lora: LoRA on a frozen bf16 base; full: all "
@@ -325,6 +441,7 @@ class Config(Section):
     )
 
     data: DataConfig = Field(description="The examples.")
+    task: TaskConfig = Field(TaskConfig(), description="The prompt and the headings.")
     max_seq_len: int = Field(
         2048, ge=8, description="The longest example, and the length of a row, in tokens."
     )
@@ -425,6 +542,11 @@ class Config(Section):
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if self.adapter and self.method == "full":
+            raise ValueError(
+                f"adapter={self.adapter}: method=full trains no adapter; merge it into the base "
+                "first"
+            )
         name = Path(self.run.name)
         if name.name in ("", "..") or name.is_absolute():
             raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
@@ -466,8 +588,28 @@ class Config(Section):
                     f"data.weights={weights}: give one number above 0 for each of the {count} "
                     "sources of data.train"
                 )
-        if "messages" not in data.columns and not {"dialogue", "note"} <= set(data.columns):
-            raise ValueError("data.columns must map either messages, or dialogue and note")
+        chats = {"messages", "conversations"} & set(data.columns)
+        if len(chats) > 1 or not (chats or {"dialogue", "note"} <= set(data.columns)):
+            raise ValueError(
+                "data.columns must map either messages, or conversations, or dialogue and note"
+            )
+        if unknown := sorted(data.columns.keys() - self.task.columns - set(COLUMNS)):
+            raise ValueError(
+                f"data.columns.{unknown[0]}: is none of {', '.join(COLUMNS)}, and task.request has "
+                f"no {{{unknown[0]}}}"
+            )
+        self._check_headings()
+
+    def _check_headings(self) -> None:
+        """What needs headings must have some."""
+        if self.task.headings:
+            return
+        if self.data.headings == "required":
+            raise ValueError("data.headings=required: task.headings names none; set it to optional")
+        if self.data.normalize_headings:
+            raise ValueError("data.normalize_headings=true: task.headings names none to write")
+        if self.generation.forced_headings:
+            raise ValueError("generation.forced_headings=true: task.headings names none to force")
 
     @property
     def folder(self) -> Path:

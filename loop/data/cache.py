@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
-from .readers import digest_sources
 from .report import DatasetReport
+from .sources.locations import digest_sources
 from .tokenization import Example
 
 MAX_FILES = 8  # the oldest ones above this number are removed
@@ -35,6 +35,7 @@ def cache_key(config: Config, tokenizer, split: str) -> str:
     """
     longest = [config.max_seq_len, tokenizer.model_max_length]
     settings = [split, config.data.model_dump(), longest, tokenizer.chat_template]
+    settings.append(config.task.model_dump())
     digest = hashlib.sha256(digest_sources(config))
     digest.update(json.dumps(settings).encode())
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
@@ -74,13 +75,15 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
 
 
 def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
-    """The examples and their report; None where the file is missing or damaged."""
+    """The examples and their report; None where the file is missing or damaged.
+
+    Their tokens are views of the file, so all ranks of a machine share them in its page cache.
+    """
     try:
-        with safe_open(path, "np") as file:
-            about = json.loads(file.metadata()["about"])
-            input_ids = file.get_tensor("input_ids")
-            labels = file.get_tensor("labels")
+        with safe_open(path, "np") as file:  # it checks the header and the file's size
+            about = json.loads(file.get_tensor("about").tobytes())
             ends = file.get_tensor("ends")
+        input_ids, labels = (_map_tensor(path, name) for name in ("input_ids", "labels"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     os.utime(path)  # the files used last are the ones that stay
@@ -91,6 +94,15 @@ def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
         about["weights"],
     )
     return [Example(*column) for column in columns], DatasetReport(**about["report"])
+
+
+def _map_tensor(path: Path, name: str) -> np.ndarray:
+    """A tensor of int32 in a safetensors file, read-only, which is read where it is used."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(header_size))[name]["data_offsets"]
+    offset, count = 8 + header_size + start, (end - start) // 4
+    return np.asarray(np.memmap(path, np.int32, "r", offset, (count,)))
 
 
 def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> None:
@@ -109,10 +121,12 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
         "input_ids": np.concatenate([e.input_ids for e in examples]),
         "labels": np.concatenate([e.labels for e in examples]),
         "ends": np.cumsum([len(e) for e in examples]),
+        # A tensor, because a header of safetensors holds at most 100 MB: some million ids.
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
     }
     unfinished = path.with_suffix(".writing")
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, unfinished, metadata={"about": json.dumps(about)})
+        save_file(tensors, unfinished)
         unfinished.rename(path)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:

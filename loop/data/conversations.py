@@ -7,16 +7,29 @@ quotes a row: its words may be a patient's.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
-from ..config.schema import Config, ConfigError, DataConfig
+from ..config.schema import Config, ConfigError, DataConfig, TaskConfig
 from .decontamination import find_near_duplicates
-from .readers import MAX_ROW_BYTES, BadRow, columns_of, read_rows, sources_of
-from .soap import has_all_sections, soap_messages
+from .soap import SOAP, has_all_sections, heading_list, normalize_headings, soap_messages
+from .sources.locations import columns_of, expand, read_rows, sources_of
+from .sources.readers import MAX_ROW_BYTES, BadRow, clean_text
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED_COLUMNS = 12
+# ShareGPT's names of the roles.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+# What looks like nothing, though Unicode counts these among the letters and signs.
+INVISIBLE = set("\u034f\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,9 @@ class Conversation:
     note: str | None = None
     weight: float = 1.0  # how often an epoch visits it
     numbered: bool = False  # its id is the number of its row
+    # What stands for each {NAME} of the task's request.
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    headings_changed: int = 0  # by data.normalize_headings
 
 
 class SourceRow(NamedTuple):
@@ -57,9 +73,9 @@ def read_split(config: Config, split: str) -> tuple[list[Conversation], list[str
     data = config.data
     valid_is_from_train = data.valid is None and data.valid_fraction > 0
     if split == "valid" and valid_is_from_train:
-        rows, _ = _read_sources(data, "train")  # its bad rows are listed with train's
+        rows, _ = _read_sources(config, "train")  # its bad rows are listed with train's
         return [c for c, _ in rows if is_held_out(c, data.valid_fraction)], []
-    rows, problems = _read_sources(data, split)
+    rows, problems = _read_sources(config, split)
     if split == "train":
         held_out: list[Conversation] = []
         if valid_is_from_train:
@@ -125,8 +141,9 @@ def _remove_leaks(
     return [row for i, row in enumerate(rows) if i not in leaked], problems
 
 
-def _read_sources(data: DataConfig, split: str) -> tuple[list[Located], list[str]]:
+def _read_sources(config: Config, split: str) -> tuple[list[Located], list[str]]:
     """The conversations of all good rows of a split, and a line for every bad row."""
+    data = config.data
     found: dict[str, Located] = {}
     problems = []
     for row in _source_rows(data, split):
@@ -136,12 +153,43 @@ def _read_sources(data: DataConfig, split: str) -> tuple[list[Located], list[str
             where = f"{where} (id {key})"
             if key in found:
                 raise BadRow(f"this id occurs twice, first in {found[key][1]}: make ids unique")
-            conversation = check_row(row.content, key, data, row.weight)
+            conversation = check_row(row.content, key, data, row.weight, config.task)
             conversation = dataclasses.replace(conversation, numbered=numbered)
             found[key] = (conversation, where)
         except BadRow as problem:
             problems.append(f"{where}: {problem}")
     return list(found.values()), problems
+
+
+class Question(NamedTuple):
+    """What a note is asked for with."""
+
+    dialogue: str
+    fields: dict[str, str]  # what stands for each {NAME} of the task's request
+
+
+def read_questions(data: DataConfig, split: str, names: Set[str]) -> dict[str, Question]:
+    """The dialogues of a split by id, whether or not its rows have notes.
+
+    Ids and texts are those of `read_split`. Raises ConfigError with the first bad row.
+
+    names: of the columns to read into `Question.fields`.
+    """
+    found: dict[str, Question] = {}
+    first: dict[str, str] = {}  # the row of each id
+    for row in _source_rows(data, split):
+        where = row.where
+        try:
+            key, _ = _row_id(row, data)
+            where = f"{where} (id {key})"
+            if key in found:
+                raise BadRow(f"this id occurs twice, first in {first[key]}: make ids unique")
+            first[key] = row.where.rpartition(", ")[2]
+            fields = check_fields(row.content, names, data)
+            found[key] = Question(check_dialogue(row.content, data), fields)
+        except BadRow as problem:
+            raise ConfigError(f"data.{split}={where}: {problem}") from problem
+    return found
 
 
 def _source_rows(data: DataConfig, split: str) -> Iterator[SourceRow]:
@@ -155,18 +203,26 @@ def _source_rows(data: DataConfig, split: str) -> Iterator[SourceRow]:
         weights = data.weights
     count = 0
     for source, weight in zip(sources, weights, strict=True):
-        rows, name = read_rows(source, split, data)
-        for number, content in _readable(rows, f"data.{split}={source}"):
+        for name in expand(source, split):
             if data.limit and count >= data.limit:
-                break
-            yield SourceRow(content, f"{source}, row {number}", f"{name}-{count}", weight)
-            count += 1
+                return
+            rows, split_name = read_rows(name, split, data)
+            before = count
+            for number, content in _readable(rows, f"data.{split}={name}"):
+                if data.limit and count >= data.limit:
+                    return
+                yield SourceRow(content, f"{name}, row {number}", f"{split_name}-{count}", weight)
+                count += 1
+            if count == before:
+                raise ConfigError(f"data.{split}={name}: holds no rows: fill it or leave it out")
 
 
 def _readable(rows: Iterator, source: str) -> Iterator:
-    """The rows. An OSError while they are read becomes a ConfigError naming the source."""
+    """The rows. An OSError or a reader's ConfigError becomes a ConfigError naming the source."""
     try:
         yield from rows
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"{source}: cannot be read ({reason})") from error
@@ -189,26 +245,83 @@ def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
     numbered = key is None
     if numbered:
         key = row.default_id
-    if not isinstance(key, (str, int)) or not re.fullmatch(r"[^\s]{1,100}", str(key)):
+    return check_id(key), numbered
+
+
+def check_id(key: Any) -> str:
+    """The id as a text: a number, or 1 to 100 characters without a blank. Raises BadRow."""
+    if isinstance(key, float) and key.is_integer():
+        key = int(key)  # as spreadsheets write whole numbers
+    number = isinstance(key, (int, float)) and not isinstance(key, bool) and key == key
+    if not number and not (isinstance(key, str) and re.fullmatch(r"[^\s\ud800-\udfff]+", key)):
+        what = "has blanks" if isinstance(key, str) and key.strip() else "is empty or no text"
         raise BadRow(
-            "its id must be a number, or 1 to 100 characters without a space: check data.columns.id"
+            f"its id must be a number, or 1 to 100 characters without a blank, and {what}: "
+            "write _ for blanks, or map another column as data.columns.id"
         )
-    return str(key), numbered
+    if len(str(key)) > 100:
+        raise BadRow("its id must be at most 100 characters long: map another as data.columns.id")
+    return str(key)
 
 
-def check_row(row: dict, key: str, data: DataConfig, weight: float = 1.0) -> Conversation:
+def check_row(
+    row: dict, key: str, data: DataConfig, weight: float = 1.0, task: TaskConfig = SOAP
+) -> Conversation:
     """The conversation of a row with the id `key`. Raises BadRow."""
     columns = columns_of(data)
     if "messages" in columns:
         return Conversation(key, _check_messages(row, columns["messages"]), weight=weight)
-    dialogue = _check_text(_pick(row, columns["dialogue"]), "dialogue")
+    if "conversations" in columns:
+        return Conversation(key, _check_sharegpt(row, columns["conversations"]), weight=weight)
+    dialogue = check_dialogue(row, data)
     note = _check_text(_pick(row, columns["note"]), "note")
-    if data.headings == "required" and not has_all_sections(note):
+    changed = 0
+    if data.normalize_headings:
+        note, changed = normalize_headings(note, task)
+    if data.headings == "required" and not has_all_sections(note, task):
         raise BadRow(
-            "the note lacks S:, O:, A:, P: in this order, each with a text: complete it, "
-            "or set data.headings=optional"
+            f"the note lacks {heading_list(task)} in this order, each with a text: complete it, "
+            "set data.headings=optional, or try data.normalize_headings=true"
         )
-    return Conversation(key, soap_messages(dialogue, note), dialogue, note, weight)
+    fields = check_fields(row, task.columns, data)
+    messages = soap_messages(dialogue, note, task, fields)
+    return Conversation(
+        key, messages, dialogue, note, weight, fields=fields, headings_changed=changed
+    )
+
+
+def check_fields(row: dict, names: Set[str], data: DataConfig) -> dict[str, str]:
+    """What stands for each {NAME} of a request in this row. Raises BadRow.
+
+    names: of the request; each is the column's own name where data.columns names none.
+    """
+    columns = columns_of(data)
+    return {
+        name: _check_field(_pick(row, columns.get(name, [name])), name) for name in sorted(names)
+    }
+
+
+def _check_field(value: Any, name: str) -> str:
+    """A value as it stands in the request: a text without blanks around it, or a number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return _check_text(value, name).strip()
+
+
+def check_dialogue(row: dict, data: DataConfig) -> str:
+    """The dialogue of a row, as training and generation read it. Raises BadRow."""
+    return _check_text(_pick(row, columns_of(data)["dialogue"]), "dialogue")
+
+
+def _check_sharegpt(row: dict, names: list[str]) -> list[dict[str, str]]:
+    """The chat messages of ShareGPT's `from` and `value`. Raises BadRow."""
+    turns = _pick(row, names)
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and turn.get("from") in SPEAKERS for turn in turns
+    ):
+        raise BadRow(f"{names[0]} must be a list of from ({', '.join(SPEAKERS)}) and value")
+    messages = [{"role": SPEAKERS[t["from"]], "content": t.get("value")} for t in turns]
+    return _check_messages({names[0]: messages}, names)
 
 
 def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
@@ -217,12 +330,20 @@ def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and m.get("role") in ROLES for m in messages
     ):
-        raise BadRow(f"{names[0]} must be a list of role ({', '.join(ROLES)}) and content")
+        raise BadRow(
+            f"{names[0]} must be a list of role ({', '.join(ROLES)}) and content; "
+            "lists of from and value are mapped as data.columns={conversations: ...}"
+        )
     messages = [
         {"role": m["role"], "content": _check_text(m.get("content"), "a message")} for m in messages
     ]
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow(f"{names[0]} has no assistant's turn, so nothing to learn")
+    if messages[0]["role"] == "assistant":
+        raise BadRow(
+            f"{names[0]} begins with the assistant's turn, which answers nothing: "
+            "put the user's before it or remove it"
+        )
     return messages
 
 
@@ -244,15 +365,24 @@ def _check_text(value: Any, name: str) -> str:
     """The value, which must be a text with a word in it, in UTF-8 and not huge. Raises BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is {type(value).__name__}, not a text")
-    if not value.strip():
+    if not any(_is_visible(character) for character in value):
         raise BadRow(f"{name} is empty: fill it or remove the row")
     try:
         size = len(value.encode("utf-8"))
     except UnicodeEncodeError:
-        raise BadRow(f"{name} is not UTF-8: save the file as UTF-8") from None
+        raise BadRow(
+            f"{name} is not UTF-8, or holds half a surrogate pair: save as UTF-8"
+        ) from None
     if size > MAX_ROW_BYTES:
         raise BadRow(
             f"{name} has {size / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
             "split it or remove the row"
         )
-    return value
+    return clean_text(value)
+
+
+def _is_visible(character: str) -> bool:
+    """Whether it is more than a blank, a control sign, or one of width zero."""
+    if character.isspace() or character in INVISIBLE:
+        return False
+    return unicodedata.category(character) not in ("Cc", "Cf")

@@ -5,6 +5,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from ..config.schema import Config, ConfigError
 from . import soap
 from .cache import cached_path, read_cache, write_cache
-from .conversations import Conversation, read_split
+from .conversations import Conversation, dialogue_text, note_text, read_split
+from .identifiers import find_identifiers
 from .report import DatasetReport
 from .tokenization import PLAIN_TEMPLATE, Example, encode_examples
 
@@ -35,6 +37,10 @@ class TrainingData:
     def supervised_fraction(self) -> float:
         """The fraction of the training tokens that are supervised."""
         return float(self.num_targets.sum() / self.lengths.sum())
+
+    def token_ids(self) -> dict[str, np.ndarray]:
+        """The token ids of all examples, by id."""
+        return {e.id: e.input_ids for e in self.train + self.valid}
 
 
 def load_training_data(config: Config, tokenizer) -> TrainingData:
@@ -78,6 +84,7 @@ def load_examples(config: Config, tokenizer, split: str) -> tuple[list[Example],
             prepared = prepare_examples(config, tokenizer, split)
             if path:
                 write_cache(path, *prepared)
+                prepared = read_cache(path) or prepared  # which gives the memory back
     examples, report = prepared
     if not examples and (report.rows or getattr(config.data, split)):
         longest = longest_example(config, tokenizer)
@@ -92,7 +99,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     """The examples of a split, made from its sources, without the cache.
 
     Raises ConfigError for a bad row where data.on_error is stop, and for a long example where
-    data.overlong is error.
+    data.overlong is error, and for a patient's identifiers where data.identifiers is error.
     """
     conversations, bad_rows = read_split(config, split)
     examples: list[Example] = []
@@ -104,12 +111,14 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         truncated=[],
         without_headings=0,
         plain_template=str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE),
+        headings=soap.heading_list(config.task),
     )
     supervise = config.data.supervise
     longest = longest_example(config, tokenizer)
     limit = f"max_seq_len={config.max_seq_len}; raise it"
     if longest < config.max_seq_len:
         limit = f"the base's context of {longest} tokens; take a base with a longer one"
+    seen: set[bytes] = set()
     for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
         if len(example) > longest:
             if config.data.overlong == "error":
@@ -119,16 +128,31 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
                 )
             shorter = None
             if config.data.overlong == "truncate_dialogue":
-                shorter = shorten_to_fit(tokenizer, conversation, longest, supervise)
+                shorter = shorten_to_fit(tokenizer, conversation, config)
             if shorter is None:
                 report.dropped.append(example.id)
                 continue
             report.truncated.append(example.id)
             example = shorter
-        if conversation.note is not None and not soap.has_all_sections(conversation.note):
+        note = conversation.note
+        if note is not None and not soap.has_all_sections(note, config.task):
             report.without_headings += 1
+        report.notes_normalized += conversation.headings_changed > 0
+        report.headings_normalized += conversation.headings_changed
+        report.duplicates += _is_repeated(example, seen)
+        if split == "train" and config.data.identifiers != "off":
+            text = dialogue_text(conversation) + "\n" + note_text(conversation)
+            for kind in find_identifiers(text):
+                report.identifiers.setdefault(kind, []).append(example.id)
         examples.append(example)
     report.kept = len(examples)
+    if report.identifiers and config.data.identifiers == "error":
+        counts = ", ".join(f"{len(ids)} with a {kind}" for kind, ids in report.identifiers.items())
+        first = next(iter(report.identifiers.values()))[0]
+        raise ConfigError(
+            f"data.{split}: {counts}, first id {first}: remove them from the texts, "
+            "or set data.identifiers=warn"
+        )
     return examples, report
 
 
@@ -137,37 +161,45 @@ def longest_example(config: Config, tokenizer) -> int:
     return min(config.max_seq_len, tokenizer.model_max_length)
 
 
+def _is_repeated(example: Example, seen: set[bytes]) -> bool:
+    """Whether an example with the same tokens is in `seen`, where it is from now on."""
+    key = hashlib.blake2b(example.input_ids.tobytes(), digest_size=16).digest()
+    repeated = key in seen
+    seen.add(key)
+    return repeated
+
+
 def _encode_in_chunks(
     tokenizer, conversations: list[Conversation], supervise: str
 ) -> Iterator[tuple[Conversation, Example]]:
-    for start in range(0, len(conversations), CHUNK):
-        chunk = conversations[start : start + CHUNK]
+    """Each conversation with its example, in order. The list is empty afterwards."""
+    conversations.reverse()
+    while conversations:  # the text of a chunk is given back when its tokens are there
+        chunk = [conversations.pop() for _ in range(min(CHUNK, len(conversations)))]
         yield from zip(chunk, encode_examples(tokenizer, chunk, supervise))
 
 
-def shorten_to_fit(
-    tokenizer, conversation: Conversation, max_seq_len: int, supervise: str
-) -> Example | None:
+def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Example | None:
     """The example with as few turns removed from the middle of its dialogue as make it fit.
 
     The note and the prompt's frame stay complete. None where even the first and the last turn are
     too long, and for a row of messages, which has no dialogue.
 
-    Args:
-        conversation: the row, longer than `max_seq_len` tokens.
-        max_seq_len: tokens that the example may have.
-        supervise: as data.supervise.
+    conversation: the row, longer than `longest_example` allows.
     """
     if not conversation.dialogue:
         return None
 
     def encode_with(dialogue: str) -> Example:
-        messages = soap.soap_messages(dialogue, conversation.note)
+        note, fields = conversation.note, conversation.fields
+        messages = soap.soap_messages(dialogue, note, config.task, fields)
         shorter = dataclasses.replace(conversation, messages=messages)
-        return encode_examples(tokenizer, [shorter], supervise)[0]
+        return encode_examples(tokenizer, [shorter], config.data.supervise)[0]
 
     fitted = soap.fit_dialogue(
-        conversation.dialogue, lambda dialogue: len(encode_with(dialogue)), max_seq_len
+        conversation.dialogue,
+        lambda dialogue: len(encode_with(dialogue)),
+        longest_example(config, tokenizer),
     )
     if fitted is None:
         return None

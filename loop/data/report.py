@@ -14,8 +14,14 @@ class DatasetReport:
     skipped: list[str]  # bad rows, each with its file, row, id and remedy
     dropped: list[str]  # ids of examples longer than max_seq_len
     truncated: list[str]  # ids of kept examples whose dialogue was shortened to fit
-    without_headings: int  # notes of kept examples that lack S, O, A and P in order
+    without_headings: int  # notes of kept examples that lack the task's headings, in order
     plain_template: bool  # the base has no chat template, so the project's own was used
+    headings: str = ""  # of the task, as a line names them
+    duplicates: int = 0  # kept examples that repeat an earlier one, token for token
+    notes_normalized: int = 0  # notes whose headings data.normalize_headings rewrote
+    headings_normalized: int = 0  # the headings in them
+    # Ids of kept examples by the kind of identifier that they hold, as `find_identifiers` names it.
+    identifiers: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def lines(self, split: str, max_seq_len: int) -> list[str]:
         """The report as lines of a run's output; [] where every row became an example."""
@@ -31,8 +37,21 @@ class DatasetReport:
         if self.without_headings:
             lines.append(
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
-                "lack S:, O:, A:, P: in this order"
+                f"lack {self.headings} in this order"
             )
+        if self.notes_normalized:
+            lines.append(
+                f"normalized  {self.headings_normalized:,} headings of {self.notes_normalized:,} "
+                f"notes in data.{split} are written as {self.headings} now"
+            )
+        if self.duplicates:
+            lines.append(
+                f"duplicates  {self.duplicates:,} of {self.kept:,} examples in data.{split} "
+                "repeat an earlier one word for word, and count twice"
+            )
+        for kind, ids in self.identifiers.items():
+            reason = f"a {kind} in it (data.identifiers)"
+            lines.append(self._line("identifiers", reason, ids, split))
         if self.plain_template:
             lines.append(
                 "template    the base has no chat template; the project's plain one is used, "

@@ -1,34 +1,38 @@
-"""The SOAP task: the one prompt that training and generation share, and the parsing of a note.
+"""The task: the one prompt that training and generation share, and the parsing of a note.
 
-Also the shortening of a dialogue that is too long for the model.
+Also the shortening of a dialogue that is too long for the model. What the prompt and the headings
+are is configuration; `SOAP` is the task of a run that says nothing.
 """
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-HEADINGS = ("S", "O", "A", "P")
-NAMES = {"S": "Subjective", "O": "Objective", "A": "Assessment", "P": "Plan"}
-SYSTEM = (
-    "You are a medical scribe. "
-    "You turn the conversation of a doctor and a patient into a SOAP note."
-)
-REQUEST = (
-    "Write the SOAP note of this conversation under the headings S:, O:, A: and P:, "
-    "in plain text without markdown. State only what was said.\n\n"
-)
-# "S:", "Subjective:" or "**S:**" at the start of a line. Markdown is tolerated here, so that models
-# without fine-tuning are judged on content.
-_HEADING = re.compile(
-    r"^[ \t>#*_]*(" + "|".join([*HEADINGS, *NAMES.values()]) + r")[ \t*_]*:[ \t*_]*", re.MULTILINE
+from ..config.schema import PLACEHOLDER, TaskConfig
+
+SOAP = TaskConfig()
+# A pulse ("P: 80, regular") or a saturation ("S: 98 %") among the findings is no heading.
+VITAL_SIGN = (
+    r"(?:P[ \t]*:[ \t]*\d{2,3}[ \t]*"
+    r"(?:$|[,;]|\.[ \t]*$|/[ \t]*min|bpm|beats|reg|irreg|and reg|(?:RR?|T|BP|SpO2|Resp)\b)"
+    r"|S[ \t]*:[ \t]*\d{2,3}[ \t]*%)"
 )
 
 
-def soap_messages(dialogue: str, note: str | None = None) -> list[dict[str, str]]:
-    """The chat messages of one example: system, user and, with a note, the assistant's answer."""
-    messages = [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": REQUEST + dialogue.strip()},
-    ]
+def soap_messages(
+    dialogue: str,
+    note: str | None = None,
+    task: TaskConfig = SOAP,
+    fields: Mapping[str, str] | None = None,
+) -> list[dict[str, str]]:
+    """The chat messages of one example: system, user and, with a note, the assistant's answer.
+
+    An empty system text gives no message. fields: what stands for each {NAME} of the request.
+    """
+    request = PLACEHOLDER.sub(lambda match: (fields or {})[match[1]], task.request)
+    messages = [{"role": "user", "content": request + dialogue.strip()}]
+    if task.system:
+        messages.insert(0, {"role": "system", "content": task.system})
     if note is not None:
         messages.append({"role": "assistant", "content": note.strip()})
     return messages
@@ -87,28 +91,132 @@ def fit_dialogue(
     return best
 
 
-def before_next_heading(text: str) -> str:
+@functools.lru_cache(maxsize=8)
+def _heading_pattern(spellings: tuple[str, ...]) -> re.Pattern:
+    """What matches a heading; its spelling is the group `colon` or `alone`.
+
+    "S:", "Subjective:" or "**S:**" at the start of a line; "PLAN" on a line of its own. The colon
+    may be the wide one of Chinese and Japanese. Markdown is tolerated, so that models without
+    fine-tuning are judged on content.
+    """
+    capitals = [text for text in spellings if len(text) > 1 and text.isupper()]
+    forms = [rf"(?P<colon>{_one_of(spellings)})[ \t*_]*[:：][ \t*_]*"]
+    if capitals:
+        forms.append(rf"(?P<alone>{_one_of(capitals)})[ \t*_]*(?=\n)")
+    return re.compile(rf"^[ \t>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE)
+
+
+def _one_of(texts: Sequence[str]) -> str:
+    return "|".join(map(re.escape, texts))
+
+
+def _find_headings(text: str, task: TaskConfig) -> list[tuple[str, int, int]]:
+    """(the heading, where it begins, where its section's text does) of each heading in the text."""
+    heading_of = {form: heading for heading, forms in task.spellings.items() for form in forms}
+    if not heading_of:
+        return []
+    return [
+        (heading_of[match["colon"] or match["alone"]], match.start(), match.end())
+        for match in _heading_pattern(tuple(heading_of)).finditer(text)
+    ]
+
+
+def before_next_heading(text: str, task: TaskConfig = SOAP) -> str:
     """The text of a section up to the line that begins another section."""
     # The text's own first line follows a heading already, so it must not match as one.
-    heading = _HEADING.search("\0" + text)
-    return text[: heading.start() - 1] if heading else text
+    found = _find_headings("\0" + text, task)
+    return text[: found[0][1] - 1] if found else text
 
 
-def parse_note(note: str) -> dict[str, str]:
-    """The sections of a note by letter, {"S": text, ...}, in the order found.
+def parse_note(note: str, task: TaskConfig = SOAP) -> dict[str, str]:
+    """The sections of a note by heading, {"S": text, ...}, in the order found.
 
     Text before the first heading is left out. The texts of a heading that occurs twice are joined.
     A note without headings gives {}.
     """
-    headings = list(_HEADING.finditer(note))
-    ends = [heading.start() for heading in headings[1:]] + [len(note)]
+    found = _find_headings(note, task)
+    ends = [start for _, start, _ in found[1:]] + [len(note)]
     bodies: dict[str, list[str]] = {}
-    for heading, end in zip(headings, ends):
-        bodies.setdefault(heading.group(1)[0], []).append(note[heading.end() : end].strip())
-    return {letter: "\n".join(texts) for letter, texts in bodies.items()}
+    for (heading, _, start), end in zip(found, ends):
+        bodies.setdefault(heading, []).append(note[start:end].strip())
+    return {heading: "\n".join(texts) for heading, texts in bodies.items()}
 
 
-def has_all_sections(note: str) -> bool:
-    """Whether S, O, A and P are all there, in this order, each with a text."""
-    sections = parse_note(note)
-    return tuple(sections) == HEADINGS and all(sections.values())
+def section_starts(note: str, task: TaskConfig = SOAP) -> list[tuple[int, str]]:
+    """(where its heading begins, the heading) of each section, in the note's order."""
+    return [(start, heading) for heading, start, _ in _find_headings(note, task)]
+
+
+def has_all_sections(note: str, task: TaskConfig = SOAP) -> bool:
+    """Whether the task's headings are all there, in this order, each with a text."""
+    sections = parse_note(note, task)
+    return [*sections] == [*task.headings] and all(sections.values())
+
+
+def heading_list(task: TaskConfig) -> str:
+    """The headings as a message names them: "S:, O:, A:, P:"."""
+    return ", ".join(f"{heading}:" for heading in task.headings)
+
+
+JOINT = r"(?:assessment|a)[ \t]*(?:/|&|and)[ \t]*(?:plan|p)"  # "A/P", "Assessment and Plan"
+
+
+@functools.lru_cache(maxsize=8)
+def _styled_pattern(spellings: tuple[str, ...]) -> re.Pattern:
+    """A line that begins a section in somebody's own style.
+
+    "Subjective:", "**S:**", "## Plan", "S -", "1. Objective:", "A/P:", "Assessment and Plan:".
+    """
+    longest_first = sorted(spellings, key=len, reverse=True)
+    joint = f"(?P<joint>{JOINT})|" if {"A", "P"} <= {*spellings} else ""
+    return re.compile(
+        r"(?P<mark>[ \t>#*_]*)(?P<number>\d[.)][ \t]*)?(?P<bold>[*_]*)"
+        rf"(?P<name>{joint}{_one_of(longest_first)})"
+        r"[ \t*_]*(?P<end>[:：]|[-\u2013\u2014](?=\s|$)|$)[ \t*_]*(?P<text>.*)",
+        re.IGNORECASE,
+    )
+
+
+def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str, str] | None:
+    """(the heading that a line begins, the text behind it); None where it begins no section.
+
+    following: the next heading in order. One of a single letter without a colon must be this one.
+    """
+    heading_of = {form.lower(): h for h, forms in task.spellings.items() for form in forms}
+    match = _styled_pattern(tuple(f for o in task.spellings.values() for f in o)).fullmatch(line)
+    if not match or re.match(VITAL_SIGN, line.lstrip()):
+        return None
+    name = match["name"]
+    heading = "A" if match.groupdict().get("joint") else heading_of[name.lower()]
+    colon = match["end"] in (":", "：")
+    if len(name) == 1:
+        marked = match["mark"].strip() or match["bold"] or match["number"] or match["end"]
+        if name.islower() or not (colon or (heading == following and marked)):
+            return None
+    elif match["end"] and not colon and name[0].islower():
+        return None  # "plan - as before" goes on with a sentence
+    return heading, match["text"]
+
+
+def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
+    """(the note with the task's headings written "S: text", how many were written otherwise).
+
+    A heading of one letter without a colon counts where it is the next one in order, so a pulse
+    among the findings stays there. A joint "Assessment and Plan" becomes A, up to a line that
+    begins P: nothing says which of its sentences is which.
+    """
+    lines = note.strip().split("\n")
+    changed = 0
+    order = [*task.headings, None]
+    following = order[0]
+    for i, line in enumerate(lines):
+        found = _heading_in(line, task, following)
+        if found is None:
+            continue
+        heading, text = found
+        following = order[order.index(heading) + 1]
+        written = f"{heading}: {text}".rstrip()
+        if written != line.rstrip():
+            lines[i] = written
+            changed += 1
+    return "\n".join(lines), changed

@@ -33,7 +33,17 @@ PLAIN_TEMPLATE = (
 
 # A model that can think aloud before its answer must not: the note is what is asked for. Each
 # family has a switch of its own, and a template ignores what it does not know.
-THINKING_OFF = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
+THINKING_OFF = {
+    "enable_thinking": False,
+    "thinking": False,
+    "reasoning": False,
+    "thinking_budget": 0,
+}
+# A tag that opens a block of thoughts: <think>, [THINK], <|START_THINKING|>, <seed:think>.
+THOUGHTS_BEGIN = re.compile(
+    r"[<\[◁](?![^\s<>]*end)[^\s<>/\[\]]*(?:think|thought|reasoning)[^\s<>/\[\]]*[>\]▷]",
+    re.IGNORECASE,
+)
 # A date in a template is always the same one: a run resumed tomorrow has the prompts of today.
 DATE = datetime.datetime(2026, 1, 1)
 
@@ -187,11 +197,19 @@ def _lead(tail: str, prompt: str, before: str) -> str:
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
     if lead.strip():
         return lead
-    opened = re.findall(r"<([^<>/\s]*think[^<>/\s]*)>", tail)
-    if opened and f"</{opened[-1]}>" not in tail:  # a block of thoughts, whatever the switches say
+    opened = THOUGHTS_BEGIN.findall(tail)
+    if opened and (closing := closing_tag(opened[-1])) not in tail:  # whatever the switches say
         gap = "" if tail.endswith("\n") else "\n"
-        return f"{gap}\n</{opened[-1]}>\n\n"
+        return f"{gap}\n{closing}\n\n"
     return ""
+
+
+def closing_tag(tag: str) -> str:
+    """Example: </think> of <think>, <|END_THINKING|> of <|START_THINKING|>."""
+    for start, end in (("START", "END"), ("start", "end"), ("begin", "end")):
+        if start in tag:
+            return tag.replace(start, end)
+    return f"{tag[0]}/{tag[1:]}"
 
 
 # ---- from text to token ids

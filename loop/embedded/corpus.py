@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
-from ..data.soap import SYSTEM
+from ..data.soap import SOAP
 from . import clinic
 from .clinic import Visit, capital, listed, pick
 from .conditions import DRUGS, HISTORY, SURNAMES
@@ -30,7 +30,7 @@ SYSTEMS = (
     "You are a medical secretary.",
     "You work in a clinic. You write clear and short texts.",
     "You copy facts exactly.",
-    SYSTEM,
+    SOAP.system,
 )
 
 # (fact, questions, answers, answers when the fact does not come up). Without the last ones the

@@ -10,7 +10,9 @@ import re
 
 import numpy as np
 
+from ..config.schema import TaskConfig
 from ..data.conversations import Conversation, dialogue_text, note_text
+from ..data.soap import SOAP
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..generation.decode import Note
@@ -22,6 +24,7 @@ def score_with_baselines(
     notes: dict[str, Note],
     train: list[Conversation],
     ranks: Ranks,
+    task: TaskConfig = SOAP,
 ) -> tuple[list[Row], dict]:
     """(the rows in the order of their ids, the report of `summarise`), equal on every rank.
 
@@ -31,6 +34,7 @@ def score_with_baselines(
         conversations: with dialogue and reference.
         notes: the note of each conversation, by id.
         train: searched for the most similar dialogue; if empty, that baseline is left out.
+        task: names the headings of notes and references.
     """
     set_activity("scoring notes")
     rows = rows_of(conversations, notes)
@@ -44,13 +48,13 @@ def score_with_baselines(
     systems["dialogue"] = [row._replace(note=row.dialogue, ended=None) for row in mine]
     systems["reference"] = [row._replace(note=row.reference, ended=None) for row in mine]
     shards = ranks.all_gather_json(
-        {name: [score_note(row) for row in system] for name, system in systems.items()}
+        {name: [score_note(row, task) for row in system] for name, system in systems.items()}
     )
     scores = {
         name: [shards[i % ranks.world_size][name][i // ranks.world_size] for i in range(len(rows))]
         for name in systems
     }
-    return rows, summarise(scores)
+    return rows, summarise(scores, task)
 
 
 def rows_of(conversations: list[Conversation], notes: dict[str, Note]) -> list[Row]:

@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.conversations import Conversation, read_split
 from ..data.dataset import TrainingData
+from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..generation.decode import Note
 from .baselines import rows_of
-from .scoring import METRICS, ratio, score_note
+from .scoring import metrics_of, ratio, score_note, section_metrics
 
 LOSS = "loss"
 # A higher value of these is no better note.
-NOT_FOR_CHOOSING = ("looped", "markdown", "repetition", "length", LOSS)
+WORSE_IF_MORE = ("facts/contradicted", "facts/unsaid", "facts/critical")
+NOT_FOR_CHOOSING = ("looped", "markdown", "repetition", "length", LOSS, *WORSE_IF_MORE)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ class Choice:
         metric = config.monitor.best
         if metric == LOSS:
             return cls()
-        possible = [name for name in METRICS if not name.startswith(NOT_FOR_CHOOSING)]
+        possible = [
+            name for name in metrics_of(config.task) if not name.startswith(NOT_FOR_CHOOSING)
+        ]
         if metric not in possible:
-            shown = [name for name in possible if name[1:2] != "/"]  # without S/rouge1 and the like
+            own = {name for name in section_metrics(config.task) if "rouge" in name}
+            shown = [name for name in possible if name not in own]  # without S/rouge1 and the like
             raise ConfigError(f"monitor.best={metric}: must be one of {LOSS}, {', '.join(shown)}")
         if count := config.monitor.best_notes:
             return cls(metric, f"{count} notes")
@@ -109,7 +114,10 @@ def read_references(config: Config, examples: list[Example]) -> list[Conversatio
 
 
 def score_notes(
-    conversations: list[Conversation], notes: dict[str, Note], ranks: Ranks
+    conversations: list[Conversation],
+    notes: dict[str, Note],
+    ranks: Ranks,
+    task: TaskConfig = SOAP,
 ) -> dict[str, float]:
     """{"eval/NAME": value} of every metric of notes, as evaluate computes it, equal on every rank.
 
@@ -119,16 +127,17 @@ def score_notes(
     Args:
         conversations: with dialogue and reference.
         notes: the note of each conversation, by id.
+        task: names the headings of notes and references.
     """
     if not conversations:
         return {}
     set_activity("scoring notes")
     rows = rows_of(conversations, notes)
     mine = rows[ranks.rank :: ranks.world_size]
-    shards = ranks.all_gather_json([score_note(row) for row in mine])
+    shards = ranks.all_gather_json([score_note(row, task) for row in mine])
     scores = [shards[i % ranks.world_size][i // ranks.world_size] for i in range(len(rows))]
     figures = {}
-    for name, metric in METRICS.items():
+    for name, metric in metrics_of(task).items():
         if metric.score:
             value = ratio(np.array([score[name] for score in scores], dtype=np.float64))
             if value is not None:

@@ -1,73 +1,319 @@
-"""An HTML page to read notes on: dialogue, reference and note side by side.
+"""The page on which a reviewer reads and rates notes: one file, which loads and sends nothing.
 
-Facts of the note that the dialogue does not support are marked, and so are facts of the dialogue
-that the note lacks.
+It lists the notes with the worst first. What a note states is marked by its verdict and linked to
+where the dialogue speaks. With other systems' notes beside the first one's, letters stand for the
+systems, shuffled anew for each dialogue; a key beside the page tells which is which.
 """
 
+import base64
+import csv
+import hashlib
 import html
+import io
+import random
 from pathlib import Path
+from typing import NamedTuple
 
-from .facts import Fact, Statements
-from .scoring import Row, unsupported
+from ..facts.matching import SUPPORTED, compare
+from .scoring import Row
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:1.5em 2em;color:#222}pre{font-size:13px}
-section{border-top:1px solid #bbb;margin-top:1.5em}h2{font-size:1em;margin:.7em 0}"""
-STYLE += """h3{font-size:.8em;font-weight:normal;color:#666;margin:0}
-.row{display:grid;grid-template-columns:5fr 4fr 4fr;gap:2em}"""
-STYLE += """.row p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
-mark{background:#ffb4a8}u{text-decoration:underline dotted #06c 2px}"""
+# PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070), each from 1 to 5.
+RATINGS = (
+    *("up-to-date", "accurate", "thorough", "useful", "organized"),
+    *("comprehensible", "succinct", "synthesized", "internally consistent"),
+)
+VERDICTS = {
+    "supported": "the dialogue says it",
+    "contradicted": "the dialogue says otherwise",
+    "not said": "not in the dialogue",
+    "missed": "not in the note",
+}
+FLAGGED = ("contradicted", "not said")
 LEGEND = (
-    "<p><mark>In the note and not in the dialogue</mark>; "
-    "<u>in the dialogue and not in the note</u>. A fact is a number with its unit, how often, "
-    "a date, a drug, or left and right; nothing else is checked. "
+    '<p>In the note: <mark class="contradicted">contradicted by the dialogue</mark>, <mark>not '
+    'said in it</mark>, <a class="supported">said</a> (each leads to its place). In the dialogue: '
+    '<mark class="missed">missing from the note</mark>. Only what the scorer knows is checked. '
     "A clinician must review each note.</p>"
 )
 
 
-def mark_facts(text: str, found: list[Fact], tag: str, why: str) -> str:
-    """The text as HTML, with each of these facts in a tag; its tooltip tells why."""
+class Span(NamedTuple):
+    """A piece of a text, text[start:end], and what was found of it."""
+
+    start: int
+    end: int
+    verdict: str  # a key of VERDICTS
+    title: str  # what was understood, such as "5 mg"
+    place: tuple[int, int] | None = None  # where the dialogue speaks of it: dialogue[start:end]
+
+
+def note_spans(row: Row) -> list[Span]:
+    """What the note states, each with its verdict, in the note's order and apart from each other.
+
+    Where statements overlap, what is flagged is shown, contradictions before all.
+    """
+    found = [
+        v for v in compare(row.dialogue, row.note).note if v.statement.kind != "claim" or v.place
+    ]
+    ranks = {"contradicted": 0, "not said": 1, "supported": 2}
+    taken = bytearray(len(row.note))
+    spans = []
+    for v in sorted(found, key=lambda v: (ranks[v.verdict], v.statement.start)):
+        start, end = v.statement.start, v.statement.end
+        if not any(taken[start:end]):
+            taken[start:end] = b"\1" * (end - start)
+            spans.append(Span(start, end, v.verdict, v.title, v.place))
+    return sorted(spans)
+
+
+def dialogue_spans(row: Row) -> list[Span]:
+    """What the dialogue states and the note does not, in the dialogue's order."""
+    return [
+        Span(v.statement.start, v.statement.end, "missed", v.title)
+        for v in compare(row.dialogue, row.note).dialogue
+        if v.verdict != SUPPORTED
+    ]
+
+
+class RatedNote(NamedTuple):
+    """A note as the page shows it."""
+
+    label: str  # "note", or a letter where the page is blinded
+    row: Row
+    spans: list[Span]
+
+    @property
+    def flags(self) -> list[Span]:
+        return [span for span in self.spans if span.verdict in FLAGGED]
+
+    @property
+    def badness(self) -> tuple[int, int]:
+        """(contradicted, flagged): higher is worse."""
+        contradicted = sum(span.verdict == "contradicted" for span in self.flags)
+        return contradicted, len(self.flags)
+
+
+def as_page(
+    title: str,
+    rows: list[Row],
+    table: str,
+    about: dict[str, str] | None = None,
+    others: dict[str, list[Row]] | None = None,
+) -> str:
+    """One self-contained HTML page, the note with the most flagged statements first.
+
+    Args:
+        title: of the page.
+        rows: with the notes of the system that was evaluated.
+        table: the metrics as text.
+        about: what wrote the notes and how, by name.
+        others: the same rows with other systems' notes, by system; given, the page is blinded and
+            shows neither `about`, nor the metrics, nor the reference as such.
+    """
+    systems = [rows, *(others or {}).values()]
+    orders = blind_orders(rows, len(systems))
+    visits = []
+    for number, row in enumerate(rows):
+        labels = ["note"] if not others else [chr(65 + i) for i in range(len(systems))]
+        notes = []
+        for label, system in zip(labels, orders[number]):
+            shown = systems[system][number]
+            if others:  # how a note ended is known of the first system alone
+                shown = shown._replace(ended=None, looped=False)
+            notes.append(RatedNote(label, shown, note_spans(shown)))
+        visits.append(notes)
+    order = sorted(range(len(rows)), key=lambda i: [-n for n in max(v.badness for v in visits[i])])
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if not others:
+        settings = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in (about or {}).items()
+        )
+        body += [f"<table>{settings}</table>"]
+        body.append(f"<details><summary>figures</summary><pre>{html.escape(table)}</pre></details>")
+    body += [LEGEND, _index(visits, order)]
+    body += [_visit(f"v{i}", visits[i], blinded=bool(others)) for i in order]
+    body.append(
+        '<p class="tools"><label>Rater <input id="rater"></label> '
+        '<button type="button" id="save">Save the ratings as CSV</button></p>'
+    )
+    return _frame(title, "\n".join(body))
+
+
+def _frame(title: str, body: str) -> str:
+    """The page around its body. Its policy lets this style and this script run, nothing else."""
+    style = Path(__file__).with_name("review_page.css").read_text()
+    script = Path(__file__).with_name("review_page.js").read_text()
+    allowed = " ".join(
+        f"{name}-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}';"
+        for name, code in (("style", style), ("script", script))
+    )
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; {allowed}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f"<body>{body}<script>{script}</script></body></html>"
+    )
+
+
+def _index(visits: list[list[RatedNote]], order: list[int]) -> str:
+    """A table that links to every note, in this order."""
+    lines = []
+    for i in order:
+        name = html.escape(visits[i][0].row.id)
+        for note in visits[i]:
+            contradicted, flagged = note.badness
+            lines.append(
+                f'<tr><td><a href="#v{i}">{name}</a></td><td>{note.label}</td>'
+                f"<td>{contradicted}</td><td>{flagged - contradicted}</td>"
+                f"<td>{len(note.row.note.split()):,}</td><td>{_ending(note.row)}</td></tr>"
+            )
+    heads = ("visit", "note", "contradicted", "not said", "words", "")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f'<table id="index"><tr>{head}</tr>{"".join(lines)}</table>'
+
+
+def _ending(row: Row) -> str:
+    looped = "ran in circles" if row.looped else ""
+    cut_off = "cut off before its end" if row.ended is False else ""
+    return ", ".join(filter(None, (looped, cut_off)))
+
+
+def _visit(anchor: str, notes: list[RatedNote], blinded: bool) -> str:
+    """The part of the page about one dialogue. anchor: its id in the page."""
+    row = notes[0].row
+    places = {span.place for note in notes for span in note.spans if span.place}
+    missed = [] if blinded else dialogue_spans(row)
+    columns = [_note(f"{anchor}-{i}", anchor, note) for i, note in enumerate(notes)]
+    if not blinded:
+        reference = f'<p class="text">{html.escape(row.reference)}</p>'
+        columns.append(f"<div><h3>reference</h3>{reference}</div>")
+    dialogue = _mark_dialogue(row.dialogue, missed, sorted(places), anchor)
+    counts = ", ".join(f"{note.label}: {len(note.flags)} flagged" for note in notes)
+    endings = "".join(f", {ending}" for ending in map(_ending, [n.row for n in notes]) if ending)
+    return (
+        f'<section id="{anchor}"><h2>{html.escape(row.id)}: {counts}{endings} '
+        '<a href="#index">index</a></h2><div class="visit">'
+        f'<div class="dialogue"><h3>dialogue</h3><p class="text">{dialogue}</p></div>'
+        f'<div class="notes">{"".join(columns)}</div></div></section>'
+    )
+
+
+def _note(name: str, anchor: str, note: RatedNote) -> str:
+    """A note with its marks, the list of its flags, and its blank ratings."""
+    text = note.row.note
     parts = []
     end = 0
-    for fact in found:
-        mention = html.escape(text[fact.start : fact.end])
-        parts.append(html.escape(text[end : fact.start]))
-        parts.append(f'<{tag} title="{why}: {html.escape(fact.value)}">{mention}</{tag}>')
-        end = fact.end
-    return "".join(parts) + html.escape(text[end:])
+    for i, span in enumerate(note.spans):
+        if span.start < end:  # inside the one before
+            continue
+        parts.append(html.escape(text[end : span.start]))
+        mention = html.escape(text[span.start : span.end])
+        title = html.escape(f"{VERDICTS[span.verdict]}: {span.title}")
+        target = f' href="#{anchor}-p{span.place[0]}"' if span.place else ""
+        if span.verdict in FLAGGED:
+            mention = f"<a{target}>{mention}</a>" if target else mention
+            css = ' class="contradicted"' if span.verdict == "contradicted" else ""
+            parts.append(f'<mark{css} id="{name}-f{i}" title="{title}">{mention}</mark>')
+        else:
+            parts.append(f'<a class="supported"{target} title="{title}">{mention}</a>')
+        end = span.end
+    parts.append(html.escape(text[end:]))
+    flags = "".join(
+        f'<li><a href="#{name}-f{i}">{html.escape(span.title)}</a>: '
+        f"{_whereabouts(span, anchor)}</li>"
+        for i, span in enumerate(note.spans)
+        if span.verdict in FLAGGED
+    )
+    return (
+        f'<div><h3>{note.label}</h3><p class="text">{"".join(parts)}</p>'
+        f'<ul class="flags">{flags}</ul>{_rating(note)}</div>'
+    )
 
 
-def as_page(title: str, rows: list[Row], table: str) -> str:
-    """One self-contained HTML page, the note with the most unsupported facts first.
+def _whereabouts(span: Span, anchor: str) -> str:
+    said = VERDICTS[span.verdict]
+    return f'<a href="#{anchor}-p{span.place[0]}">{said}</a>' if span.place else said
 
-    table: the metrics as text.
+
+def _rating(note: RatedNote) -> str:
+    """Blank fields: PDQI-9's items and a remark."""
+    points = "".join(f"<option>{i}</option>" for i in ("", *range(1, 6)))
+    fields = "".join(
+        f'<label>{item} <select data-item="{item}">{points}</select></label>' for item in RATINGS
+    )
+    return (
+        f'<div class="rating" data-id="{html.escape(note.row.id)}" data-note="{note.label}">'
+        f'{fields}<label>remark <input data-item="remark"></label></div>'
+    )
+
+
+def _mark_dialogue(
+    text: str, missed: list[Span], places: list[tuple[int, int]], anchor: str
+) -> str:
+    """The dialogue as HTML: what the note lacks is marked, and each place can be linked to."""
+    titles = {(span.start, span.end): span.title for span in missed}
+    parts = []
+    end = 0
+    for start, stop in sorted({*titles, *places}):
+        anchored = f' id="{anchor}-p{start}"' if (start, stop) in places else ""
+        if start < end:  # inside the one before, whose link it shares
+            parts.append(f'<span class="place"{anchored}></span>' if anchored else "")
+            continue
+        parts.append(html.escape(text[end:start]))
+        mention = html.escape(text[start:stop])
+        if (start, stop) in titles:
+            title = html.escape(f"{VERDICTS['missed']}: {titles[start, stop]}")
+            parts.append(f'<mark class="missed place"{anchored} title="{title}">{mention}</mark>')
+        else:
+            parts.append(f'<span class="place"{anchored}>{mention}</span>')
+        end = stop
+    return "".join([*parts, html.escape(text[end:])])
+
+
+def blind_orders(rows: list[Row], num_systems: int) -> list[list[int]]:
+    """For each row, the systems in the order of their letters: shuffled, equal at each call."""
+    orders = []
+    for row in rows:
+        order = list(range(num_systems))
+        seed = f"{row.id}\0{row.dialogue}".encode(errors="surrogatepass")
+        random.Random(seed).shuffle(order)
+        orders.append(order)
+    return orders
+
+
+def blinding_key(rows: list[Row], systems: list[str]) -> str:
+    """The CSV that tells which system wrote which note of a blinded page."""
+    out = io.StringIO()
+    lines = csv.writer(out)
+    lines.writerow(["id", "note", "system"])
+    for row, order in zip(rows, blind_orders(rows, len(systems))):
+        lines.writerows([row.id, chr(65 + i), systems[n]] for i, n in enumerate(order))
+    return out.getvalue()
+
+
+def write_page(
+    path: Path,
+    title: str,
+    rows: list[Row],
+    table: str,
+    about: dict[str, str] | None = None,
+    others: dict[str, list[Row]] | None = None,
+) -> None:
+    """Writes the page, and PAGE.key.csv where it is blinded; as `as_page`.
+
+    They are readable by their owner alone: the page holds dialogues.
     """
-    scored = [(unsupported(row), row) for row in rows]
-    scored.sort(key=lambda pair: -len(pair[0]))
-    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>", LEGEND]
-    body += [_row_section(row, wrong) for wrong, row in scored]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}' + "\n".join(body)
+    _write_private(path, as_page(title, rows, table, about, others))
+    if others:
+        key = blinding_key(rows, [(about or {}).get("notes by", "notes"), *others])
+        _write_private(path.with_suffix(".key.csv"), key)
 
 
-def _row_section(row: Row, wrong: list[Fact]) -> str:
-    """The part of the page about one note. wrong: its unsupported facts."""
-    note = Statements(row.note)
-    missed = [fact for fact in Statements(row.dialogue).facts if not note.supports(fact)]
-    columns = {
-        "dialogue": mark_facts(row.dialogue, missed, "u", "not in the note"),
-        "reference": html.escape(row.reference),
-        "note": mark_facts(row.note, wrong, "mark", "not in the dialogue"),
-    }
-    cells = "".join(f"<div><h3>{name}</h3><p>{text}</p></div>" for name, text in columns.items())
-    ended = ", ran in circles" if row.looped else ""
-    ended += ", cut off before its end" if row.ended is False else ""
-    heading = f"<h2>{html.escape(row.id)}: {len(wrong)} unsupported{ended}</h2>"
-    return f'<section>{heading}<div class="row">{cells}</div></section>'
-
-
-def write_page(path: Path, title: str, rows: list[Row], table: str) -> None:
-    """Writes the page, readable by its owner alone: it holds dialogues."""
+def _write_private(path: Path, text: str) -> None:
     path.touch(mode=0o600)
     path.chmod(0o600)
     # Half a surrogate pair, which UTF-8 lacks, is shown as \ud83d.
-    path.write_text(as_page(title, rows, table), "utf-8", errors="backslashreplace")
+    path.write_text(text, "utf-8", errors="backslashreplace")

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from ..config.deepspeed import build_ds_config
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.batch_plan import plan_run
 from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
-from ..data.soap import soap_messages
+from ..data.soap import SOAP, soap_messages
 from ..data.tokenization import encode_examples
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
@@ -97,14 +97,19 @@ def _made_up_patient(rng: random.Random, names: set[str], text: str) -> tuple[st
 
 
 def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
-    """The rows with the columns id, dialogue and soap, canaries at the end of their notes.
+    """The rows with id, dialogue, soap and the request's columns, canaries ending their notes.
 
     The dialogues stay as they are. What only the note holds can't be copied from the dialogue, so
     it must be memorised.
     """
     planted = {row: canary.sentence() for canary in canaries for row in canary.rows}
     return [
-        {"id": c.id, "dialogue": c.dialogue, "soap": note_text(c).strip() + planted.get(c.id, "")}
+        {
+            **c.fields,
+            "id": c.id,
+            "dialogue": c.dialogue,
+            "soap": note_text(c).strip() + planted.get(c.id, ""),
+        }
         for c in rows
     ]
 
@@ -144,6 +149,7 @@ def prepare_canary_run(
         "limit": None,
         "test": None,
         "columns": {"id": "id", "dialogue": "dialogue", "note": "soap"},
+        "identifiers": "off",  # the canaries are such
     }
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), canaries
 
@@ -203,7 +209,14 @@ def log_probs(model, rows: list[list[int]], batch_size: int = 32) -> torch.Tenso
     return torch.cat(found)
 
 
-def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: random.Random) -> float:
+def exposure(
+    model,
+    tokenizer,
+    canary: Canary,
+    context: Conversation,
+    rng: random.Random,
+    task: TaskConfig = SOAP,
+) -> float:
     """The exposure of a canary in bits, from 0 to 10.
 
     Args:
@@ -212,6 +225,7 @@ def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: rando
         canary: its number is ranked among never-seen ones.
         context: a conversation; the canary's sentence follows its dialogue and note.
         rng: draws the never-seen numbers.
+        task: of the prompt.
     """
     drawn = rng.sample(range(10**NUM_DIGITS), NUM_REFERENCES + 1)
     others = [n for n in drawn if n != int(canary.number)][:NUM_REFERENCES]
@@ -219,7 +233,9 @@ def exposure(model, tokenizer, canary: Canary, context: Conversation, rng: rando
     dialogue = dialogue_text(context)
     note = note_text(context).strip()
     conversations = [
-        Conversation("", soap_messages(dialogue, note + canary.sentence(number)))
+        Conversation(
+            "", soap_messages(dialogue, note + canary.sentence(number), task, context.fields)
+        )
         for number in numbers
     ]
     rows = [e.input_ids.tolist() for e in encode_examples(tokenizer, conversations)]
@@ -251,7 +267,8 @@ def measure_exposures(config: Config, canaries: list[Canary], tokenizer, device)
         rows = [c for c in read_split(config, "train")[0] if c.id not in planted]
     context = min(rows, key=_num_characters)
     rng = random.Random(config.seed)
-    return [exposure(model, tokenizer, canary, context, rng) for canary in canaries]
+    task = config.task
+    return [exposure(model, tokenizer, canary, context, rng, task) for canary in canaries]
 
 
 def exposure_table(canaries: list[Canary], seen: list[int], exposures: list[float]) -> list[str]:

@@ -11,27 +11,32 @@ from typing import Any
 import deepspeed
 
 from ..config.deepspeed import build_ds_config
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.batch_plan import PackingSpec
-from ..data.conversations import Conversation, dialogue_text, read_split
+from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
+from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks, init_distributed
+from ..facts.challenge import challenge
+from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
 from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model, load_model_config, load_tokenizer
+from ..model.loading import load_model
 from ..model.quantization import compute_dtype
 from ..model.structure import attention_shape
-from .baselines import score_with_baselines
+from .baselines import rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
-from .scoring import Row, as_table, interval, ratio, unsupported
+from .scoring import Row, as_table, flagged, interval, ratio, section_of
 
 GOES_ON = "the same command goes on"
+MOST_CHALLENGED = 20  # reference notes that every report makes wrong
+REFERENCE = "reference"  # in the place of a file to compare with: the reference notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class EvaluationOptions:
     predictions: str | None = None  # a file whose notes are scored instead, without a model
     reference: str | None = None  # the column to score against; None: the note's
     html: str | None = None  # where a page with the notes is written
+    compare: tuple[str, ...] = ()  # files of other systems' notes for the page; REFERENCE
     # What writes the notes, beside `generation` and the prompts: base, adapter, storage.
     by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -62,7 +68,8 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     - notes: how many were scored; how many were reused from an earlier evaluation by the same
       weights and settings, and how many were written,
     - generation: the settings that they were written with,
-    - unsupported: the unsupported facts of each note, by id.
+    - unsupported: the statements of each note that its dialogue contradicts or lacks, by id,
+    - challenge: what the scorer notices in references that were made wrong, as `challenge` says.
 
     What needs a model is left out where `predictions` are scored. Raises ConfigError,
     AttentionError where the attention that was asked for can't run here, and EvaluationStopped on
@@ -72,6 +79,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     reference_config = with_reference(config, options.reference)
     conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
     train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
+    compared = read_compared(options, conversations)
     if options.predictions:
         report: dict = {"figures": {}}
         ids = list(conversations)[: options.num_notes]
@@ -82,14 +90,32 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         ids = list(notes)
     if ids:
         chosen = [conversations[id] for id in ids]
-        rows, metrics = score_with_baselines(chosen, notes, train, ranks)
+        rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
-        report["unsupported"] = list_unsupported(rows)
+        report["unsupported"] = list_unsupported(rows, config.task)
+        if ranks.is_main:
+            report["challenge"] = challenge(
+                (r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]
+            )
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
-            write_page(Path(options.html), title, rows, as_table(report["figures"]))
+            others = {name: rows_of(chosen, theirs) for name, theirs in compared.items()}
+            about = describe(config, options)
+            table = as_table(report["figures"], config.task)
+            write_page(Path(options.html), title, rows, table, about, others)
     return report if ranks.is_main else {}
+
+
+def challenge_split(config: Config, options: EvaluationOptions) -> dict[str, list[int]]:
+    """What the scorer notices in a split's references that were made wrong, as `challenge` says.
+
+    Raises ConfigError.
+    """
+    check_options(config, options)
+    conversations = read_split(with_reference(config, options.reference), options.split)[0]
+    chosen = conversations[: options.num_notes]
+    return challenge((dialogue_text(c), note_text(c)) for c in chosen)
 
 
 def evaluate_model(
@@ -100,9 +126,9 @@ def evaluate_model(
     conversations: of the split, by id. Raises as `evaluate_split` does.
     """
     ds_config = build_ds_config(config)
-    tokenizer = load_tokenizer(config.base, config.revision)
-    model_config = load_model_config(config.base, config.revision)
+    tokenizer, model_config = admit_base(config)
     examples, dataset_report = load_examples(config, tokenizer, options.split)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
     sampled = [e for e in examples if e.id in conversations][: options.num_notes]
     ids = [e.id for e in sampled]
@@ -117,12 +143,46 @@ def evaluate_model(
             "left out": dataset_report.rows - dataset_report.kept,
         }
         notes = generate_sharded(
-            engine, tokenizer, sampled, config.generation, ranks, stop, kept=kept
+            engine,
+            tokenizer,
+            sampled,
+            config.generation,
+            ranks,
+            stop,
+            kept=kept,
+            task=config.task,
         )
         if kept:
             report |= finish_notes(kept, notes, ids, stop)
     report["generation"] = config.generation.model_dump(mode="json")
     return report, notes, ranks
+
+
+def read_compared(
+    options: EvaluationOptions, conversations: dict[str, Conversation]
+) -> dict[str, dict[str, Note]]:
+    """The notes that the page shows beside the evaluated ones: {file: {id: note}}.
+
+    Raises ConfigError. conversations: of the split, by id.
+    """
+    ids = list(conversations)[: options.num_notes]
+    return {
+        name: {id: Note(note_text(conversations[id]), None, False) for id in ids}
+        if name == REFERENCE
+        else read_predictions(name, ids, "--compare")
+        for name in options.compare
+    }
+
+
+def describe(config: Config, options: EvaluationOptions) -> dict[str, str]:
+    """What wrote the notes and how, as the page shows it."""
+    about = {"notes by": options.predictions or options.adapter or f"{config.base}, no adapter"}
+    if not options.predictions:
+        settings = config.generation.model_dump(mode="json")
+        about |= {"base": config.base, "storage": str(config.quantization or "16 or 32 bits")}
+        about["generation"] = ", ".join(f"{name}={value}" for name, value in settings.items())
+    about["reference"] = f"column {options.reference or config.data.columns.get('note', 'note')}"
+    return about
 
 
 def check_options(config: Config, options: EvaluationOptions) -> None:
@@ -132,11 +192,13 @@ def check_options(config: Config, options: EvaluationOptions) -> None:
     if not is_set:
         hint = "; --split valid takes the share that was held out" if data.valid_fraction else ""
         raise ConfigError(f"data.{options.split} is not set{hint}")
-    if options.reference and "messages" in data.columns:
+    if options.reference and "note" not in data.columns:
         raise ConfigError(
             f"--reference {options.reference}: data.columns maps messages, which hold the note "
             "already; map dialogue and note"
         )
+    if options.compare and not options.html:
+        raise ConfigError("--compare: the page shows them; name it with --html FILE")
     if options.html and not Path(options.html).resolve().parent.is_dir():
         raise ConfigError(f"--html {options.html}: there is no such folder")
 
@@ -208,6 +270,8 @@ def open_notes(
         prompts.update(json.dumps([example.id, prompt_of(example).tolist()]).encode())
     generation = config.generation.model_dump(mode="json")
     by = options.by | {"generation": generation, "prompts": prompts.hexdigest()[:16]}
+    if config.generation.forced_headings and config.task.headings != SOAP.headings:
+        by["headings"] = [*config.task.headings]
     name = f"notes-{digest(json.dumps(by, sort_keys=True))[:8]}.jsonl"
     folder = config.folder / "evaluate" / options.split
     with contextlib.closing(KeptNotes(folder / name, dialogues, by, ranks)) as kept:
@@ -235,14 +299,22 @@ def _why(stop: StopRequest) -> str:
     return f" by {stop.reason}" if stop.reason else ""
 
 
-def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:
-    """{id: the distinct facts of its note that the dialogue does not support}, where there are any.
+def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list[str]]:
+    """{id: the distinct statements of its note that the dialogue does not support}, where any are.
 
-    A fact is written as "kind: value".
+    Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
+    contradictions come first. A claim is written as its place: its words are the note's.
     """
     found = {}
     for row in rows:
-        facts = sorted({f"{fact.kind}: {fact.value}" for fact in unsupported(row)})
-        if facts:
-            found[row.id] = facts
+        lines = {}
+        starts = section_starts(row.note, task)
+        for v in flagged(row):
+            s = v.statement
+            section = section_of(starts, s.start)
+            what = v.title if s.kind != "claim" else f"characters {s.start} to {s.end}"
+            line = f"{v.verdict}, {s.kind}: {what}" + f" [{section}]" * bool(section)
+            lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
+        if lines:
+            found[row.id] = sorted(lines, key=lambda line: (lines[line], line))
     return found

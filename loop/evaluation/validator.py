@@ -63,7 +63,7 @@ class Validator:
         scored = notes if self.chosen is self.data.samples else self._write(self.chosen, None)
         if self.ranks.any(self.stop.requested):
             return None
-        metrics |= score_notes(self.references, scored, self.ranks)
+        metrics |= score_notes(self.references, scored, self.ranks, self.config.task)
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
@@ -81,4 +81,5 @@ class Validator:
             self.ranks,
             self.stop,
             rows,
+            task=self.config.task,
         )

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -27,9 +28,8 @@ from ..distributed.timeline import part
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
-from ..model.lora import read_adapter
+from ..model.lora import WEIGHTS, describe_start, read_adapter
 
-WEIGHTS = "adapter_model.safetensors"
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of
 # 3e-4 of a loss of 0.054.
@@ -113,13 +113,17 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
 
     It has the base's name and fingerprint, how the base was stored while the adapter was trained on
     it (generation, merging and audits store it alike), how the run's own notes were written, the
-    prompt (None where the rows brought their own), and the hash of the adapter's weights.
+    prompt (None where the rows brought their own), the adapters that it was trained on from, and
+    the hash of the adapter's weights.
     dtype: of the adapter; weights: its file, or None for a full model.
     """
     dtype_name = str(dtype).removeprefix("torch.")
-    own_prompts = "messages" in config.data.columns or config.data.supervise == "all"
+    own_prompts = (
+        bool({"messages", "conversations"} & set(config.data.columns))
+        or config.data.supervise == "all"
+    )
     tokenizer = load_tokenizer(config.base, config.revision)
-    described = {
+    described: dict[str, Any] = {
         "base": config.base,
         "revision": config.revision,
         "base_fingerprint": base_fingerprint(config.base, config.revision),
@@ -128,9 +132,11 @@ def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict
         "double_quant": config.double_quant,
         "dtype": dtype_name,
         "generation": config.generation.model_dump(mode="json"),
-        "prompt": None if own_prompts else describe_prompt(tokenizer),
+        "prompt": None if own_prompts else describe_prompt(tokenizer, config.task),
         "max_seq_len": config.max_seq_len,
     }
+    if config.adapter:
+        described["started_from"] = describe_start(config.adapter)
     return described | {"sha256": sha256(weights)} if weights else described
 
 

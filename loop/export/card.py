@@ -16,12 +16,13 @@ from ..checkpoint.run_dir import versions
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
 from ..data.dataset import TrainingData
+from ..data.soap import SOAP
 from ..distributed.files import write_atomically
-from ..evaluation.scoring import METRICS
-from ..generation.prompt import prompt_texts
+from ..evaluation.scoring import Metric, metrics_of
+from ..generation.prompt import prompt_texts, task_of
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.streaming import fetch_base
-from .card_text import NO_REPEAT, NO_REPEAT_ARGUMENT, RECIPE, WRITING
+from .card_text import NO_REPEAT, NO_REPEAT_ARGUMENT, RECIPE, SYSTEM_MESSAGE, WRITING
 from .ollama import modelfile
 
 CARD = "README.md"
@@ -136,7 +137,7 @@ def write_papers(folder: Path, trained: dict[str, Any]) -> None:
     prompt = trained.get("prompt") or prompt_texts()
     context = trained.get("max_seq_len") or CONTEXT
     text = modelfile(tokenizer, prompt, context, settings_of(trained))
-    (folder / "Modelfile").write_text(text)
+    (folder / "Modelfile").write_text(text, "utf-8")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -152,14 +153,19 @@ def write_card(folder: Path, trained: dict[str, Any]) -> None:
     """Writes README.md. trained: the content of trained.json; it may lack any key but the base."""
     base = trained["base"]
     name = base_name(base)
+    task = task_of(trained)
+    is_soap = task == SOAP
+    kind = "a SOAP note (Subjective, Objective, Assessment, Plan)"
+    if not is_soap:
+        kind = f"a note ({', '.join(task.headings)})" if task.headings else "a note"
     what = "an adapter for" if is_adapter(folder) else "fine-tuned from"
     license_id = base_license(base, trained.get("revision"))
     matter = yaml.safe_dump(front_matter(folder, trained, name, license_id), sort_keys=False)
     sections = [
         f"---\n{matter}---",
-        f"# SOAP notes: {what} {name}",
-        "It writes a SOAP note (Subjective, Objective, Assessment, Plan) from the conversation of "
-        "a doctor and a patient. **The notes are drafts: a clinician must review each one.**",
+        f"# {'SOAP' if is_soap else 'Clinical'} notes: {what} {name}",
+        f"It writes {kind} from the conversation of a doctor and a patient. **The notes are "
+        "drafts: a clinician must review each one.**",
         f"## How to use it\n\n{usage(folder, trained)}",
         f"## The prompt\n\n{prompt_section(trained)}",
         f"## What it was trained on\n\n{data_section(trained, name)}",
@@ -203,15 +209,17 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
     adapter = is_adapter(folder)
     method = trained.get("method", "lora")
     data = trained.get("data", {})
-    matter = {
+    matter: dict[str, Any] = {
         "base_model": name,
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "license": license_id,
-        "language": ["en"],  # of the prompt
-        "tags": ["soap-notes", "medical", "summarization", method],
+        "tags": ["clinical-notes", "medical", "summarization", method],
     }
+    if task_of(trained) == SOAP:
+        matter |= {"language": ["en"]}  # of the prompt
+        matter["tags"] = ["soap-notes", "medical", "summarization", method]
     if data:
         matter["datasets"] = [f"sha256-{data['train']['fingerprint']}"]
     return matter
@@ -229,8 +237,7 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
     if is_adapter(folder):
         kind = "adapter_nf4" if trained.get("storage", "nf4") == "nf4" else "adapter"
     code = (RECIPE[kind] + WRITING).format(
-        system=repr(prompt["system"]),
-        request=repr(prompt["request"]),
+        **prompt_code(prompt, sorted(task_of(trained).columns)),
         dtype=trained.get("dtype", "bfloat16"),
         double_quant=trained.get("double_quant", True),
         options=generation_options(settings),
@@ -241,6 +248,18 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
     if beyond:
         lines.append(f"The project's `generate` also {' and '.join(beyond)}.")
     return "\n\n".join(lines)
+
+
+def prompt_code(prompt: dict[str, Any], columns: list[str]) -> dict[str, str]:
+    """The parts of the code that make the messages. columns: what the request has in braces."""
+    return {
+        "request": repr(prompt["request"]),
+        "system": repr(prompt["system"]),
+        "system_message": SYSTEM_MESSAGE if prompt["system"] else "",
+        "filled": "REQUEST" + "".join(f'.replace("{{{c}}}", {c})' for c in columns),
+        "parameters": "".join(f", {column}" for column in columns),
+        "arguments": "".join(f', {column}="..."' for column in columns),
+    }
 
 
 def no_repeat_code(n: int) -> dict[str, str]:
@@ -270,7 +289,7 @@ def beyond_the_recipe(settings: GenerationSettings) -> list[str]:
     if settings.end_loops:
         parts.append("ends a note that runs in circles")
     if settings.forced_headings:
-        parts.append("forces the four headings")
+        parts.append("forces the headings")
     return parts
 
 
@@ -286,10 +305,12 @@ def prompt_section(trained: dict[str, Any]) -> str:
         lead = "The rows of the training brought their own prompts. This is the one of `generate`."
     else:
         lead = "What it was trained with is not recorded. This is the one of `generate`."
+    columns = ", ".join(f"{{{name}}}" for name in sorted(task_of(trained).columns))
+    filled = f", {columns} filled from the row's columns," if columns else ","
     return (
         f"{lead} The code above has it to the character.\n\nThe system's message:\n\n"
         f"````text\n{prompt['system']}\n````\n\n"
-        "The user's message, with an empty line and the conversation behind it:\n\n"
+        f"The user's message{filled} with an empty line and the conversation behind it:\n\n"
         f"````text\n{prompt['request'].rstrip()}\n````"
     )
 
@@ -328,6 +349,9 @@ def recipe_section(trained: dict[str, Any]) -> str:
         "supervised tokens": _number(trained["supervised_tokens"]),
     }
     recipe = dict(trained["recipe"])
+    for number, start in enumerate(trained.get("started_from", []), 1):
+        steps = f", after {start['steps']:,} steps" if "steps" in start else ""
+        rows[f"trained on from, {number}"] = f"adapter `{start['sha256'][:16]}`{steps}"
     rows |= {f"lora.{key}": value for key, value in recipe.pop("lora", {}).items()}
     rows |= recipe
     rows |= trained["versions"]
@@ -338,6 +362,7 @@ def recipe_section(trained: dict[str, Any]) -> str:
 def figures_section(trained: dict[str, Any]) -> str:
     """The validation loss, and the figures of each evaluation with their intervals."""
     figures = trained.get("figures", {})
+    metrics = metrics_of(task_of(trained))
     parts = []
     if (loss := figures.get("validation_loss")) is not None:
         count = trained["data"]["valid"]["examples"]
@@ -346,19 +371,20 @@ def figures_section(trained: dict[str, Any]) -> str:
         counts = [f"{report[key]:,} {key}" for key in ("examples", "notes") if key in report]
         lines = ["| figure | value | 95 % interval |", "|---|---|---|"]
         for key, values in report["figures"].items():
-            if key in METRICS and values["value"] is not None:
-                lines.append(figure_row(key, values["value"], values["low"], values["high"]))
+            if key in metrics and values["value"] is not None:
+                numbers = values["value"], values["low"], values["high"]
+                lines.append(figure_row(metrics[key], *numbers))
         parts.append(f"{name}: {', '.join(counts)}.\n\n" + "\n".join(lines))
     if "merged_into" in trained and parts:
         parts.insert(0, "These are the figures of the adapter before it was merged.")
     return "\n\n".join(parts) or "None yet: the project's `evaluate` adds them."
 
 
-def figure_row(key: str, value: float, low: float | None, high: float | None) -> str:
-    """A line of the table, with an interval where there is one. key: of `METRICS`."""
-    show = METRICS[key].format
+def figure_row(metric: Metric, value: float, low: float | None, high: float | None) -> str:
+    """A line of the table, with an interval where there is one."""
+    show = metric.format
     span = f"{show(low)} to {show(high)}" if low is not None and high is not None else ""
-    return f"| {METRICS[key].title.strip()} | {show(value)} | {span} |"
+    return f"| {metric.title.strip()} | {show(value)} | {span} |"
 
 
 def limits_section(trained: dict[str, Any]) -> str:
@@ -374,8 +400,9 @@ def limits_section(trained: dict[str, Any]) -> str:
         lines.append(
             f"- Conversation and note together had at most {trained['max_seq_len']:,} tokens."
         )
+    prompt_language = "The prompt is English. " if task_of(trained) == SOAP else ""
     lines += [
-        "- The prompt is English. The language of the data was not examined.",
+        f"- {prompt_language}The language of the data was not examined.",
         "- It can remember single patients of its data: treat it as you treat that data.",
     ]
     return "\n".join(lines)

@@ -52,10 +52,9 @@ REQUEST = {request}
 {no_repeat}
 
 @torch.no_grad()
-def write_note(conversation):
-    messages = [
-        {{"role": "system", "content": SYSTEM}},
-        {{"role": "user", "content": REQUEST + conversation.strip()}},
+def write_note(conversation{parameters}):
+    messages = [{system_message}
+        {{"role": "user", "content": {filled} + conversation.strip()}},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(
@@ -66,8 +65,10 @@ def write_note(conversation):
     return tokenizer.decode(ids[0, width:], skip_special_tokens=True).strip()
 
 
-print(write_note("Doctor: What brings you in?\\nPatient: A cough for a week."))
+print(write_note("Doctor: What brings you in?\\nPatient: A cough for a week."{arguments}))
 """
+SYSTEM_MESSAGE = """
+        {"role": "system", "content": SYSTEM},"""
 
 # Transformers' own no_repeat_ngram_size counts the prompt as well.
 NO_REPEAT = """

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config.cli import load_config
-from ..config.schema import ConfigError, GenerationSettings
+from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
 from ..data.tokenization import Example
@@ -62,21 +62,22 @@ def notes_of(
     adapter: str | None,
     base: str | None,
     prompts: dict[str, list[int]],
-    generation: GenerationSettings,
+    config: Config,
     device,
 ) -> list[str]:
     """The notes of prompts, which have ids, by a model that is loaded for them and freed again."""
     if not prompts:
         return []
     model, tokenizer = load_for_generation(adapter, base, device)
+    generation = config.generation
     requests = [NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()]
-    texts = [note.text for note in write_notes(model, tokenizer, requests, generation)]
+    notes = write_notes(model, tokenizer, requests, generation, task=config.task)
     del model
     gc.collect()
     if torch.cuda.is_available():
         # What this process keeps reserved, the loss's process would lack.
         torch.cuda.empty_cache()
-    return texts
+    return [note.text for note in notes]
 
 
 def compare_ways(
@@ -110,7 +111,7 @@ def compare_ways(
     with atomic_folder(Path(out)) as folder:
         for way in WAYS:
             merge(adapter, str(folder / way), None, way, device)
-        rows = measure_ways(adapter, folder, examples, prompts, config.generation, device)
+        rows = measure_ways(adapter, folder, examples, prompts, config, device)
         recommendation = recommend(rows)
         report = {
             "split": split,
@@ -121,10 +122,10 @@ def compare_ways(
         (folder / "report.json").write_text(json.dumps(report, indent=2))
     lines = [
         f"{split}: loss on {len(examples)} examples, {len(prompts)} notes",
-        f"{'':16}{'loss':>9}{'S, O, A, P':>12}{'the same notes':>16}",
+        f"{'':16}{'loss':>9}{'all sections':>14}{'the same notes':>16}",
     ]
     for way, row in rows.items():
-        lines.append(f"{way:16}{row['loss']:9.4f}{row['sections']:12}{row['same']:16}")
+        lines.append(f"{way:16}{row['loss']:9.4f}{row['sections']:14}{row['same']:16}")
     return "\n".join([*lines, recommendation, f"written to {out}"])
 
 
@@ -133,13 +134,15 @@ def measure_ways(
     folder: Path,
     examples: list[Example],
     prompts: dict[str, list[int]],
-    generation: GenerationSettings,
+    config: Config,
     device,
 ) -> dict[str, dict]:
     """Of the adapter and of each merged model in `folder`: loss, and how many notes are complete.
 
+    config: the run's, of which task and generation count.
+
     Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `prompts` with
-    all four sections, and `same`, those that are the adapter's word for word. Raises ConfigError
+    all sections, and `same`, those that are the adapter's word for word. Raises ConfigError
     where a loss can't be measured, AuditError where a folder can't be loaded.
     """
     rows = {}
@@ -150,13 +153,13 @@ def measure_ways(
         if isinstance(loss, str):
             raise ConfigError(f"{way}: its loss could not be measured ({loss})")
         if way == ADAPTER:
-            notes = notes_of(adapter, None, prompts, generation, device)
+            notes = notes_of(adapter, None, prompts, config, device)
             adapters_notes = notes
         else:
-            notes = notes_of(None, str(model), prompts, generation, device)
+            notes = notes_of(None, str(model), prompts, config, device)
         rows[way] = {
             "loss": loss,
-            "sections": sum(has_all_sections(note) for note in notes),
+            "sections": sum(has_all_sections(note, config.task) for note in notes),
             "same": sum(a == b for a, b in zip(adapters_notes, notes)),
         }
     return rows

@@ -19,6 +19,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import AutoHfQuantizer
 
 from ..config.schema import ConfigError
@@ -195,13 +197,27 @@ def load_adapted_layers(
         for name, module in model.named_modules()
         if quantization.is_quantized(module)
     }
+    stored = stored_names(model, base)
     try:
         model = get_peft_model(model, lora_config)
     except ValueError as error:
         reason = str(error).splitlines()[0][:160]
         raise ConfigError(f"--adapter {adapter}: does not fit this base ({reason})") from error
-    lora = load_lora_weights(adapter, model)
+    lora = {
+        stored.get(name, name): layer for name, layer in load_lora_weights(adapter, model).items()
+    }
+    quantized = {stored.get(name, name) for name in quantized}
     return AdaptedLayers(lora, quantized, type(model.get_base_model()).__name__)
+
+
+def stored_names(model, base: StoredBase) -> dict[str, str]:
+    """The name in the base's files of each of the model's weights, as transformers renames them."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    names = model.state_dict()
+    return {
+        rename_source_key(stored, renamings, [], model.base_model_prefix, names)[0]: stored
+        for stored in base.files
+    }
 
 
 def check_plain_lora(adapter: str, lora_config: LoraConfig) -> None:

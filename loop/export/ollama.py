@@ -1,9 +1,10 @@
 """The Modelfile with which Ollama imports a model's folder: its prompt is that of the training."""
 
+import json
+
 import jinja2
 
-from ..config.schema import ConfigError, GenerationSettings
-from ..data.soap import soap_messages
+from ..config.schema import PLACEHOLDER, ConfigError, GenerationSettings
 from ..data.tokenization import render
 
 # Private-use characters, which stand for the texts while the chat template is rendered.
@@ -24,16 +25,23 @@ def modelfile(tokenizer, prompt: dict, context: int, settings: GenerationSetting
         context: tokens that prompt and note may have together.
         settings: how the run wrote its notes; the longest note is taken from there.
     """
+    request = prompt["request"]
+    said = "# The message is the conversation alone; TEMPLATE puts the request before it."
+    if PLACEHOLDER.search(request):
+        prompt = prompt | {"request": ""}
+        said = (
+            f"# The message is the conversation, after: {json.dumps(request, ensure_ascii=False)}"
+        )
     template = go_template(tokenizer, prompt)
     system = prompt["system"]
     lines = [
         "# ollama create NAME -f Modelfile",
-        "# The message is the conversation alone; TEMPLATE puts the request before it.",
+        said,
         "# The notes are drafts: a clinician must review each one.",
         "FROM .",
         f'TEMPLATE """{template}"""' if template else NO_TEMPLATE.strip(),
     ]
-    if '"""' not in system:
+    if system and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [
         f"PARAMETER temperature {settings.temperature:g}",
@@ -58,14 +66,16 @@ def go_template(tokenizer, prompt: dict) -> str | None:
     stand. A beginning-of-sequence token is left out, as Ollama adds it. Returns None where the
     chat template changes the texts, repeats them or their order, or can't be written so.
     """
-    messages = soap_messages(DIALOGUE_MARK)
-    messages[0]["content"] = SYSTEM_MARK
-    messages[1]["content"] = prompt["request"] + DIALOGUE_MARK
+    messages = [{"role": "user", "content": prompt["request"] + DIALOGUE_MARK}]
+    if prompt["system"]:
+        messages.insert(0, {"role": "system", "content": SYSTEM_MARK})
     try:
         text = render(tokenizer, messages, True)
     except (ConfigError, jinja2.TemplateError):
         return None
-    before, found_system, rest = text.partition(SYSTEM_MARK)
+    before, found_system, rest = "", "none", text
+    if prompt["system"]:
+        before, found_system, rest = text.partition(SYSTEM_MARK)
     between, found_dialogue, after = rest.partition(DIALOGUE_MARK)
     frame = before + between + after
     marks_once = found_system and found_dialogue and not {SYSTEM_MARK, DIALOGUE_MARK} & {*frame}
@@ -73,6 +83,6 @@ def go_template(tokenizer, prompt: dict) -> str | None:
         return None
     if '"""' in frame or "{{" in frame or "}}" in frame:
         return None
-    if tokenizer.bos_token:
-        before = before.removeprefix(tokenizer.bos_token)
-    return f"{before}{{{{ .System }}}}{between}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}"
+    system = "{{ .System }}" if prompt["system"] else ""
+    template = f"{before}{system}{between}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}"
+    return template.removeprefix(tokenizer.bos_token or "")

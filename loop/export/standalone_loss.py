@@ -32,7 +32,11 @@ def load(folder: str, device: str):
             bnb_4bit_use_double_quant=trained["double_quant"],
             bnb_4bit_compute_dtype=options["dtype"],
         )
-    return AutoPeftModelForCausalLM.from_pretrained(folder, **options).eval()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, **options).eval()
+    for module in model.modules():  # that kernel raises where a width is no multiple of 64
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()

@@ -1,36 +1,37 @@
 """Whether a base can be trained as the run wants it: asked before anything heavy."""
 
+from typing import Any
+
 import numpy as np
 
 from ..config.schema import Config, ConfigError
-from ..data.tokenization import Example
-from ..model.loading import config_errors_for, load_model_config
+from ..model.loading import config_errors_for, load_model_config, load_tokenizer
 from ..model.structure import attention_shape, context_length, rotary_settings
 from .isolation import check_isolation
 
 
-def check_base(config: Config) -> None:
-    """Raises ConfigError, in one line, where the base can't be trained right as the run wants it.
+def admit_base(config: Config) -> tuple[Any, Any]:
+    """(tokenizer, transformers configuration) of a base that can be trained as the run wants it.
 
-    It reads the base's configuration and no weights, and takes a second or a few.
+    It reads no weights, and takes a second or a few. Raises ConfigError, in one line.
     """
+    tokenizer = load_tokenizer(config.base, config.revision)
     model_config = load_model_config(config.base, config.revision)
     with config_errors_for(config.base):
         attention_shape(model_config)
     check_rotary(config, model_config)
     check_isolation(config)
+    return tokenizer, model_config
 
 
-def check_vocabulary(config: Config, examples: list[Example]) -> None:
-    """Raises ConfigError where a token has no embedding."""
-    model_config = load_model_config(config.base, config.revision)
-    for example in examples:
-        largest = int(np.max(example.input_ids))
-        if largest >= model_config.vocab_size:
+def check_vocabulary(base: str, model_config, tokens: dict[str, Any]) -> None:
+    """Raises ConfigError where a token has no embedding. tokens: ids of each example, by its id."""
+    for name, ids in tokens.items():
+        if (largest := int(np.max(ids))) >= model_config.vocab_size:
             raise ConfigError(
-                f"base={config.base}: its tokenizer is larger than its embedding of "
-                f"{model_config.vocab_size:,} tokens (id {example.id} has token {largest:,}); take "
-                "the tokenizer that the base was trained with"
+                f"base={base}: its tokenizer is larger than its embedding of "
+                f"{model_config.vocab_size:,} tokens (id {name} has token {largest:,}); take the "
+                "tokenizer that the base was trained with"
             )
 
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ..config.schema import GenerationSettings
+from ..config.schema import GenerationSettings, TaskConfig
 from ..data.conversations import Conversation
-from ..data.soap import HEADINGS, before_next_heading
+from ..data.soap import SOAP, before_next_heading
 from ..data.tokenization import IGNORE, encode_examples
 from ..distributed.watchdog import set_activity
+from ..model.structure import context_length
 from .controls import LoopDetector, logits_processors
 from .engine import NoteRequest, Session, Writing, say_once
 from .engine_choice import Engine, EngineError, open_engine
@@ -179,6 +180,7 @@ def write_notes(
     stop=None,
     done: Callable[[int, Note], None] | None = None,
     rows: int | None = None,
+    task: TaskConfig = SOAP,
 ) -> list[Note]:
     """The notes of some requests as the settings say: the one way from settings to notes.
 
@@ -197,8 +199,10 @@ def write_notes(
         done: takes a request's number and its note as soon as the note has ended; it is not called
             for notes that `stop` cut off.
         rows: notes at a time; None: as many as are good here.
+        task: names the headings that are forced.
     """
-    written = Written(tokenizer, requests, generation.forced_headings, stop, done)
+    forced = task if generation.forced_headings else None
+    written = Written(tokenizer, requests, forced, stop, done)
     reason = "the weights are partitioned" if partitioned else ""
     if requests and not partitioned:
         try:
@@ -216,11 +220,11 @@ def write_notes(
 class Written:
     """The notes of some requests so far; another writer can go on with those that are missing."""
 
-    def __init__(self, tokenizer, requests, forced_headings: bool, stop, done) -> None:
-        """Arguments as in `write_notes`."""
+    def __init__(self, tokenizer, requests, forced: TaskConfig | None, stop, done) -> None:
+        """forced: the task whose headings are forced, if any. The rest as in `write_notes`."""
         self.tokenizer = tokenizer
         self.requests = requests
-        self.forced_headings = forced_headings
+        self.forced = forced
         self.stop = stop
         self.done = done
         self.notes: dict[int, Note] = {}  # by the number of their request
@@ -234,8 +238,8 @@ class Written:
         """Writes what is missing; returns all notes."""
         missing = [number for number in range(len(self.requests)) if number not in self.notes]
         requests = [self.requests[number] for number in missing]
-        if self.forced_headings:
-            notes = write_with_headings(self.tokenizer, requests, write)
+        if self.forced:
+            notes = write_with_headings(self.tokenizer, requests, write, self.forced)
             if not (self.stop and self.stop.requested):
                 for number, note in zip(missing, notes):
                     self.finish(number, note)
@@ -307,7 +311,7 @@ def plain_writer(
 
 def within_context(model, requests: list[NoteRequest]) -> list[NoteRequest]:
     """The requests, whose notes end where the base's context does."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config.get_text_config())
     if not context:
         return requests
     capped = [
@@ -324,7 +328,9 @@ def within_context(model, requests: list[NoteRequest]) -> list[NoteRequest]:
     return capped
 
 
-def write_with_headings(tokenizer, requests: list[NoteRequest], write: WriteNotes) -> list[Note]:
+def write_with_headings(
+    tokenizer, requests: list[NoteRequest], write: WriteNotes, task: TaskConfig = SOAP
+) -> list[Note]:
     """As `generate_with_headings`, by any writer."""
 
     def write_section(heading: str, begun: list[list[int]], tokens_left: list[int]) -> list[Note]:
@@ -332,9 +338,9 @@ def write_with_headings(tokenizer, requests: list[NoteRequest], write: WriteNote
             NoteRequest(r.key, r.prompt + ids, left, ids)
             for r, ids, left in zip(requests, begun, tokens_left)
         ]
-        return write(sections, heading, _begins_next_section, None)
+        return write(sections, heading, lambda tail: _begins_next_section(tail, task), None)
 
-    return _by_sections(tokenizer, [r.max_new_tokens for r in requests], write_section)
+    return _by_sections(tokenizer, [r.max_new_tokens for r in requests], write_section, task)
 
 
 def generate_with_headings(
@@ -346,8 +352,9 @@ def generate_with_headings(
     synced: bool = False,
     stop=None,
     end_loops: bool = False,
+    task: TaskConfig = SOAP,
 ) -> list[Note]:
-    """Notes with the four headings forced and nothing else.
+    """Notes with the task's headings forced and nothing else.
 
     Where the model would end the note or begin another section, the next heading is inserted, and
     the model continues from there. So it does where a section runs in circles.
@@ -362,6 +369,7 @@ def generate_with_headings(
         synced: as in `generate_notes`.
         stop: as in `generate_notes`.
         end_loops: as in `generate_notes`.
+        task: names the headings.
     """
 
     def write_section(heading: str, begun: list[list[int]], tokens_left: list[int]) -> list[Note]:
@@ -373,17 +381,18 @@ def generate_with_headings(
             synced,
             stop,
             make_logits_processor(heading, begun),
-            _begins_next_section,
+            lambda tail: _begins_next_section(tail, task),
             end_loops,
         )
 
-    return _by_sections(tokenizer, [max_new_tokens] * len(prompts), write_section)
+    return _by_sections(tokenizer, [max_new_tokens] * len(prompts), write_section, task)
 
 
 def _by_sections(
     tokenizer,
     tokens_left: list[int],
     write_section: Callable[[str, list[list[int]], list[int]], list[Note]],
+    task: TaskConfig,
 ) -> list[Note]:
     """Notes that are written section by section.
 
@@ -392,15 +401,16 @@ def _by_sections(
         tokens_left: of each note, not counting the headings.
         write_section: takes a heading, the tokens of each note up to it, and how many tokens each
             may have; returns each note's section.
+        task: names the headings.
     """
     texts = [""] * len(tokens_left)
     ended: list[bool | None] = [True] * len(texts)
     looped = [False] * len(texts)
-    for heading in HEADINGS:
+    for heading in task.headings:
         texts = [f"{text}\n{heading}:".strip() for text in texts]
         begun = _encode_beginnings(tokenizer, texts)
         sections = write_section(heading, begun, tokens_left)
-        bodies = [before_next_heading(section.text) for section in sections]
+        bodies = [before_next_heading(section.text, task) for section in sections]
         ended = [section.ended or body != section.text for body, section in zip(bodies, sections)]
         looped = [before or section.looped for before, section in zip(looped, sections)]
         texts = [f"{text} {body.strip()}".strip() for text, body in zip(texts, bodies)]
@@ -426,5 +436,6 @@ def _encode_beginnings(tokenizer, beginnings: list[str]) -> list[list[int]]:
     ]
 
 
-def _begins_next_section(tail: str) -> bool:
-    return before_next_heading(tail) != tail
+def _begins_next_section(tail: str, task: TaskConfig) -> bool:
+    """Whether the end of a section begins another one."""
+    return before_next_heading(tail, task) != tail

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..config.schema import ConfigError
-from ..data.soap import fit_dialogue, soap_messages
+from ..config.schema import ConfigError, TaskConfig
+from ..data.soap import SOAP, fit_dialogue, soap_messages
 from ..data.tokenization import encode
 from ..model.loading import load_base, load_tokenizer
 from ..model.lora import attach_adapter, read_adapter, trained_quantization
@@ -36,8 +36,8 @@ def load_for_generation(adapter: str | None, base: str | None, device):
 def generation_source(adapter: str | None, base: str | None) -> dict:
     """The base to generate with, its revision, and how it is stored, with the keys of trained.json.
 
-    `generation` is among them where a run of this project trained adapter or base: the settings of
-    its own notes.
+    `generation` and `prompt` are among them where a run of this project trained adapter or base:
+    the settings of its own notes, and its task.
 
     adapter: a folder, or None for the base alone. base: replaces the one that the adapter names.
     Raises ConfigError for a folder that is no adapter, for a trained.json that is broken, and
@@ -49,33 +49,44 @@ def generation_source(adapter: str | None, base: str | None) -> dict:
         trained: dict[str, Any] = read_adapter(adapter)
     else:
         trained = {"revision": None, "method": "none", "double_quant": True, "dtype": "bfloat16"}
-        trained["generation"] = _settings_of_model(str(base))
+        trained |= _trained_model(str(base))
     return trained | {"base": base} if base else trained
 
 
-def _settings_of_model(base: str) -> dict | None:
-    """`generation` of the trained.json beside a merged or a fully trained model, if there is one.
+def _trained_model(base: str) -> dict[str, Any]:
+    """`generation` and `prompt` in the trained.json of a merged or a fully trained model, if any.
 
     Raises ConfigError where the file is broken.
     """
     path = Path(base) / "trained.json"
     if not path.is_file():
-        return None
+        return {}
     try:
-        return json.loads(path.read_text()).get("generation")
+        trained = json.loads(path.read_text())
+        return {key: trained.get(key) for key in ("generation", "prompt")}
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"--base {base}: trained.json is broken ({type(error).__name__})"
         ) from error
 
 
-def prompt_ids(tokenizer, dialogue: str) -> list[int]:
-    """The token ids of a dialogue's prompt, exactly as in training."""
-    return encode(tokenizer, [(soap_messages(dialogue), True)])[0]
+def prompt_ids(
+    tokenizer, dialogue: str, task: TaskConfig = SOAP, fields: dict[str, str] | None = None
+) -> list[int]:
+    """The token ids of a dialogue's prompt, exactly as in training.
+
+    fields: what stands for each {NAME} of the task's request.
+    """
+    return encode(tokenizer, [(soap_messages(dialogue, None, task, fields), True)])[0]
 
 
 def fit_dialogues(
-    tokenizer, dialogues: dict[str, str], context: int, max_new_tokens: int
+    tokenizer,
+    dialogues: dict[str, str],
+    context: int,
+    max_new_tokens: int,
+    task: TaskConfig = SOAP,
+    fields: dict[str, dict[str, str]] | None = None,
 ) -> dict[str, tuple[str, int]]:
     """{id: (dialogue, turns left out)}, so that prompt and note fit the base's context.
 
@@ -87,6 +98,8 @@ def fit_dialogues(
         dialogues: by id.
         context: tokens that the base can see, prompt and note together.
         max_new_tokens: of a note.
+        task: of the prompt.
+        fields: by id, what stands for each {NAME} of the task's request.
     """
     if context <= max_new_tokens:
         raise ConfigError(
@@ -96,7 +109,10 @@ def fit_dialogues(
     limit = context - max_new_tokens
     fitted = {}
     for key, dialogue in dialogues.items():
-        shorter = fit_dialogue(dialogue, lambda text: len(prompt_ids(tokenizer, text)), limit)
+        own = (fields or {}).get(key)
+        shorter = fit_dialogue(
+            dialogue, lambda text: len(prompt_ids(tokenizer, text, task, own)), limit
+        )
         if shorter is None:
             raise ConfigError(
                 f"id {key}: does not fit the base's context of {context:,} tokens beside a note of "

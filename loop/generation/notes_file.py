@@ -7,20 +7,22 @@ was killed can be resumed with the same command.
 import fcntl
 import hashlib
 import json
-import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..config.schema import ConfigError
-from ..data.readers import BadRow, read_json
+from pydantic import ValidationError
+
+from ..config.schema import COLUMNS, ConfigError, DataConfig
+from ..data.conversations import Question, check_id
+from ..data.conversations import read_questions as read_questions_of
+from ..data.sources.readers import BadRow, read_json
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks
 from .decode import Note
 
 # What helps against a file that holds other notes, by the option that named it.
 REMEDIES = {"--output": "name another file, or remove this one"}
-# Half a surrogate pair, which UTF-8 and tokenizers lack; JSON can spell it, "\\ud83d".
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tuple[str, dict]]:
@@ -47,11 +49,10 @@ def read_by_id(path: str, option: str, allow_torn: bool = False) -> dict[str, tu
             raise ConfigError(f"{where}: {row}")
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: is not an object: write {{...}}")
-        key = str(number if row.get("id") is None else row["id"])
-        if not re.fullmatch(r"\S{1,100}", key) or SURROGATES.search(key):
-            raise ConfigError(
-                f"{where}: its id must be a number, or 1 to 100 characters without a space"
-            )
+        try:
+            key = check_id(number if row.get("id") is None else row["id"])
+        except BadRow as problem:
+            raise ConfigError(f"{where}: {problem}") from problem
         if key in found:
             raise ConfigError(
                 f"{where} (id {key}): this id occurs twice, first in row {row_numbers[key]}: "
@@ -69,29 +70,41 @@ def _is_torn(path: str, last_row: Any) -> bool:
     return isinstance(last_row, BadRow) or (isinstance(last_row, dict) and "by" in last_row)
 
 
-def read_dialogues(path: str) -> dict[str, str]:
-    """Dialogues by id, of a JSONL file with `dialogue` and `id`.
+def read_questions(
+    source: str, columns: dict | None = None, names: Set[str] = frozenset()
+) -> dict[str, Question]:
+    """Dialogues by id, of any source of data.test, with the ids that evaluate gives its rows.
 
     Raises ConfigError naming the row, never its text.
+
+    Args:
+        source: named as in data.test.
+        columns: as data.columns.
+        names: of the columns to fill the request's {NAME}s from.
     """
-    rows = read_by_id(path, "--input")
-    for where, row in rows.values():
-        if not isinstance(row.get("dialogue"), str) or not row["dialogue"].strip():
-            raise ConfigError(f"{where}: has no text `dialogue`: fill it or remove the row")
-        if SURROGATES.search(row["dialogue"]):
-            raise ConfigError(f"{where}: its dialogue holds half a surrogate pair: remove it")
-    if not rows:
-        raise ConfigError(f"--input {path}: the file is empty")
-    return {key: row["dialogue"] for key, (_, row) in rows.items()}
+    columns = columns or {"id": "id", "dialogue": "dialogue"}
+    if "dialogue" not in columns:
+        raise ConfigError("data.columns: generate reads dialogues; map dialogue")
+    if unknown := sorted(map(str, {*columns} - names - {*COLUMNS})):
+        raise ConfigError(f"data.columns.{unknown[0]}: there is no such column to read")
+    try:
+        data = DataConfig(train=source, test=source, columns={"note": "soap"} | columns)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        raise ConfigError(f"data.columns: {mistake['msg']}") from error
+    try:
+        return read_questions_of(data, "test", names)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"data.test={source}", f"--input {source}")) from error
 
 
-def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
+def read_predictions(path: str, ids: list[str], option: str = "--predictions") -> dict[str, Note]:
     """Notes by id, of a JSONL file with `id` and `note`, at least one for each of `ids`.
 
     Raises ConfigError naming the row or the first id without a note.
     """
     found = {}
-    for key, (where, row) in read_by_id(path, "--predictions").items():
+    for key, (where, row) in read_by_id(path, option).items():
         if not isinstance(row.get("note"), str):
             raise ConfigError(
                 f"{where}: has no text `note`: "
@@ -101,7 +114,7 @@ def read_predictions(path: str, ids: list[str]) -> dict[str, Note]:
     missing = [key for key in ids if key not in found]
     if missing:
         raise ConfigError(
-            f"--predictions {path}: {len(missing)} of {len(ids)} examples have no note, "
+            f"{option} {path}: {len(missing)} of {len(ids)} examples have no note, "
             f"first id {missing[0]}: add them, or score the first N with --notes N"
         )
     return found

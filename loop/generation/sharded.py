@@ -8,7 +8,8 @@ import numpy as np
 import psutil
 import torch
 
-from ..config.schema import GenerationSettings
+from ..config.schema import GenerationSettings, TaskConfig
+from ..data.soap import SOAP
 from ..data.tokenization import Example
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
@@ -68,7 +69,14 @@ def batch_rows(rows: int | None, ranks: Ranks, partitioned: bool) -> int:
 
 
 def write_batches(
-    model, tokenizer, batches: list[list[NoteRequest]], generation, way: Way, ranks: Ranks, stop
+    model,
+    tokenizer,
+    batches: list[list[NoteRequest]],
+    generation: GenerationSettings,
+    way: Way,
+    ranks: Ranks,
+    stop,
+    task: TaskConfig,
 ) -> Iterator[dict[str, Note]]:
     """Gives the notes of one batch after the other by their keys, until `stop` is set."""
     for batch in batches:
@@ -83,6 +91,7 @@ def write_batches(
             partitioned=way.partitioned,
             synced=way.lockstep,
             stop=stop,
+            task=task,
         )
         yield {request.key: note for request, note in zip(batch, notes)}
 
@@ -96,6 +105,7 @@ def generate_sharded(
     stop=None,
     rows: int | None = None,
     kept: KeptNotes | None = None,
+    task: TaskConfig = SOAP,
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
 
@@ -113,6 +123,7 @@ def generate_sharded(
             on the number of ranks: another batch would be another rounding. So a batch is written
             whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
+        task: names the headings that are forced.
     """
     found = dict(kept.found) if kept else {}
     if found.keys() >= {e.id for e in examples}:
@@ -135,7 +146,7 @@ def generate_sharded(
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
     with without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext():
-        writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop)
+        writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop, task)
         for number, notes in enumerate(writing):
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off

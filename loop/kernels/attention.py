@@ -212,15 +212,23 @@ def _attend_for_transformers(
     one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     if kwargs.get("cu_seqlens") is None or attention_mask is not None or not one_row:
         raise AttentionError(
-            "packed attention takes one row with cu_seqlens, without a mask or a cache"
+            f"{type(module).__name__}: packed attention takes one row with cu_seqlens, without a "
+            "mask or a cache"
         )
     window = kwargs.get("sliding_window") or kwargs["max_seqlen"]
-    windowed = window < kwargs["max_seqlen"]
-    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or windowed:
-        remedy = f"; max_seq_len={window} or less stays within the window" if windowed else ""
+    windowed = f"a sliding window of {window} tokens"
+    parts = {
+        "dropout": dropout,
+        "soft caps": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux") is not None,
+        windowed: window < kwargs["max_seqlen"],
+    }
+    asked = [name for name, wanted in parts.items() if wanted]
+    if asked:
+        remedy = f"; set max_seq_len={window}" if asked == [windowed] else ""
         raise AttentionError(
-            f"{type(module).__name__}: attention with dropout, soft caps, sinks or a sliding window"
-            f" is not supported{remedy}"
+            f"{type(module).__name__}: attention with {' and '.join(asked)} is not supported"
+            f"{remedy}"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     out = packed_attention(

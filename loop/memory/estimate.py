@@ -9,6 +9,7 @@ are alive. `planner.py` asks whether the sum fits.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from transformers import AutoModelForCausalLM
@@ -111,7 +112,8 @@ def saved_bytes_per_token(config: Config, model_config, fused: bool, itemsize: i
     and attention's output, gate and up, and the outputs of LoRA's A. Unfused: norms save fp32, each
     LoRA module its own input after dropout, SwiGLU silu(gate) as well.
     """
-    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    inner = int(np.max(model_config.intermediate_size))  # some families have one for each layer
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     head_dim = getattr(model_config, "head_dim", None) or hidden // heads
@@ -312,7 +314,8 @@ def current_layer_bytes(
 ) -> int:
     """Bytes that one layer needs while its backward pass runs, beside what all layers saved."""
     itemsize = compute_itemsize(ds_config)
-    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    inner = int(np.max(model_config.intermediate_size))  # some families have one for each layer
     total = tokens * (4 * inner + 2 * hidden) * itemsize
     if checkpointing:
         total += tokens * saved_bytes_per_token(config, model_config, run.fused, itemsize)

@@ -64,7 +64,7 @@ def build_model(
         fused, layers_warning = choose_fused_layers(config, dtype, ranks)
     # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
     seed_everything(config.seed)
-    model = load_model(config, ds_config, ranks.device, backend)
+    model = load_model(config, ds_config, ranks.device, backend, start=config.adapter)
     dropout = install_dropout(model, config.lora["lora_dropout"], config.seed, ranks.device)
     num_trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_parameters(model))
 

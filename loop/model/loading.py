@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -24,7 +25,7 @@ from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from .lora import attach_adapter
+from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
 from .streaming import stream_base
 from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
@@ -106,12 +107,14 @@ LIBRARY_ERRORS = (
     ImportError,
     ArithmeticError,
     AssertionError,
+    StrictDataclassError,
 )
 
 
 def first_line(error: Exception) -> str:
     """A library's error in one short line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    lines = filter(str.strip, str(error).splitlines())
+    return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
 @part("tokenizer")
@@ -221,7 +224,12 @@ def load_sharded_base(config: Config, ds_config: dict, device, attention: str) -
 
 
 def load_model(
-    config: Config, ds_config: dict, device, backend: str, adapter: str | None = None
+    config: Config,
+    ds_config: dict,
+    device,
+    backend: str,
+    adapter: str | None = None,
+    start: str | None = None,
 ) -> nn.Module:
     """The model as the engine gets it; only what is to be trained requires a gradient.
 
@@ -230,7 +238,8 @@ def load_model(
 
     Args:
         backend: of attention, a name in `ATTENTION_BACKENDS`.
-        adapter: a folder whose LoRA weights are loaded; None: new ones are drawn.
+        adapter: a folder whose LoRA is loaded; None: a new one by the configuration.
+        start: a folder whose weights the new LoRA begins with; None: they are drawn.
     """
     attention = ATTENTION_BACKENDS[backend].transformers_name
     model = load_sharded_base(config, ds_config, device, attention)
@@ -239,6 +248,8 @@ def load_model(
     model.requires_grad_(config.method == "full")
     if config.method != "full":
         model = add_lora(model, config, adapter)
+        if start:
+            load_start(model, start)
     # ZeRO-3 puts hooks on every submodule. Decoder layers as leaf modules are gathered in one piece
     # and cost one pair of hooks each.
     set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])

@@ -20,14 +20,24 @@ def attention_shape(model_config) -> tuple[int, int, int]:
 
 
 def with_usual_names(model_config):
-    """The configuration with `head_dim` and `intermediate_size`, whatever its family calls them."""
-    hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+    """The configuration with `head_dim` and `intermediate_size`, whatever its family calls them.
+
+    Raises ConfigError where there is not one size of heads.
+    """
+    try:
+        hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+        head_dim = getattr(model_config, "head_dim", None)
+    except (AttributeError, RuntimeError) as error:  # the latter where layers differ
+        raise ConfigError(
+            f"base: {model_config.model_type} has no attention heads, or such of different sizes; "
+            "take a base built like Llama"
+        ) from error
     names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
     found = [getattr(model_config, name, None) for name in names]
     inner = next(filter(None, found), 4 * hidden)
-    if not getattr(model_config, "head_dim", None):
+    if not head_dim:
         model_config.head_dim = hidden // heads
-    model_config.intermediate_size = max(inner) if isinstance(inner, (list, tuple)) else inner
+    model_config.intermediate_size = inner
     return model_config
 
 

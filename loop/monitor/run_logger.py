@@ -125,11 +125,12 @@ class RunLogger:
         parameters: list[Any] = [p for _, p in trainable_parameters(self.engine.module)]
         trained = sum(p.ds_numel for p in parameters)  # ZeRO-3 gives each a ds_numel
         train, valid = data.reports["train"], data.reports["valid"]
+        start = f", on from {self.config.adapter}" if self.config.adapter else ""
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "
             f"{self.execution.description}\n"
             f"base        {self.config.base}: {self.config.method}, "
-            f"{trained:,} trainable parameters\n"
+            f"{trained:,} trainable parameters{start}\n"
             f"examples    {len(data.train):,} of {train.rows:,} to train on, "
             f"{len(data.valid):,} of {valid.rows:,} held out"
         )

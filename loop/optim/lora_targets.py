@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch.nn as nn
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from ..config.schema import ConfigError
 
 
-def put_lora(model: Any, lora: dict[str, Any]) -> nn.Module:
+def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
     """The model with new LoRA weights, which the caller draws at random. Raises ConfigError.
 
     `target_modules: all-linear` means the linear layers of the language model's decoder layers.

@@ -7,7 +7,7 @@ import runpy
 import subprocess
 
 import pytest
-from helpers import CPU, PYTHON, ROOT
+from helpers import CPU, PYTHON, ROOT, run
 from mistakes import MISTAKES, SHOWN_ONLY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,14 +18,7 @@ BROKEN = ROOT / "tests" / "broken"
 def launch(*args: str, **options) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= CPU | {"LOOP_PYTHON": PYTHON}
-    return subprocess.run(
-        [str(ROOT / "launch.sh"), "break", *args],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+    return run([str(ROOT / "launch.sh"), "break", *args], env=env, **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,12 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from loop.checkpoint.identity import RunIdentity, base_fingerprint, tokenizer_fingerprint
+from loop.checkpoint.identity import (
+    RunIdentity,
+    base_fingerprint,
+    examples_fingerprint,
+    tokenizer_fingerprint,
+)
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.batch_plan import plan_batches
@@ -209,3 +214,23 @@ def test_a_base_of_the_hub_is_hashed_with_its_weights_from_the_first_run_on(tiny
     assert base_fingerprint("owner/name", "v1") == base_fingerprint(tiny_base) and fetched == [
         ("owner/name", "v1")
     ]
+
+
+def test_every_part_of_an_example_is_hashed():
+    """Its id, its tokens, and which of them are supervised."""
+    ids = np.arange(8, dtype=np.int32)
+    masked = np.where(ids < 4, -100, ids).astype(np.int32)
+    examples = [
+        Example("a", ids, ids),
+        Example("b", ids, ids),
+        Example("a", ids + 1, ids),
+        Example("a", ids, masked),
+    ]
+    assert len({examples_fingerprint([example]) for example in examples}) == 4
+
+
+def test_special_tokens_are_part_of_a_tokenizer(tiny_base):
+    one, two = (AutoTokenizer.from_pretrained(tiny_base) for _ in range(2))
+    two.eos_token = "<pad>"  # the same vocabulary and template, another end
+    assert one.get_vocab() == two.get_vocab() and one.chat_template == two.chat_template
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(two)

@@ -88,7 +88,7 @@ def test_an_interrupted_file_is_resumed(files, monkeypatch, capsys):
     assert capsys.readouterr().out == f"3 notes in {out}, 3 of them cut off at --max-new-tokens\n"
     complete = out.read_bytes()
     rows = [json.loads(line) for line in complete.splitlines()]
-    assert [row["id"] for row in rows] == ["b", "a", "3"]
+    assert [row["id"] for row in rows] == ["b", "a", "test-2"]
     assert all(row["ended"] in (True, False) and row["turns_left_out"] == 0 for row in rows)
     out.unlink()
     write = generate.write_batch
@@ -111,7 +111,7 @@ def test_an_interrupted_file_is_resumed(files, monkeypatch, capsys):
     out.write_bytes(out.read_bytes()[:-20])
     monkeypatch.setattr(generate, "write_batch", recorded)
     generate.main(args)
-    assert out.read_bytes() == complete and batches == [["a", "3"], ["3", "b"]]
+    assert out.read_bytes() == complete and batches == [["a", "test-2"], ["test-2", "b"]]
     # Nothing is left to write, so no model is loaded.
     monkeypatch.setattr(
         generate, "load_for_generation", lambda *_: pytest.fail("a model was loaded")
@@ -123,9 +123,11 @@ def test_an_interrupted_file_is_resumed(files, monkeypatch, capsys):
 def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypatch, capsys):
     """Not counted as cut off at its longest; a note that went on behind its loop is counted."""
     args, out = files
-    notes = {"a": Note("x", False, True), "b": Note("y", True, True), "3": Note("z", False)}
+    notes = {"a": Note("x", False, True), "b": Note("y", True, True), "test-2": Note("z", False)}
     monkeypatch.setattr(
-        generate, "write_notes", lambda m, t, requests, s: [notes[r.key] for r in requests]
+        generate,
+        "write_notes",
+        lambda m, t, requests, s, task: [notes[r.key] for r in requests],
     )
     generate.main(args)
     assert capsys.readouterr().out == (
@@ -147,14 +149,14 @@ def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypat
     ("line", "words"),
     [
         ('{"id": "c", "dialogue": "Patient: secret', "row 4: is not a whole JSON object"),
-        ('{"id": "c"}', "row 4: has no text `dialogue`"),
+        ('{"id": "c"}', "row 4 (id c): no column 'dialogue'"),
         (
             '{"id": "a", "dialogue": "Patient: secret"}',
             "row 4 (id a): this id occurs twice, first in row 2",
         ),
         ("[1]", "row 4: is not an object"),
         ('{"id": "a secret", "dialogue": "Patient: x"}', "row 4: its id must be"),
-        ('{"id": "c", "dialogue": " "}', "row 4: has no text `dialogue`"),
+        ('{"id": "c", "dialogue": " "}', "row 4 (id c): dialogue is empty"),
     ],
 )
 def test_a_bad_row_ends_with_2_before_a_model_is_loaded(files, monkeypatch, capsys, line, words):
@@ -189,7 +191,7 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
     ("args", "words"),
     [
         (["--input", "x.jsonl"], "--output"),
-        (["--input", "nowhere.jsonl", "--output", "o.jsonl"], "nowhere.jsonl: No such file"),
+        (["--input", "nowhere.jsonl", "--output", "o.jsonl"], "nowhere.jsonl: no such file"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--top-p", "0.5"], "--top-p: means something only with --temperature above 0"),
         (["--top-p", "0"], "--top-p 0.0"),

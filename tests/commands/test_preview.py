@@ -1,5 +1,6 @@
 """Seeing what is trained on."""
 
+import dataclasses
 import json
 import stat
 
@@ -38,11 +39,16 @@ def test_a_packed_row_says_where_each_document_lies(loaded):
     assert f"tokens {len(a)} to {last} of the row, positions 0 to {len(b) - 1}" in heads[1]
 
 
+def writeable(example):
+    """A copy: examples of the cache are views of its file."""
+    return dataclasses.replace(example, labels=example.labels.copy())
+
+
 def test_the_checks_hold_and_each_finds_its_fault(loaded):
     tokenizer, examples, conversations = loaded
     lines = check_examples(examples, conversations, tokenizer, set())
     assert "40 examples" in lines[0] and "40 examples" in lines[1]
-    e = examples[0]
+    e = writeable(examples[0])
     e.labels[-1] = -100
     with pytest.raises(ConfigError, match="id train-0: .* supervised '</s>'"):
         check_examples([e], conversations, tokenizer, set())
@@ -50,7 +56,7 @@ def test_the_checks_hold_and_each_finds_its_fault(loaded):
     e.labels[3] = e.input_ids[3]  # a token of the prompt supervised
     with pytest.raises(ConfigError, match="id train-0: what generation would be fed"):
         check_examples([e], conversations, tokenizer, set())
-    e = examples[1]
+    e = writeable(examples[1])
     e.labels[-3] = -100  # a token of the note unsupervised
     with pytest.raises(ConfigError, match="id train-1: the supervised tokens do not decode"):
         check_examples([e], conversations, tokenizer, set())

@@ -25,6 +25,7 @@ SOURCES = {
         "loop/commands/canaries.py",
     ],
     "setup": [],
+    "sweep": ["loop/sweep/grid.py"],
     "check": ["kernels_check/__main__.py"],
     "bench": ["tests/bench/__main__.py"],
     "break": ["tests/broken/__main__.py"],

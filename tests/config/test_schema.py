@@ -87,5 +87,12 @@ def test_one_lora_field_keeps_the_others_defaults(tmp_path):
 
 def test_the_resolved_configuration_loads_again(tmp_path):
     c = load("lr=3e-4", "monitor.sample_notes=[a]")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
+    text = yaml.safe_dump(c.model_dump(mode="json"), sort_keys=False)  # as a run writes it
+    (tmp_path / "config.yaml").write_text(text)
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == c
+
+
+def test_a_run_stays_in_the_folder_of_runs():
+    for name in ("/tmp/x", "/", "..", "."):
+        with pytest.raises(ConfigError, match="run.name=.*must be the name of a folder in run.dir"):
+            load(f"run.name={name}")

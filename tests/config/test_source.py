@@ -32,11 +32,11 @@ def add_a_file_in_a_new_folder(folder):
 
 def move_a_file(folder):
     (folder / "formats").mkdir()
-    (folder / "readers.py").rename(folder / "formats" / "readers.py")
+    (folder / "report.py").rename(folder / "formats" / "report.py")
 
 
 def rename_a_file(folder):
-    (folder / "readers.py").rename(folder / "sources.py")
+    (folder / "report.py").rename(folder / "reports.py")
 
 
 def remove_a_file(folder):

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
 from loop.config import source
 from loop.config.cli import load_config
-from loop.data.cache import cache_key
-from loop.data.dataset import load_examples
+from loop.data.cache import cache_key, read_cache
+from loop.data.dataset import load_examples, prepare_examples, visit_weights
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -42,7 +43,7 @@ def run(tmp_path, tiny_base, monkeypatch):
 
 def move_a_file(package):
     (package / "formats").mkdir()
-    (package / "readers.py").rename(package / "formats" / "readers.py")
+    (package / "sources" / "readers.py").rename(package / "formats" / "readers.py")
 
 
 def add_a_file(package):
@@ -62,7 +63,62 @@ def test_a_moved_or_added_file_makes_the_examples_anew(run, change):
     assert files == {before, cache_key(config, tokenizer, "train")}
 
 
+def test_what_is_read_is_what_was_made_and_stays_in_the_file(run):
+    config, tokenizer, package = run
+    made = prepare_examples(config, tokenizer, "train")
+    first, again = (load_examples(config, tokenizer, "train") for _ in range(2))
+    assert made[1] == first[1] == again[1]
+    for own, *others in zip(made[0], first[0], again[0], strict=True):
+        for other in others:
+            assert (own.id, own.weight) == (other.id, other.weight)
+            for name in ("input_ids", "labels"):
+                view = getattr(other, name)
+                assert np.array_equal(getattr(own, name), view) and view.dtype == np.int32
+                assert not view.flags.owndata and not view.flags.writeable
+    (path,) = (package.parents[1] / "runs/.tokens").glob("*.safetensors")
+    content = path.read_bytes()
+    for damaged in (content[:-4], content[:40], b"", content.replace(b"labels", b"lables")):
+        path.write_bytes(damaged)
+        assert read_cache(path) is None
+
+
 def test_splits_have_keys_of_their_own(run):
     config, tokenizer, _ = run
     assert cache_key(config, tokenizer, "train") == cache_key(config, tokenizer, "train")
     assert cache_key(config, tokenizer, "train") != cache_key(config, tokenizer, "valid")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_seq_len": 100},
+        {"data": {"weights": [0.5]}},
+        {"data": {"limit": 3}},
+        {"data": {"supervise": "all"}},
+    ],
+)
+def test_what_changes_the_examples_changes_the_key(run, change):
+    config, tokenizer, _ = run
+    data = config.data.model_copy(update=change.pop("data", {}))
+    other = config.model_copy(update={"data": data} | change)
+    assert cache_key(other, tokenizer, "train") != cache_key(config, tokenizer, "train")
+
+
+def test_the_key_is_of_the_template_and_of_the_special_tokens(run):
+    config, tokenizer, _ = run
+    keys = [cache_key(config, tokenizer, "train")]
+    tokenizer.eos_token = "<pad>"  # in the vocabulary before: the backend is the same
+    keys.append(cache_key(config, tokenizer, "train"))
+    tokenizer.chat_template += " "
+    keys.append(cache_key(config, tokenizer, "train"))
+    assert len(set(keys)) == 3
+
+
+def test_weights_survive_the_cache(run):
+    config, tokenizer, _ = run
+    data = config.data.model_copy(update={"train": [config.data.train], "weights": [0.25]})
+    weighted = config.model_copy(update={"data": data})
+    for _ in range(2):
+        examples, _ = load_examples(weighted, tokenizer, "train")
+        assert {e.weight for e in examples} == {0.25}
+        assert visit_weights(examples).tolist() == [0.25] * 4

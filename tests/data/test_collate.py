@@ -3,7 +3,7 @@
 import numpy as np
 
 from loop.data.batch_plan import PackingSpec
-from loop.data.collate import collate
+from loop.data.collate import collate, pad_to
 from loop.data.tokenization import Example
 
 
@@ -40,3 +40,13 @@ def test_the_number_of_targets_is_the_collators():
     ]
     for e in examples:
         assert e.num_targets == int((collate([e], PackingSpec(64, 64)).targets != -100).sum())
+
+
+def test_a_rows_fill_is_documents_of_its_own_no_longer_than_an_example():
+    row = collate([example("a", [5, 6, 7], 0)], PackingSpec(64, 24))
+    filled = pad_to(row, 64, 8, 24)
+    assert filled.cu_seqlens.tolist() == [0, 3, 27, 51, 64, 64, 64, 64, 64]
+    expected = [*range(3), *range(24), *range(24), *range(13)]
+    assert filled.position_ids[0].tolist() == expected
+    assert filled.input_ids[0].tolist() == [5, 6, 7] + [0] * 61
+    assert filled.targets.tolist() == row.targets.tolist()

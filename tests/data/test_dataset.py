@@ -9,7 +9,7 @@ import pytest
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples, load_training_data, prepare_examples
-from loop.data.soap import REQUEST
+from loop.data.soap import SOAP
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.model.loading import load_tokenizer
 
@@ -51,6 +51,25 @@ def load(tmp_path, tiny_base):
         return prepare(c, load_tokenizer(tiny_base), "train")
 
     return load
+
+
+def test_repeated_rows_and_rewritten_headings_are_counted(load):
+    again = [ROWS[0] | {"id": f"again{i}"} for i in range(2)]
+    other = {"dialogue": "Doctor: And?", "soap": "Subjective: a\n**O:** b\nA/P: c\nP: d"}
+    rows = [*ROWS, *again, other | {"id": "styled"}]
+    for _ in range(2):  # the second report is the cache's
+        examples, report = load(rows, "data.normalize_headings=true", "data.headings=required")
+        assert len(examples) == 9 and report.duplicates == 2
+        assert (report.notes_normalized, report.headings_normalized) == (1, 3)
+        assert report.lines("train", 1024) == [
+            "normalized  3 headings of 1 notes in data.train are written as S:, O:, A:, P: now",
+            "duplicates  2 of 9 examples in data.train repeat an earlier one word for word, and "
+            "count twice",
+        ]
+    report = load(rows)[1]
+    assert (report.notes_normalized, report.without_headings, report.duplicates) == (0, 1, 2)
+    with pytest.raises(ConfigError, match=r"row 9 \(id styled\): the note lacks S:, O:, A:, P:"):
+        load(rows, "data.headings=required", "data.on_error=stop")
 
 
 def test_the_data_of_a_run_is_loaded_in_one_call(load, tmp_path, tiny_base):
@@ -104,7 +123,7 @@ def test_a_truncated_dialogue_keeps_note_frame_and_both_ends(load, tiny_base):
     assert report.truncated == ["long"] and not report.dropped and report.without_headings == 1
     assert 1024 - 40 < len(example) <= 1024  # no more turns went than had to
     assert (
-        REQUEST.strip() in text
+        SOAP.request.strip() in text
         and "question 0\n" in text
         and "question 199" in text
         and text.endswith("S: a</s>")

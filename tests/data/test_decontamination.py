@@ -58,3 +58,11 @@ def test_the_embedded_splits_do_not_leak():
         for s in ("train", "valid", "test")
     }
     assert find_near_duplicates(dialogues["train"], dialogues["valid"] + dialogues["test"]) == []
+
+
+def test_nearly_the_same_begins_at_four_fifths():
+    """Two texts of which two thirds of all runs are common are two texts, six sevenths are not."""
+    words = text(6, 2000)
+    for kept, expected in ((1600, False), (1850, True)):  # of 2,000: 0.67 and 0.86 of all runs
+        other = " ".join([*words[:kept], *text(7, 2000 - kept)])
+        assert bool(find_near_duplicates([" ".join(words)], [other])) == expected, kept

@@ -8,7 +8,7 @@ from helpers import ROOT
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
-from loop.data.readers import READERS, BadRow
+from loop.data.sources.readers import READERS, BadRow
 from loop.model.loading import load_tokenizer
 
 ROWS = [

@@ -3,10 +3,11 @@
 import pytest
 
 from loop.data.soap import (
-    REQUEST,
+    SOAP,
     before_next_heading,
     fit_dialogue,
     has_all_sections,
+    normalize_headings,
     parse_note,
     shorten,
     soap_messages,
@@ -60,7 +61,7 @@ def test_a_heading_twice_keeps_both_texts():
 def test_training_and_generation_share_the_prompt():
     prompt, whole = soap_messages(" Doctor: hi "), soap_messages("Doctor: hi", " S: a ")
     assert whole[:2] == prompt
-    assert prompt[1]["content"] == REQUEST + "Doctor: hi"
+    assert prompt[1]["content"] == SOAP.request + "Doctor: hi"
     assert whole[2] == {"role": "assistant", "content": "S: a"}
 
 
@@ -80,3 +81,30 @@ def test_a_section_ends_where_a_line_begins_another():
     assert before_next_heading(" Cough.\nMore: yes.\nObjective: x") == " Cough.\nMore: yes.\n"
     assert before_next_heading(" Plan: rest, BP: 120/80") == " Plan: rest, BP: 120/80"
     assert before_next_heading("\nP: x") == "\n"
+
+
+@pytest.mark.parametrize(
+    ("note", "changed"),
+    [
+        ("Subjective: a\nObjective: b\nAssessment: c\nPlan: d", 4),
+        ("SUBJECTIVE:\na\nOBJECTIVE:\nb\nASSESSMENT:\nc\nPLAN:\nd", 4),
+        ("**S:** a\n**O:** b\n**A:** c\n**P:** d", 4),
+        ("## Subjective\na\n## Objective\nb\n## Assessment\nc\n## Plan\nd", 4),
+        ("S - a\nO - b\nA - c\nP - d", 4),
+        ("1. Subjective: a\n2. Objective: b\n3. Assessment: c\n4. Plan: d", 4),
+        ("S: a\nO: b\nA/P: c\nPlan: d", 2),
+        ("S: a\nO: b\nAssessment and Plan:\nc\nP: d", 1),
+        ("S: a\nO: b\nA: c\nP: d", 0),
+    ],
+)
+def test_headings_of_any_style_are_normalized_and_counted(note, changed):
+    written, count = normalize_headings(note)
+    assert count == changed
+    assert parse_note(written) == {"S": "a", "O": "b", "A": "c", "P": "d"}
+
+
+def test_a_pulse_stays_a_pulse():
+    note = "Subjective: a\nObjective: T 37\nP: 80\nS: 98 %\nAssessment: c\nPlan: d"
+    written, count = normalize_headings(note)
+    assert count == 4 and parse_note(written)["O"] == "T 37\nP: 80\nS: 98 %"
+    assert parse_note("S: a\nO: b\nA: c\nP: 80 mg of aspirin")["P"] == "80 mg of aspirin"

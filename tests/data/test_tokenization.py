@@ -5,11 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
+from loop.config.schema import ConfigError
 from loop.data.conversations import Conversation
 from loop.data.soap import soap_messages
 from loop.data.tokenization import (
     PLAIN_TEMPLATE,
+    Example,
     encode,
     encode_examples,
     encode_prompts,
@@ -199,3 +202,82 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_switched_off(tiny_base):
             and one.input_ids.tolist() == other.input_ids.tolist()
             and one.labels.tolist() == other.labels.tolist()
         )
+
+
+def with_bos(tokenizer):
+    """As Llama's tokenizers: whoever does not say otherwise gets a BOS in front of each text."""
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    assert tokenizer("x")["input_ids"][0] == bos
+    return tokenizer
+
+
+def test_a_tokenizers_own_bos_is_never_added(tokenizer):
+    """The template writes the BOS where the base has one: no second one, and none inside."""
+    specials = "".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    conversations = [talk("Doctor: hi", "S: ok"), talk("Doctor: " + specials, "S: ok", "b")]
+    before = encode_examples(tokenizer, conversations)
+    after = encode_examples(with_bos(tokenizer), conversations)
+    for one, other in zip(before, after):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+
+    class Slow:
+        """The same tokenizer without the library's fast backend."""
+
+        is_fast = False
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args, **options):
+            return tokenizer(*args, **options)
+
+    slow = encode_examples(Slow(), conversations)
+    assert [e.input_ids.tolist() for e in slow] == [e.input_ids.tolist() for e in before]
+
+
+# The lead to an answer ends with a space, which the answer's own turn lacks.
+OTHER_LEAD = (
+    "{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+def test_where_the_prompt_is_no_prefix_the_answer_follows_the_prompt(tiny_base):
+    """What generation is fed is what training saw, also where the template makes two texts."""
+    tokenizer = with_bos(load_tokenizer(tiny_base))
+    tokenizer.chat_template = OTHER_LEAD
+    (prompt,) = encode(tokenizer, [(soap_messages("Doctor: hi"), True)])
+    (whole,) = encode(tokenizer, [(soap_messages("Doctor: hi", "S: ok"), False)])
+    assert whole[: len(prompt)] != prompt
+    (e,) = encode_examples(tokenizer, [talk("Doctor: hi", "S: ok")])
+    answer = tokenizer("S: ok", add_special_tokens=False)["input_ids"]
+    assert e.input_ids.tolist() == [*prompt, *answer, tokenizer.eos_token_id]
+    assert e.input_ids[e.labels != -100].tolist() == [*answer, tokenizer.eos_token_id]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_base):
+    """As one that writes its thoughts into the last answer alone."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ m['role'] + ': ' + (m['content'] + (' (end)' if loop.last else '')) + eos_token }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    ]
+    with pytest.raises(ConfigError, match="id a: the chat template rewrites earlier turns"):
+        encode_examples(tokenizer, [Conversation("a", turns)])
+
+
+def test_the_first_token_is_no_target():
+    ids = np.arange(5, dtype=np.int32)
+    assert Example("a", ids, ids).num_targets == 4  # nothing predicts it

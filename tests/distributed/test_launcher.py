@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers import communicate, ends_within, wait_until
 
 from loop.config.schema import ConfigError
+from loop.distributed import launcher
 from loop.distributed.hosts import find_hosts, local_hosts, read_hostfile
 from loop.distributed.launcher import StopSignals
 
@@ -93,7 +96,7 @@ def start(clone, *args, **changes):
 
 def run(clone, *args, **env):
     process = start(clone, *args, **env)
-    out, err = process.communicate(timeout=60)
+    out, err = communicate(process, 60)
     return process.returncode, out, err
 
 
@@ -113,16 +116,9 @@ def living(clone):
     return found
 
 
-def wait_until(condition, seconds=40):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def wait_for_ranks(*clones, lines=2):
     wait_until(
-        lambda: all(len(events(clone, rank)) >= lines for clone in clones for rank in (0, 1))
+        lambda: all(len(events(clone, rank)) >= lines for clone in clones for rank in (0, 1)), 40
     )
 
 
@@ -195,7 +191,7 @@ def test_a_signal_reaches_each_rank_once_and_they_end_well(two_clones):
     for process, number in zip(runs, (signal.SIGINT, signal.SIGTERM)):
         process.send_signal(number)
     for process, clone in zip(runs, two_clones):
-        _, err = process.communicate(timeout=30)
+        _, err = communicate(process, 30)
         assert process.returncode == 0 and "Traceback" not in err
         for rank in (0, 1):
             assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
@@ -214,7 +210,7 @@ def test_ranks_that_do_not_listen_end_at_a_second_signal_or_after_the_grace_peri
     time.sleep(1)
     runs[0].send_signal(signal.SIGINT)
     for process, clone in zip(runs, two_clones):
-        process.communicate(timeout=15)
+        communicate(process, 15)
         assert process.returncode == 128 + signal.SIGKILL
         assert not living(clone)
 
@@ -223,7 +219,7 @@ def test_when_a_rank_dies_the_others_end_too(clone):
     process = start(clone, "wait=1")
     wait_for_ranks(clone)
     next(p for p in living(clone) if "RANK" in p.environ()).kill()
-    _, err = process.communicate(timeout=30)
+    _, err = communicate(process, 30)
     assert process.returncode == 128 + signal.SIGKILL and "signal 9" in err
     assert not living(clone)
 
@@ -235,9 +231,9 @@ def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
         launchers = [p for p in living(clone) if "loop.distributed.launcher" in p.cmdline()]
         return any(p.children() for p in launchers)
 
-    wait_until(launcher_has_a_child)
+    wait_until(launcher_has_a_child, 40)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    communicate(process, 10)
     assert process.returncode == 128 + signal.SIGTERM
     assert not living(clone)
 
@@ -374,7 +370,7 @@ def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
     process = cluster("--hostfile", "hosts", "wait=1", "a='b c' $HOME; \"d", "--gpus=1")
     wait_for_ranks(clone)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = communicate(process, 30)
     assert process.returncode == 0 and err.count("stopping") == 1 and "Traceback" not in err
     for rank in (0, 1):
         args, env, *rest = events(clone, rank)
@@ -382,7 +378,7 @@ def test_words_signals_and_mistakes_pass_between_machines(clone, cluster):
         assert rest == [f"signal {int(signal.SIGTERM)}", "saved"]
         (clone / f"events.{rank}").unlink()
     process = cluster("--hostfile=hosts", "fail=1")
-    _, err = process.communicate(timeout=30)
+    _, err = communicate(process, 30)
     assert process.returncode == 2 and "toy: fail=1 is a mistake" in err
     assert not living(clone)
 
@@ -391,7 +387,7 @@ def test_when_the_starter_is_killed_or_a_second_signal_comes_all_machines_end(cl
     process = cluster("--hostfile", "hosts", "wait=1")
     wait_for_ranks(clone)
     process.kill()
-    wait_until(lambda: not living(clone))
+    wait_until(lambda: not living(clone), 40)
     for rank in (0, 1):
         assert events(clone, rank)[2:] == [f"signal {int(signal.SIGTERM)}", "saved"]
         (clone / f"events.{rank}").unlink()
@@ -401,14 +397,14 @@ def test_when_the_starter_is_killed_or_a_second_signal_comes_all_machines_end(cl
     wait_for_ranks(clone, lines=3)
     time.sleep(1)  # sooner it would be the same request, come twice
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=15)
+    communicate(process, 15)
     assert process.returncode == 128 + signal.SIGKILL and not living(clone)
 
 
 @pytest.mark.slow
 def test_a_machine_that_is_not_reached_ends_the_others(clone, cluster):
     process = cluster("--hostfile", "lost", "wait=1", "deaf=1")
-    _, err = process.communicate(timeout=90)
+    _, err = communicate(process, 90)
     assert process.returncode == 255 and "gone ended with 255" in err and not living(clone)
 
 
@@ -460,11 +456,11 @@ def last_words(calls):
 
 def test_set_up_installs_torch_first_and_only_once(clone, new_clone):
     set_up, calls = new_clone
-    assert set_up().wait(10) == 0 and last_words(calls) == ALL
-    assert set_up().wait(10) == 0 and calls() == []
+    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL
+    assert ends_within(set_up(), 10) == 0 and calls() == []
     with open(clone / "constraints.txt", "a") as file:
         file.write("one-more==1\n")
-    assert set_up().wait(10) == 0 and last_words(calls) == ALL[1:]
+    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL[1:]
 
 
 def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
@@ -488,17 +484,39 @@ def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
 
 def test_an_interrupted_set_up_is_repeated_from_the_start(new_clone):
     set_up, calls = new_clone
-    assert set_up(FAKE_FAILS="deepspeed").wait(10) == 1 and last_words(calls) == ALL[:3]
-    assert set_up().wait(10) == 0 and last_words(calls) == ALL
+    assert ends_within(set_up(FAKE_FAILS="deepspeed"), 10) == 1 and last_words(calls) == ALL[:3]
+    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL
 
 
 def test_two_first_runs_at_once_set_up_once(new_clone):
     set_up, calls = new_clone
     both = [set_up(FAKE_SLEEP="0.3"), set_up(FAKE_SLEEP="0.3")]
-    assert [process.wait(15) for process in both] == [0, 0] and last_words(calls) == ALL
+    assert [ends_within(process, 15) for process in both] == [0, 0] and last_words(calls) == ALL
 
 
 def test_an_old_python_is_refused(new_clone):
     process = new_clone[0](FAKE_OLD="1")
-    _, err = process.communicate(timeout=10)
+    _, err = communicate(process, 10)
     assert process.returncode == 2 and "3.10" in err
+
+
+def test_other_machines_get_the_networks_settings_and_no_secret(monkeypatch):
+    commands = []
+
+    class Started:
+        stdin = SimpleNamespace(write=lambda data: None, flush=lambda: None)
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "HF_HOME", "LOOP_GRACE_SECONDS"):
+        monkeypatch.setenv(name, f"of-{name}")
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, f"secret-{name}")
+    monkeypatch.setattr(launcher.subprocess, "Popen", Started)
+    launcher.RemoteNode("two", {"one": [0], "two": [0]}, 1, 29500, ["train", "lr=1"])
+    (command,) = commands
+    assert command[0] == "ssh" and "two" in command
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "HF_HOME", "LOOP_GRACE_SECONDS"):
+        assert f"{name}=of-{name}" in command[-1]
+    assert "MASTER_PORT=29500" in command[-1] and "secret" not in command[-1]

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, communicate, free_port
 from test_watchdog import wait_until_doing
 
 APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -73,7 +73,7 @@ def hosts(config_file):
 
 
 def ends(process: subprocess.Popen, within: float) -> tuple[int, str]:
-    out, err = process.communicate(timeout=within)
+    out, err = communicate(process, within)
     return process.returncode, out + err
 
 

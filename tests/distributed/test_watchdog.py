@@ -7,8 +7,9 @@ import subprocess
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
-from helpers import CPU, PYTHON, ROOT, start_ranks
+from helpers import CPU, PYTHON, ROOT, communicate, ends_within, start_ranks, wait_until
 
 from loop.config.schema import RunConfig
 from loop.distributed import stop, watchdog
@@ -21,20 +22,19 @@ def start(config_file, *args: str, world_size: int = 2) -> list[subprocess.Popen
 
 
 def wait_until_doing(folder, rank: int, words: str, step: int) -> None:
-    for _ in range(6000):
+    def is_doing() -> bool:
         try:
             beat = json.loads((folder / "heartbeat" / f"rank-{rank}.json").read_text())
-            if beat["step"] >= step and words in beat["doing"]:
-                return
+            return beat["step"] >= step and words in beat["doing"]
         except (OSError, ValueError):
-            pass
-        time.sleep(0.02)
-    raise AssertionError(f"rank {rank} never came to {words!r} in step {step}")
+            return False
+
+    wait_until(is_doing, 120)
 
 
-def finish(ranks: list[subprocess.Popen], timeout: float = 120) -> list[str]:
+def finish(ranks: list[subprocess.Popen], seconds: float = 120) -> list[str]:
     try:
-        return ["".join(p.communicate(timeout=timeout)) for p in ranks]
+        return ["".join(communicate(p, seconds)) for p in ranks]
     finally:
         for p in ranks:
             p.kill()
@@ -108,7 +108,7 @@ def test_a_second_signal_stops_at_once():
     assert process.poll() is None
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    assert ends_within(process, 10) == 128 + signal.SIGTERM
     process.stdout.close()
 
 
@@ -125,7 +125,7 @@ time.sleep(100)
 def test_a_step_that_never_ends_is_ended_after_the_grace_time():
     process = python(NO_STEP_ENDS, LOOP_GRACE_SECONDS="1")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 1
+    assert ends_within(process, 15) == 1
     process.stdout.close()
 
 
@@ -275,3 +275,39 @@ def test_a_frozen_rank_ends_all_within_the_limit_and_the_next_run_goes_on(config
     wait_until_doing(folder, 0, "micro-batch", step=6)
     again[0].send_signal(signal.SIGINT)
     assert "resumed from" in finish(again)[0]
+
+
+def test_hours_are_hours_since_the_process_began(monkeypatch):
+    monkeypatch.setattr(stop.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(stop.signal, "signal", lambda *_: None)
+    began = psutil.Process().create_time()
+    request = stop.StopRequest(max_hours=2.0)
+    for seconds, reason in ((2 * 3600 - 9, None), (2 * 3600 + 9, "run.max_hours")):
+        monkeypatch.setattr(stop.time, "time", lambda now=began + seconds: now)
+        assert request.reason == reason
+
+
+def test_silence_of_another_machine_is_found_by_this_ones_clock(dog, monkeypatch):
+    """The other's clock may be hours off: what counts is when its file last changed here."""
+    now = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    assert dog.heartbeat_seconds == 60 and dog.stall_seconds == 60
+    other_rank(dog, host="far 1", alive=5.0)
+    assert dog._find_lost(dog._others()) is None
+    now[0] += 59
+    assert dog._find_lost(dog._others()) is None
+    other_rank(dog, host="far 1", alive=6.0)  # it wrote once more
+    assert dog._find_lost(dog._others()) is None
+    now[0] += 61
+    lost = dog._find_lost(dog._others())
+    assert lost.startswith("nothing is heard from rank 1 on far any more; it was in step 7")
+
+
+def test_a_zombie_is_dead(dog):
+    """Its parent has not asked for its exit code yet: the pid is still there."""
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert psutil.pid_exists(process.pid)
+    other_rank(dog, pid=process.pid)
+    assert "died in step 7" in dog._find_lost(dog._others())
+    process.wait()

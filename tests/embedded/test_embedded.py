@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 
-from loop.data.soap import HEADINGS, REQUEST, has_all_sections, parse_note, soap_messages
+from loop.data.soap import SOAP, has_all_sections, parse_note, soap_messages
 from loop.embedded import clinic, corpus
 from loop.embedded.conditions import CONDITIONS, DRUGS
 
@@ -98,7 +98,7 @@ def test_every_condition_can_be_trained_on():
 @pytest.mark.parametrize("split", clinic.SPLITS)
 def test_notes_state_only_what_was_said(split):
     sides = ["left", "right"]
-    headings = [f"{heading}:" for heading in HEADINGS]
+    headings = [f"{heading}:" for heading in SOAP.headings]
     for row in committed(split):
         note, dialogue = row["soap"], row["dialogue"]
         assert has_all_sections(note)
@@ -164,7 +164,7 @@ def test_pretraining_has_no_note():
     for chat in chats:
         for message in chat:
             assert not parse_note(message["content"]), message["content"]
-            assert REQUEST.strip() not in message["content"]
+            assert SOAP.request.strip() not in message["content"]
 
 
 def test_pretraining_is_varied_and_reproducible():

@@ -1,6 +1,11 @@
 """What notes are compared with."""
 
+import collections
+import math
+import random
 from types import SimpleNamespace
+
+import pytest
 
 from loop.data.conversations import Conversation
 from loop.evaluation.baselines import most_similar, score_with_baselines
@@ -24,3 +29,35 @@ def test_the_most_similar_text_shares_rare_words():
     corpus = ["doctor the knee hurts", "doctor the ear hurts", "doctor the skin itches"]
     queries = ["the ear the ear", "an itching skin itches", "doctor"]
     assert most_similar(queries, corpus) == [1, 2, 0]
+
+
+def plain_cosine(query: str, text: str, corpus: list[str]) -> float:
+    """Of vectors (1 + log tf) log(n / df), as the docstring has it and any textbook."""
+
+    def weights(words: str) -> dict[str, float]:
+        counts = collections.Counter(words.split())
+        df = {word: sum(word in other.split() for other in corpus) for word in counts}
+        return {
+            word: (1 + math.log(n)) * math.log(len(corpus) / df[word])
+            for word, n in counts.items()
+            if df[word]
+        }
+
+    ours, theirs = weights(query), weights(text)
+    dot = sum(weight * theirs.get(word, 0.0) for word, weight in ours.items())
+    return dot / (math.sqrt(sum(w * w for w in theirs.values())) or 1.0)
+
+
+def test_the_most_similar_text_has_the_highest_tf_idf_cosine():
+    """Long texts and common words win nothing: neither a dot product nor plain counts do it."""
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(40)]
+    common = [40 / (i + 1) for i in range(40)]
+
+    def draw() -> str:
+        return " ".join(rng.choices(words, common, k=rng.randint(3, 60)))
+
+    corpus, queries = [draw() for _ in range(30)], [draw() for _ in range(60)]
+    for query, found in zip(queries, most_similar(queries, corpus)):
+        cosines = [plain_cosine(query, text, corpus) for text in corpus]
+        assert cosines[found] == pytest.approx(max(cosines), rel=1e-12)

@@ -7,9 +7,10 @@ import pytest
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import read_split
+from loop.data.soap import SOAP
 from loop.evaluation.baselines import rows_of, score_with_baselines
 from loop.evaluation.choosing import Choice, chosen_examples, read_references, score_notes
-from loop.evaluation.scoring import METRICS, score_note
+from loop.evaluation.scoring import metrics_of, score_note
 from loop.generation.decode import Note
 
 NAN = float("nan")
@@ -40,7 +41,8 @@ def test_the_loss_chooses_unless_a_metric_is_named(config_file):
 
 
 @pytest.mark.parametrize(
-    "name", ["rouge9", "repetition", "looped", "length", "markdown", "eval/loss"]
+    "name",
+    ["rouge9", "repetition", "looped", "length", "markdown", "eval/loss", "facts/critical"],
 )
 def test_a_metric_that_cannot_choose_is_refused_with_those_that_can(config_file, name):
     with pytest.raises(ConfigError, match=f"^monitor.best={name}: must be one of loss, rouge1, "):
@@ -117,7 +119,7 @@ def test_the_scores_are_those_of_evaluate_on_any_number_of_ranks(config_file):
     figures = score_notes(conversations, notes, alone)
     assert figures == {f"eval/{name}": values["value"] for name, values in expected.items()}
     assert {"eval/rouge1", "eval/ended", "eval/sections", "eval/facts/supported"} <= set(figures)
-    assert "eval/loss" not in figures and len(figures) <= len(METRICS)
+    assert "eval/loss" not in figures and len(figures) <= len(metrics_of(SOAP))
     scores = [score_note(row) for row in rows_of(conversations, notes)]
     others = [scores[rank::4] for rank in range(4)]
     assert score_notes(conversations, notes, OneOf(3, 4, others)) == figures

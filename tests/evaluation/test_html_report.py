@@ -1,44 +1,130 @@
-"""The page on which notes are read."""
+"""The page on which notes are read and rated."""
 
+import base64
+import csv
+import hashlib
+import html.parser
+import re
 import stat
 
-from loop.evaluation.html_report import as_page, write_page
+from loop.evaluation import html_report
+from loop.evaluation.html_report import RATINGS, Span, as_page, blinding_key, write_page
 from loop.evaluation.scoring import Row
 
 ROWS = [
     Row("good", "Patient: <b>I take aspirin 81 mg</b>", "S: ref", "S: aspirin 81 mg."),
     Row("bad", "Patient: x", "S: ref", "S: takes 5 mg & heparin.", False),
 ]
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror='a'>&lt;"
+
+
+class Elements(html.parser.HTMLParser):
+    """The tags and the attributes of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+    def values(self, name: str) -> list[str]:
+        return [value for key, value in self.attributes if key == name]
 
 
 def test_what_is_unsupported_or_missed_is_marked_in_its_place():
     page = as_page("t", ROWS, "figures")
+    assert re.search(
+        r'<mark id="v1-0-f0" title="not in the dialogue: 5 mg of heparin">5 mg</mark> &amp; ', page
+    )
+    assert 'title="not in the dialogue: heparin">heparin</mark>.' in page
+    assert page.count('title="not in the dialogue') == 2
     assert (
-        '<mark title="not in the dialogue: 5 mg">5 mg</mark> &amp; '
-        '<mark title="not in the dialogue: heparin">heparin</mark>.'
-    ) in page
-    assert page.count("<mark title") == 2
-    assert "S: aspirin 81 mg." in page and "&lt;b&gt;I take" in page
+        "&lt;b&gt;I take" in page
+        and 'title="the dialogue says it: 81 mg of aspirin">81 mg</a>.' in page
+    )
     missed = as_page("t", [ROWS[0]._replace(note="S: nothing")], "figures")
-    assert (
-        '<u title="not in the note: aspirin">aspirin</u> '
-        '<u title="not in the note: 81 mg">81 mg</u>'
-    ) in missed
+    assert '<mark class="missed place" title="not in the note: aspirin">aspirin</mark>' in missed
+    assert 'title="not in the note: 81 mg of aspirin">81 mg</mark>' in missed
 
 
 def test_the_worst_note_comes_first_and_a_cut_off_one_is_named():
     page = as_page("t", ROWS, "figures")
-    worst = page.index("bad: 2 unsupported, cut off before its end")
-    assert worst < page.index("good: 0 unsupported<")
+    worst = page.index("bad: note: 2 flagged, cut off before its end")
+    assert page.index('href="#v1">bad') < page.index('href="#v0">good') < worst
+    assert worst < page.index("good: note: 0 flagged ")
     looped = as_page("t", [ROWS[0]._replace(ended=False, looped=True)], "figures")
-    assert "unsupported, ran in circles, cut off before its end" in looped
+    assert "flagged, ran in circles, cut off before its end" in looped
+
+
+def test_a_contradiction_leads_to_its_place_and_comes_before_what_nobody_said(monkeypatch):
+    spans = {"S: 5 mg": [Span(3, 7, "contradicted", "5 mg", (9, 14))], "S: x y": []}
+    spans["S: x y"] = [Span(3, 4, "not said", "x"), Span(5, 6, "not said", "y")]
+    monkeypatch.setattr(html_report, "note_spans", lambda row: spans[row.note])
+    rows = [Row(f"{i}", "Patient: 50 mg", "ref", note) for i, note in enumerate(reversed(spans))]
+    page = as_page("t", rows, "")
+    assert page.index('<section id="v1"') < page.index('<section id="v0"')
+    assert '<a href="#v1-p9">5 mg</a></mark>' in page and 'id="v1-p9"' in page
+    assert '5 mg</a>: <a href="#v1-p9">the dialogue says otherwise</a>' in page
+
+
+def test_hostile_texts_stay_texts_and_every_link_has_its_end():
+    """Ids, notes, dialogues, settings: none of them adds a tag, an attribute or an anchor."""
+    plain, hostile = (
+        Elements(
+            as_page(
+                word, [Row(word, f"{word} 5 mg", word, f"{word} 5 mg 6 mg")], word, {word: word}
+            )
+        )
+        for word in ("word", HOSTILE)
+    )
+    assert hostile.tags == plain.tags and HOSTILE in hostile.text
+    assert [key for key, _ in hostile.attributes] == [key for key, _ in plain.attributes]
+    anchors = hostile.values("id")
+    assert len(anchors) == len(set(anchors)) and all(re.fullmatch(r"[\w-]+", a) for a in anchors)
+    assert {link.removeprefix("#") for link in hostile.values("href")} <= set(anchors)
+
+
+def test_each_note_has_blank_ratings():
+    elements = Elements(as_page("t", ROWS, ""))
+    assert elements.values("data-item") == [*RATINGS, "remark"] * 2
+    assert "selected" not in dict(elements.attributes) and len(RATINGS) == 9
+
+
+def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
+    rows = [Row(f"id{i}", "Doctor: hello", f"gold {i}", f"mine {i}") for i in range(40)]
+    others = {"reference": [row._replace(note=row.reference) for row in rows]}
+    path = tmp_path / "page.html"
+    write_page(path, "t", rows, "figures", {"notes by": "adapter-x"}, others)
+    page = path.read_text()
+    assert not any(word in page for word in ("adapter-x", "figures", "reference<"))
+    key = (tmp_path / "page.key.csv").read_bytes().decode()
+    assert key == blinding_key(rows, ["adapter-x", "reference"])
+    entries = list(csv.DictReader(key.splitlines()))
+    firsts = [entry["system"] for entry in entries if entry["note"] == "A"]
+    assert 8 < firsts.count("adapter-x") < 32 and len(entries) == 80
+    for entry in entries[:4]:
+        text = {"adapter-x": "mine", "reference": "gold"}[entry["system"]]
+        section = page.split(f"<h2>{entry['id']}:")[1].split("</section>")[0]
+        assert f'<h3>{entry["note"]}</h3><p class="text">{text}' in section
 
 
 def test_the_page_needs_nothing_else_and_is_its_owners(tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
-    write_page(path, "t", ROWS, "figures")
+    write_page(path, "t", ROWS, "figures", {"notes by": "runs/mine/adapter"})
     text = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert text.startswith("<!doctype html>") and "old" not in text
-    assert not any(word in text for word in ("http", "src=", "<script", "@import", "url("))
+    assert "<th>notes by</th><td>runs/mine/adapter</td>" in text
+    assert not any(word in text for word in ("http:", "https:", "src=", "@import", "url(", "fetch"))
+    script = text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text

@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 from helpers import SHARED
 
+from loop.data.soap import SOAP
 from loop.evaluation import scoring
+from loop.evaluation.run import list_unsupported
 from loop.evaluation.scoring import (
     METRICS,
     Metric,
     Row,
     as_table,
+    flagged,
     interval,
+    metrics_of,
     ratio,
     score_note,
     summarise,
-    unsupported,
 )
 
 NOTE = """S: Cough for 3 days, takes warfarin.
@@ -37,7 +40,17 @@ def metrics(note: str, **more) -> dict[str, float | None]:
 def test_a_note_like_the_reference_has_every_metric_at_its_best():
     found = metrics(NOTE, ended=True)
     best = (
-        *("rouge1", "rougeLsum", "S/rouge2", "P/rougeL", "sections", "section/O", "ended"),
+        *(
+            "rouge1",
+            "rougeLsum",
+            "S/rouge2",
+            "P/rougeL",
+            "A/rouge2",
+            "edits",
+            "sections",
+            "section/O",
+            "ended",
+        ),
         *("length", "facts/supported", "facts/kept", "facts/supported/drug"),
     )
     assert {name: found[name] for name in best} == dict.fromkeys(best, 1)
@@ -58,14 +71,26 @@ def test_a_note_like_the_reference_has_every_metric_at_its_best():
         ("", "rouge1", 0),
         ("", "facts/supported", None),
         ("", "facts/kept", 0),
-        (NOTE.replace("500", "250"), "facts/supported/number", 2 / 3),
+        (NOTE.replace("500", "250"), "facts/supported/dose", 0),
+        (NOTE.replace("500", "250"), "facts/supported/P", 2 / 3),
+        (NOTE.replace("500", "250"), "facts/critical", 1 / 8),
+        (NOTE.replace("500", "250"), "facts/unsaid", 1 / 8),
+        (NOTE.replace("Cough", "No cough"), "facts/contradicted", 1 / 8),
+        (NOTE.replace(", takes warfarin", ""), "facts/kept/S", 2 / 3),
+        (NOTE.replace("P: ", "P: No degrees. "), "facts/claims", 3 / 4),
         (NOTE.replace("warfarin", "aspirin"), "facts/supported/drug", 1 / 2),
-        (NOTE.replace("twice", "three times"), "facts/supported/often", 0),
-        (NOTE.replace("38.4 C", "normal"), "facts/kept", 5 / 6),
+        (NOTE.replace("twice", "three times"), "facts/supported/frequency", 0),
+        (NOTE.replace("38.4 C", "normal"), "facts/kept", 7 / 8),
     ],
 )
 def test_what_is_wrong_with_a_note_moves_its_metric(note, name, value):
     assert metrics(note)[name] == (None if value is None else pytest.approx(value))
+
+
+def test_a_section_is_compared_with_the_references_own():
+    """A right plan beside a wrong assessment: each has its own figure."""
+    found = metrics(NOTE.replace("Bronchitis", "Asthma of old"))
+    assert found["A/rouge1"] == 0 and found["P/rouge1"] == found["S/rougeLsum"] == 1
 
 
 def test_what_nobody_knows_counts_nothing():
@@ -74,14 +99,15 @@ def test_what_nobody_knows_counts_nothing():
     assert score_note(Row("a", DIALOGUE, "S: Cough.", NOTE))["P/rouge1"] == (0, 0)
 
 
-def test_unsupported_facts_are_given_with_every_mention():
-    note = "Takes aspirin 81 mg. Aspirin again."
-    found = unsupported(Row("a", DIALOGUE, NOTE, note))
-    assert [(fact.value, note[fact.start : fact.end]) for fact in found] == [
+def test_flagged_statements_are_given_with_every_mention():
+    note = "S: 250 mg of aspirin and 250 mg."
+    found = flagged(Row("a", DIALOGUE, NOTE, note))
+    assert [(v.statement.value, note[v.statement.start : v.statement.end]) for v in found] == [
+        ("250 mg", "250 mg"),
         ("aspirin", "aspirin"),
-        ("81 mg", "81 mg"),
-        ("aspirin", "Aspirin"),
+        ("250 mg", "250 mg"),
     ]
+    assert {v.verdict for v in found} == {"not said"} and all(v.is_critical for v in found)
 
 
 def test_a_metric_is_a_ratio_of_sums_and_its_interval_covers_it():
@@ -96,6 +122,39 @@ def test_a_metric_is_a_ratio_of_sums_and_its_interval_covers_it():
     assert low == pytest.approx(values.mean() - error, abs=0.03)
     assert high == pytest.approx(values.mean() + error, abs=0.03)
     assert interval(np.zeros((3, 2))) == (None, None)
+    assert interval(np.ones((1, 2))) == (None, None)  # one value tells nothing of the spread
+
+
+def test_the_interval_of_a_few_notes_holds():
+    """Wilson's for shares; coverage of what notes have, for 4 and 10 of them."""
+    assert interval(np.ones((4, 2)), share=True) == (pytest.approx(0.5101, abs=1e-4), 1)
+    assert interval(np.array([[0.0, 1.0]] * 9 + [[1.0, 1.0]]), share=True) == (
+        pytest.approx(0.0179, abs=1e-4),
+        pytest.approx(0.4042, abs=1e-4),
+    )
+    assert interval(np.full((4, 2), 10.0), share=True)[0] < 0.6  # facts of a note go together
+    draw = np.random.default_rng(0)
+    for n in (4, 10):
+        held = {"share": 0, "likeness": 0, "facts": 0, "length": 0}
+        for _ in range(400):
+            counts = draw.integers(3, 25, n)
+            facts = draw.binomial(counts, draw.beta(8.5, 1.5, n))
+            samples = {
+                "share": (draw.random(n) < 0.8, np.ones(n), 0.8),
+                "likeness": (draw.beta(8, 8, n), np.ones(n), 0.5),
+                "facts": (facts, counts, 0.85),
+                "length": (draw.normal(5, 2, n), np.ones(n), 5),
+            }
+            for name, (above, below, truth) in samples.items():
+                pairs = np.stack([above, below], 1).astype(float)
+                low, high = interval(pairs, share=name != "length")
+                held[name] += low <= truth <= high
+        assert min(held.values()) > 0.91 * 400, held
+
+
+def test_student_t_is_that_of_the_tables():
+    table = {1: 12.706, 3: 3.182, 8: 2.306, 9: 2.262, 30: 2.042, 120: 1.980}
+    assert {n: scoring.student_t(n) for n in table} == pytest.approx(table, rel=1e-3)
 
 
 def test_the_summary_puts_the_others_beside_the_notes():
@@ -103,13 +162,16 @@ def test_the_summary_puts_the_others_beside_the_notes():
     bad = score_note(Row("a", DIALOGUE, NOTE, DIALOGUE))
     report = summarise({"notes": [good, good], "dialogue": [bad, bad]})
     rouge1 = report["rouge1"]
-    assert rouge1["value"] == rouge1["low"] == rouge1["high"] == 1 > rouge1["dialogue"] > 0
-    assert report.keys() < METRICS.keys() and "ended" not in report  # nobody knows it here
+    assert rouge1["value"] == rouge1["high"] == 1 > rouge1["dialogue"] > 0
+    assert 0.3 < rouge1["low"] < 0.4 and rouge1["of"] == 2  # two notes tell little
+    assert report.keys() < metrics_of(SOAP).keys() and "ended" not in report  # nobody knows it here
     loss = as_table({"loss": {"value": 1.5, "low": 1.25, "high": 2.0}})
     assert loss.split()[-6:] == "nats a token 1.5000 1.2500 to 2.0000".split()[-6:]
     table = as_table(report)
-    assert "ROUGE-Lsum" in table and "100.0 to 100.0" in table
-    assert len(table.splitlines()) == len(report) + 1
+    assert "ROUGE-Lsum" in table and "34.2 to 100.0" in table and "100.0 to 100.0" not in table
+    assert "fewer than 10 notes" in table and len(table.splitlines()) == len(report) + 2
+    enough = as_table(summarise({"notes": [good] * 10}))
+    assert "fewer than" not in enough
 
 
 def test_a_metric_added_from_outside_stands_in_report_and_table(monkeypatch):
@@ -125,7 +187,7 @@ def test_a_metric_added_from_outside_stands_in_report_and_table(monkeypatch):
     report = summarise({"notes": notes, "dialogue": [dialogue, dialogue]})
     assert report["questions"]["value"] == 2 / 5  # a ratio of sums over both notes
     assert 0 < report["questions"]["dialogue"] < report["questions"]["value"]
-    last = as_table(report).splitlines()[-1]
+    last = as_table(report).splitlines()[-2]  # before the remark on few notes
     assert last.split()[:5] == ["question", "marks", "a", "word", "0.400"]
 
 
@@ -146,3 +208,15 @@ def test_published_metrics_are_met():
         "rouge2": pytest.approx(12.5, abs=0.05),
         "rougeLsum": pytest.approx(30.7, abs=0.05),
     }
+
+
+def test_the_list_of_what_is_unsupported_names_verdict_kind_and_section_but_no_claims_words():
+    note = (
+        NOTE.replace("500", "250").replace("S: ", "S: No cough. ").replace("P: ", "P: No degrees. ")
+    )
+    (lines,) = list_unsupported([Row("a", DIALOGUE, NOTE, note)]).values()
+    assert lines[0].startswith("critical, contradicted, ") and "degree" not in " ".join(lines)
+    assert "critical, contradicted, symptom: no cough [S]" in lines
+    assert "critical, contradicted, claim: characters" in " ".join(lines)
+    assert lines[-1] == "critical, not said, dose: 250 mg of amoxicillin [P]"
+    assert list_unsupported([Row("a", DIALOGUE, NOTE, NOTE)]) == {}

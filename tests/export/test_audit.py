@@ -246,3 +246,24 @@ def test_a_failed_audit_ends_the_command_with_1(config_file, monkeypatch, capsys
     with pytest.raises(SystemExit) as ended:
         train.main(["--config", str(config_file)])
     assert ended.value.code == 1 and "error: the audit of adapter failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run_loss", "standalone", "right"),
+    [
+        (2.0, 2.015, True),
+        (2.0, 2.03, False),  # 1.5 %
+        (2.0, 1.96, False),
+        (0.054, 0.0543, True),  # what was seen
+        (0.054, 0.057, False),  # 3 thousandths of a nat, where a hundredth of the loss is less
+    ],
+)
+def test_a_loss_is_right_within_a_hundredth_or_a_thousandth_of_a_nat(
+    monkeypatch, run_loss, standalone, right
+):
+    monkeypatch.setattr(audit, "standalone_loss", lambda *_: standalone)
+    if right:
+        assert audit_loss(Path("x"), [], run_loss, "cpu")["fresh"] == standalone
+    else:
+        with pytest.raises(AuditError, match="gets the loss"):
+            audit_loss(Path("x"), [], run_loss, "cpu")

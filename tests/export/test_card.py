@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from loop.commands import evaluate, generate
 from loop.config.schema import ConfigError, GenerationSettings
-from loop.data.soap import REQUEST, SYSTEM
+from loop.data.soap import SOAP
 from loop.export import card
 from loop.export.card import base_license, record_evaluation, write_card, write_papers
 from loop.export.merge import merge
@@ -141,7 +141,7 @@ def test_the_cards_code_loads_the_adapter(trained, tiny_base, tmp_path, monkeypa
     requests = [request(tokenizer, DIALOGUES[0], settings)]
     (note,) = write_notes(names["model"], tokenizer, requests, settings)
     assert names["write_note"](DIALOGUES[0]) == note.text
-    assert names["SYSTEM"] == SYSTEM and names["REQUEST"] == REQUEST
+    assert names["SYSTEM"] == SOAP.system and names["REQUEST"] == SOAP.request
 
 
 def test_the_card_says_what_made_the_adapter(trained):
@@ -152,7 +152,7 @@ def test_the_card_says_what_made_the_adapter(trained):
     assert matter["library_name"] == "peft" and matter["license"] == "other"
     assert matter["datasets"] == [f"sha256-{says['data']['train']['fingerprint']}"]
     assert "/" not in matter["base_model"]  # a local folder's path is nobody's business
-    assert SYSTEM in text and REQUEST.strip() in text and says["prompt"]["sha256"] in text
+    assert SOAP.system in text and SOAP.request.strip() in text and says["prompt"]["sha256"] in text
     assert says["max_seq_len"] == 512 and says["recipe"]["lora"]["r"] == 8
     assert (says["steps"], says["planned_steps"]) == (6, 6) and "6 of 6 planned" in text
     data = json.loads((trained / "data.json").read_text())
@@ -191,12 +191,12 @@ def test_a_full_model_has_them_too(config_file, tmp_path, monkeypatch):
     names = run_code(folder, monkeypatch, "bfloat16")
     assert isinstance(names["write_note"](DIALOGUES[0]), str)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another prompt"):
-        patch.setattr(prompts, "SYSTEM", "x")
+        patch.setattr(prompts, "_sha256", lambda text: "x")
         prompts.check_prompt("--base", str(folder), load_tokenizer(str(folder)))
 
 
 def test_a_merged_model_is_not_asked_another_prompt(merged, monkeypatch, capsys):
-    monkeypatch.setattr(prompts, "SYSTEM", "x")
+    monkeypatch.setattr(prompts, "_sha256", lambda text: "x")
     monkeypatch.setattr("sys.stdin.read", lambda: "Doctor: hi", raising=False)
     with pytest.raises(SystemExit) as end:
         generate.main(["--base", str(merged)])
@@ -248,14 +248,14 @@ def test_what_the_code_cannot_do_is_said(tmp_path, monkeypatch):
     settings = {"no_repeat_ngram": 6, "forced_headings": True, "temperature": 0.7, "top_p": 0.9}
     write_card(tmp_path, {"base": "owner/name", "generation": settings, "prompt": None})
     text = (tmp_path / "README.md").read_text()
-    assert "No 6 tokens in a row occur twice" in text and "forces the four headings" in text
+    assert "No 6 tokens in a row occur twice" in text and "forces the headings" in text
     assert "do_sample=True" in text and "temperature=0.7" in text and "top_p=0.9" in text
     assert "brought their own prompts" in text
     assert front_matter(text)["base_model"] == "owner/name"
 
 
 def test_evaluate_refuses_an_adapter_of_another_prompt(trained, monkeypatch, capsys):
-    monkeypatch.setattr(prompts, "SYSTEM", "x")
+    monkeypatch.setattr(prompts, "_sha256", lambda text: "x")
     monkeypatch.setattr(evaluate, "evaluate_split", lambda *_: pytest.fail("it was evaluated"))
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--config", str(trained / "config.yaml"), "--split", "valid"])

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 from loop.config.schema import GenerationSettings
-from loop.data.soap import REQUEST, SYSTEM, soap_messages
+from loop.data.soap import SOAP, soap_messages
 from loop.data.tokenization import PLAIN_TEMPLATE, render
 from loop.export.ollama import go_template, modelfile
 from loop.generation.prompt import describe_prompt
@@ -53,13 +53,13 @@ def test_the_template_gives_the_prompt_of_the_training(tokenizer, template):
     )
     found = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
     system = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
-    assert found and system and system.group(1) == SYSTEM
+    assert found and system and system.group(1) == SOAP.system
     dialogue = "Doctor: {{ 5 }}?\nPatient: pain"
     filled = found.group(1).removesuffix("{{ .Response }}")
-    filled = filled.replace("{{ .System }}", SYSTEM).replace("{{ .Prompt }}", dialogue)
+    filled = filled.replace("{{ .System }}", SOAP.system).replace("{{ .Prompt }}", dialogue)
     expected = render(tokenizer, soap_messages(dialogue), True)
     assert filled == expected.removeprefix(tokenizer.bos_token or "\0")
-    assert REQUEST in filled
+    assert SOAP.request in filled
     lines = text.splitlines()
     assert {"FROM .", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"} <= {*lines}
     assert {"PARAMETER num_ctx 1024", "PARAMETER num_predict 300"} <= {*lines}

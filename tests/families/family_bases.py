@@ -45,6 +45,13 @@ LONGROPE = {
     "original_max_position_embeddings": 256,
     "factor": 8.0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+    "llama_4_scaling_beta": 0.5,
+}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 WIDE, NARROW = {"sliding_window": 4096}, {"sliding_window": 128}
 FULL = {"layer_types": ["full_attention", "full_attention"]}
@@ -61,8 +68,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", MLA),
     "deepseek_v3": ("deepseek_v3", MLA),
     "doge": ("doge", {}),
-    "dots1": ("dots1", {**MLA, "head_dim": 16}),
+    "dots1": ("dots1", {**MLA, "head_dim": 16, "n_shared_experts": 1}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2}),
     "exaone4": ("exaone4", {"sliding_window": None, **FULL}),
     "falcon": ("falcon", {"alibi": False}),
     "falcon_h1": ("falcon_h1", {}),
@@ -71,6 +79,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, no soft caps": ("gemma2", {**GEMMA, **WIDE, "attn_logit_softcapping": None}),
     "gemma3_text": ("gemma3_text", {**GEMMA, **WIDE}),
     "gemma3_text, narrow window": ("gemma3_text", {**GEMMA, **NARROW}),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {"head_dim": 16, "num_kv_shared_layers": 0, **FULL, **WIDE, "laurel_rank": 8}
+        | {"vocab_size_per_layer_input": 2048, "hidden_size_per_layer_input": 16}
+        | {"activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [96, 96]},
+    ),
+    "gemma4_text": ("gemma4_text", {"head_dim": 16, **WIDE}),
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 16}),
     "glm4_moe": ("glm4_moe", {**MLA, "head_dim": 16}),
@@ -80,13 +95,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_japanese": ("gpt_neox_japanese", {"num_key_value_heads": ...}),
     "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "granite": ("granite", {"attention_multiplier": 0.1, "logits_scaling": 2.0}),
+    "granitemoehybrid, attention alone": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 8}
+        | {"shared_intermediate_size": 96},
+    ),
+    "gptj": ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
     "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "helium": ("helium", {"head_dim": 16}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "jamba": ("jamba", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "jetmoe": ("jetmoe", {"num_local_experts": 2, "num_experts_per_tok": 1, "kv_channels": 16}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
     "llama": ("llama", {}),
     "llama, dynamic NTK": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 1024}),
+    "llama, odd heads": (
+        "llama",
+        {"hidden_size": 60, "head_dim": 20, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "mamba": ("mamba", {}),
     "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 16, "n_groups": 1}),
@@ -94,6 +120,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "minimax",
         {"num_local_experts": 2, "head_dim": 16, "layer_types": ["linear_attention"] * 2},
     ),
+    "llama4_text": (
+        "llama4_text",
+        {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}
+        | {"no_rope_layers": [1, 0], "moe_layers": [], "attention_chunk_size": 4096},
+    ),
+    "minicpm3": ("minicpm3", {**MLA}),
+    "minimax_m2": (
+        "minimax_m2",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "ministral3": ("ministral3", {"head_dim": 16, "sliding_window": None, "rope_parameters": YARN}),
     "ministral": ("ministral", {"head_dim": 16, **WIDE}),
     "mistral": ("mistral", {**WIDE}),
     "mistral, narrow window": ("mistral", {**NARROW}),

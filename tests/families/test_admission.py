@@ -4,15 +4,14 @@ import json
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 from helpers import ROOT, write_rows
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_training_data
-from loop.data.tokenization import PLAIN_TEMPLATE, Example
-from loop.families.admission import check_base, check_vocabulary
+from loop.data.tokenization import PLAIN_TEMPLATE
+from loop.families.admission import admit_base, check_vocabulary
 from loop.model.loading import load_model_config, load_tokenizer
 
 LONGROPE = {
@@ -52,21 +51,22 @@ WITHOUT_SPLITS = (
     "monitor.sample_notes=[]",
     "data.columns={id: id, dialogue: dialogue, note: soap}",
 )
-EXAMPLE = Example("row-7", np.array([1, 5, 2], np.int32), np.array([-100, 5, 2], np.int32))
+TOKENS = {"row-7": [1, 5, 2]}
 
 
 def refusal(config) -> str:
     with pytest.raises(ConfigError) as error:
-        check_base(config)
-        check_vocabulary(config, [EXAMPLE])
+        _, model_config = admit_base(config)
+        check_vocabulary(config.base, model_config, TOKENS)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_base_is_refused_without_its_weights(base, tmp_path):
-    check_base(configure(base(), tmp_path))
-    check_vocabulary(configure(base(), tmp_path), [EXAMPLE])
-    check_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"))
+    tokenizer, model_config = admit_base(configure(base(), tmp_path))
+    assert tokenizer.model_max_length == model_config.max_position_embeddings
+    check_vocabulary("base", model_config, TOKENS)
+    admit_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"))
     config = configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=512")
     assert "set max_seq_len=256" in refusal(config)
     config = configure(base(rope_parameters=None, vocab_size=5, pad_token_id=0), tmp_path)
@@ -75,7 +75,7 @@ def test_a_base_is_refused_without_its_weights(base, tmp_path):
     assert "lora.lora_dropout: must be 0" in refusal(
         configure(base(vocab_size=320), tmp_path, words)
     )
-    check_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
+    admit_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
     words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [nothing]}"
     assert "lora: " in refusal(configure(base(), tmp_path, words))
 

@@ -13,7 +13,7 @@ from helpers import ROOT
 from loop.config.schema import ConfigError
 from loop.data import tokenization
 from loop.data.conversations import Conversation
-from loop.data.soap import REQUEST, SYSTEM, soap_messages
+from loop.data.soap import SOAP, soap_messages
 from loop.data.tokenization import encode, encode_examples, render
 from loop.model.loading import load_tokenizer
 
@@ -34,6 +34,9 @@ SHAPES = {  # our own, each with what a family's templates do
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
         "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "thoughts in tags of another kind": (
+        OUTER + "{% if add_generation_prompt %}<|assistant|>{{ '<|START_THINKING|>' }}{% endif %}"
     ),
     "a switch": (
         OUTER + "{% if add_generation_prompt %}<|assistant|>"
@@ -94,9 +97,11 @@ def test_training_has_the_prompt_of_generation_and_the_note_alone(tokenizer, nam
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer, skip_special_tokens=True).strip() == NOTE
     text = render(tokenizer, soap_messages(DIALOGUE), True)
-    assert SYSTEM in text and REQUEST.strip() in text and DIALOGUE in text
+    asked = SOAP.request.strip()
+    assert SOAP.system in text and asked in text and DIALOGUE in text
     frame = text.partition(DIALOGUE)[2]
     assert frame.count("<think>") == frame.count("</think>")
+    assert frame.count("<|START_THINKING|>") == frame.count("<|END_THINKING|>")
     assert not re.search(r"<think>\s*\S+\s*</think>", frame)
 
 

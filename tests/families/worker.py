@@ -1,12 +1,14 @@
 """Trains tiny bases of many families, one after the other, and says what became of each.
 
-`python tests/families/worker.py FOLDER NAME...`: writes FOLDER/results.json, {name: result}. A
-result is {"refused": line, "read_weights": bool}, or
+`python tests/families/worker.py FOLDER [--bf16] NAME...`: writes FOLDER/results.json, {name:
+result}. With --bf16 the runs compute in it, as the kernels of GPUs want it. A result is
+{"refused": line, "read_weights": bool}, or
 {"gradient": largest relative difference to the plain reference in two steps, "generated": bool,
-"merged": relative difference of the logits, or why it is not merged}.
+"merged": relative difference of the logits}.
 """
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,6 +31,7 @@ from loop.data.batch_plan import plan_run
 from loop.data.dataset import load_training_data
 from loop.export.audit import AuditError
 from loop.export.merge import merge
+from loop.export.standalone_loss import loss_of
 from loop.generation.decode import generate_notes
 from loop.generation.loading import load_for_generation, prompt_ids
 from loop.kernels.attention import AttentionError
@@ -53,8 +56,8 @@ class Recorder:
 
         def recording(parameters, *args):
             if not self.initial:
-                self.initial = [safe_get_full_fp32_param(p).clone() for p in parameters]
-            self.gradients.append([safe_get_full_grad(p).clone() for p in parameters])
+                self.initial = [safe_get_full_fp32_param(p).clone().cpu() for p in parameters]
+            self.gradients.append([safe_get_full_grad(p).clone().cpu() for p in parameters])
             return clip(parameters, *args)
 
         def loading(*args, **options):
@@ -68,9 +71,9 @@ class Recorder:
         )
 
 
-def configure(name: str, base: Path, folder: Path):
-    ds = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
-    (folder / "fp32.json").write_text(json.dumps(ds))
+def configure(base: Path, folder: Path, bf16: bool):
+    ds = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": bf16}}
+    (folder / "ds.json").write_text(json.dumps(ds))
     values = {
         "base": str(base),
         "data": {"train": str(folder / "rows.jsonl"), "valid_fraction": 0, "cache": False},
@@ -86,7 +89,7 @@ def configure(name: str, base: Path, folder: Path):
             "target_modules": "all-linear",
             "init_lora_weights": False,
         },
-        "deepspeed": str(folder / "fp32.json"),
+        "deepspeed": str(folder / "ds.json"),
         "run": {"dir": str(folder), "name": base.name, "export_check_examples": 0},
     }
     path = folder / f"{base.name}.yaml"
@@ -118,13 +121,13 @@ def largest_difference(recorder: Recorder, config) -> float:
     return float(max(differences))
 
 
-def try_family(name: str, folder: Path) -> dict:
+def try_family(name: str, folder: Path, bf16: bool) -> dict:
     base = folder / "bases" / name.replace(" ", "_")
     build_base(name, base)
     recorder = Recorder()
     recorder.install()
     try:
-        config = configure(name, base, folder)
+        config = configure(base, folder, bf16)
         report = loop.train.train(config, build_ds_config(config))
     except (ConfigError, AttentionError, AuditError) as error:
         line = str(error).replace(str(base), "BASE")
@@ -136,27 +139,22 @@ def try_family(name: str, folder: Path) -> dict:
     adapter = os.path.abspath(report["exported"])
     os.chdir("/")  # an adapter loads from anywhere
     ids = torch.tensor([[1, 300, 301, 302]])
+    stored = loss_of(adapter, "cpu", [([1, 300, 301], [-100, 300, 301])])  # as it was trained
     peft = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
-    try:
-        merge(adapter, f"{adapter}-merged")
-    except ConfigError as error:
-        off = str(error).partition("; ")[2]
-    else:
-        merged = AutoModelForCausalLM.from_pretrained(f"{adapter}-merged", dtype=torch.float32)
-        with torch.no_grad():
-            # PEFT widens the embedding where the tokenizer is larger.
-            wide, logits = (m(input_ids=ids, use_cache=False).logits for m in (peft, merged.eval()))
-        off = float((wide[..., : logits.shape[-1]] - logits).norm() / logits.norm())
+    merge(adapter, f"{adapter}-merged")
+    merged = AutoModelForCausalLM.from_pretrained(f"{adapter}-merged", dtype=torch.float32)
+    with torch.no_grad():  # PEFT widens the embedding where the tokenizer is larger
+        wide, logits = (m(input_ids=ids, use_cache=False).logits for m in (peft, merged.eval()))
     model, tokenizer = load_for_generation(adapter, None, "cpu")
     notes = generate_notes(model, tokenizer, [prompt_ids(tokenizer, "Doctor: Hi.")], 4)
     return {
         "gradient": largest_difference(recorder, config),
-        "merged": off,
-        "generated": len(notes) == 1,
+        "merged": float((wide[..., : logits.shape[-1]] - logits).norm() / logits.norm()),
+        "generated": len(notes) == 1 and math.isfinite(stored),
     }
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str], bf16: bool) -> None:
     quiet_libraries()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -164,7 +162,7 @@ def main(folder: Path, names: list[str]) -> None:
     results = {}
     for name in names:
         try:
-            results[name] = try_family(name, folder)
+            results[name] = try_family(name, folder, bf16)
         except Exception as error:  # what a user would see as a traceback
             lines = f"{type(error).__name__}: {error}".splitlines()
             results[name] = {"traceback": lines[0][:200]}
@@ -177,4 +175,5 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    names = [name for name in sys.argv[2:] if name != "--bf16"]
+    main(Path(sys.argv[1]), names, "--bf16" in sys.argv)

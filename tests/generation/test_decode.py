@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 from loop.config.schema import GenerationSettings
-from loop.data.soap import HEADINGS, parse_note
+from loop.data.soap import SOAP, parse_note
 from loop.generation.controls import GumbelSampler, sampling
 from loop.generation.decode import Note, generate_notes, generate_with_headings, write_notes
 from loop.generation.engine import NoteRequest
@@ -188,7 +188,7 @@ def test_no_ngram_of_a_written_note_occurs_twice(loaded, monkeypatch, forced_hea
         )
         request = NoteRequest("1", prompt, generation.max_new_tokens)
         write_notes(model, tokenizer, [request], generation, partitioned=True)  # by generate
-        assert len(seen) == (len(HEADINGS) if forced_headings else 1)
+        assert len(seen) == (len(SOAP.headings) if forced_headings else 1)
         count = 0
         for ids, written in seen:
             grams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
@@ -292,7 +292,7 @@ def test_strict_forces_the_headings_and_nothing_else(loaded):
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, dialogue) for dialogue in DIALOGUES]
     for note in generate_with_headings(model, tokenizer, prompts, 4, lambda *_: None):
-        assert list(parse_note(note.text)) == list(HEADINGS)
+        assert list(parse_note(note.text)) == list(SOAP.headings)
     words = [
         [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for text in (" a b", " c\nPlan: d", "")

@@ -8,7 +8,7 @@ import pytest
 
 from loop.config.schema import ConfigError
 from loop.generation.decode import Note
-from loop.generation.notes_file import KeptNotes, NotesFile, read_dialogues, read_predictions
+from loop.generation.notes_file import KeptNotes, NotesFile, read_predictions, read_questions
 
 DIALOGUES, BY = {"1": "Doctor: a", "2": "Doctor: b", "3": "Doctor: c"}, {"adapter": "x"}
 
@@ -155,16 +155,30 @@ def test_kept_notes_of_other_settings_or_of_a_running_evaluation_are_refused(tmp
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"id": "a", "dialogue": "b \ud83d"}, "row 1: its dialogue holds half a surrogate pair"),
+        (
+            {"id": "a", "dialogue": "b \ud83d"},
+            r"row 1 \(id a\): dialogue is not UTF-8, or holds half a surrogate pair",
+        ),
         ({"id": "\ud83d", "dialogue": "b"}, "row 1: its id must be a number"),
     ],
 )
 def test_half_a_surrogate_pair_is_refused_where_a_tokenizer_would_fail(tmp_path, row, words):
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=words):
-        read_dialogues(str(tmp_path / "d.jsonl"))
+        read_questions(str(tmp_path / "d.jsonl"))
 
 
 def test_predictions_may_hold_anything(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "note": "x \ud83d\x00"}))
     assert read_predictions(str(tmp_path / "p.jsonl"), ["a"])["a"].text == "x \ud83d\x00"
+
+
+def test_a_note_on_another_text_of_the_same_id_is_refused(tmp_path):
+    """As where a row of the input was corrected meanwhile."""
+    path, by = str(tmp_path / "notes.jsonl"), {"adapter": "1"}
+    file = NotesFile(path, {"a": "Patient: x"}, by)
+    file.add("a", Note("S: x", True))
+    file.close()
+    NotesFile(path, {"a": "Patient: x"}, by).file.close()
+    with pytest.raises(ConfigError, match=r"row 1 \(id a\): its dialogue is not the input's"):
+        NotesFile(path, {"a": "Patient: y"}, by)

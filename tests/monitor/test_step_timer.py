@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, PYTHON, ROOT
+from helpers import CPU, PYTHON, ROOT, run
 
 from loop.monitor.kernel_profile import KINDS, STEPS, WARM_UP, busy_time, kernel_kind, profile_table
 from loop.monitor.step_timer import PHASES, StepTimer
@@ -105,7 +104,7 @@ def test_profile_writes_a_trace_of_three_steps_and_a_table(config_file):
         "batch_size=2",
     ]
     env = os.environ | CPU | {"LOOP_PYTHON": PYTHON}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = run(command, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = runs / "t" / "profile"
     files = sorted(path.name for path in folder.iterdir())
@@ -131,14 +130,7 @@ def test_profile_writes_a_trace_of_three_steps_and_a_table(config_file):
 def test_a_mistake_in_what_is_profiled_is_one_line(config_file):
     command = [PYTHON, "-m", "loop.commands.profile", "--config", str(config_file)]
     command.append("lr=none")
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | CPU,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(command, cwd=ROOT, env=os.environ | CPU)
     assert (
         done.returncode == 2
         and done.stderr.startswith("error: lr")

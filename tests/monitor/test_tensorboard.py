@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import urllib.request
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import CPU, PYTHON, ROOT
+from helpers import CPU, PYTHON, ROOT, communicate, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import (
@@ -224,7 +225,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
     assert runs >= 1
     process = subprocess.Popen(
         [str(ROOT / "launch.sh"), "board", str(trained.parent)],
-        env=os.environ | CPU | {"LOOP_PYTHON": PYTHON},
+        env=os.environ | CPU | {"LOOP_PYTHON": sys.executable},  # its sockets are looked at
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -246,7 +247,7 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
         with urllib.request.urlopen(layout, timeout=60) as answer:
             assert [c["title"] for c in json.load(answer)["category"]] == list(CHARTS)
         process.send_signal(2)
-        _, errors = process.communicate(timeout=20)
+        _, errors = communicate(process, 20)
         assert process.returncode == 0 and "Traceback" not in errors
     finally:
         process.kill()
@@ -261,12 +262,6 @@ def test_board_listens_on_this_machine_alone_and_ends_on_ctrl_c(trained):
     ],
 )
 def test_a_mistake_of_board_is_one_line(args, says, tmp_path):
-    done = subprocess.run(
-        [PYTHON, "-m", "loop.commands.board", *args],
-        cwd=tmp_path,
-        env=os.environ | CPU | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [PYTHON, "-m", "loop.commands.board", *args]
+    done = run(command, cwd=tmp_path, env=os.environ | CPU | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

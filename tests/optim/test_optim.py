@@ -250,13 +250,21 @@ def test_a_spike_is_so_many_deviations_above_what_came_before():
     assert loss_spike_threshold(recent[:19], 3.0) == math.inf  # too little to go by
 
 
-if __name__ == "__main__":
-    worker()
-
-
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_warm_up_as_long_as_the_run_is_refused(steps):
     config = Config(**PLAIN, warmup_steps=5)
     with pytest.raises(ConfigError, match=f"^warmup_steps=5: the whole run has {steps} steps; lr"):
         build_lr_schedule(config, steps)
     assert build_lr_schedule(config, 6)(5) == pytest.approx(config.lr)
+
+
+def test_adamw_gets_the_runs_numbers():
+    config = Config(**PLAIN, lr=3e-3, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.2)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.5, 0.7), 1e-3)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
+if __name__ == "__main__":
+    worker()

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from loop.model.loading import load_base
 
 
-def reference_model(base: str, method: str, lora: dict, dtype=torch.float32, device="cpu"):
+def reference_model(
+    base: str, method: str, lora: dict, dtype=torch.float32, device="cpu", double_quant=True
+):
     """The base (in NF4 for "qlora") with LoRA, as peft and transformers build it, attention by
     torch.
     """
     from peft import LoraConfig, get_peft_model
 
     quantization = "nf4" if method == "qlora" else None
-    model = load_base(base, dtype, device, quantization=quantization, attention="sdpa")
+    options = {"quantization": quantization, "double_quant": double_quant, "attention": "sdpa"}
+    model = load_base(base, dtype, device, **options)
     if method == "full":
         return model.requires_grad_(True)
     return get_peft_model(

@@ -133,7 +133,7 @@ class Bench:
         ]
         path = self.folder / f"cases-{world_size}-{cases[0]['name']}.json"
         path.write_text(json.dumps(todo))
-        run_ok(world_size, "tests/proofs/worker.py", str(path), timeout=600)
+        run_ok(world_size, "tests/proofs/worker.py", str(path), seconds=600)
         for c in cases:
             self.records[c["name"]] = self._read(c["name"])
 

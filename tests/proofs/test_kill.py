@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import CPU, PYTHON, ROOT
+from helpers import CPU, PYTHON, ROOT, ends_within, wait_until
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -34,7 +34,7 @@ def launch(config_file: Path, name: str, *args: str) -> subprocess.Popen:
 
 
 def finish(config_file: Path, name: str) -> None:
-    assert launch(config_file, name).wait(600) == 0, (
+    assert ends_within(launch(config_file, name), 600) == 0, (
         config_file.parent / f"{name}.log"
     ).read_text()[-3000:]
 
@@ -92,11 +92,8 @@ def kill(config_file: Path, name: str, whom: str, instant) -> str | None:
     for who, p in running.items():
         if whom in (who, "everybody"):
             p.kill()
-    process.wait(90)
-    end = time.monotonic() + 90
-    while left := processes(config_file, name):
-        assert time.monotonic() < end, f"{whom} was killed while {what}; still there: {list(left)}"
-        time.sleep(0.1)
+    ends_within(process, 90)
+    wait_until(lambda: not processes(config_file, name), 90)
     if not running:
         return None
     inside = ", inside a save" if saving else ""

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import itertools
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ PATCHED = [
     loop.model.loading,
 ]
 NAN, INF = float("nan"), float("inf")
+DRAWN: list[list] = []  # by `watch_dropout`
 
 
 def frozen_digest(model) -> str:
@@ -207,7 +209,39 @@ def losses_at(losses: dict[str, float]) -> None:
     Validator._evaluate = scripted
 
 
+def watch_dropout(_) -> None:
+    """Notes of each draw of masks: the seed, the rate, the step, and the examples."""
+    install = loop.model.build.install_dropout
+
+    def watched(*args):
+        masks = install(*args)
+        draw = masks.draw
+
+        def noted(step, examples, cu_seqlens):
+            DRAWN.append([masks.seed, masks.p, int(step), list(map(int, examples))])
+            draw(step, examples, cu_seqlens)
+
+        masks.draw = noted
+        return masks
+
+    loop.model.build.install_dropout = watched
+
+
+def draw_numbers(_) -> None:
+    """Each step draws from the generators of its rank."""
+    step = train.train_step
+
+    def drawing(*args, **options):
+        result = step(*args, **options)
+        torch.rand(1), random.random(), np.random.rand()
+        return result
+
+    train.train_step = drawing
+
+
 PATCHES = {
+    "watch_dropout": watch_dropout,
+    "draw_numbers": draw_numbers,
     "losses_at": losses_at,
     "shuffle": shuffle,
     "no_leaf": no_leaf,
@@ -288,6 +322,7 @@ def run(case: dict) -> None:
     saved = [copy.copy(vars(module)) for module in PATCHED]
     write, evaluate = loop.checkpoint.store.CheckpointStore.write, Validator._evaluate
     patch = case.get("patch", {})
+    DRAWN.clear()
     plant(patch, case.get("mistake"))
     recorder, report, error = Recorder(), {}, None
     try:
@@ -322,6 +357,7 @@ def run(case: dict) -> None:
             "frozen": recorder.frozen,
             "error": error,
             "said": recorder.said,
+            "drawn": DRAWN,
         }
         (out / f"{case['name']}.json").write_text(json.dumps(record))
 

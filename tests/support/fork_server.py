@@ -40,8 +40,12 @@ AT_IMPORT = (
     *("BNB", "CUDA", "DS_", "HF_", "KMP", "LANG", "LC_", "LD_", "MKL", "NUMEXPR", "OPENBLAS"),
     *("PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "XDG"),
 )
-# What means nothing to them: PYTHONPATH is that of a fork, and GPUs need a driver.
-APART = {"PYTHONPATH"} | (set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"})
+# Others may differ: a fork has its own PYTHONPATH, libraries and loop/monitor/quiet.py set three
+# themselves, and GPUs need a driver.
+APART = {
+    *("PYTHONPATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"),
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+} | (set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"})
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 PR_SET_PDEATHSIG = 1
 

@@ -8,6 +8,8 @@ import random
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,57 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
 # Starts fast, with the libraries imported: fork_server.py. sys.executable is a true Python.
 PYTHON = os.environ.get("LOOP_TESTS_PYTHON", sys.executable)
+
+
+def machine_share() -> float:
+    """The part of a core that a process gets: 1 on an idle machine, less beside other programs."""
+    return min(1.0, len(os.sched_getaffinity(0)) / max(os.getloadavg()[0], 1.0))
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    """Waits for what takes at most so many seconds on an idle machine.
+
+    Limits of tests are limits of work: on a busy machine, where it takes longer, so does the limit.
+    """
+    while not condition():
+        assert seconds > 0, "it did not happen in time"
+        started = time.monotonic()
+        time.sleep(0.02)
+        seconds -= (time.monotonic() - started) * machine_share()
+
+
+def communicate(process: subprocess.Popen, seconds: float, text: str | None = None) -> tuple:
+    """process.communicate(text) within a limit as that of `wait_until`.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    while True:
+        try:
+            return process.communicate(text, timeout=1)
+        except subprocess.TimeoutExpired:
+            text = None  # it is on its way
+            seconds -= machine_share()
+            if seconds <= 0:
+                raise
+
+
+def ends_within(process: subprocess.Popen, seconds: float) -> int:
+    """The exit code of a process, which ends within a limit as that of `wait_until`."""
+    wait_until(lambda: process.poll() is not None, seconds)
+    return process.returncode
+
+
+def run(
+    command: list[str], seconds: float = 300, text: str | None = None, **options
+) -> subprocess.CompletedProcess:
+    """subprocess.run with its output as text, within a limit as that of `wait_until`."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes, **options)
+    try:
+        output = communicate(process, seconds, text)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 def free_port() -> int:
@@ -53,12 +106,12 @@ def start_ranks(
 
 
 def run_ranks(
-    world_size: int, *command: str, timeout: int = 300, **options
+    world_size: int, *command: str, seconds: float = 300, **options
 ) -> list[subprocess.CompletedProcess]:
     """start_ranks; returns the finished processes by rank. A rank that hangs fails the test."""
     processes = start_ranks(world_size, *command, **options)
     try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
+        outputs = [communicate(p, seconds) for p in processes]
     finally:
         for p in processes:
             p.kill()

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from fork_server import AT_IMPORT, CPU
-from helpers import PYTHON, ROOT
+from helpers import PYTHON, ROOT, wait_until
 
 START = """
 import os, subprocess, sys
@@ -58,11 +57,17 @@ def test_what_a_fork_would_not_be_is_a_true_python():
     assert python("-u", "-c", code).stdout == "True\n"
 
 
-def wait_until(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+def test_a_process_that_has_imported_everything_still_gets_forks():
+    """Libraries set variables of their own, which its children have, too."""
+    code = """
+import subprocess, sys
+import datasets, loop.commands.train, torch._inductor.config
+from loop.monitor.quiet import quiet_libraries
+quiet_libraries()
+print("loop" in sys.modules, flush=True)
+subprocess.run([sys.executable, "-c", "import sys; print('torch' in sys.modules)"])
+"""
+    assert python("-c", code).stdout == "True\nTrue\n"
 
 
 def test_signals_reach_a_fork_and_it_ends_with_its_client():
@@ -82,7 +87,7 @@ while True: time.sleep(0.1)
     process.terminate()
     assert process.stdout.readline() == "asked\n"
     process.kill()
-    wait_until(lambda: not Path("/proc", pid).exists())
+    wait_until(lambda: not Path("/proc", pid).exists(), 60)
     process.communicate()
     assert python("-c", "import os; os.kill(os.getpid(), 11)").returncode == -11
 
@@ -98,5 +103,5 @@ def test_nothing_is_left_of_killed_tests(tmp_path):
     fork = Path("/proc", process.stdout.readline().strip())
     assert folder.exists() and fork.exists()
     process.kill()
-    wait_until(lambda: not folder.exists() and not fork.exists())
+    wait_until(lambda: not folder.exists() and not fork.exists(), 60)
     process.communicate()

@@ -1,0 +1,292 @@
+"""From a file to its rows: one reader for each format.
+
+A new format is one generator and one entry in `READERS`, keyed by the file's suffix. A reader takes
+a path and yields (row number, row) for each row. In place of a row that can't be read it yields a
+`BadRow`, and does not raise it: so no row is lost, and the rows after it are still read. Which file
+a source means stands in locations.py.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow.parquet
+
+from ...config.schema import ConfigError
+
+MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # of compressed files
+
+
+class BadRow(ValueError):
+    """What is wrong with a row, and the remedy; never its text."""
+
+
+Rows = Iterator[tuple[int, dict | BadRow]]  # (row number from 1, the row or what is wrong with it)
+
+
+def format_of(path: Path) -> str:
+    """The suffix that names a file's format, lower case: ".jsonl" of NOTES.JSONL.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in OPENERS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its mark, as Windows writes them.
+
+    Line breaks become those of Unix. Raises UnicodeDecodeError.
+    """
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return clean_text(content.decode("utf-16" if utf16 else "utf-8-sig"))
+
+
+def clean_text(text: str) -> str:
+    """The text without a byte order mark, with the line breaks of Unix."""
+    text = text.removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed where its last suffix says so."""
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def read_json(path: Path) -> Rows:
+    """The rows of a JSON object a line, or of one array of objects."""
+    number = 0
+    try:
+        with _open(path) as file:
+            start = file.read(3)
+            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield 1, BadRow("is UTF-16, nor is what follows it read: save the file as UTF-8")
+                return
+            if start != codecs.BOM_UTF8:
+                file.seek(0)
+            first = next(file, b"")
+            while first and not first.strip():
+                number += 1
+                first = next(file, b"")
+            if first.lstrip().startswith(b"["):
+                yield from _read_json_array(first + file.read())
+                return
+            for number, line in enumerate(itertools.chain([first], file), number + 1):
+                if line.strip():
+                    yield number, _parse_json_line(line)
+    except DAMAGED as error:
+        yield number + 1, _damaged(error)
+
+
+def _damaged(error: Exception) -> BadRow:
+    return BadRow(
+        f"cannot be decompressed, nor what follows it ({type(error).__name__}): copy the file again"
+    )
+
+
+def _read_json_array(content: bytes) -> Rows:
+    try:
+        rows = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except BadRow as problem:
+        yield 1, BadRow(f"of the array at least one object {problem}")
+        return
+    except (ValueError, RecursionError):
+        yield (
+            1,
+            BadRow("the file begins with [ and is not one whole JSON array in UTF-8: repair it"),
+        )
+        return
+    yield from enumerate(rows, 1)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise BadRow("names a key twice: rename or remove one")
+    return row
+
+
+def _parse_json_line(line: bytes) -> dict | BadRow:
+    if len(line) > MAX_ROW_BYTES:
+        return BadRow(
+            f"has {len(line) / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
+            "split it or remove it"
+        )
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except BadRow as problem:
+        return problem
+    except UnicodeDecodeError:
+        return BadRow("is not UTF-8: save the file as UTF-8")
+    except (ValueError, RecursionError):
+        return BadRow("is not a whole JSON object: repair or remove the line")
+
+
+def _read_csv(path: Path) -> Rows:
+    """The rows of values with commas, semicolons, tabs or bars between, as Excel writes them too.
+
+    The header tells the separator, or a line `sep=;` before it.
+    """
+    csv.field_size_limit(2**31 - 1)
+    number = 0
+    with _open(path) as raw:
+        try:
+            start = raw.read(2)
+            raw.seek(0)
+            utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            # Bytes that are not UTF-8 become lone surrogates, which the check of each text finds.
+            file = io.TextIOWrapper(
+                raw,
+                encoding="utf-16" if utf16 else "utf-8-sig",
+                errors="replace" if utf16 else "surrogateescape",
+                newline="",
+            )
+            lines = iter(file)
+            first = next(lines, "")
+            named = re.fullmatch(r'"?sep=(.)"?\s*', first)
+            if named:
+                delimiter = named.group(1)
+            else:
+                lines = itertools.chain([first], lines)
+                header = re.sub(r'"[^"]*"', "", first)
+                # The comma comes first, so that it wins a tie.
+                delimiter = max(",;\t|", key=header.count)
+                if format_of(path) == ".tsv":
+                    delimiter = "\t"
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for number, row in _with_header(row for row in reader if row):
+                yield number, row
+        except csv.Error as error:
+            yield (
+                number + 1,
+                BadRow(f"cannot be read as CSV, nor what follows it ({error}): repair the file"),
+            )
+        except DAMAGED as error:
+            yield number + 1, _damaged(error)
+
+
+def _with_header(lines: Iterable[list]) -> Rows:
+    """The rows of a table whose first line names the columns."""
+    lines = iter(lines)
+    header = next(lines, None)
+    if header is None:
+        return
+    header = [name.strip() if isinstance(name, str) else name for name in header]
+    if len(set(header)) < len(header):
+        yield 1, BadRow("cannot be read: the header names a column twice: rename one of them")
+        return
+    for number, fields in enumerate(lines, 1):
+        if len(fields) == len(header):
+            yield number, dict(zip(header, fields))
+        else:
+            yield (
+                number,
+                BadRow(
+                    f"has another number of fields than the header ({len(fields)}, not "
+                    f"{len(header)}): quote fields that hold the separator"
+                ),
+            )
+
+
+def _read_xlsx(path: Path) -> Rows:
+    """The rows of the first sheet of an Excel workbook. Raises ConfigError without openpyxl."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise ConfigError(
+            "Excel workbooks need the package openpyxl: save the sheet as CSV, or type "
+            f"{sys.executable} -m pip install openpyxl"
+        ) from None
+    number = 0
+    try:
+        with _open(path) as file:
+            book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+            lines = (
+                ["" if cell is None else cell for cell in cells]
+                for cells in book.worksheets[0].iter_rows(values_only=True)
+                if any(cell is not None for cell in cells)
+            )
+            for number, row in _with_header(lines):
+                yield number, row
+    except Exception as error:  # the package raises those of zip, XML and its own
+        yield (
+            number + 1,
+            BadRow(
+                f"cannot be read as an Excel workbook, nor what follows it "
+                f"({type(error).__name__}): save it again, or as CSV"
+            ),
+        )
+
+
+def _read_parquet(path: Path) -> Rows:
+    number = 0
+    source: Path | io.BytesIO = path
+    try:
+        if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
+            with _open(path) as file:
+                source = io.BytesIO(file.read())
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
+            for i in range(len(batch)):
+                number += 1
+                try:
+                    yield number, batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield number, BadRow("is not UTF-8: write the file again from text")
+    except DAMAGED as error:
+        yield number + 1, _damaged(error)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = type(error).__name__
+        yield (
+            number + 1,
+            BadRow(f"cannot be read as Parquet, nor what follows it ({reason}): repair the file"),
+        )
+
+
+# By suffix. A reader belongs in this package: the cache is made anew when its source changes.
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".xlsx": _read_xlsx,
+    ".parquet": _read_parquet,
+}
+
+
+def read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
+    """The rows of a folder of NAME.dialogue.txt and NAME.note.txt, in its folders too.
+
+    NAME is the id, with the folders below `folder` before it.
+    """
+    names: set[str] = set()
+    for kind in ("dialogue", "note"):
+        suffix = f".{kind}.txt"
+        found = (path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
+        names |= {name.removesuffix(suffix) for name in found}
+    for number, name in enumerate(sorted(names), 1):
+        row: dict = {columns["id"][0]: name}
+        try:
+            for kind in ("dialogue", "note"):
+                path = folder / f"{name}.{kind}.txt"
+                row[columns[kind][0]] = decode_text(path.read_bytes())
+            yield number, row
+        except OSError:
+            yield (
+                number,
+                BadRow(f"{path.name} is missing or unreadable: add it, or remove its partner"),
+            )
+        except UnicodeDecodeError:
+            yield number, BadRow(f"{path.name} is not UTF-8: save it as UTF-8")

@@ -1,0 +1,101 @@
+"""`./launch.sh sweep`: runs one after another, or one on each GPU, and a table of their results.
+
+Each is an ordinary run, started as `./launch.sh train` starts it. Finished ones are not repeated,
+so the same command goes on after a stop; one that fails is said, and the others go on.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from ..config.schema import ConfigError
+from ..distributed.exit import exit_with_config_error
+from .grid import Run, Sweep, plan_sweep
+from .results import as_table, read_result, write_results
+
+STOPPED = 130  # as a shell has it after Ctrl-C
+
+
+class Runner:
+    """Runs what a sweep lacks. `failed` are exit codes by the number of the run."""
+
+    def __init__(self, sweep: Sweep, gpus: list[str]) -> None:
+        """gpus: their numbers; with two or more, each run has one of them to itself."""
+        self.sweep = sweep
+        self.slots = gpus if len(gpus) > 1 and not sweep.takes_gpus else [""]
+        self.running: dict[str, tuple[int, subprocess.Popen]] = {}  # by slot
+        self.failed: dict[int, int] = {}
+        self.stopping = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number, frame) -> None:
+        """Passes the request on: the runs save and end; asked once more, they end at once."""
+        self.stopping = True
+        for _, process in self.running.values():
+            with contextlib.suppress(OSError):
+                process.terminate()
+
+    def run(self) -> None:
+        """Returns when all have ended, or when those that were running have, after a stop."""
+        numbered = enumerate(self.sweep.runs)
+        waiting = [(n, run) for n, run in numbered if not read_result(run).finished]
+        while self.running or (waiting and not self.stopping):
+            for slot in self.slots:
+                if waiting and slot not in self.running and not self.stopping:
+                    number, run = waiting.pop(0)
+                    self.running[slot] = (number, self._start(number, run, slot))
+            for slot, (number, process) in list(self.running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del self.running[slot]
+                if code and not self.stopping:
+                    self.failed[number] = code
+                    name = self.sweep.runs[number].config.run.name
+                    say(f"{name} failed with exit code {code}; the others go on")
+            time.sleep(0.1)
+
+    def _start(self, number: int, run: Run, slot: str) -> subprocess.Popen:
+        """Starts a run. Side by side, the runs write into files and not over each other."""
+        name = run.config.run.name
+        where = f" on GPU {slot}, into {self.sweep.folder / name}.log" if slot else ""
+        say(f"run {number + 1} of {len(self.sweep.runs)}: {name}{where}")
+        command = [sys.executable, "-u", "-m", "loop.distributed.launcher", "train", *run.args]
+        if not slot:
+            return subprocess.Popen(command)
+        with (self.sweep.folder / f"{name}.log").open("a") as log:
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
+            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody need read it
+        print(f"sweep: {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`[--gpus N] [--hostfile FILE] [--config FILE] key=a,b,... [key=value ...]`"""
+    try:
+        sweep = plan_sweep(sys.argv[1:] if argv is None else argv)
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        sweep.folder.chmod(0o700)  # its runs are of patients' data
+    except ConfigError as error:
+        exit_with_config_error(error)
+    gpus = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    runner = Runner(sweep, gpus)
+    runner.run()
+    results = [read_result(run) for run in sweep.runs]
+    write_results(sweep, results)
+    print(as_table(sweep, results, runner.failed))
+    if runner.stopping:
+        say("stopped; the same command goes on")
+        sys.exit(STOPPED)
+    sys.exit(1 if runner.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

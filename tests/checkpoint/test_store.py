@@ -1,0 +1,117 @@
+"""Checkpoints on the disk: what is safe before what, and what is counted."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from loop.checkpoint import checkpointer as module
+from loop.checkpoint import store as store_module
+from loop.checkpoint.checkpointer import Checkpointer
+from loop.checkpoint.store import CheckpointStore
+from loop.checkpoint.train_state import TrainState
+from loop.config.schema import RunConfig
+
+
+def write(store: CheckpointStore, step: int) -> None:
+    store.write(step, iter([{"w.master": torch.zeros(4)}, {"v.master": torch.ones(2)}]), {})
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A machine that loses its power after the rename must not leave a name without content."""
+    done: list[tuple[str, str]] = []
+    sync, rename = os.fsync, type(tmp_path).rename
+
+    def noted_sync(descriptor):
+        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def noted_rename(self, target):
+        done.append(("rename", os.path.basename(target)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(type(tmp_path), "rename", noted_rename)
+    store = CheckpointStore(tmp_path, 2)
+    write(store, 3)
+    at = done.index(("rename", "step-000003"))
+    files = ("state-00000.safetensors", "state-00001.safetensors", "manifest.json")
+    assert {("fsync", name) for name in (*files, ".writing-000003")} <= set(done[:at])
+    assert ("fsync", "checkpoints") in done[at:]
+    done.clear()
+    store.amend(store.folder / "step-000003", {"figures": {}})
+    assert done[:2] == [("fsync", ".manifest.json"), ("fsync", "step-000003")]
+
+
+def test_steps_are_numbers_and_not_texts(tmp_path):
+    store = CheckpointStore(tmp_path, 9)
+    for step in (200, 1_000, 999_999, 1_000_000):
+        write(store, step)
+    paths = [int(path.name[5:]) for path in store.finished()]
+    assert paths == [200, 1_000, 999_999, 1_000_000]
+    assert store.newest()[0].name == "step-1000000"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_of_the_last_ones_stay(tmp_path, keep):
+    store = CheckpointStore(tmp_path, keep)
+    for step in range(1, 6):
+        write(store, step)
+    kept = [int(path.name[5:]) for path in store.finished()]
+    assert kept == [1, 2, 3, 4, 5][-keep:]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_said_whoever_finds_it_and_leaves_nothing(tmp_path, monkeypatch, error):
+    """safetensors raises an error of its own, which is no OSError."""
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(store_module, "save_file", full)
+    monkeypatch.setattr(module, "gather_full_state", lambda *_: iter([{"w.master": torch.ones(1)}]))
+    monkeypatch.setattr(module, "adam_step", lambda engine: 1)
+    monkeypatch.setattr(module.dist, "barrier", lambda: None)
+    alone = SimpleNamespace(is_main=True, rank=0, all_gather_json=lambda value: [value])
+    config = SimpleNamespace(
+        run=RunConfig(),
+        monitor=SimpleNamespace(best="loss"),
+        model_dump=lambda mode: {},
+    )
+    identity = SimpleNamespace(at_step=lambda plan, step: {}, versions={})
+    checkpointer = Checkpointer(tmp_path, alone, config, identity)
+    checkpointer.plan, said = None, []
+    logger = SimpleNamespace(flush=lambda: None, say=said.append, scalars=None)
+    checkpointer.save(None, TrainState(RunConfig(), step=5), logger)
+    assert said and said[0].startswith("checkpoint of step 5 not written: ")
+    assert "No space left" in said[0] and list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_file_of_another_content_or_size_is_no_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, 9)
+    write(store, 1)
+    shutil.copytree(store.folder / "step-000001", store.folder / "step-000002")
+    file = store.folder / "step-000002" / "state-00001.safetensors"
+    content = file.read_bytes()
+    for spoilt in (content + b"\0", content[:-1] + b"\1", content[:-1]):
+        file.write_bytes(spoilt)
+        path, manifest, notes = store.newest()
+        assert path.name == "step-000001" and "step-000002 passed over" in notes[0]
+        assert json.loads((path / "manifest.json").read_text()) == manifest
+
+
+def test_the_runs_sigmas_decide_what_is_a_spike():
+    losses = [1.0, 3.0] * 10  # mean 2, deviation 1
+    for sigmas, threshold in ((3.0, 5.0), (1.5, 3.5), (None, float("inf"))):
+        state = TrainState(RunConfig(skip_loss_sigmas=sigmas))
+        for loss in losses:
+            state.record(loss, applied=True)
+            state.record(100.0, applied=False)  # a skipped one is no part of what is usual
+        assert state.loss_threshold == pytest.approx(threshold)

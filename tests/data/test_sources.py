@@ -1,0 +1,231 @@
+"""What strangers' files look like: each is read, or refused in one line that helps."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sys
+
+import datasets
+import pyarrow.parquet
+import pytest
+
+from loop.config.cli import load_config
+from loop.config.schema import ConfigError
+from loop.data.conversations import read_split
+from loop.data.sources.locations import hub_id, locate
+from loop.generation.decode import Note
+from loop.generation.notes_file import NotesFile, read_predictions, read_questions
+
+ROWS = [
+    {"id": f"r{i}", "dialogue": f"Doctor: {i}?\nPatient: pain; bad", "soap": f"S: {i}"}
+    for i in range(3)
+]
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """No test here may ask the hub for anything."""
+
+    def refuse(name, *args, **kwargs):
+        raise AssertionError(f"the hub was asked for {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+
+def read(source, *args):
+    options = [f"data.train={json.dumps(str(source))}", "data.valid=null", "data.test=null"]
+    options += ["data.valid_fraction=0", "data.on_error=stop", *args]
+    config = load_config(["--config", "loop/configs/soap_qlora.yaml", *options])
+    return read_split(config, "train")[0]
+
+
+def table(separator: str, before: str = "") -> str:
+    lines = [before] if before else []
+    for row in [list(ROWS[0]), *(row.values() for row in ROWS)]:
+        lines.append(separator.join(f'"{cell}"' for cell in row))
+    return "\r\n".join(lines) + "\r\n"
+
+
+def parquet() -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+    return out.getvalue()
+
+
+FILES = {
+    "a.jsonl.gz": gzip.compress(JSONL),
+    "a.jsonl.BZ2": bz2.compress(JSONL),
+    "a.ndjson.xz": lzma.compress(JSONL),
+    "a.jsonl": b"\xef\xbb\xbf" + JSONL.replace(b"\n", b"\r\n"),
+    "A.JSON": b"\n" + json.dumps(ROWS).encode(),
+    "A.CSV": table(",").encode("utf-8-sig"),
+    "semicolon.csv": table(";").encode(),
+    "tab.csv": table("\t").encode(),
+    "bars.csv": table("|").encode(),
+    "blanks.csv": table(",").replace('"dialogue"', " dialogue ").encode(),
+    "sep.csv": table(";", "sep=;").encode("utf-16"),
+    "a.tsv.gz": gzip.compress(table("\t").encode("utf-16")),
+    "a.parquet": parquet(),
+    "a.parquet.gz": gzip.compress(parquet()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_every_kind_hold_the_same_rows(name, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name])
+    found = read(tmp_path / name)
+    assert [(c.id, c.dialogue, c.note) for c in found] == [tuple(r.values()) for r in ROWS]
+    # generate reads the same dialogues under the same ids.
+    asked = read_questions(str(tmp_path / name))
+    assert {key: q.dialogue for key, q in asked.items()} == {c.id: c.dialogue for c in found}
+
+
+def test_a_workbook_is_read_or_names_its_package(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for cells in [list(ROWS[0]), [7, "Doctor: hi", "S: x"], [8.0, "Doctor: ho", "S: y"]]:
+        book.active.append(cells)
+    book.save(tmp_path / "a.xlsx")
+    assert [c.id for c in read(tmp_path / "a.xlsx")] == ["7", "8"]
+
+
+def test_a_workbook_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"/a.xlsx: Excel .*as CSV, or .* openpyxl$"):
+        read(tmp_path / "a.xlsx")
+
+
+def row(**changes) -> bytes:
+    return json.dumps(ROWS[0] | changes).encode()
+
+
+REFUSED = {
+    "empty.jsonl": (b"", "holds no rows"),
+    "empty.json": (b"[]", "holds no rows"),
+    "header.csv": (b"id,dialogue,soap\n", "holds no rows"),
+    "cut.jsonl.gz": (gzip.compress(JSONL)[:-9], "cannot be decompressed"),
+    "not.csv.gz": (b"id,dialogue,soap\n", "cannot be decompressed"),
+    "cut.parquet.gz": (gzip.compress(parquet())[:-9], "cannot be decompressed"),
+    "twice.csv": (b"dialogue,soap,soap\na,b,c\n", "a column twice"),
+    "twice.jsonl": (b'{"soap": "a", "soap": "b"}', "a key twice"),
+    "blank.jsonl": (row(id="a b"), "has blanks"),
+    "no_id.jsonl": (row(id=""), "is empty"),
+    "bool.jsonl": (row(id=True), "must be a number"),
+    "zero.jsonl": (row(dialogue="\u200b\ufeff\u2060 \u3164"), "row 1 (id r0): dialogue is empty"),
+    "double.jsonl": (row() + b"\n" + row(), "occurs twice"),
+    "notes.docx": (b"PK", "the kinds of files that are read: .jsonl"),
+    "NAME": (b"x", "the kinds of files that are read: .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_says_what_would_help(name, tmp_path):
+    content, words = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / name)
+    assert words in str(caught.value) and name in str(caught.value)
+
+
+def test_ids_may_be_fractions(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(row(id=0.5) + b"\n" + row(id=2.0))
+    assert [c.id for c in read(tmp_path / "a.jsonl")] == ["0.5", "2"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["patients/NAME.txt", "NAME.jsonl.gz", "a/b/NAME", "/NAME", "NAME", "a/NAME:notes.jsonl"]
+    + ["patients/NAME.DOCX", "patients/NAME.tar.zst", "patients/.NAME", "patients/NAME.jsonl:train"]
+    + ["tests/NAME", "a/NAME@x.csv", "../NAME", "~/NAME", "a/my notes", "a\\NAME"],
+)
+def test_a_path_never_leaves_the_machine(source):
+    assert hub_id(source) is None
+    with pytest.raises(ConfigError, match="not asked of the hub"):
+        read(source)
+
+
+def test_the_parts_of_a_hub_id():
+    assert locate("owner/corpus-v1.5.train:dev", "valid")[1] == "owner/corpus-v1.5.train"
+    at = locate("owner/name@v1.0:sub.set:train[:10%]", "valid")
+    assert at == (None, "owner/name", "v1.0", "sub.set", "train[:10%]")
+    assert locate("owner/name:dev", "valid")[1:] == ("owner/name", None, None, "dev")
+    assert locate("owner/name:sub:", "valid")[3:] == ("sub", "validation")
+
+
+def test_folders_and_patterns(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(tmp_path / "many")
+    assert len(read(tmp_path / "one")) == len(read(tmp_path / "many")) == 3
+    assert [c.id for c in read(f"{tmp_path}/many:dev")] == ["r1"]
+    with pytest.raises(ConfigError, match="has the splits train, dev"):
+        read(f"{tmp_path}/many:test")
+    rows.save_to_disk(tmp_path / "saved" / "one")
+    (tmp_path / "texts").mkdir()
+    for name in ("a_dialogue.txt", "a_note.txt"):
+        (tmp_path / "texts" / name).write_text("Doctor: a\n")
+    visits = tmp_path / "visits" / "may"
+    visits.mkdir(parents=True)
+    (visits / "n.dialogue.txt").write_bytes(b"\xef\xbb\xbfDoctor: a\r\nPatient: b")
+    (visits / "n.note.txt").write_bytes("S: x\r\nO: y".encode("utf-16"))
+    (found,) = read(tmp_path / "visits")
+    assert (found.id, found.dialogue, found.note) == (
+        "may/n",
+        "Doctor: a\nPatient: b",
+        "S: x\nO: y",
+    )
+    for i in (1, 2):
+        (tmp_path / f"part{i}.jsonl").write_bytes(row(id=f"p{i}"))
+    assert [c.id for c in read(tmp_path / "part*.jsonl")] == ["p1", "p2"]
+    assert [c.id for c in read(tmp_path / "part[2].jsonl")] == ["p2"]
+    with pytest.raises(ConfigError, match="its folders are of save_to_disk: name one of them"):
+        read(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="holds 2 .txt; expected NAME.dialogue.txt with NAME.no"):
+        read(tmp_path / "texts")
+    with pytest.raises(ConfigError, match="no file matches"):
+        read(tmp_path / "none*.jsonl")
+
+
+def test_chats_of_sharegpt_and_those_that_begin_with_the_answer(tmp_path):
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
+    columns = "data.columns={conversations: conversations}"
+    assert [m["role"] for m in read(tmp_path / "a.jsonl", columns)[0].messages] == [
+        "user",
+        "assistant",
+    ]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": "x", "conversations": turns[1:]}))
+    with pytest.raises(ConfigError, match=r"row 1 \(id x\): .* begins with the assistant's turn"):
+        read(tmp_path / "b.jsonl", columns)
+
+
+def test_generate_gives_the_ids_that_evaluate_wants(tmp_path):
+    (tmp_path / "a.csv").write_text("talk\nDoctor: a\nDoctor: b\n")
+    columns = {"dialogue": "talk"}
+    assert list(read_questions(str(tmp_path / "a.csv"), columns)) == ["test-0", "test-1"]
+    with pytest.raises(ConfigError, match=r"--input .*a.csv, row 1.*: no column 'dialogue'"):
+        read_questions(str(tmp_path / "a.csv"))
+
+
+def test_what_generate_writes_can_be_scored(tmp_path):
+    (tmp_path / "a.csv").write_text("id,talk,soap\n7,Doctor: a,S: a\n8.0,Doctor: b,S: b\n")
+    (tmp_path / "b.csv").write_text("talk,soap\nDoctor: a,S: a\nDoctor: b,S: b\n")
+    for name in ("a.csv", "b.csv"):
+        asked = read_questions(str(tmp_path / name), {"dialogue": "talk"})
+        notes = NotesFile(
+            str(tmp_path / f"{name}.out"), {key: q.dialogue for key, q in asked.items()}, {}
+        )
+        for key in asked:
+            notes.add(key, Note(f"S: {key}", True), 0)
+        notes.close()
+        options = [f"data.test={tmp_path / name}", "data.columns={dialogue: talk, note: soap}"]
+        config = load_config(["--config", "loop/configs/soap_qlora.yaml", *options])
+        ids = [c.id for c in read_split(config, "test")[0]]
+        found = read_predictions(str(tmp_path / f"{name}.out"), ids)
+        assert {key: found[key].text for key in ids} == {key: f"S: {key}" for key in ids}
+    (tmp_path / "numbers.jsonl").write_text('{"id": 7, "note": "x"}\n{"id": 8.0, "note": "y"}\n')
+    assert [*read_predictions(str(tmp_path / "numbers.jsonl"), ["7", "8"])] == ["7", "8"]
