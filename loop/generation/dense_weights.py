@@ -6,6 +6,7 @@ trained: merged into it, it would be rounded away in part.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels.fuse import fuse_norm, is_plain_lora
+from ..kernels.fuse import fuse_norm, fuse_rotary, is_plain_lora
+from ..kernels.patches import is_rotary_patched, restore_rotary
 from ..kernels.quantization import find_quantization
 
 # Linear layers that get the same input where a model has them.
@@ -144,7 +146,7 @@ def dense_bytes(layers: nn.Module) -> int:
 
 @contextlib.contextmanager
 def dense_weights(layers: nn.Module) -> Iterator[None]:
-    """Lets decoder layers compute with dequantised copies, LoRA beside them, and fused norms.
+    """Lets decoder layers compute with dequantised copies, LoRA beside them, and fewer kernels.
 
     Everything is as it was afterwards, and the copies are gone. The weights must all be here.
     """
@@ -157,7 +159,17 @@ def dense_weights(layers: nn.Module) -> Iterator[None]:
             if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
                 if fuse_norm(module):
                     undo.callback(vars(module).pop, "forward")
+        _fuse_rotary(undo, layers)
         yield
+
+
+def _fuse_rotary(undo: contextlib.ExitStack, layers: nn.Module) -> None:
+    """Fuses rotary positions until `undo` is closed, unless they are fused for the process."""
+    for module in layers.modules():
+        code = sys.modules[type(module).__module__]
+        if hasattr(module, "q_proj") and not is_rotary_patched(code):
+            fuse_rotary(module)
+            undo.callback(restore_rotary, code)
 
 
 def _set_forward(undo: contextlib.ExitStack, module: nn.Module, forward) -> None:

@@ -200,7 +200,9 @@ class Session:
         self.choice.begin(slots, [r.key for r in chosen], [r.begun for r in chosen])
         tokens = self.choice.choose(self.model.read_prompts(prompts, slots), slots)
         self.model.ids[slots, 0] = tokens
-        self._take(dict(zip(slots, tokens.tolist())), {})
+        tokens = tokens.cpu()
+        self.recent[slots, -1] = tokens
+        self._take({slot: [token] for slot, token in zip(slots, tokens.tolist())}, {})
 
     def _steps(self) -> None:
         """Some steps for all slots, then what came of them is read at once."""
@@ -212,12 +214,22 @@ class Session:
             tokens = self.choice.choose(logits, slice(None))
             self.model.ids[:, 0] = tokens
             chosen.append(tokens)
-        for tokens in torch.stack(chosen).cpu():
+        steps = torch.stack(chosen, 1).cpu()  # [slots, steps]
+        looping = self._find_loops(steps) if self.loops else {}
+        values = steps.tolist()
+        self._take({slot: values[slot] for slot in self.writings}, looping)
+
+    def _find_loops(self, steps: torch.Tensor) -> dict[int, int]:
+        """Of slots whose tokens, [slots, steps], run in circles: after how many steps."""
+        assert self.loops
+        found = []
+        for tokens in steps.unbind(1):
             self.recent = self.recent.roll(-1, 1)
             self.recent[:, -1] = tokens
-            looping = self.loops.update(self.recent).tolist() if self.loops else []
-            values = tokens.tolist()
-            self._take({slot: values[slot] for slot in self.writings}, dict(enumerate(looping)))
+            found.append(self.loops.update(self.recent))
+        looping = torch.stack(found, 1)
+        slots = looping.any(1).nonzero().flatten().tolist()
+        return {slot: int(looping[slot].int().argmax()) + 1 for slot in slots}
 
     def _longest(self) -> int:
         """Tokens of the longest note with its prompt, before the one that is computed next."""
@@ -225,23 +237,24 @@ class Session:
             len(self.requests[w.number].prompt) + len(w.tokens) - 1 for w in self.writings.values()
         )
 
-    def _take(self, tokens: dict[int, int], looping: dict[int, bool]) -> None:
-        """Gives each slot's note its next token, and ends the notes that have their last.
+    def _take(self, tokens: dict[int, list[int]], looping: dict[int, int]) -> None:
+        """Gives each slot's note its next tokens, and ends the notes that have their last.
 
-        looping: of slots, whether their tokens run in circles.
+        looping: of slots whose tokens run in circles, after how many of these.
         """
         stopped = bool(self.stop and self.stop.requested)
         ended = []
-        for slot, token in tokens.items():
+        for slot, new in tokens.items():
             writing = self.writings[slot]
-            writing.tokens.append(token)
-            self.choice.append(slot, token)
-            self.recent[slot, -1] = token
-            has_eos = token == self.eos_token
-            writing.looped = looping.get(slot, False) and not has_eos
+            before = len(writing.tokens)
+            new = new[: writing.limit - before]
+            if self.eos_token in new:
+                new = new[: new.index(self.eos_token) + 1]
+            met = self._append(slot, writing, new[: looping.get(slot)])
+            has_eos = writing.tokens[-1] == self.eos_token
+            writing.looped = len(writing.tokens) - before == looping.get(slot) and not has_eos
             writing.stopped = stopped
             full = len(writing.tokens) >= writing.limit
-            met = self.until is not None and self.until(writing.tokens)
             if has_eos or full or met or stopped or writing.looped:
                 ended.append(slot)
         set_activity(f"writing notes, {len(self.writings)} at a time")
@@ -251,3 +264,15 @@ class Session:
             self.done(writing.number, writing)
         if ended:
             self.model.free(ended)
+
+    def _append(self, slot: int, writing: Writing, new: list[int]) -> bool:
+        """Appends tokens to a note; True, and no more of them, where `until` is met."""
+        if not (self.until or self.choice.needs_each_token):
+            writing.tokens += new
+            return False
+        for token in new:
+            writing.tokens.append(token)
+            self.choice.append(slot, token)
+            if self.until and self.until(writing.tokens):
+                return True
+        return False

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loop.config.schema import GenerationSettings
-from loop.generation import decode, engine_choice
+from loop.generation import controls, decode, engine, engine_choice
 from loop.generation.controls import gumbel_noise
 from loop.generation.decode import Note, plain_writer, write_notes, write_with_headings
 from loop.generation.dense_weights import dense_weights
@@ -104,6 +104,27 @@ def test_the_notes_are_those_of_the_plain_way(model, tokenizer, by_engine, setti
     assert len({note.text for note in wanted}) == len(wanted)
     for rows in (None, 2):
         assert write_notes(model, tokenizer, requests, generation, rows=rows) == wanted
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.1, "seed": 5}, {"forced_headings": True}], ids=str
+)
+def test_many_steps_are_read_at_once(model, tokenizer, by_engine, monkeypatch, settings):
+    """As on a GPU: what a slot computes behind the end of its note is dropped."""
+    begin = engine.Session.__init__
+
+    def begin_as_on_a_gpu(self, *args):
+        begin(self, *args)
+        self.steps_a_reading = engine.STEPS_A_READING
+
+    monkeypatch.setattr(engine.Session, "__init__", begin_as_on_a_gpu)
+    monkeypatch.setattr(controls, "SHORTEST_LOOP", 1)  # the same token twice is a loop here
+    monkeypatch.setattr(controls, "FEWEST_PERIODS", 2)
+    requests = make_requests(LENGTHS, 24 if settings else 60)
+    generation = GenerationSettings(**settings)
+    wanted = plain_notes(model, tokenizer, requests, generation)
+    assert settings or {note.looped for note in wanted} == {True, False}
+    assert write_notes(model, tokenizer, requests, generation, rows=3) == wanted
 
 
 def test_a_note_ends_by_its_eos_and_its_slot_takes_the_next(model, tokenizer, by_engine):
