@@ -20,10 +20,11 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
+from .distributed.timeline import part
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
-from .export.adapter import export_result
+from .export.adapter import export_result, prepare_audit
 from .families.admission import admit_base, check_vocabulary
 from .memory.measure import PeakMemory
 from .model.build import build_model
@@ -106,7 +107,7 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=deepspeed.initialize,
+    initialize=part("engine")(deepspeed.initialize),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
@@ -114,8 +115,8 @@ def train(
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
         stop = StopRequest(config.run.max_hours)
         tokenizer, model_config = admit_base(config)
-        data = data or load_training_data(config, tokenizer)
-        check_vocabulary(config, model_config, data.train + data.valid)
+        data = data or part("data")(load_training_data)(config, tokenizer)
+        check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
@@ -140,7 +141,6 @@ def train(
         parameters = [p for _, p in trainable_parameters(engine.module)]
         seed_everything(config.seed + 1 + ranks.rank)  # LoRA's dropout has seeds of its own
         checkpointer.restore(engine)  # weights, optimizer state, generators
-        dropout = execution.dropout
         packing, warnings = prepare_engine(
             engine, execution, config, model_config, plan, lengths, ranks
         )
@@ -167,7 +167,9 @@ def train(
             set_lr(optimizer, lr)
             result = train_step(
                 engine, parameters, micro_batches, num_targets, config.max_grad_norm, ranks,
-                draw_dropout=lambda i: dropout.draw(step, mine[i], micro_batches[i].cu_seqlens),
+                draw_dropout=lambda i: execution.dropout.draw(
+                    step, mine[i], micro_batches[i].cu_seqlens
+                ),
                 loss_threshold=state.loss_threshold,
                 phase=logger.timer.phase,
             )  # fmt: skip
@@ -181,6 +183,7 @@ def train(
                 suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
+            prepare_audit(config, ranks, state.step == len(plan))
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:
                 stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)

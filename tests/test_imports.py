@@ -12,7 +12,7 @@ LOOP = ROOT / "loop"
 # From the bottom to the top. A package imports from lower floors and from itself alone; `train` is
 # loop/train.py.
 FLOORS = (
-    {"config"},
+    {"config", "facts"},
     {"distributed", "data"},
     {"kernels"},
     {"optim"},

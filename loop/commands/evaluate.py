@@ -17,10 +17,16 @@ from ..config.schema import Config, ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.files import sha256
 from ..distributed.rendezvous import RendezvousError
-from ..evaluation.run import EvaluationOptions, EvaluationStopped, evaluate_split
+from ..evaluation.run import (
+    EvaluationOptions,
+    EvaluationStopped,
+    challenge_split,
+    evaluate_split,
+)
 from ..evaluation.scoring import as_table
 from ..export.audit import WEIGHTS, AuditError, check_adapter
 from ..export.card import record_evaluation
+from ..facts.challenge import as_table as challenge_table
 from ..generation.notes_file import digest
 from ..generation.prompt import check_prompt, task_of
 from ..kernels.attention import AttentionError
@@ -90,6 +96,20 @@ def take_flag(args: list[str], name: str) -> bool:
     return given
 
 
+def challenge_scorer(args: list[str]) -> None:
+    """Prints what the scorer notices in references that were made wrong. Raises ConfigError."""
+    options = take_evaluation_options(args)
+    given = [n for n in ("adapter", "predictions", "html", "compare") if getattr(options, n)]
+    if given:
+        raise ConfigError(
+            f"--{given[0]}: --challenge tries the scorer on the reference notes alone"
+        )
+    config = load_config(args)
+    if os.environ.get("RANK", "0") == "0":
+        counts = challenge_split(config, options)
+        print(f"{options.split}, its reference notes\n{challenge_table(counts)}")
+
+
 def own_folder(config: Config, options: EvaluationOptions) -> Path | None:
     """The folder of the trained weights that are evaluated; None for a base alone or a file."""
     if options.predictions:
@@ -133,6 +153,8 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     counts = [f"{report[key]:,} {key}" for key in keys if key in report]
     print(f"{options.split}, {evaluated}: {', '.join(counts)}")
     print(as_table(report["figures"], config.task))
+    if "challenge" in report:
+        print(challenge_table(report["challenge"]))
 
 
 def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:
@@ -169,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if "--canaries" in args:
             return measure_canaries(args)
+        if take_flag(args, "--challenge"):
+            return challenge_scorer(args)
         any_prompt = take_flag(args, "--any-prompt")
         options = take_evaluation_options(args)
         config, options = choose_weights(load_config(args), options)

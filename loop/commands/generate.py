@@ -20,10 +20,13 @@ from ..data.soap import SOAP
 from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
+from ..families.admission import check_vocabulary
 from ..generation.decode import ROWS, Note, write_notes
+from ..generation.engine import NoteRequest
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
 from ..generation.notes_file import NotesFile, digest, read_questions
 from ..generation.prompt import check_prompt, prompt_texts, task_of
+from ..generation.sharded import GPU_ROWS
 from ..model.loading import load_model_config, load_tokenizer
 from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", help="the JSONL file for its notes; an unfinished one is resumed")
     add("--field", action="append", default=[], help="NAME=VALUE, for a {NAME} of the request")
     add("--any-prompt", action="store_true", help="even where it was trained with another prompt")
-    add("--batch-size", type=int, default=ROWS, help="dialogues at a time")
+    add("--batch-size", type=int, help="dialogues at a time (default: as many as are good here)")
     # Without these the settings are those of the adapter's run.
     yes_or_no = argparse.BooleanOptionalAction
     add("--max-new-tokens", type=int, help="longest note")
@@ -67,7 +70,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         if f"--{old}" in (sys.argv if argv is None else argv):
             raise ConfigError(f"--{old} is --{new} now")
     args = build_parser().parse_args(argv)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: must be 1 or more")
     # The run's temperature is not known yet.
     check_settings({"temperature": 1.0} | given_settings(args))
@@ -241,11 +244,15 @@ def write_batch(
 ) -> list[Note]:
     """The notes of some dialogues. keys: the dialogues' ids."""
     task = request.task
-    prompts = {
-        key: prompt_ids(tokenizer, text, task, request.fields.get(key))
+    requests = [
+        NoteRequest(
+            key,
+            prompt_ids(tokenizer, text, task, request.fields.get(key)),
+            generation.max_new_tokens,
+        )
         for key, text in zip(keys, dialogues)
-    }
-    return write_notes(model, tokenizer, prompts, generation, task=task)
+    ]
+    return write_notes(model, tokenizer, requests, generation, task=task)
 
 
 def write_file(
@@ -253,7 +260,7 @@ def write_file(
     output: NotesFile,
     load,
     generation: GenerationSettings,
-    batch_size: int,
+    batch_size: int | None,
     request: Request,
 ) -> None:
     """Writes the notes that the output lacks, in batches of like length, and closes it.
@@ -263,11 +270,12 @@ def write_file(
         output: the file.
         load: gives (model, tokenizer); it is not called where no note is missing.
         generation: the settings.
-        batch_size: dialogues at a time.
+        batch_size: dialogues at a time; None: GPU_ROWS or ROWS.
         request: what is asked of them.
     """
     missing = [key for key in dialogues if key not in output.done]
     missing.sort(key=lambda key: len(dialogues[key][0]))
+    batch_size = batch_size or (GPU_ROWS if on_gpu() else ROWS)
     bar = tqdm(total=len(dialogues), initial=len(output.done), unit="note", dynamic_ncols=True)
     with contextlib.closing(output), bar:
         model, tokenizer = load() if missing else (None, None)
@@ -293,6 +301,31 @@ def warn_of_shortened(dialogues: dict[str, tuple[str, int]], context: int) -> No
         )
 
 
+def fit_to_base(
+    source: dict,
+    tokenizer,
+    dialogues: dict[str, str],
+    generation: GenerationSettings,
+    request: Request,
+) -> dict[str, tuple[str, int]]:
+    """The dialogues as the base can read them: of `fit_dialogues`. Says which lost turns.
+
+    source: of `generation_source`. Raises ConfigError where a token has no embedding.
+    """
+    model_config = load_model_config(source["base"], source["revision"])
+    context = context_length(model_config) or sys.maxsize
+    fitted = fit_dialogues(
+        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
+    )
+    warn_of_shortened(fitted, context)
+    prompts = {
+        key: prompt_ids(tokenizer, text, request.task, request.fields.get(key))
+        for key, (text, _) in fitted.items()
+    }
+    check_vocabulary(source["base"], model_config, prompts)
+    return fitted
+
+
 def generate(args: argparse.Namespace) -> None:
     """Does what the options say. Raises ConfigError."""
     device = "cuda:0" if on_gpu() else "cpu"
@@ -307,12 +340,7 @@ def generate(args: argparse.Namespace) -> None:
     if not args.any_prompt:
         option = "--adapter" if args.adapter else "--base"
         check_prompt(option, args.adapter or args.base, tokenizer)
-    model_config = load_model_config(source["base"], source["revision"])
-    context = context_length(model_config) or sys.maxsize
-    fitted = fit_dialogues(
-        tokenizer, dialogues, context, generation.max_new_tokens, request.task, request.fields
-    )
-    warn_of_shortened(fitted, context)
+    fitted = fit_to_base(source, tokenizer, dialogues, generation, request)
     load = functools.partial(load_for_generation, args.adapter, args.base, device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output:

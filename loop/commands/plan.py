@@ -23,6 +23,7 @@ from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import describe_plan, write_plan
 from ..optim.schedule import learning_rates
 
+TIMING = "--timing"
 OPTIONS = ("--gpus", "--gpu-memory", "--tokens-per-second", "--tensorboard")
 
 
@@ -76,6 +77,22 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
     )
 
 
+def describe_parts(config: Config) -> str:
+    """Where the seconds of the last run of this name went, a line for each part."""
+    path = config.folder / "report.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    if not report.get("time"):
+        return "parts       not known before a first run of this name"
+    start, whole = report.get("time_to_first_step", {}), report["time"]
+    lines = [
+        f"seconds, as measured in {config.folder}",
+        f"{'':14}{'to first step':>14}{'in all':>9}",
+    ]
+    lines += [f"{name:14}{start.get(name, 0.0):14.1f}{spent:9.1f}" for name, spent in whole.items()]
+    lines.append(f"{'sum':14}{sum(start.values()):14.1f}{sum(whole.values()):9.1f}")
+    return "\n".join(lines)
+
+
 def describe_run(
     config: Config, gpus: int, gpu_memory: int | None, tokens_per_second: float | None
 ) -> tuple[str, BatchPlan, np.ndarray]:
@@ -88,7 +105,7 @@ def describe_run(
     ds_config = build_ds_config(config)
     tokenizer, model_config = admit_base(config)
     examples, report = load_examples(config, tokenizer, "train")
-    check_vocabulary(config, model_config, examples)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     lengths = np.array([len(e) for e in examples])
     targets = np.array([e.num_targets for e in examples])
     plan = plan_run(config, lengths, visit_weights(examples))
@@ -111,19 +128,23 @@ def describe_run(
 
 @ignore_broken_pipe()
 def main(argv: list[str] | None = None) -> None:
-    """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR]`
+    """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR] [--timing]`
 
     And `[--config FILE] [key=value ...]`, as in a run.
     """
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        timing = TIMING in args
+        args = [arg for arg in args if arg != TIMING]
         options = take_options(args, dict.fromkeys(OPTIONS))
         tokens_per_second = read_rate(options["--tokens-per-second"])
         gpus, gpu_memory = read_gpus(options["--gpus"], options["--gpu-memory"])
         config = load_config(args)
         text, plan, lengths = describe_run(config, gpus, gpu_memory, tokens_per_second)
         lr = learning_rates(config, len(plan))
+        if timing:
+            text += "\n\n" + describe_parts(config)
         print(text, f"\nlearning rate over {len(plan):,} steps", plot(lr), sep="\n")
         if options["--tensorboard"]:
             with SummaryWriter(str(Path(options["--tensorboard"]))) as board:

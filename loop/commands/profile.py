@@ -15,6 +15,7 @@ from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
+from ..distributed.timeline import begin
 from ..kernels.attention import AttentionError
 from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write_profile
 from ..monitor.quiet import quiet_libraries
@@ -42,6 +43,7 @@ def profiling_options(run_name: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    begin()  # the account of where the time goes
     quiet_libraries()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices of its start and end
     args = sys.argv[1:] if argv is None else argv

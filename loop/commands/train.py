@@ -12,6 +12,7 @@ from ..config.device import uses_gpu
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
+from ..distributed.timeline import begin
 from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
@@ -32,6 +33,7 @@ def leave_failed(error: Exception) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> None:
+    begin()  # the account of where the time goes
     quiet_libraries()
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
@@ -51,3 +53,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # all is written; taking the libraries down can take seconds

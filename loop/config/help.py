@@ -78,6 +78,8 @@ COMMANDS = {
             "--compare FILES": "with --html: other files of notes, or the word reference, with "
             "commas between; the page shows all under letters, and FILE.key.csv tells whose",
             "--any-prompt": "evaluate even an adapter that was trained with another prompt",
+            "--challenge": "instead: make reference notes wrong in one place each, and print what "
+            "the scorer of facts notices; it loads no model",
             "--canaries N": "instead: what a run remembers of N made-up patients; it trains on a "
             "copy of the data with their record numbers planted in it",
             "--repeats LIST": "with --canaries: how often each of them is planted (default: "
@@ -169,6 +171,7 @@ COMMANDS = {
             "--tokens-per-second N": "for the time; without it the last finished run's of this "
             "name",
             "--tensorboard DIR": "write the plan there as well",
+            "--timing": "where the seconds of the last run of this name went, by part",
         },
         takes_config=True,
     ),
@@ -205,8 +208,13 @@ COMMANDS = {
             "lengths",
             "--profile": "where one step's time goes on the GPU",
             "--json FILE": "write all measurements there",
+            "--job": "the whole seed job instead, and what each of its parts takes",
+            "--rows N": "training rows of --job (default: 9250, on a CPU 48)",
             "--limit S": "seconds that one run may take (default: 300)",
             "--base-dir DIR": "where the models with random weights are kept",
+            "--notes": "how fast notes are written instead; it takes --shape and --json, and "
+            "--slots N... (notes at a time), --prompt N, --tokens N, --peer-tokens N, "
+            "--without-peer",
             "key=value": "of the loop's configuration; see ./launch.sh train --help",
         },
     ),

@@ -38,6 +38,10 @@ class TrainingData:
         """The fraction of the training tokens that are supervised."""
         return float(self.num_targets.sum() / self.lengths.sum())
 
+    def token_ids(self) -> dict[str, np.ndarray]:
+        """The token ids of all examples, by id."""
+        return {e.id: e.input_ids for e in self.train + self.valid}
+
 
 def load_training_data(config: Config, tokenizer) -> TrainingData:
     """The training and validation examples of a run. Raises ConfigError for what is wrong."""

@@ -142,6 +142,11 @@ def parse_note(note: str, task: TaskConfig = SOAP) -> dict[str, str]:
     return {heading: "\n".join(texts) for heading, texts in bodies.items()}
 
 
+def section_starts(note: str, task: TaskConfig = SOAP) -> list[tuple[int, str]]:
+    """(where its heading begins, the heading) of each section, in the note's order."""
+    return [(start, heading) for heading, start, _ in _find_headings(note, task)]
+
+
 def has_all_sections(note: str, task: TaskConfig = SOAP) -> bool:
     """Whether the task's headings are all there, in this order, each with a text."""
     sections = parse_note(note, task)

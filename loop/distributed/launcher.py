@@ -1,8 +1,7 @@
 """Starts a command's ranks for ./launch.sh, on this machine or on those of a hostfile.
 
-On each machine DeepSpeed's launcher (`deepspeed.launcher.launch`) starts the ranks. At a SIGTERM it
-would signal one rank after the other, and kill after 30 seconds. So a stop goes past it: every rank
-gets one SIGTERM, all at once, and its own time to save.
+On each machine `start_ranks` starts the ranks. A SIGTERM there means that one ended badly: it kills
+after 30 seconds. So a stop goes past it: every rank gets one SIGTERM, and its own time to save.
 
 Other machines are reached over ssh, which starts ./launch.sh there with --node-rank. Its standard
 input carries commands: a line with the hosts, then "alive" now and then, "stop" or "kill". When it
@@ -11,7 +10,6 @@ pdsh, cuts the connections at a signal: the last messages of the ranks are lost,
 have saved, and when it is killed they go on training.
 """
 
-import base64
 import contextlib
 import io
 import json
@@ -48,7 +46,7 @@ DEFAULT_PORT = 29500  # where every machine is started by hand
 
 
 class LocalNode:
-    """The ranks of this machine, children of DeepSpeed's launcher."""
+    """The ranks of this machine, children of `start_ranks`."""
 
     def __init__(
         self, hosts: Hosts, node: int, address: str, port: int, command: list[str]
@@ -64,26 +62,18 @@ class LocalNode:
         """
         self.name = "this machine"
         num_ranks = len(list(hosts.values())[node])
-        world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
+        spec = {"hosts": hosts, "node": node, "address": address, "port": port}
         env = {
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_ranks)),
             **os.environ,
             "LOOP_LAUNCHER_PID": str(os.getpid()),  # the ranks end when it is gone
         }
-        env.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed sets it for the ranks
-        # SLURM sends a job's signal to each of its processes. It would end DeepSpeed's launcher,
+        # SLURM sends a job's signal to each of its processes. It would end `start_ranks`,
         # but a signal that is ignored here stays so in a child.
         handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
-                f"--world_info={world}",
-                f"--node_rank={node}",
-                f"--master_addr={address}",
-                f"--master_port={port}",
-                "--log_level=critical",
-                "--no_local_rank",
-                "--module",
+                *(sys.executable, "-u", "-m", "loop.distributed.start_ranks", json.dumps(spec)),
                 *command,
             ],
             env=env,
@@ -93,7 +83,7 @@ class LocalNode:
         signal.signal(signal.SIGUSR1, handler)
 
     def stop(self) -> None:
-        """Sends every rank one SIGTERM; where there are none yet, DeepSpeed's launcher."""
+        """Sends every rank one SIGTERM; where there are none yet, their parent."""
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(self.process.pid)
             for process in launcher.children() or [launcher]:
@@ -247,7 +237,7 @@ def free_port() -> int:
 def signal_exit_code(code: int) -> int:
     """128 + N where a rank died by signal N, as a shell has it; other codes stay.
 
-    subprocess returns -N, and DeepSpeed's launcher exits with 256 - N.
+    subprocess returns -N, and `start_ranks` exits with 256 - N.
     """
     if code < 0:
         return 128 - code

@@ -22,7 +22,8 @@ from .scoring import metrics_of, ratio, score_note, section_metrics
 
 LOSS = "loss"
 # A higher value of these is no better note.
-NOT_FOR_CHOOSING = ("looped", "markdown", "repetition", "length", LOSS)
+WORSE_IF_MORE = ("facts/contradicted", "facts/unsaid", "facts/critical")
+NOT_FOR_CHOOSING = ("looped", "markdown", "repetition", "length", LOSS, *WORSE_IF_MORE)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from .facts import Fact, Statements
+from ..facts.matching import SUPPORTED, compare
 from .scoring import Row
 
 # PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070), each from 1 to 5.
@@ -48,27 +48,30 @@ class Span(NamedTuple):
 
 
 def note_spans(row: Row) -> list[Span]:
-    """What the note states, each with its verdict, in the note's order."""
-    dialogue = Statements(row.dialogue)
-    places: dict[tuple[str, str], Fact] = {}
-    for fact in dialogue.facts:
-        places.setdefault((fact.kind, fact.value), fact)
+    """What the note states, each with its verdict, in the note's order and apart from each other.
+
+    Where statements overlap, what is flagged is shown, contradictions before all.
+    """
+    found = [
+        v for v in compare(row.dialogue, row.note).note if v.statement.kind != "claim" or v.place
+    ]
+    ranks = {"contradicted": 0, "not said": 1, "supported": 2}
+    taken = bytearray(len(row.note))
     spans = []
-    for fact in Statements(row.note).facts:
-        place = places.get((fact.kind, fact.value))
-        verdict = "supported" if dialogue.supports(fact) else "not said"
-        where = (place.start, place.end) if place else None
-        spans.append(Span(fact.start, fact.end, verdict, fact.value, where))
-    return spans
+    for v in sorted(found, key=lambda v: (ranks[v.verdict], v.statement.start)):
+        start, end = v.statement.start, v.statement.end
+        if not any(taken[start:end]):
+            taken[start:end] = b"\1" * (end - start)
+            spans.append(Span(start, end, v.verdict, v.title, v.place))
+    return sorted(spans)
 
 
 def dialogue_spans(row: Row) -> list[Span]:
     """What the dialogue states and the note does not, in the dialogue's order."""
-    note = Statements(row.note)
     return [
-        Span(fact.start, fact.end, "missed", fact.value)
-        for fact in Statements(row.dialogue).facts
-        if not note.supports(fact)
+        Span(v.statement.start, v.statement.end, "missed", v.title)
+        for v in compare(row.dialogue, row.note).dialogue
+        if v.verdict != SUPPORTED
     ]
 
 

@@ -11,28 +11,31 @@ from typing import Any
 import deepspeed
 
 from ..config.deepspeed import build_ds_config
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.batch_plan import PackingSpec
 from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
-from ..data.soap import SOAP
+from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks, init_distributed
+from ..facts.challenge import challenge
+from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
 from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model, load_model_config, load_tokenizer
+from ..model.loading import load_model
 from ..model.quantization import compute_dtype
 from ..model.structure import attention_shape
 from .baselines import rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
-from .scoring import Row, as_table, interval, ratio, unsupported
+from .scoring import Row, as_table, flagged, interval, ratio, section_of
 
 GOES_ON = "the same command goes on"
+MOST_CHALLENGED = 20  # reference notes that every report makes wrong
 REFERENCE = "reference"  # in the place of a file to compare with: the reference notes
 
 
@@ -65,7 +68,8 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     - notes: how many were scored; how many were reused from an earlier evaluation by the same
       weights and settings, and how many were written,
     - generation: the settings that they were written with,
-    - unsupported: the unsupported facts of each note, by id.
+    - unsupported: the statements of each note that its dialogue contradicts or lacks, by id,
+    - challenge: what the scorer notices in references that were made wrong, as `challenge` says.
 
     What needs a model is left out where `predictions` are scored. Raises ConfigError,
     AttentionError where the attention that was asked for can't run here, and EvaluationStopped on
@@ -89,7 +93,11 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
-        report["unsupported"] = list_unsupported(rows)
+        report["unsupported"] = list_unsupported(rows, config.task)
+        if ranks.is_main:
+            report["challenge"] = challenge(
+                (r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]
+            )
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
             others = {name: rows_of(chosen, theirs) for name, theirs in compared.items()}
@@ -97,6 +105,17 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
             table = as_table(report["figures"], config.task)
             write_page(Path(options.html), title, rows, table, about, others)
     return report if ranks.is_main else {}
+
+
+def challenge_split(config: Config, options: EvaluationOptions) -> dict[str, list[int]]:
+    """What the scorer notices in a split's references that were made wrong, as `challenge` says.
+
+    Raises ConfigError.
+    """
+    check_options(config, options)
+    conversations = read_split(with_reference(config, options.reference), options.split)[0]
+    chosen = conversations[: options.num_notes]
+    return challenge((dialogue_text(c), note_text(c)) for c in chosen)
 
 
 def evaluate_model(
@@ -107,9 +126,9 @@ def evaluate_model(
     conversations: of the split, by id. Raises as `evaluate_split` does.
     """
     ds_config = build_ds_config(config)
-    tokenizer = load_tokenizer(config.base, config.revision)
-    model_config = load_model_config(config.base, config.revision)
+    tokenizer, model_config = admit_base(config)
     examples, dataset_report = load_examples(config, tokenizer, options.split)
+    check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
     sampled = [e for e in examples if e.id in conversations][: options.num_notes]
     ids = [e.id for e in sampled]
@@ -280,14 +299,22 @@ def _why(stop: StopRequest) -> str:
     return f" by {stop.reason}" if stop.reason else ""
 
 
-def list_unsupported(rows: list[Row]) -> dict[str, list[str]]:
-    """{id: the distinct facts of its note that the dialogue does not support}, where there are any.
+def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list[str]]:
+    """{id: the distinct statements of its note that the dialogue does not support}, where any are.
 
-    A fact is written as "kind: value".
+    Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
+    contradictions come first. A claim is written as its place: its words are the note's.
     """
     found = {}
     for row in rows:
-        facts = sorted({f"{fact.kind}: {fact.value}" for fact in unsupported(row)})
-        if facts:
-            found[row.id] = facts
+        lines = {}
+        starts = section_starts(row.note, task)
+        for v in flagged(row):
+            s = v.statement
+            section = section_of(starts, s.start)
+            what = v.title if s.kind != "claim" else f"characters {s.start} to {s.end}"
+            line = f"{v.verdict}, {s.kind}: {what}" + f" [{section}]" * bool(section)
+            lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
+        if lines:
+            found[row.id] = sorted(lines, key=lambda line: (lines[line], line))
     return found

@@ -4,26 +4,29 @@ Each metric is a ratio of sums over examples. `METRICS` lists them all: a new me
 of a `ParsedNote` and one entry there, and then stands in the report and in the table.
 """
 
+import bisect
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from ..config.schema import TaskConfig
-from ..data.soap import SOAP, has_all_sections, parse_note
-from .facts import Fact, Statements, distinct, extract_facts
+from ..data.soap import SOAP, has_all_sections, parse_note, section_starts
+from ..facts.matching import (
+    CONTRADICTED,
+    KINDS,
+    NOT_SAID,
+    SUPPORTED,
+    Comparison,
+    Verdict,
+    compare,
+    distinct,
+)
 from .rouge import ROUGE, edit_similarity, rouge_scores
 
-FACT_KINDS = {
-    "number": "numbers, doses, ages",
-    "often": "how often",
-    "date": "dates",
-    "drug": "drugs",
-    "side": "left and right",
-}
 TITLE_WIDTH = 28  # of the table's first column
 # Of white space without line breaks: many empty lines would be read again from each of them.
 _MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
@@ -74,12 +77,19 @@ class ParsedNote:
         }
 
     @functools.cached_property
-    def dialogue_statements(self) -> Statements:
-        return Statements(self.row.dialogue)
+    def comparison(self) -> Comparison:
+        return compare(self.row.dialogue, self.row.note)
 
     @functools.cached_property
-    def note_statements(self) -> Statements:
-        return Statements(self.row.note)
+    def facts(self) -> list[Verdict]:
+        """What the dialogue says of the note's distinct facts, claims left out."""
+        return [v for v in distinct(self.comparison.note) if v.statement.kind != "claim"]
+
+    @functools.cached_property
+    def reference_facts(self) -> list[Verdict]:
+        """What the note says of the reference's distinct facts, claims left out."""
+        found = distinct(compare(self.row.note, self.row.reference).note)
+        return [v for v in found if v.statement.kind != "claim"]
 
 
 def rouge(note: ParsedNote, name: str) -> Score:
@@ -130,18 +140,55 @@ def length(note: ParsedNote) -> Score:
     return float(len(note.words)), float(len(note.row.reference.split()))
 
 
-def supported_facts(note: ParsedNote, kind: str | None = None) -> Score:
-    """The fraction of the note's distinct facts, of one kind or all, that the dialogue supports."""
-    stated = [f for f in distinct(note.note_statements.facts) if kind in (None, f.kind)]
-    supported = sum(note.dialogue_statements.supports(fact) for fact in stated)
-    return float(supported), float(len(stated))
+def facts_that_are(
+    note: ParsedNote, verdict: str, kind: str | None = None, heading: str | None = None
+) -> Score:
+    """The fraction of the note's distinct facts, of one kind or section or all, with a verdict."""
+    stated = note.facts
+    if heading is not None:
+        stated = in_section(note.row.note, stated, heading, note.task)
+    stated = [v for v in stated if kind in (None, v.statement.kind)]
+    return float(sum(v.verdict == verdict for v in stated)), float(len(stated))
 
 
-def recalled_facts(note: ParsedNote) -> Score:
+def critical(note: ParsedNote) -> Score:
+    """The fraction of the note's facts that are wrong or unsaid and may harm a patient."""
+    return float(sum(v.is_critical for v in note.facts)), float(len(note.facts))
+
+
+def agreeing_claims(note: ParsedNote) -> Score:
+    """The fraction of what is said in other words that the dialogue does not refute."""
+    claims = [v for v in distinct(note.comparison.note) if v.statement.kind == "claim"]
+    return float(sum(v.verdict == SUPPORTED for v in claims)), float(len(claims))
+
+
+def kept_facts(note: ParsedNote) -> Score:
     """The fraction of the dialogue's distinct facts that the note supports."""
-    stated = distinct(note.dialogue_statements.facts)
-    supported = sum(note.note_statements.supports(fact) for fact in stated)
-    return float(supported), float(len(stated))
+    stated = distinct(note.comparison.dialogue)
+    return float(sum(v.verdict == SUPPORTED for v in stated)), float(len(stated))
+
+
+def kept_of_section(note: ParsedNote, heading: str) -> Score:
+    """The fraction of the distinct facts of the reference's section that the note supports."""
+    stated = in_section(note.row.reference, note.reference_facts, heading, note.task)
+    return float(sum(v.verdict == SUPPORTED for v in stated)), float(len(stated))
+
+
+def in_section(
+    text: str, found: list[Verdict], heading: str, task: TaskConfig = SOAP
+) -> list[Verdict]:
+    """The verdicts on what stands in a section of a note."""
+    starts = section_starts(text, task)
+    return [v for v in found if section_of(starts, v.statement.start) == heading]
+
+
+def section_of(starts: list[tuple[int, str]], place: int) -> str:
+    """The heading of the section where a place of a note lies; "" before the first one.
+
+    starts: of `section_starts`.
+    """
+    at = bisect.bisect(starts, place, key=lambda start: start[0])
+    return starts[at - 1][1] if at else ""
 
 
 def as_percent(value: float) -> str:
@@ -160,25 +207,53 @@ def _rouge_metrics() -> dict[str, Metric]:
     }
 
 
-# In the order of the report and of the table. Those of sections come behind ROUGE: `metrics_of`.
-METRICS: dict[str, Metric] = {
-    **_rouge_metrics(),
+def fact_metrics(headings: Iterable[str] = ()) -> dict[str, Metric]:
+    """The metrics of facts, of all of a note and of its sections with these headings."""
+
+    def share(
+        verdict: str, kind: str | None = None, heading: str | None = None
+    ) -> Callable[[ParsedNote], Score]:
+        return functools.partial(facts_that_are, verdict=verdict, kind=kind, heading=heading)
+
+    kinds = {
+        f"facts/supported/{kind}": Metric(f"  {title}", share(SUPPORTED, kind=kind))
+        for kind, title in KINDS.items()
+        if kind != "claim"
+    }
+    sections = {
+        f"facts/supported/{heading}": Metric(f"  in {heading}", share(SUPPORTED, heading=heading))
+        for heading in headings
+    }
+    kept = {
+        f"facts/kept/{heading}": Metric(
+            f"  reference's {heading} in note", functools.partial(kept_of_section, heading=heading)
+        )
+        for heading in headings
+    }
+    return {
+        "facts/supported": Metric("note's facts in dialogue", share(SUPPORTED)),
+        **kinds,
+        **sections,
+        "facts/contradicted": Metric("  contradicted by it", share(CONTRADICTED)),
+        "facts/unsaid": Metric("  not said in it", share(NOT_SAID)),
+        "facts/critical": Metric("  of these, critical", critical),
+        "facts/claims": Metric("claims not refuted", agreeing_claims),
+        "facts/kept": Metric("dialogue's facts in note", kept_facts),
+        **kept,
+    }
+
+
+FORM = {
     "edits": Metric("character edit similarity", edits),
     "ended": Metric("ended by itself (EOS)", ended),
     "looped": Metric("ran in circles, cut off", looped),
     "markdown": Metric("has markdown", markdown),
     "repetition": Metric("repeated 4-grams", repetition),
     "length": Metric("words, of the reference's", length, "{:.2f}".format),
-    "facts/supported": Metric("note's facts in dialogue", supported_facts),
-    **{
-        f"facts/supported/{kind}": Metric(
-            f"  {title}", functools.partial(supported_facts, kind=kind)
-        )
-        for kind, title in FACT_KINDS.items()
-    },
-    "facts/kept": Metric("dialogue's facts in note", recalled_facts),
-    "loss": Metric("loss, nats a token", None, "{:.4f}".format),
 }
+# In the order of the report and of the table. Those of sections stand between: `metrics_of`.
+METRICS: dict[str, Metric] = {**_rouge_metrics(), **FORM, **fact_metrics()}
+METRICS["loss"] = Metric("loss, nats a token", None, "{:.4f}".format)
 
 
 def section_metrics(task: TaskConfig) -> dict[str, Metric]:
@@ -204,7 +279,7 @@ def section_metrics(task: TaskConfig) -> dict[str, Metric]:
 def metrics_of(task: TaskConfig) -> dict[str, Metric]:
     """All metrics of a task's notes, in the order of the report and of the table."""
     first = {name: METRICS[name] for name in ROUGE}
-    return {**first, **section_metrics(task), **METRICS}
+    return {**first, **section_metrics(task), **FORM, **fact_metrics(task.headings), **METRICS}
 
 
 def score_note(row: Row, task: TaskConfig = SOAP) -> dict[str, Score]:
@@ -213,10 +288,10 @@ def score_note(row: Row, task: TaskConfig = SOAP) -> dict[str, Score]:
     return {name: metric.score(note) for name, metric in metrics_of(task).items() if metric.score}
 
 
-def unsupported(row: Row) -> list[Fact]:
-    """Every mention in the note of a fact that the dialogue does not support."""
-    dialogue = Statements(row.dialogue)
-    return [fact for fact in extract_facts(row.note) if not dialogue.supports(fact)]
+def flagged(row: Row) -> list[Verdict]:
+    """Every statement of the note that the dialogue contradicts or does not say, in its order."""
+    found = [v for v in compare(row.dialogue, row.note).note if v.verdict != SUPPORTED]
+    return sorted(found, key=lambda v: v.statement.start)
 
 
 def ratio(pairs: np.ndarray) -> float | None:

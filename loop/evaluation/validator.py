@@ -5,8 +5,9 @@ from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
+from ..distributed.timeline import part
 from ..distributed.world import Ranks
-from ..generation.decode import ROWS, Note
+from ..generation.decode import Note
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
 from .choosing import chosen_examples, read_references, score_notes
@@ -40,6 +41,7 @@ class Validator:
         self.chosen = chosen_examples(config, data)
         self.references = read_references(config, self.chosen)
 
+    @part("evaluation")
     def run(self, state, skip: bool = False) -> bool:
         """Fills `state.eval_metrics` and returns True; or returns False, and logs nothing.
 
@@ -58,15 +60,19 @@ class Validator:
         # A few notes, of which each rank writes some.
         rows = max(1, -(-len(self.data.samples) // self.ranks.world_size))
         notes = self._write(self.data.samples, rows)
-        scored = notes if self.chosen is self.data.samples else self._write(self.chosen, ROWS)
+        scored = notes if self.chosen is self.data.samples else self._write(self.chosen, None)
         if self.ranks.any(self.stop.requested):
             return None
         metrics |= score_notes(self.references, scored, self.ranks, self.config.task)
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
-    def _write(self, examples: list[Example], rows: int) -> dict[str, Note]:
-        """Notes of examples by id, cut off when the run is asked to stop. rows: of a batch."""
+    @part("sample notes")
+    def _write(self, examples: list[Example], rows: int | None) -> dict[str, Note]:
+        """Notes of examples by id, cut off when the run is asked to stop.
+
+        rows: as in `generate_sharded`.
+        """
         return generate_sharded(
             self.engine,
             self.tokenizer,

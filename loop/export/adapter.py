@@ -15,6 +15,7 @@ from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
+from ..distributed.timeline import part
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.loss import evaluate_loss
@@ -30,10 +31,20 @@ from .audit import (
     audit_weights,
     describe_audit,
     provenance,
+    start_standalone_process,
+    stop_standalone_process,
 )
 from .card import TRAINED, describe_run, write_papers
 
 
+def prepare_audit(config: Config, ranks: Ranks, last_step: bool) -> None:
+    """After the last step: starts the audit's process while the last validation runs."""
+    audited = config.run.export != "none" and config.run.export_check_examples
+    if last_step and audited and ranks.is_main:
+        start_standalone_process()
+
+
+@part("export")
 def export_result(
     engine,
     config: Config,
@@ -63,7 +74,9 @@ def export_result(
         logger.say("no adapter  no step has changed a weight, so there is nothing to hand out")
         return {}
     sample = []
-    if not stopping:
+    if stopping:
+        stop_standalone_process()
+    else:
         sample = (data.valid or data.train)[: config.run.export_check_examples]
     loss = 0.0
     if sample:

@@ -24,6 +24,7 @@ from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.files import sha256
+from ..distributed.timeline import part
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
@@ -204,6 +205,37 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
 # ------------------------------------------------------------------ the loss
 
 
+_started: list[subprocess.Popen] = []  # the process that waits for its request, if there is one
+
+
+def start_standalone_process() -> None:
+    """Starts the process of `standalone_loss` ahead of time, so that its imports are done by then.
+
+    It takes neither a GPU nor a core while it waits, and ends when this process does.
+    """
+    script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    _started.append(
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
+            env=environment,
+        )
+    )
+
+
+def stop_standalone_process() -> None:
+    """Ends the process if one still waits, as in a run that ends without its audit."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.communicate()
+
+
 def standalone_loss(folder: Path, examples: list[Example], device, timeout: float) -> float | str:
     """The mean loss of examples in a process that gets the text of standalone_loss.py.
 
@@ -211,33 +243,30 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     could not be measured (no memory, no time, a signal), the reason. timeout: in seconds. Raises
     AuditError when transformers and PEFT can't load the folder.
     """
-    script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
     # By a pipe: patients' words stay off the disk.
-    rows = json.dumps([(e.input_ids.tolist(), e.labels.tolist()) for e in examples])
-    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
     try:
-        process = subprocess.run(
-            [sys.executable, "-c", script, str(folder.absolute()), str(device)],
-            cwd=tempfile.gettempdir(),  # an adapter must load from anywhere
-            input=rows,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-        )
+        if not _started:
+            start_standalone_process()
+        process = _started[-1]
+        request = json.dumps([str(folder.absolute()), str(device), rows])
+        answer, errors = process.communicate(request, timeout=timeout)
     except (subprocess.TimeoutExpired, OSError) as error:
         return type(error).__name__
+    finally:
+        stop_standalone_process()
     if process.returncode == 0:
-        return float(process.stdout.split()[-1])
+        return float(answer.split()[-1])
     if process.returncode < 0:
         return f"signal {-process.returncode}"
     no_memory = r"out ?of ?memory|busy or unavailable|ALLOC_FAILED"
-    if re.search(no_memory, process.stderr, re.IGNORECASE):
+    if re.search(no_memory, errors, re.IGNORECASE):
         return "not enough memory beside the run"
-    last_line = (process.stderr.strip().splitlines() or ["nothing"])[-1]
+    last_line = (errors.strip().splitlines() or ["nothing"])[-1]
     raise AuditError(f"transformers and PEFT cannot load it ({last_line[:160]})")
 
 
+@part("audit")
 def audit_loss(
     folder: Path, examples: list[Example], loss: float, device, timeout: float = 300
 ) -> dict:

@@ -15,7 +15,8 @@ from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
 from ..data.tokenization import Example
 from ..distributed.files import atomic_folder
-from ..generation.decode import ROWS, write_notes
+from ..generation.decode import write_notes
+from ..generation.engine import NoteRequest
 from ..generation.loading import load_for_generation
 from ..generation.sharded import prompt_of
 from ..model.loading import load_tokenizer
@@ -68,17 +69,15 @@ def notes_of(
     if not prompts:
         return []
     model, tokenizer = load_for_generation(adapter, base, device)
-    texts = []
-    for start in range(0, len(prompts), ROWS):
-        batch = dict(list(prompts.items())[start : start + ROWS])
-        notes = write_notes(model, tokenizer, batch, config.generation, task=config.task)
-        texts += [note.text for note in notes]
+    generation = config.generation
+    requests = [NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()]
+    notes = write_notes(model, tokenizer, requests, generation, task=config.task)
     del model
     gc.collect()
     if torch.cuda.is_available():
         # What this process keeps reserved, the loss's process would lack.
         torch.cuda.empty_cache()
-    return texts
+    return [note.text for note in notes]
 
 
 def compare_ways(

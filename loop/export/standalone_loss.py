@@ -1,9 +1,10 @@
 """The loss of an adapter or a full model, loaded as anybody would: by transformers and PEFT.
 
 It imports nothing of this project, and runs as a script:
-`python standalone_loss.py FOLDER DEVICE < rows.json`, where rows are [[input_ids, labels], ...] and
-a label of -100 does not count. It prints nats per supervised token. Each row goes through the model
-alone, so packing and its attention play no part here.
+`python standalone_loss.py < request.json`, a list of folder, device and rows. Rows are [[input_ids,
+labels], ...], and a label of -100 does not count. It prints nats per supervised token. Each row
+goes through the model alone, so packing and its attention play no part here. Libraries are imported
+before the request is read: it can be started ahead of it.
 """
 
 import json
@@ -55,4 +56,4 @@ def loss_of(folder: str, device: str, rows: list[tuple[list[int], list[int]]]) -
 
 
 if __name__ == "__main__":
-    print(loss_of(sys.argv[1], sys.argv[2], json.load(sys.stdin)))
+    print(loss_of(*json.load(sys.stdin)))

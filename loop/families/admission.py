@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import Config, ConfigError
-from ..data.tokenization import Example
 from ..model.loading import config_errors_for, load_model_config, load_tokenizer
 from ..model.structure import attention_shape, context_length, rotary_settings
 from .isolation import check_isolation
@@ -25,15 +24,14 @@ def admit_base(config: Config) -> tuple[Any, Any]:
     return tokenizer, model_config
 
 
-def check_vocabulary(config: Config, model_config, examples: list[Example]) -> None:
-    """Raises ConfigError where a token has no embedding."""
-    for example in examples:
-        largest = int(np.max(example.input_ids))
-        if largest >= model_config.vocab_size:
+def check_vocabulary(base: str, model_config, tokens: dict[str, Any]) -> None:
+    """Raises ConfigError where a token has no embedding. tokens: ids of each example, by its id."""
+    for name, ids in tokens.items():
+        if (largest := int(np.max(ids))) >= model_config.vocab_size:
             raise ConfigError(
-                f"base={config.base}: its tokenizer is larger than its embedding of "
-                f"{model_config.vocab_size:,} tokens (id {example.id} has token {largest:,}); take "
-                "the tokenizer that the base was trained with"
+                f"base={base}: its tokenizer is larger than its embedding of "
+                f"{model_config.vocab_size:,} tokens (id {name} has token {largest:,}); take the "
+                "tokenizer that the base was trained with"
             )
 
 

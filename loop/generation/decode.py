@@ -1,21 +1,27 @@
-"""Writes notes in batches with a KV cache: greedy, sampled, or with forced headings."""
+"""Writes notes: greedy, sampled, or with forced headings; by the engine, or the plain way.
 
-import contextlib
-from collections.abc import Callable, Iterator
+The plain way is transformers' generate, in batches.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ..config.schema import GenerationSettings, TaskConfig
 from ..data.conversations import Conversation
 from ..data.soap import SOAP, before_next_heading
 from ..data.tokenization import IGNORE, encode_examples
 from ..distributed.watchdog import set_activity
+from ..model.structure import context_length
 from .controls import LoopDetector, logits_processors
+from .engine import NoteRequest, Session, Writing, say_once
+from .engine_choice import Engine, EngineError, open_engine
+from .model_mode import generation_mode
 
-ROWS = 16  # notes of a batch
+ROWS = 16  # notes of a batch, the plain way
 TAIL_TOKENS = 16  # of a note, which `until` sees
 
 
@@ -25,6 +31,19 @@ class Note(NamedTuple):
     # ran in circles. None: unknown.
     ended: bool | None
     looped: bool = False  # ran in circles; with forced headings, in one section or more
+
+
+# Takes requests, the heading of the section that is written or "", what cuts a note off (as in
+# `generate_notes`), and a function for each note that has ended. Returns all notes.
+WriteNotes = Callable[
+    [
+        list[NoteRequest],
+        str,
+        Callable[[str], bool] | None,
+        Callable[[int, Note], None] | None,
+    ],
+    list[Note],
+]
 
 
 class NoteLimits:
@@ -150,79 +169,178 @@ def pad_left(prompts: list[list[int]], pad_token: int) -> tuple[torch.Tensor, to
     return ids, mask
 
 
-@contextlib.contextmanager
-def generation_mode(model) -> Iterator[torch.device]:
-    """Puts a model into evaluation mode, with a KV cache, and restores it. Gives its device.
-
-    Packed attention has no cache, so PyTorch's own attention stands in; it takes the padding mask.
-    The base's generation_config is put aside: transformers would fill in from it whatever a call
-    leaves open.
-    """
-    config = model.config
-    was_training = model.training
-    attention = config._attn_implementation
-    text_config = config.get_text_config()  # of the language model
-    use_cache = text_config.use_cache
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    generation_config = base.generation_config
-    try:
-        base.generation_config = GenerationConfig()
-        model.eval()
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
-        text_config.use_cache = True
-        yield base.device
-    finally:
-        base.generation_config = generation_config
-        base.set_attn_implementation(attention)
-        text_config.use_cache = use_cache
-        model.train(was_training)
-
-
 def write_notes(
     model,
     tokenizer,
-    prompts: dict[str, list[int]],
+    requests: list[NoteRequest],
     generation: GenerationSettings,
+    *,
+    partitioned: bool = False,
     synced: bool = False,
     stop=None,
+    done: Callable[[int, Note], None] | None = None,
+    rows: int | None = None,
     task: TaskConfig = SOAP,
 ) -> list[Note]:
-    """The notes of one batch as the settings say: the one way from a run's settings to its notes.
+    """The notes of some requests as the settings say: the one way from settings to notes.
 
-    A note depends on the model, its prompt, its id and the settings.
+    A note depends on the model, its prompt, its key and the settings. The engine writes it where it
+    can, else transformers' generate, and a line on stderr says why. A note ends where the base's
+    context does.
 
     Args:
         model: as in `generate_notes`.
         tokenizer: the model's.
-        prompts: token ids, by the dialogue's id.
-        generation: the settings.
-        synced: as in `generate_notes`.
+        requests: any number of them.
+        generation: the settings; a request has its own limit.
+        partitioned: the weights come and go by layers, which the engine can't follow.
+        synced: as in `generate_notes`; at most ROWS requests then, and on every rank.
         stop: as in `generate_notes`.
+        done: takes a request's number and its note as soon as the note has ended; it is not called
+            for notes that `stop` cut off.
+        rows: notes at a time; None: as many as are good here.
         task: names the headings that are forced.
     """
-    ids = list(prompts)
-    if generation.forced_headings:
-        return generate_with_headings(
-            model,
-            tokenizer,
-            list(prompts.values()),
-            generation.max_new_tokens,
-            lambda heading, begun: logits_processors(generation, ids, heading, begun),
-            synced,
-            stop,
-            generation.end_loops,
-            task,
+    forced = task if generation.forced_headings else None
+    written = Written(tokenizer, requests, forced, stop, done)
+    reason = "the weights are partitioned" if partitioned else ""
+    if requests and not partitioned:
+        try:
+            with open_engine(model, requests[0].prompt) as engine:
+                return written.complete(engine_writer(engine, tokenizer, generation, stop, rows))
+        except EngineError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "memory is short"
+    if reason:
+        say_once(f"notes       written by transformers' generate, which takes longer: {reason}")
+    return written.complete(plain_writer(model, tokenizer, generation, synced, stop, rows or ROWS))
+
+
+class Written:
+    """The notes of some requests so far; another writer can go on with those that are missing."""
+
+    def __init__(self, tokenizer, requests, forced: TaskConfig | None, stop, done) -> None:
+        """forced: the task whose headings are forced, if any. The rest as in `write_notes`."""
+        self.tokenizer = tokenizer
+        self.requests = requests
+        self.forced = forced
+        self.stop = stop
+        self.done = done
+        self.notes: dict[int, Note] = {}  # by the number of their request
+
+    def finish(self, number: int, note: Note) -> None:
+        self.notes[number] = note
+        if self.done:
+            self.done(number, note)
+
+    def complete(self, write: WriteNotes) -> list[Note]:
+        """Writes what is missing; returns all notes."""
+        missing = [number for number in range(len(self.requests)) if number not in self.notes]
+        requests = [self.requests[number] for number in missing]
+        if self.forced:
+            notes = write_with_headings(self.tokenizer, requests, write, self.forced)
+            if not (self.stop and self.stop.requested):
+                for number, note in zip(missing, notes):
+                    self.finish(number, note)
+        else:
+            notes = write(requests, "", None, lambda i, note: self.finish(missing[i], note))
+        found = dict(zip(missing, notes)) | self.notes
+        return [found[number] for number in range(len(self.requests))]
+
+
+def engine_writer(
+    engine: Engine, tokenizer, generation: GenerationSettings, stop, rows: int | None
+) -> WriteNotes:
+    """Writes by the engine; arguments as in `write_notes`."""
+
+    def write(requests, section, until, done) -> list[Note]:
+        notes = [Note("", False)] * len(requests)  # of those that `stop` keeps from beginning
+
+        def end(number: int, writing: Writing) -> None:
+            text = tokenizer.decode(writing.tokens, skip_special_tokens=True)
+            has_eos = writing.tokens[-1] == tokenizer.eos_token_id
+            text = text if until else text.strip()
+            notes[number] = Note(text, has_eos, writing.looped)
+            if done and (has_eos or not writing.stopped):
+                done(number, notes[number])
+
+        def meets_until(tokens: list[int]) -> bool:
+            return until(tokenizer.decode(tokens[-TAIL_TOKENS:]))
+
+        requests = within_context(engine.base, requests)
+        keyed = [dataclasses.replace(r, key=f"{r.key} {section}") for r in requests]
+        slots = engine.slots_for(keyed, rows)
+        eos_token = tokenizer.eos_token_id
+        cuts = meets_until if until else None
+        Session(slots, keyed, generation, eos_token, end, stop, cuts).run()
+        return notes
+
+    return write
+
+
+def plain_writer(
+    model, tokenizer, generation: GenerationSettings, synced: bool, stop, rows: int
+) -> WriteNotes:
+    """Writes by transformers' generate; arguments as in `write_notes`."""
+
+    def write(requests, section, until, done) -> list[Note]:
+        requests = within_context(model, requests)
+        notes: list[Note] = []
+        for start in range(0, len(requests), rows):
+            batch = requests[start : start + rows]
+            begun = [r.begun for r in batch]
+            notes += generate_notes(
+                model,
+                tokenizer,
+                [r.prompt for r in batch],
+                [r.max_new_tokens for r in batch],
+                synced,
+                stop,
+                logits_processors(generation, [r.key for r in batch], section, begun),
+                until,
+                generation.end_loops,
+            )
+            for number in range(start, len(notes)):
+                if done and not (stop and stop.requested):
+                    done(number, notes[number])
+        return notes
+
+    return write
+
+
+def within_context(model, requests: list[NoteRequest]) -> list[NoteRequest]:
+    """The requests, whose notes end where the base's context does."""
+    context = context_length(model.config.get_text_config())
+    if not context:
+        return requests
+    capped = [
+        dataclasses.replace(
+            r, max_new_tokens=max(1, min(r.max_new_tokens, context - len(r.prompt)))
         )
-    return generate_notes(
-        model,
-        tokenizer,
-        list(prompts.values()),
-        generation.max_new_tokens,
-        synced,
-        stop,
-        logits_processors(generation, ids, "", [[] for _ in ids]),
-        end_loops=generation.end_loops,
-    )
+        for r in requests
+    ]
+    if capped != requests:
+        say_once(
+            f"notes       end where the base's context of {context:,} tokens does; the longest "
+            "prompts leave less than generation.max_new_tokens"
+        )
+    return capped
+
+
+def write_with_headings(
+    tokenizer, requests: list[NoteRequest], write: WriteNotes, task: TaskConfig = SOAP
+) -> list[Note]:
+    """As `generate_with_headings`, by any writer."""
+
+    def write_section(heading: str, begun: list[list[int]], tokens_left: list[int]) -> list[Note]:
+        sections = [
+            NoteRequest(r.key, r.prompt + ids, left, ids)
+            for r, ids, left in zip(requests, begun, tokens_left)
+        ]
+        return write(sections, heading, lambda tail: _begins_next_section(tail, task), None)
+
+    return _by_sections(tokenizer, [r.max_new_tokens for r in requests], write_section, task)
 
 
 def generate_with_headings(
@@ -253,14 +371,9 @@ def generate_with_headings(
         end_loops: as in `generate_notes`.
         task: names the headings.
     """
-    texts = [""] * len(prompts)
-    tokens_left = [max_new_tokens] * len(prompts)
-    ended: list[bool | None] = [True] * len(prompts)
-    looped = [False] * len(prompts)
-    for heading in task.headings:
-        texts = [f"{text}\n{heading}:".strip() for text in texts]
-        begun = _encode_beginnings(tokenizer, texts)
-        sections = generate_notes(
+
+    def write_section(heading: str, begun: list[list[int]], tokens_left: list[int]) -> list[Note]:
+        return generate_notes(
             model,
             tokenizer,
             [prompt + ids for prompt, ids in zip(prompts, begun)],
@@ -268,9 +381,35 @@ def generate_with_headings(
             synced,
             stop,
             make_logits_processor(heading, begun),
-            lambda tail: before_next_heading(tail, task) != tail,
+            lambda tail: _begins_next_section(tail, task),
             end_loops,
         )
+
+    return _by_sections(tokenizer, [max_new_tokens] * len(prompts), write_section, task)
+
+
+def _by_sections(
+    tokenizer,
+    tokens_left: list[int],
+    write_section: Callable[[str, list[list[int]], list[int]], list[Note]],
+    task: TaskConfig,
+) -> list[Note]:
+    """Notes that are written section by section.
+
+    Args:
+        tokenizer: the model's.
+        tokens_left: of each note, not counting the headings.
+        write_section: takes a heading, the tokens of each note up to it, and how many tokens each
+            may have; returns each note's section.
+        task: names the headings.
+    """
+    texts = [""] * len(tokens_left)
+    ended: list[bool | None] = [True] * len(texts)
+    looped = [False] * len(texts)
+    for heading in task.headings:
+        texts = [f"{text}\n{heading}:".strip() for text in texts]
+        begun = _encode_beginnings(tokenizer, texts)
+        sections = write_section(heading, begun, tokens_left)
         bodies = [before_next_heading(section.text, task) for section in sections]
         ended = [section.ended or body != section.text for body, section in zip(bodies, sections)]
         looped = [before or section.looped for before, section in zip(looped, sections)]
@@ -295,3 +434,8 @@ def _encode_beginnings(tokenizer, beginnings: list[str]) -> list[list[int]]:
         example.input_ids[example.labels != IGNORE][:-1].tolist()
         for example in encode_examples(tokenizer, conversations)
     ]
+
+
+def _begins_next_section(tail: str, task: TaskConfig) -> bool:
+    """Whether the end of a section begins another one."""
+    return before_next_heading(tail, task) != tail

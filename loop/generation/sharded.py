@@ -1,6 +1,8 @@
 """Writes notes with the model of a ZeRO-3 engine, the batches divided among the ranks."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -14,7 +16,10 @@ from ..distributed.world import Ranks
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .decode import ROWS, Note, write_notes
+from .engine import NoteRequest
 from .notes_file import KeptNotes
+
+GPU_ROWS = 256  # notes of a batch on a GPU, where the engine writes
 
 
 def prompt_of(example: Example) -> np.ndarray:
@@ -39,16 +44,56 @@ def fits_unsharded(model, ranks: Ranks) -> bool:
     return not ranks.any(full_bytes > free_bytes / 2)
 
 
-def choose_way(engine, ranks: Ranks) -> tuple[bool, bool]:
-    """(whether the model is gathered once, whether the ranks go in lockstep).
+class Way(NamedTuple):
+    """How the weights are where notes are written."""
 
-    Every rank must call it.
-    """
+    gathered: bool  # once, for all notes
+    partitioned: bool  # they come and go by layers
+    lockstep: bool  # the ranks, as each takes part in all gathers of a layer
+
+
+def choose_way(engine, ranks: Ranks) -> Way:
+    """What the memory allows. Every rank must call it, and gets the same answer."""
     # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
     engine.empty_partition_cache()
     replicated = is_replicated(engine)
-    gather = not replicated and fits_unsharded(engine.module, ranks)
-    return gather, not replicated and not gather and ranks.world_size > 1
+    gathered = not replicated and fits_unsharded(engine.module, ranks)
+    partitioned = not replicated and not gathered
+    return Way(gathered, partitioned, partitioned and ranks.world_size > 1)
+
+
+def batch_rows(rows: int | None, ranks: Ranks, partitioned: bool) -> int:
+    """Notes of a batch: `rows`, but no more than are good here; None: so many."""
+    most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
+    return min(rows or most, most)
+
+
+def write_batches(
+    model,
+    tokenizer,
+    batches: list[list[NoteRequest]],
+    generation: GenerationSettings,
+    way: Way,
+    ranks: Ranks,
+    stop,
+    task: TaskConfig,
+) -> Iterator[dict[str, Note]]:
+    """Gives the notes of one batch after the other by their keys, until `stop` is set."""
+    for batch in batches:
+        # In lockstep all of them stop, before the same batch.
+        if stop and (ranks.any(stop.requested) if way.lockstep else stop.requested):
+            return
+        notes = write_notes(
+            model,
+            tokenizer,
+            batch,
+            generation,
+            partitioned=way.partitioned,
+            synced=way.lockstep,
+            stop=stop,
+            task=task,
+        )
+        yield {request.key: note for request, note in zip(batch, notes)}
 
 
 def generate_sharded(
@@ -58,61 +103,62 @@ def generate_sharded(
     generation: GenerationSettings,
     ranks: Ranks,
     stop=None,
-    rows: int = ROWS,
+    rows: int | None = None,
     kept: KeptNotes | None = None,
     task: TaskConfig = SOAP,
 ) -> dict[str, Note]:
     """The notes of some examples by id, on every rank. Every rank must call it.
 
-    Some may be missing where the run is asked to stop.
-
-    Each rank writes its shard of the batches. Where the full model fits, it is gathered once and
-    the ranks write on their own; the engine's hooks are off meanwhile, as they would gather again,
-    in lockstep. Where it does not fit, the ranks go in lockstep, a layer at a time.
+    Some may be missing where the run is asked to stop. Each rank writes its shard of the batches,
+    on its own where the full model fits and is gathered once; hooks that would gather again are off
+    meanwhile. Where it does not fit, the ranks go in lockstep, a layer at a time.
 
     Args:
         engine: of DeepSpeed, ZeRO-3.
-        tokenizer: the model's.
+        tokenizer, generation: the model's; the settings.
         examples: their prompts are read.
-        generation: the settings.
         ranks: any number of them writes the same notes.
-        stop: a StopRequest; the notes are cut off when the run is asked to stop.
-        rows: notes of a batch. What is in a batch depends on the examples and `rows` alone, not on
-            the number of ranks: another padding would be another rounding. So a batch is written
+        stop: a StopRequest, which cuts notes off.
+        rows: as in `batch_rows`. What is in a batch depends on the examples and `rows` alone, not
+            on the number of ranks: another batch would be another rounding. So a batch is written
             whole where `kept` has a part of it.
         kept: has the notes of an earlier run, and takes each batch that was not cut off.
         task: names the headings that are forced.
     """
     found = dict(kept.found) if kept else {}
-    prompts = {e.id: prompt_of(e).tolist() for e in examples}
-    batches = [ids for ids in batch_by_length(prompts, rows) if not found.keys() >= set(ids)]
-    if not batches:
+    if found.keys() >= {e.id for e in examples}:
         return {e.id: found[e.id] for e in examples}
+    way = choose_way(engine, ranks)
+    rows = batch_rows(rows, ranks, way.partitioned)
+    requests = [
+        NoteRequest(e.id, prompt_of(e).tolist(), generation.max_new_tokens) for e in examples
+    ]
+    batches = [
+        batch
+        for batch in batch_by_length(requests, rows)
+        if not found.keys() >= {request.key for request in batch}
+    ]
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
-    gather, lockstep = choose_way(engine, ranks)
-    if lockstep:
+    if way.lockstep:
         # A rank that has one batch less writes another's, to take part in its all-gathers.
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
-    with without_zero3_hooks(engine) if gather else contextlib.nullcontext():
-        for number, ids in enumerate(mine):
-            if stop and (ranks.any(stop.requested) if lockstep else stop.requested):
-                break  # in lockstep all of them, before the same batch
-            batch = {id: prompts[id] for id in ids}
-            notes = write_notes(engine.module, tokenizer, batch, generation, lockstep, stop, task)
+    with without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext():
+        writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop, task)
+        for number, notes in enumerate(writing):
             if kept:
                 if number >= num_own or (stop and stop.requested):  # not its own, or cut off
                     continue
-                kept.add(dict(zip(ids, notes)))
-            written |= dict(zip(ids, notes))
+                kept.add(notes)
+            written |= notes
     for shard in ranks.all_gather_json(written):
         found |= {id: Note(*note) for id, note in shard.items()}
     return {e.id: found[e.id] for e in examples if e.id in found}
 
 
-def batch_by_length(prompts: dict[str, list[int]], rows: int) -> list[list[str]]:
-    """Batches of ids, at most `rows` each, of prompts of like length, so that padding is little."""
-    ids = sorted(prompts, key=lambda id: (len(prompts[id]), id))
-    return [ids[start : start + rows] for start in range(0, len(ids), rows)]
+def batch_by_length(requests: list[NoteRequest], rows: int) -> list[list[NoteRequest]]:
+    """Batches of at most `rows` notes with prompts of like length, so that padding is little."""
+    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.key))
+    return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]

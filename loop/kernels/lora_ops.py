@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .dropout import apply_dropout_mask
 from .triton_kernels import (
     grad_lora_a_kernel,
     lora_down_kernel,
@@ -38,9 +39,6 @@ FUSED_OPS = (
 )
 TOKENS = 32  # of a block: the fastest of 16, 32, 64 and 128 for each kernel, on an H200
 MOST_PARTIAL_SUMS, ROWS_OF_A_PARTIAL_SUM = 32, 512
-
-# (x, keep, scale) -> x * keep * scale in one kernel of torch
-apply_dropout_mask = torch.ops.aten.native_dropout_backward
 
 
 # ---- how a kernel is launched

@@ -11,6 +11,7 @@ import torch.nn as nn
 from ..config.schema import Config
 from ..data.dataset import TrainingData
 from ..distributed.seeding import seed_everything
+from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..kernels.attention_backends import choose_backend
 from ..kernels.dropout import DropoutMasks, install_dropout
@@ -41,6 +42,7 @@ class Execution:
     warnings: list[str]  # what was asked for or expected and is not used, and why
 
 
+@part("base")
 def build_model(
     config: Config, ds_config: dict, model_config, data: TrainingData, ranks: Ranks
 ) -> tuple[nn.Module, Execution]:
@@ -55,10 +57,11 @@ def build_model(
     """
     optimizer = optimizer_spec(config.optimizer)
     dtype = compute_dtype(ds_config)
-    backend, attention = choose_backend(
-        config.attention, ranks.device, dtype, attention_shape(model_config)
-    )
-    fused, layers_warning = choose_fused_layers(config, dtype, ranks)
+    with part("kernel tests"):
+        backend, attention = choose_backend(
+            config.attention, ranks.device, dtype, attention_shape(model_config)
+        )
+        fused, layers_warning = choose_fused_layers(config, dtype, ranks)
     # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
     seed_everything(config.seed)
     model = load_model(config, ds_config, ranks.device, backend, start=config.adapter)

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
+from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..zero3.hooks import cache_module_parameters
 from ..zero3.replicated import replicate_weights
@@ -13,6 +14,7 @@ from .replay import replay_layers
 from .structure import context_length
 
 
+@part("CUDA graphs")
 def prepare_engine(
     engine,
     execution: Execution,

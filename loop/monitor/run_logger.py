@@ -20,6 +20,7 @@ from ..checkpoint.train_state import TrainState
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 from ..data.dataset import TrainingData
+from ..distributed import timeline
 from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
@@ -69,6 +70,7 @@ class RunLogger:
         self.timer = StepTimer(ranks.device)
         self.started = self.step_started = self.last_line = time.perf_counter()
         self.tokens = 0  # of the steps of this process
+        self.start_time: dict[str, float] = {}  # seconds by part, up to the first step's end
         self.seconds = 0.0  # of its steps alone, without evaluation and saving
         self.largest_micro_batch = 0  # tokens, of this rank
         if self.on:
@@ -207,6 +209,7 @@ class RunLogger:
         """A step's time begins here; evaluation, sampling and saving are not part of it."""
         if step == self.first_step:
             self.memory.begin()
+        timeline.enter("first step" if step == self.first_step else "steps")
         self.step_started = time.perf_counter()
         self.timer.start()
 
@@ -228,6 +231,7 @@ class RunLogger:
             micro_batches: this rank's.
         """
         step = state.step
+        timeline.enter(timeline.OTHER)
         seconds = time.perf_counter() - self.step_started
         phases = self.timer.stop()
         tokens = int(lengths.sum())
@@ -235,6 +239,9 @@ class RunLogger:
         self.seconds += seconds
         largest = max(batch.input_ids.numel() for batch in micro_batches)
         self.largest_micro_batch = max(self.largest_micro_batch, largest)
+        if step == self.first_step + 1:
+            self.start_time = timeline.so_far()
+            self.say(f"start       {timeline.describe(self.start_time)}")
         if step == self.first_step + 3:
             left = self.num_steps - step
             self.say(
@@ -349,6 +356,7 @@ class RunLogger:
                 "train/tokens_per_second": self.tokens / self.seconds,
                 "seconds": time.perf_counter() - self.started,
             } | metrics
+        metrics |= {"time": timeline.so_far(), "time_to_first_step": self.start_time}
         return write_report(
             self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | metrics
         )

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import notes
 from shapes import LONGEST, MEAN, SHAPES, SUPERVISED, make_base
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
@@ -84,6 +85,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="where one step's time goes on the GPU"
     )
+    parser.add_argument(
+        "--job", action="store_true", help="the whole seed job instead, and what each part takes"
+    )
+    parser.add_argument("--rows", type=int, help="training rows of --job")
     parser.add_argument("--json", help="write all figures there")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
@@ -214,10 +219,16 @@ def describe_contender(name: str, runs: list[dict], limit: float) -> str:
 
 
 def main() -> None:
+    if "--notes" in sys.argv:
+        return notes.main()
     try:
         args = parse_args()
     except ConfigError as error:
         exit_with_config_error(error)
+    if args.job:
+        import job
+
+        return job.main(args)
     results = run_all(make_contenders(args), args)
     rate = matrix_rate()
     limit = rate * args.gpus / flops_per_token(SHAPES[args.shape], args.length or MEAN)

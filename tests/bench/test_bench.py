@@ -1,5 +1,6 @@
 """The benchmark: what it counts, and that it measures."""
 
+import argparse
 import json
 import os
 import runpy
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, PYTHON, ROOT
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 BENCH = ROOT / "tests" / "bench"
 
@@ -58,6 +59,53 @@ def test_the_examples_have_the_seeds_lengths(bench):
     assert abs(sum(e.num_targets for e in examples) / lengths.sum() - 0.27) < 0.01
 
 
+def test_the_jobs_rows_have_the_seeds_lengths(bench, tmp_path):
+    job = runpy.run_path(str(BENCH / "job.py"))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "loop" / "embedded" / "base")
+    paths = job["make_rows"](tmp_path, tokenizer, {"train": 60, "valid": 2}, 2048)
+    rows = [json.loads(line) for line in paths["train"].read_text().splitlines()]
+    whole = [row["dialogue"] + row["soap"] for row in rows]
+    lengths = [len(tokenizer(text)["input_ids"]) + job["FRAME"] for text in whole]
+    notes = [len(tokenizer(row["soap"])["input_ids"]) for row in rows]
+    assert len(rows) == 60 and rows[0]["soap"].startswith("S: ")
+    assert np.mean(lengths) == pytest.approx(job["MEAN"], rel=0.1) and max(lengths) < 2048
+    assert sum(notes) / sum(lengths) == pytest.approx(job["SUPERVISED"], abs=0.05)
+    assert job["make_rows"](tmp_path, None, {"train": 60, "valid": 2}, 2048) == paths
+
+
+def test_the_job_is_shown_part_by_part(bench):
+    job = runpy.run_path(str(BENCH / "job.py"))
+    parts = {"imports": 5.0, "first step": 1.0, "steps": 9.0, "audit": 1.0, "end": 0.5}
+    measured = {
+        "seconds": 16.5,
+        "time": parts,
+        "to_first_step": {"imports": 5.0, "first step": 1.0},
+        "num_steps": 10,
+        "tokens_per_second": 1000.0,
+    }
+    assert job["ratio"](measured) == pytest.approx(11.5 / 10)
+    table = {
+        line[:24].strip(): line[24:].split() for line in job["as_table"]([measured]).split("\n")
+    }
+    assert table["audit"] == ["1.0"] and table["first step after"] == ["6.0"]
+    assert table["without start : steps"] == ["1.15"]
+
+
+@pytest.mark.slow
+def test_it_measures_the_whole_job(tmp_path):
+    command = [str(ROOT / "launch.sh"), "bench", "--job", "--rounds", "1", "--rows", "24"]
+    command += ["--base-dir", str(tmp_path), "--json", str(tmp_path / "job.json"), "max_steps=4"]
+    env = os.environ | {"LOOP_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert out.returncode == 0, out.stderr[-2000:]
+    [measured] = json.loads((tmp_path / "job.json").read_text())["jobs"]
+    parts = measured["time"]
+    assert sum(parts.values()) == pytest.approx(measured["seconds"])
+    wanted = {"imports", "base", "engine", "steps", "evaluation", "sample notes", "audit"}
+    assert all(parts[name] > 0 for name in wanted) and measured["num_steps"] == 4
+    assert "in all" in out.stdout
+
+
 @pytest.mark.slow
 def test_it_measures_the_loop_and_a_peer(tmp_path):
     """On a CPU; TRL and Unsloth need their packages, Unsloth a GPU."""
@@ -70,3 +118,31 @@ def test_it_measures_the_loop_and_a_peer(tmp_path):
     results = json.loads((tmp_path / "all.json").read_text())["results"]
     assert set(results) == {"the loop", "the loop without DeepSpeed", "plain"}
     assert all(min(run["tokens_per_second"]) > 0 for runs in results.values() for run in runs)
+
+
+def test_the_floor_of_notes_counts_what_a_step_reads(bench):
+    """TinyLlama's weights without the embedding, in 16 bits; 22,528 bytes of keys and values."""
+    notes = sys.modules["notes"]
+    args = argparse.Namespace(prompt=900, tokens=200)
+    one, two = (notes.bytes_of_step("tinyllama", slots, args) for slots in (1, 2))
+    assert two - one == 1000 * 22_528
+    assert one - (two - one) == pytest.approx(2 * (1_100_048_384 - 32000 * 2048), rel=1e-3)
+
+
+def test_notes_are_measured_by_the_engine(tmp_path):
+    command = [str(ROOT / "launch.sh"), "bench", "--notes", "--slots", "2", "--prompt", "20"]
+    command += ["--tokens", "8", "--peer-tokens", "4", "--json", str(tmp_path / "all.json")]
+    env = os.environ | {"LOOP_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(
+        command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert out.returncode == 0, out.stdout + out.stderr[-2000:]
+    results = json.loads((tmp_path / "all.json").read_text())
+    measured = {name: found for name, found in results.items() if not name.endswith("compared")}
+    assert measured.keys() == {
+        "the engine, NF4 and LoRA, 2",
+        "generate, NF4 and LoRA, 2",
+        "generate on the merged copy, bf16, 2",
+    }
+    assert all(found["step_ms"] > 0 for found in measured.values())
+    assert results.keys() - measured.keys() == {"NF4 and LoRA, compared", "merged, bf16, compared"}

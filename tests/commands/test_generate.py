@@ -125,7 +125,9 @@ def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypat
     args, out = files
     notes = {"a": Note("x", False, True), "b": Note("y", True, True), "test-2": Note("z", False)}
     monkeypatch.setattr(
-        generate, "write_notes", lambda m, t, prompts, s, task: [notes[k] for k in prompts]
+        generate,
+        "write_notes",
+        lambda m, t, requests, s, task: [notes[r.key] for r in requests],
     )
     generate.main(args)
     assert capsys.readouterr().out == (

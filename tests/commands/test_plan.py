@@ -41,10 +41,19 @@ def test_a_wrong_schedule_or_optimizer_is_one_line(config_file, capsys):
 def test_the_time_is_the_last_runs_where_there_is_one(config_file, capsys, tmp_path):
     (tmp_path / "runs" / "t").mkdir(parents=True)
     (tmp_path / "runs" / "t" / "report.json").write_text(
-        json.dumps({"train/tokens_per_second": 100.0})
+        json.dumps(
+            {
+                "train/tokens_per_second": 100.0,
+                "time": {"imports": 5.25, "steps": 30.0},
+                "time_to_first_step": {"imports": 5.25},
+            }
+        )
     )
-    main(["--config", str(config_file)])
-    assert "at 100 tokens/s (as measured in" in capsys.readouterr().out
+    main(["--config", str(config_file), "--timing"])
+    out = capsys.readouterr().out
+    assert "at 100 tokens/s (as measured in" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows["imports"] == ["5.2", "5.2"] and rows["sum"] == ["5.2", "35.2"]
     with pytest.raises(SystemExit):
         main(["--config", str(config_file), "--tokens-per-second", "fast"])
     assert "--tokens-per-second fast" in capsys.readouterr().err

@@ -13,10 +13,10 @@ from loop.config.cli import load_config
 from loop.data.conversations import dialogue_text, note_text, read_split
 from loop.data.soap import parse_note
 from loop.evaluation.baselines import most_similar
-from loop.evaluation.facts import Statements, extract_facts
 from loop.evaluation.html_report import as_page, write_page
-from loop.evaluation.numerals import parse_items
-from loop.evaluation.scoring import Row, score_note, summarise, unsupported
+from loop.evaluation.scoring import Row, flagged, score_note, summarise
+from loop.facts.matching import compare
+from loop.facts.numerals import parse_items
 
 REFERENCE = (
     "S: Pain in the left knee since 7/29/2008.\nO: 120/80.\nA: Gout.\nP: 500 mg twice a day."
@@ -75,7 +75,7 @@ def score_all(text: str, reference: str = REFERENCE) -> dict:
     scores = {}
     for row in (Row("a", REFERENCE, reference, text), Row("b", text, reference, reference)):
         scores[row.id] = score_note(row)
-        json.dumps([scores, unsupported(row)]).encode()
+        json.dumps([scores, [v.title for v in flagged(row)]]).encode()
         as_page("title", [row], "").encode("utf-8", "backslashreplace")
     summarise({"notes": list(scores.values())})
     most_similar([text, REFERENCE], [REFERENCE, text])
@@ -85,11 +85,13 @@ def score_all(text: str, reference: str = REFERENCE) -> dict:
 
 def supports_itself(text: str) -> bool:
     """Also that each fact and item stands where it says."""
-    statements = Statements(text)
     places = [(item.start, item.end) for item in parse_items(text)]
     assert all(0 <= start < end <= len(text) for start, end in places)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
-    return all(statements.supports(fact) for fact in statements.facts)
+    found = compare(text, text)
+    for v in found.note + found.dialogue:
+        assert 0 <= v.statement.start < v.statement.end <= len(text)
+    return all(v.verdict == "supported" for v in found.note + found.dialogue)
 
 
 @pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
@@ -105,14 +107,19 @@ def test_a_short_odd_note_is_scored(text):
     assert all(denominator >= 0 for pair in scores.values() for _, denominator in pair.values())
 
 
+def stated(text: str) -> list[tuple[str, str]]:
+    """(kind, value) of what a note states."""
+    found = compare(text, text).note
+    return [(v.statement.kind, v.statement.value) for v in found if v.statement.kind != "claim"]
+
+
 def test_digits_beyond_a_float_are_a_number_of_its_own():
     """Another one does not support it; leading zeros and thousands' commas change nothing else."""
     digits = "1" * 798
-    (fact,) = extract_facts(digits)
-    assert (fact.kind, fact.value) == ("number", digits)
-    assert Statements(f"it was {digits}").supports(fact)
-    assert not Statements(digits + "1").supports(fact)
-    assert [f.value for f in extract_facts("0" * 500 + "12 and 123,456,789,012,345")] == [
+    assert stated(digits) == [("number", digits)]
+    assert compare(f"it was {digits}", digits).note[0].verdict == "supported"
+    assert compare(digits + "1", digits).note[0].verdict == "not said"
+    assert [value for _, value in stated("0" * 500 + "12 and 123,456,789,012,345")] == [
         "12",
         "123456789012345",
     ]
@@ -120,8 +127,8 @@ def test_digits_beyond_a_float_are_a_number_of_its_own():
 
 def test_a_fact_is_marked_where_it_stands_behind_a_letter_that_grows_in_lower_case():
     text = "\u0130\u0130\u0130 500 mg"
-    (fact,) = extract_facts(text)
-    assert text[fact.start : fact.end] == "500 mg"
+    (found,) = [v.statement for v in compare(text, text).note if v.statement.kind == "dose"]
+    assert text[found.start : found.end] == "500 mg"
 
 
 def test_half_a_surrogate_pair_is_shown_on_the_page(tmp_path):

@@ -41,7 +41,8 @@ def test_the_loss_chooses_unless_a_metric_is_named(config_file):
 
 
 @pytest.mark.parametrize(
-    "name", ["rouge9", "repetition", "looped", "length", "markdown", "eval/loss"]
+    "name",
+    ["rouge9", "repetition", "looped", "length", "markdown", "eval/loss", "facts/critical"],
 )
 def test_a_metric_that_cannot_choose_is_refused_with_those_that_can(config_file, name):
     with pytest.raises(ConfigError, match=f"^monitor.best={name}: must be one of loss, rouge1, "):

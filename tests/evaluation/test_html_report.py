@@ -42,14 +42,17 @@ class Elements(html.parser.HTMLParser):
 def test_what_is_unsupported_or_missed_is_marked_in_its_place():
     page = as_page("t", ROWS, "figures")
     assert re.search(
-        r'<mark id="v1-0-f0" title="not in the dialogue: 5 mg">5 mg</mark> &amp; ', page
+        r'<mark id="v1-0-f0" title="not in the dialogue: 5 mg of heparin">5 mg</mark> &amp; ', page
     )
     assert 'title="not in the dialogue: heparin">heparin</mark>.' in page
     assert page.count('title="not in the dialogue') == 2
-    assert "&lt;b&gt;I take" in page and 'title="the dialogue says it: 81 mg">81 mg</a>.' in page
+    assert (
+        "&lt;b&gt;I take" in page
+        and 'title="the dialogue says it: 81 mg of aspirin">81 mg</a>.' in page
+    )
     missed = as_page("t", [ROWS[0]._replace(note="S: nothing")], "figures")
     assert '<mark class="missed place" title="not in the note: aspirin">aspirin</mark>' in missed
-    assert 'title="not in the note: 81 mg">81 mg</mark>' in missed
+    assert 'title="not in the note: 81 mg of aspirin">81 mg</mark>' in missed
 
 
 def test_the_worst_note_comes_first_and_a_cut_off_one_is_named():

@@ -9,17 +9,18 @@ from helpers import SHARED
 
 from loop.data.soap import SOAP
 from loop.evaluation import scoring
+from loop.evaluation.run import list_unsupported
 from loop.evaluation.scoring import (
     METRICS,
     Metric,
     Row,
     as_table,
+    flagged,
     interval,
     metrics_of,
     ratio,
     score_note,
     summarise,
-    unsupported,
 )
 
 NOTE = """S: Cough for 3 days, takes warfarin.
@@ -70,10 +71,16 @@ def test_a_note_like_the_reference_has_every_metric_at_its_best():
         ("", "rouge1", 0),
         ("", "facts/supported", None),
         ("", "facts/kept", 0),
-        (NOTE.replace("500", "250"), "facts/supported/number", 2 / 3),
+        (NOTE.replace("500", "250"), "facts/supported/dose", 0),
+        (NOTE.replace("500", "250"), "facts/supported/P", 2 / 3),
+        (NOTE.replace("500", "250"), "facts/critical", 1 / 8),
+        (NOTE.replace("500", "250"), "facts/unsaid", 1 / 8),
+        (NOTE.replace("Cough", "No cough"), "facts/contradicted", 1 / 8),
+        (NOTE.replace(", takes warfarin", ""), "facts/kept/S", 2 / 3),
+        (NOTE.replace("P: ", "P: No degrees. "), "facts/claims", 3 / 4),
         (NOTE.replace("warfarin", "aspirin"), "facts/supported/drug", 1 / 2),
-        (NOTE.replace("twice", "three times"), "facts/supported/often", 0),
-        (NOTE.replace("38.4 C", "normal"), "facts/kept", 5 / 6),
+        (NOTE.replace("twice", "three times"), "facts/supported/frequency", 0),
+        (NOTE.replace("38.4 C", "normal"), "facts/kept", 7 / 8),
     ],
 )
 def test_what_is_wrong_with_a_note_moves_its_metric(note, name, value):
@@ -92,14 +99,15 @@ def test_what_nobody_knows_counts_nothing():
     assert score_note(Row("a", DIALOGUE, "S: Cough.", NOTE))["P/rouge1"] == (0, 0)
 
 
-def test_unsupported_facts_are_given_with_every_mention():
-    note = "Takes aspirin 81 mg. Aspirin again."
-    found = unsupported(Row("a", DIALOGUE, NOTE, note))
-    assert [(fact.value, note[fact.start : fact.end]) for fact in found] == [
+def test_flagged_statements_are_given_with_every_mention():
+    note = "S: 250 mg of aspirin and 250 mg."
+    found = flagged(Row("a", DIALOGUE, NOTE, note))
+    assert [(v.statement.value, note[v.statement.start : v.statement.end]) for v in found] == [
+        ("250 mg", "250 mg"),
         ("aspirin", "aspirin"),
-        ("81 mg", "81 mg"),
-        ("aspirin", "Aspirin"),
+        ("250 mg", "250 mg"),
     ]
+    assert {v.verdict for v in found} == {"not said"} and all(v.is_critical for v in found)
 
 
 def test_a_metric_is_a_ratio_of_sums_and_its_interval_covers_it():
@@ -200,3 +208,15 @@ def test_published_metrics_are_met():
         "rouge2": pytest.approx(12.5, abs=0.05),
         "rougeLsum": pytest.approx(30.7, abs=0.05),
     }
+
+
+def test_the_list_of_what_is_unsupported_names_verdict_kind_and_section_but_no_claims_words():
+    note = (
+        NOTE.replace("500", "250").replace("S: ", "S: No cough. ").replace("P: ", "P: No degrees. ")
+    )
+    (lines,) = list_unsupported([Row("a", DIALOGUE, NOTE, note)]).values()
+    assert lines[0].startswith("critical, contradicted, ") and "degree" not in " ".join(lines)
+    assert "critical, contradicted, symptom: no cough [S]" in lines
+    assert "critical, contradicted, claim: characters" in " ".join(lines)
+    assert lines[-1] == "critical, not said, dose: 250 mg of amoxicillin [P]"
+    assert list_unsupported([Row("a", DIALOGUE, NOTE, NOTE)]) == {}

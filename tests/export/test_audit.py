@@ -6,6 +6,7 @@ The right one gives the run's loss to a stranger.
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -160,6 +161,19 @@ def test_the_standalone_process_gets_nothing_of_this_project():
     assert "import loop" not in source and "from loop" not in source and "from ." not in source
 
 
+def test_a_process_that_was_started_ahead_answers_once_or_is_ended(run):
+    examples = load_examples(run, load_tokenizer(run.base), "valid")[0]
+    noted = json.loads((run.folder / "report.json").read_text())["audit"]
+    audit.start_standalone_process()
+    [ahead] = audit._started
+    said = audit_loss(run.folder / "adapter", examples[: noted["examples"]], noted["loss"], "cpu")
+    assert said["fresh"] == noted["fresh"] and ahead.returncode == 0 and not audit._started
+    audit.start_standalone_process()
+    [ahead] = audit._started
+    audit.stop_standalone_process()
+    assert ahead.returncode == -9 and not audit._started
+
+
 def test_a_loss_that_is_not_the_runs_fails(run, monkeypatch):
     """The files are right for all that a hash can tell; the function is another one."""
 
@@ -194,8 +208,8 @@ def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
     ):
         monkeypatch.setattr(
             audit.subprocess,
-            "run",
-            lambda *a, **k: type("Done", (), {"returncode": code, "stderr": f"...\n{name}"}),
+            "Popen",
+            lambda *a, **k: Mock(returncode=code, communicate=lambda *a, **k: ("", f"...\n{name}")),
         )
         if said:
             assert said in audit_loss(run.folder, examples, 1.0, "cpu")["fresh"]

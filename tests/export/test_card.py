@@ -19,6 +19,7 @@ from loop.export.card import base_license, record_evaluation, write_card, write_
 from loop.export.merge import merge
 from loop.generation import prompt as prompts
 from loop.generation.decode import write_notes
+from loop.generation.engine import NoteRequest
 from loop.generation.loading import prompt_ids
 from loop.model.loading import load_base, load_tokenizer
 
@@ -40,6 +41,10 @@ def run_code(folder: Path, monkeypatch, dtype: str) -> dict:
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     return names
+
+
+def request(tokenizer, dialogue: str, settings: GenerationSettings) -> NoteRequest:
+    return NoteRequest("x", prompt_ids(tokenizer, dialogue), settings.max_new_tokens)
 
 
 def recorded(model, tokens: list) -> None:
@@ -85,10 +90,16 @@ def test_the_cards_code_writes_the_notes_of_generate(
     tokenizer = load_tokenizer(str(merged))
     tokens: list = []
     recorded(model, tokens)
-    ours = [
-        write_notes(model, tokenizer, {"x": prompt_ids(tokenizer, d)}, settings)[0].text
-        for d in DIALOGUES
-    ]
+
+    def write(by_generate: bool) -> list[str]:
+        requests = [request(tokenizer, d, settings) for d in DIALOGUES]
+        notes = [
+            write_notes(model, tokenizer, [r], settings, partitioned=by_generate) for r in requests
+        ]
+        return [note.text for (note,) in notes]
+
+    ours = write(by_generate=True)
+    assert write(by_generate=False) == ours
     names = run_code(folder, monkeypatch, "float32")
     theirs: list = []
     recorded(names["model"], theirs)
@@ -117,7 +128,7 @@ def test_the_merged_model_writes_the_adapters_notes(merged, trained, tiny_base, 
     names = run_code(merged, monkeypatch, "float32")
     names["model"].generation_config.max_new_tokens = 4
     for d in DIALOGUES:
-        (note,) = write_notes(model, tokenizer, {"x": prompt_ids(tokenizer, d)}, settings)
+        (note,) = write_notes(model, tokenizer, [request(tokenizer, d, settings)], settings)
         assert names["write_note"](d) == note.text
 
 
@@ -127,9 +138,8 @@ def test_the_cards_code_loads_the_adapter(trained, tiny_base, tmp_path, monkeypa
     names = run_code(tmp_path / "adapter", monkeypatch, "bfloat16")
     tokenizer = load_tokenizer(tiny_base)
     settings = GenerationSettings(max_new_tokens=12, end_loops=False)
-    (note,) = write_notes(
-        names["model"], tokenizer, {"x": prompt_ids(tokenizer, DIALOGUES[0])}, settings
-    )
+    requests = [request(tokenizer, DIALOGUES[0], settings)]
+    (note,) = write_notes(names["model"], tokenizer, requests, settings)
     assert names["write_note"](DIALOGUES[0]) == note.text
     assert names["SYSTEM"] == SOAP.system and names["REQUEST"] == SOAP.request
 

@@ -4,14 +4,13 @@ import json
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 from helpers import ROOT, write_rows
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_training_data
-from loop.data.tokenization import PLAIN_TEMPLATE, Example
+from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.families.admission import admit_base, check_vocabulary
 from loop.model.loading import load_model_config, load_tokenizer
 
@@ -52,13 +51,13 @@ WITHOUT_SPLITS = (
     "monitor.sample_notes=[]",
     "data.columns={id: id, dialogue: dialogue, note: soap}",
 )
-EXAMPLE = Example("row-7", np.array([1, 5, 2], np.int32), np.array([-100, 5, 2], np.int32))
+TOKENS = {"row-7": [1, 5, 2]}
 
 
 def refusal(config) -> str:
     with pytest.raises(ConfigError) as error:
         _, model_config = admit_base(config)
-        check_vocabulary(config, model_config, [EXAMPLE])
+        check_vocabulary(config.base, model_config, TOKENS)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -66,7 +65,7 @@ def refusal(config) -> str:
 def test_a_base_is_refused_without_its_weights(base, tmp_path):
     tokenizer, model_config = admit_base(configure(base(), tmp_path))
     assert tokenizer.model_max_length == model_config.max_position_embeddings
-    check_vocabulary(configure(base(), tmp_path), model_config, [EXAMPLE])
+    check_vocabulary("base", model_config, TOKENS)
     admit_base(configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=256"))
     config = configure(base(rope_parameters=LONGROPE), tmp_path, "max_seq_len=512")
     assert "set max_seq_len=256" in refusal(config)

@@ -12,6 +12,7 @@ from loop.config.schema import GenerationSettings
 from loop.data.soap import SOAP, parse_note
 from loop.generation.controls import GumbelSampler, sampling
 from loop.generation.decode import Note, generate_notes, generate_with_headings, write_notes
+from loop.generation.engine import NoteRequest
 from loop.generation.loading import load_for_generation, prompt_ids
 
 DIALOGUES = ["Doctor: 1?\nPatient: pain 2", "Doctor: hello, how are you today?", "Patient: x"]
@@ -117,12 +118,14 @@ def test_what_a_base_asks_for_never_leaks_in(tiny_base, tmp_path, keys):
 
     def write(base: str) -> tuple[list[Note], list[Note]]:
         model, tokenizer = load_for_generation(None, base, "cpu")
-        prompts = {str(i): prompt_ids(tokenizer, d) for i, d in enumerate(DIALOGUES)}
+        requests = [
+            NoteRequest(str(i), prompt_ids(tokenizer, d), 24) for i, d in enumerate(DIALOGUES)
+        ]
         settings = {"max_new_tokens": 24, "end_loops": False}
         sampled = GenerationSettings(temperature=1.0, **settings)
         greedy = GenerationSettings(**settings)
         before = model.generation_config.to_dict()
-        notes = tuple(write_notes(model, tokenizer, prompts, s) for s in (greedy, sampled))
+        notes = tuple(write_notes(model, tokenizer, requests, s) for s in (greedy, sampled))
         assert model.generation_config.to_dict() == before
         return notes
 
@@ -183,7 +186,8 @@ def test_no_ngram_of_a_written_note_occurs_twice(loaded, monkeypatch, forced_hea
             forced_headings=forced_headings,
             no_repeat_ngram=no_repeat_ngram,
         )
-        write_notes(model, tokenizer, {"1": prompt}, generation)
+        request = NoteRequest("1", prompt, generation.max_new_tokens)
+        write_notes(model, tokenizer, [request], generation, partitioned=True)  # by generate
         assert len(seen) == (len(SOAP.headings) if forced_headings else 1)
         count = 0
         for ids, written in seen:

@@ -5,7 +5,12 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from loop.kernels.dropout import DropoutMasks, PerExampleDropout, install_dropout
+from loop.kernels.dropout import (
+    DropoutMasks,
+    PerExampleDropout,
+    apply_dropout_mask,
+    install_dropout,
+)
 
 WIDTH = 600
 
@@ -79,6 +84,15 @@ def test_every_module_gets_its_own_columns_and_values_are_those_of_dropout():
     assert 0 < (x.grad == 0).float().mean() < 0.5
     model.eval()
     assert model[1].lora_dropout["default"](x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mask_is_applied_with_the_bits_of_torchs_kernel(dtype):
+    x = torch.randn(2, 50, 48).to(dtype)
+    keep = (torch.rand(50, 200) < 0.9)[:, 16:64].expand(x.shape)
+    for scale in (1 / 0.9, 2 / 0.95):
+        wanted = torch.ops.aten.native_dropout_backward(x, keep, scale)
+        assert torch.equal(apply_dropout_mask(x, keep, scale), wanted)
 
 
 def test_without_dropout_nothing_is_replaced_or_drawn():

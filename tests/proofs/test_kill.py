@@ -55,7 +55,7 @@ def processes(config_file: Path, name: str) -> dict[str, psutil.Process]:
                 "launch.sh" in command or "loop.distributed.launcher" in command
             ):  # the one becomes the other
                 found["launch.sh"] = p
-            elif "deepspeed.launcher.launch" in command:
+            elif "loop.distributed.start_ranks" in command:
                 found["the launcher"] = p
             elif (rank := p.environ().get("RANK")) is not None:
                 found[f"rank {rank}"] = p

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loop.evaluation.numerals import parse_items
+from loop.facts.numerals import parse_items
 
 
 def numbers(text: str) -> list[tuple[float, str]]:

@@ -1,12 +1,13 @@
 """Finds the numbers of a text, in digits or spelled out, and where each stands.
 
 Speech spells numbers out: "one twenty over eighty" is 120 over 80. Libraries that turn words into
-digits lose the positions in the text, which the HTML report needs for its marks, and they read
+digits lose the positions in the text, which the marks of a report need, and they read
 "one twenty" as 1 and 20 (text2num 3.1).
 """
 
 import itertools
 import re
+import unicodedata
 from typing import NamedTuple
 
 ONES = {w: i for i, w in enumerate("zero one two three four five six seven eight nine".split())}
@@ -17,20 +18,53 @@ TEENS_AND_TENS |= {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 DIGITS = ONES | {"oh": 0, "o": 0}  # after "point"
 # Before a "point" that belongs to no number, as in "at this point five of us".
 NOT_BEFORE_DECIMALS = ("this", "that", "the", "some", "what", "which", "one")
+_NUMBER_STARTS = frozenset(
+    (*ONES, *TEENS_AND_TENS, "a", "hundred", "point", *"\u00bc\u00bd\u00be\u2153\u2154\u215b")
+)
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
 MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
+# "[00:12:40]", "00:01,500 --> 00:04,000", "12:40 " or "[740s]" at the start of a line: a recorder's
+# clock says nothing. A clock in brackets is one anywhere.
+_CLOCK = r"\d{1,3}:\d\d(?::\d\d)?(?:[.,]\d{1,3})?"
+_TIMESTAMP = re.compile(
+    rf"[\[(<{{]\s*{_CLOCK}(?:\s*(?:-->|[-\u2013])\s*{_CLOCK})?\s*[\])>}}]"
+    rf"|{_CLOCK}\s*-->\s*{_CLOCK}"
+    r"|\b\d{1,2}:\d\d:\d\d(?:[.,]\d{1,3})?\b"
+    rf"|^[ \t]*{_CLOCK}(?=\s*(?:[-\u2013|]|\w[\w .]{{0,30}}:|$))"
+    r"|^[ \t]*[\[(<]\s*\d[\d.,]*\s*s?\s*[\])>]",
+    re.MULTILINE,
+)
+_ROLES = "doctor dr patient pt speaker person participant voice clinician provider physician nurse"
+_ROLES += " guest guest_family guest_clinician spk interviewer caller agent parent mother father"
+_LABEL = re.compile(
+    rf"^[ \t\-|>*]*(?:{'|'.join(_ROLES.split())}|[dp](?=\s*\d*:))[\w ._#]{{0,30}}[*\])]*:"
+    r"|^[ \t]*\d{1,2}:(?=\s)",
+    re.MULTILINE,
+)
 # A code (b12, a1c, covid-19), a time of day and a decade (80s) are words, not numbers.
 _TOKEN = re.compile(
     r"covid-\d+"
-    r"|[a-z]+\d\w*"
+    r"|[a-z\u00b5\u03bc]+\d\w*"
     r"|\d+:\d\d"
     r"|\d+s\b"
-    r"|\d+(?:,\d{3})*(?:\.\d+)?"
+    r"|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])"
+    r"|\d+,\d{1,2}(?![\d,])"
+    r"|\d+(?:\.\d+)?"
     r"|(?<![\w.])\.\d+"
-    r"|(?:[a-z]\.){2,}"
-    r"|[a-z]+(?:'[a-z]+)?"
-    r"|[/%°]"
+    r"|(?:[a-z]\.)+[a-z]\b(?!')\.?|(?:[a-z]\.){2,}"
+    r"|[a-z\u00b5\u03bc]+(?:'[a-z]+)?"
+    r"|[\u00bc-\u00be\u2153-\u215e]"
+    r"|[/%\u00b0+]"
+    r"|[.,;:?!()\n\u2022]"
+)
+_SPELLED = re.compile(r"\b[A-Z](?: [A-Z])+\b(?!')")  # "H I V", as transcripts write it
+_FRACTIONS = {sign: unicodedata.numeric(sign) for sign in "\u00bc\u00bd\u00be\u2153\u2154\u215b"}
+_BREAKS = {sign: rank for rank, sign in enumerate("(),:;.!?\n\u2022")}  # from the weakest on
+
+
+_SPEAKER = re.compile(
+    rf"^[^a-z\n]*(?:{'|'.join(_ROLES.split())})\b[\w ._#]{{0,30}}[*\])]*:", re.MULTILINE
 )
 
 
@@ -41,37 +75,56 @@ class Item(NamedTuple):
     number: float | None  # None for a word
     start: int  # the item is text[start:end]
     end: int
+    gap: str  # the strongest of ( ) , : ; . ! ? and line break between it and the item before
 
 
-class _Token(NamedTuple):
-    word: str
-    start: int
-    end: int
+def blank_labels(text: str) -> str:
+    """The lower-case text with blanks for timestamps, speakers and a list's numbers.
+
+    Each character stays where it was. The numbers of a list are "1." and "2)" at the start of
+    lines.
+    """
+    text = _SPELLED.sub(lambda match: match.group().replace(" ", "."), text)
+    text = _lower(text).replace("\u2019", "'").replace("\u2018", "'")
+    for pattern in (_TIMESTAMP, _LIST_NUMBER, _LABEL):
+        text = pattern.sub(lambda match: " " * len(match.group()), text)
+    return text
+
+
+def count_speakers(text: str) -> int:
+    """The lines of a text that begin with who speaks, such as "Doctor:"."""
+    return len(_SPEAKER.findall(_lower(text)))
 
 
 def parse_items(text: str) -> list[Item]:
-    """The words, numbers and signs (/ % °) of a text, lower-case, in its order.
+    """The words, numbers and signs (/ % ° +) of a text, lower-case, in its order.
 
-    The numbers of a list at the start of lines ("1.", "2)") are left out. A number of more than
-    MAX_DIGITS digits is the word of its digits.
+    What `blank_labels` blanks is left out. A number of more than MAX_DIGITS digits is the word of
+    its digits.
     """
-    text = _LIST_NUMBER.sub(lambda match: " " * len(match.group()), _lower(text))
+    text = blank_labels(text)
     tokens = _tokenize(text)
     items: list[Item] = []
+    gap = ""
     i = 0
     while i < len(tokens):
-        words = _adjacent_words(text, tokens, i)
-        previous = tokens[i - 1].word if i else ""
-        parsed = _parse_number(words, previous)
+        word, start, end = tokens[i]
+        if word in _BREAKS:
+            if not gap or _BREAKS[word] > _BREAKS[gap]:
+                gap = word
+            i += 1
+            continue
+        parsed = None
+        if word[0].isdigit() or word[0] == "." or word in _NUMBER_STARTS:
+            parsed = _parse_number(text, tokens, i)
         if parsed is None:
-            word = words[0].replace(",", "")
-            items.append(Item(word, None, tokens[i].start, tokens[i].end))
+            items.append(Item(word.replace(",", ""), None, start, end, gap))
             i += 1
         else:
-            number, num_words = parsed
-            end = tokens[i + num_words - 1].end
-            items.append(Item("", number, tokens[i].start, end))
-            i += num_words
+            number, num_tokens = parsed
+            i += num_tokens
+            items.append(Item("", number, start, tokens[i - 1].end, gap))
+        gap = ""
     return items
 
 
@@ -83,14 +136,69 @@ def _lower(text: str) -> str:
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
+class _Token(NamedTuple):
+    word: str
+    start: int
+    end: int
+
+
 def _tokenize(text: str) -> list[_Token]:
-    tokens = []
-    for match in _TOKEN.finditer(text):
-        word = match.group()
-        if word[0].isalpha():
-            word = word.replace(".", "")  # t.i.d. is tid
-        tokens.append(_Token(word, match.start(), match.end()))
-    return tokens
+    """The words, numbers, signs and breaks; t.i.d. is "tid"."""
+    return [
+        _Token(
+            word.replace(".", "") if word[0].isalpha() else word,
+            match.start(),
+            match.end(),
+        )
+        for match in _TOKEN.finditer(text)
+        for word in [match.group()]
+    ]
+
+
+def _parse_number(text: str, tokens: list[_Token], i: int) -> tuple[float, int] | None:
+    """(the number that begins at token i, how many tokens it has); None where none begins."""
+    word = tokens[i].word
+    if word in _FRACTIONS:
+        return _FRACTIONS[word], 1
+    words = _adjacent_words(text, tokens, i)
+    parsed = _read_number(words, tokens[i - 1].word if i else "")
+    if parsed is None:
+        return None
+    value, count = parsed
+    behind = tokens[i + count : i + count + 4]
+    if value < 1000 and value == int(value) and behind:
+        if behind[0].word in _FRACTIONS:
+            return value + _FRACTIONS[behind[0].word], count + 1
+        signs = [token.word for token in behind[:3]]
+        if word[0].isdigit() and _is_fraction(text, tokens[i].end, behind) and count == 1:
+            return value + int(signs[0]) / int(signs[2]), count + 3
+        decimals = _spaced_decimals(text, behind)
+        if decimals:
+            return float(f"{value:.0f}.{decimals}"), count + 2
+    return value, count
+
+
+def _is_fraction(text: str, end: int, behind: list[_Token]) -> bool:
+    """Whether "1/2" follows the whole number that ends there, as in "2-1/2" and "1 1/2"."""
+    if len(behind) < 3 or behind[1].word != "/" or text[end : behind[0].start] not in (" ", "-"):
+        return False
+    above, below = behind[0].word, behind[2].word
+    together = behind[2].end - behind[0].start == 3
+    return together and above in "123" and below in "2348" and int(above) < int(below)
+
+
+def _spaced_decimals(text: str, behind: list[_Token]) -> str:
+    """The decimals of "six . eight" and "98 . 6", as some transcripts write 6.8 and 98.6."""
+    if len(behind) < 2 or behind[0].word != ".":
+        return ""
+    point, digit = behind[0], behind[1]
+    if text[point.start - 1] != " " or text[point.end : digit.start] != " ":
+        return ""
+    word = digit.word
+    if word.isdecimal() and len(word) < 3:
+        return word
+    value = DIGITS.get(word, TEENS_AND_TENS.get(word))
+    return "" if value is None else str(value)
 
 
 def _adjacent_words(text: str, tokens: list[_Token], start: int) -> list[str]:
@@ -105,7 +213,7 @@ def _adjacent_words(text: str, tokens: list[_Token], start: int) -> list[str]:
     return [token.word for token in tokens[start:end]]
 
 
-def _parse_number(words: list[str], previous: str) -> tuple[float, int] | None:
+def _read_number(words: list[str], previous: str) -> tuple[float, int] | None:
     """(the number that begins at words[0], how many words it has); None where none begins.
 
     previous: the word before these.
@@ -129,6 +237,8 @@ def _written_number(word: str) -> tuple[float, int] | None:
     """(the number that a word of digits is, 1); None where it is too long."""
     if not re.fullmatch(r"[\d.,]+", word):
         return None
+    if re.fullmatch(r"\d+,\d{1,2}", word):  # a decimal comma
+        word = word.replace(",", ".")
     digits = word.replace(",", "").lstrip("0")
     if len(digits.partition(".")[0]) > MAX_DIGITS:
         return None

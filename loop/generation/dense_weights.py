@@ -1,0 +1,169 @@
+"""The decoder layers' weights as a model that writes needs them: in 16 bits, in few products.
+
+Writing reads all weights for each token. Codes of 4 bits would be dequantised for each token, so
+they are dequantised once, for as long as notes are written. LoRA stays beside the weight, as it was
+trained: merged into it, it would be rounded away in part.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..kernels.fuse import fuse_norm, is_plain_lora
+from ..kernels.quantization import find_quantization
+
+# Linear layers that get the same input where a model has them.
+OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ALIGNMENT = 8  # rows of LoRA's A; kernels for other sizes are slower
+
+
+class Linear(NamedTuple):
+    """What a linear layer computes: x W^T + bias + s (x A^T) B^T."""
+
+    base: Any  # the module with weight and bias
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None  # A [r, K], B [N, r], s
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.compute_dtype if find_quantization(self.base) else self.base.weight.dtype
+
+    def weight(self) -> torch.Tensor:
+        """W [N, K]."""
+        quantization = find_quantization(self.base)
+        return quantization.dequantize(self.base, self.dtype) if quantization else self.base.weight
+
+
+def read_linear(module: Any) -> Linear | None:
+    """What a module computes where it is a linear layer, plain, quantised or with a plain LoRA."""
+    if is_plain_lora(module) and not module.disable_adapters:
+        (name,) = module.active_adapters
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        return Linear(module.base_layer, (a, b, module.scaling[name]))
+    if find_quantization(module) or type(module) is nn.Linear:
+        return Linear(module, None)
+    return None
+
+
+class JointProduct:
+    """Linear layers of one input, by one product with W and A of all and one with B of all."""
+
+    def __init__(self, linears: list[Linear]) -> None:
+        loras = [linear.lora for linear in linears if linear.lora]
+        rank = sum(len(a) for a, _, _ in loras)
+        dtype = linears[0].dtype
+        weights = [linear.weight() for linear in linears] + [a.to(dtype) for a, _, _ in loras]
+        self.sizes = [len(weight) for weight in weights[: len(linears)]]
+        self.width = sum(self.sizes)
+        weights.append(weights[0].new_zeros(-rank % ALIGNMENT, weights[0].shape[1]))
+        self.weight = torch.cat(weights)  # [N + r, K]
+        self.b = self._block_diagonal(linears) if loras else None
+        self.bias = self._joint_bias(linears)
+        self.input: torch.Tensor | None = None
+        self.outputs: list[torch.Tensor | None] = []
+
+    def _block_diagonal(self, linears: list[Linear]) -> torch.Tensor:
+        """s B of each layer, [N, r]: each output reads its own part of x A^T."""
+        b = self.weight.new_zeros(self.width, len(self.weight) - self.width)
+        row = column = 0
+        for linear, size in zip(linears, self.sizes):
+            if linear.lora:
+                _, lora_b, scaling = linear.lora
+                rank = lora_b.shape[1]
+                b[row : row + size, column : column + rank] = lora_b * scaling
+                column += rank
+            row += size
+        return b
+
+    def _joint_bias(self, linears: list[Linear]) -> torch.Tensor | None:
+        if all(linear.base.bias is None for linear in linears):
+            return None
+        bias = self.weight.new_zeros(len(self.weight))
+        for part, linear in zip(bias.split(self.sizes + [len(bias) - self.width]), linears):
+            if linear.base.bias is not None:
+                part.copy_(linear.base.bias)
+        return bias
+
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The output of each layer, [..., N], of x [..., K]."""
+        out = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        y = out[:, : self.width]
+        if self.b is not None:
+            y.addmm_(out[:, self.width :], self.b.t())
+        return [part.view(*x.shape[:-1], -1) for part in y.split(self.sizes, dim=1)]
+
+    def fetch(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """The output of layer `number`. Layers are called in turn with the same tensor object."""
+        if self.input is not x or self.outputs[number] is None:
+            self.input, self.outputs = x, list(self.compute(x))
+        output = self.outputs[number]
+        assert output is not None
+        self.outputs[number] = None
+        if not any(other is not None for other in self.outputs):
+            self.input = None
+        return output
+
+
+def joint_linears(layers: nn.Module) -> list[tuple[list[Any], list[Linear]]]:
+    """(modules, what they compute) of each group of linear layers that is worth a copy.
+
+    A plain layer without LoRA is fast as it is.
+    """
+    found: list[tuple[list[Any], list[Linear]]] = []
+    seen: set[nn.Module] = set()
+
+    def add(modules: list[Any]) -> None:
+        linears = list(filter(None, map(read_linear, modules)))
+        worth = any(linear.lora or find_quantization(linear.base) for linear in linears)
+        alike = len({(linear.dtype, linear.base.in_features) for linear in linears}) == 1
+        if len(linears) == len(modules) and worth and alike and not seen.intersection(modules):
+            found.append((modules, linears))
+            for module in modules:
+                seen.update(module.modules())
+
+    for module in layers.modules():
+        for names in OF_ONE_INPUT:
+            if all(hasattr(module, name) for name in names):
+                add([getattr(module, name) for name in names])
+    for module in layers.modules():
+        add([module])
+    return found
+
+
+def dense_bytes(layers: nn.Module) -> int:
+    """Bytes of the copies that `dense_weights` makes, without LoRA's."""
+    return sum(
+        linear.base.in_features * linear.base.out_features * linear.dtype.itemsize
+        for _, linears in joint_linears(layers)
+        for linear in linears
+    )
+
+
+@contextlib.contextmanager
+def dense_weights(layers: nn.Module) -> Iterator[None]:
+    """Lets decoder layers compute with dequantised copies, LoRA beside them, and fused norms.
+
+    Everything is as it was afterwards, and the copies are gone. The weights must all be here.
+    """
+    with contextlib.ExitStack() as undo:
+        for modules, linears in joint_linears(layers):
+            product = JointProduct(linears)
+            for number, module in enumerate(modules):
+                _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
+        for module in layers.modules():
+            if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
+                if fuse_norm(module):
+                    undo.callback(vars(module).pop, "forward")
+        yield
+
+
+def _set_forward(undo: contextlib.ExitStack, module: nn.Module, forward) -> None:
+    """Sets the forward of this one module until `undo` is closed."""
+    if "forward" in vars(module):
+        undo.callback(setattr, module, "forward", module.forward)
+    else:
+        undo.callback(vars(module).pop, "forward")
+    module.forward = forward
