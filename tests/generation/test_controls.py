@@ -143,3 +143,11 @@ def test_the_settings_say_what_is_drawn():
 
 def test_greedy_notes_are_steered_by_nothing():
     assert not logits_processors(GenerationSettings(), ["1"], "", [[]])
+
+
+def test_three_times_the_same_is_no_loop_and_four_times_is():
+    """A period of 40 tokens: 120 of them may be a list, 160 are a loop."""
+    detector, period = LoopDetector(1), list(range(40))
+    ids = torch.tensor([[99, *period * 4]])
+    found = [bool(detector.update(ids[:, : n + 1])) for n in range(ids.shape[1])]
+    assert found.index(True) == 4 * 40
