@@ -117,7 +117,8 @@ def run_folder(tiny_base, tmp_path_factory) -> Path:
     config = {
         "base": tiny_base,
         "data": {"train": str(folder / "rows.jsonl"), "cache": False},
-        "max_seq_len": 64, "batch_size": 1, "max_steps": 4, "monitor": {"sample_notes": []},
+        "max_seq_len": 1024, "batch_size": 1, "epochs": 4, "max_steps": 4,
+        "monitor": {"sample_notes": []},
         "run": {"dir": str(folder / "runs"), "name": "x", "save_steps": 1, "keep_checkpoints": 3},
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))
