@@ -26,6 +26,7 @@ from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result, prepare_audit
 from .families.admission import admit_base, check_vocabulary
+from .memory.estimate import LOSS_CHUNK
 from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
@@ -56,6 +57,7 @@ def train_step(
     *,
     draw_dropout=None,
     loss_threshold: float = math.inf,
+    loss_chunk: int | None = None,
     phase=lambda name: None,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches.
@@ -65,6 +67,7 @@ def train_step(
         num_targets: supervised tokens of the whole step, over all ranks and micro-batches.
         draw_dropout: called with a micro-batch's index; draws its LoRA dropout masks.
         loss_threshold: the update is skipped when the step's loss is above it (a loss spike).
+        loss_chunk: logits that the loss has in fp32 at once; None: all.
         phase: told which part of the step begins: "forward", "backward" or "optimizer".
     """
     losses = []  # of each micro-batch, summed over its supervised tokens
@@ -78,7 +81,7 @@ def train_step(
             draw_dropout(i)
         batch = batch.to(ranks.device)
         logits = engine(**batch.model_inputs()).logits  # [1, N, V], N supervised positions
-        loss_sum = summed_cross_entropy(logits, batch.targets)
+        loss_sum = summed_cross_entropy(logits, batch.targets, loss_chunk)
         phase("backward")
         # Every supervised token of the step has the same weight, so divide once, by all of them:
         # not by the micro-batch's own number (a short note would weigh as much as a long one), and
@@ -171,6 +174,7 @@ def train(
                     step, mine[i], micro_batches[i].cu_seqlens
                 ),
                 loss_threshold=state.loss_threshold,
+                loss_chunk=LOSS_CHUNK if config.chunked_loss else None,
                 phase=logger.timer.phase,
             )  # fmt: skip
 

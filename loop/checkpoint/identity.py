@@ -33,6 +33,7 @@ ONLY_HOW = {  # where and how a run computes, not what
     "attention",
     "gradient_checkpointing",
     "embedding_on_cpu",
+    "chunked_loss",
     "micro_batch_size",
     "deepspeed",
     "run",

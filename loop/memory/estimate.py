@@ -311,13 +311,13 @@ def activation_bytes(
     return model_config.num_hidden_layers * per_layer + last_norm
 
 
-def logits_bytes(num_logits: float, itemsize: int) -> int:
+def logits_bytes(num_logits: float, itemsize: int, chunked: bool) -> int:
     """Bytes of the logits and of the loss.
 
     In fp32 the loss holds logits, log-probabilities and gradients: of all at once, or of a chunk,
     where the gradients of all are in the compute dtype.
     """
-    if num_logits <= LOSS_CHUNK:
+    if not chunked or num_logits <= LOSS_CHUNK:
         return int(num_logits * (itemsize + 12))
     return int(num_logits * 2 * itemsize + LOSS_CHUNK * 12)
 
@@ -373,7 +373,7 @@ def estimate_memory(
     parts["activations"] = activation_bytes(
         config, ds_config, model_config, run, tokens, checkpointing
     )
-    parts["logits"] = logits_bytes(num_logits, itemsize)
+    parts["logits"] = logits_bytes(num_logits, itemsize, config.chunked_loss)
     # A layer's backward pass runs after the loss, which leaves the logits in the compute dtype and
     # frees the rest. So the layer adds only what it needs beyond that.
     layer = current_layer_bytes(config, ds_config, model_config, run, tokens, checkpointing)

@@ -75,6 +75,8 @@ def settings_that_fit(
     untied = count_weights(config, model_config).embedding
     if gpus == 1 and untied and config.method != "full" and not config.embedding_on_cpu:
         slower["embedding_on_cpu"] = True
+    if not config.chunked_loss:
+        slower["chunked_loss"] = True
     found = []
     for name, value in slower.items():
         found += first_that_fits([Proposal({name: value})])

@@ -3,11 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ..memory.estimate import LOSS_CHUNK
-
 
 def summed_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, chunk: int = LOSS_CHUNK
+    logits: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
     """The sum, not the mean, of the cross-entropies in nats: an fp32 scalar.
 
@@ -17,11 +15,11 @@ def summed_cross_entropy(
     Args:
         logits: [1, N, V].
         targets: int64 [N], -100 where there is none.
-        chunk: above so many logits they are not all converted to fp32 at once. Their gradient is
-            the same; the sum may differ in its last bits.
+        chunk: above so many logits they are not all converted to fp32 at once; None: they are. The
+            gradient is the same; the sum may differ in its last bits.
     """
     logits = logits.squeeze(0)
-    if logits.numel() <= chunk:
+    if chunk is None or logits.numel() <= chunk:
         return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
     return _ChunkedCrossEntropy.apply(logits, targets, max(1, chunk // logits.shape[-1]))
 

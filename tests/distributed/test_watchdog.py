@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_in_a_note_saves_and_ends_all_and_the_next_run_does
         "generation.max_new_tokens=300",
     ]
     ranks = start(config_file, *args)
-    wait_until_doing(run_dir, 1, "sample notes, token", step=3)
+    wait_until_doing(run_dir, 1, "writing notes", step=3)
     # It stops at once; rank 0 writes its note to the end and learns of it then.
     ranks[1].send_signal(signal.SIGTERM)
     output = finish(ranks)

@@ -12,8 +12,7 @@ from loop.memory.planner import MemoryPlan, plan_memory
 
 PAGE = (ROOT / "loop" / "memory" / "README.md").read_text()
 ROWS = re.findall(
-    r"^\| (\d+) GiB \| [^|]+ \| (\d+B) \([^|]*\) \| (`embedding_on_cpu=true`)? ?"
-    r"\| ([\d.]+) GiB \|$",
+    r"^\| (\d+) GiB \| [^|]+ \| (\d+B) \([^|]*\) \| ([\d.]+) GiB \|$",
     PAGE,
     re.M,
 )
@@ -28,7 +27,7 @@ SHAPES = {
 }
 
 
-def plan(base: str, gib: str, embedding_on_cpu: bool) -> MemoryPlan:
+def plan(base: str, gib: str, saving: bool = True) -> MemoryPlan:
     vocab, hidden, inner, layers, heads, kv_heads, head_dim = SHAPES[base]
     shape = LlamaConfig(
         vocab_size=vocab,
@@ -41,7 +40,13 @@ def plan(base: str, gib: str, embedding_on_cpu: bool) -> MemoryPlan:
         tie_word_embeddings=False,
     )
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
-    config = Config(base="x", data={"train": "x"}, lora=lora, embedding_on_cpu=embedding_on_cpu)
+    config = Config(
+        base="x",
+        data={"train": "x"},
+        lora=lora,
+        embedding_on_cpu=saving,
+        chunked_loss=saving,
+    )
     memory = int(int(gib) * USABLE * 2**30)
     return plan_memory(config, build_ds_config(config), shape, 1, memory, 0.27)
 
@@ -53,10 +58,13 @@ def test_the_table_has_all_cards():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_a_card_runs_what_the_table_says_and_nothing_larger(row):
-    gib, base, on_cpu, estimated = row
-    found = plan(base, gib, bool(on_cpu))
+    gib, base, estimated = row
+    found = plan(base, gib)
     assert found.fits and found.total / 2**30 == pytest.approx(float(estimated), abs=0.06)
-    if on_cpu:
-        assert not plan(base, gib, False).fits  # the setting is needed
     larger = list(SHAPES)[list(SHAPES).index(base) + 1 :][:1]
-    assert not any(plan(name, gib, True).fits for name in larger)
+    assert not any(plan(name, gib).fits for name in larger)
+
+
+def test_a_small_card_needs_the_settings():
+    assert plan("8B", "8").total < 7.5 * 2**30
+    assert not plan("8B", "8", saving=False).fits
