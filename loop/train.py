@@ -173,9 +173,8 @@ def train(
                 draw_dropout=lambda i: execution.dropout.draw(
                     step, mine[i], micro_batches[i].cu_seqlens
                 ),
-                loss_threshold=state.loss_threshold,
+                loss_threshold=state.loss_threshold, phase=logger.timer.phase,
                 loss_chunk=LOSS_CHUNK if config.chunked_loss else None,
-                phase=logger.timer.phase,
             )  # fmt: skip
 
             set_activity("agreeing whether to stop")

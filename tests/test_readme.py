@@ -185,7 +185,7 @@ def check_options(line: str) -> None:
         return
     if name == "test":
         for word in words:
-            assert word in ("-s", "-m", "-n", "0", "gpu", "slow") or (ROOT / word).is_file(), line
+            assert word in ("-s", "-m", "-n", "0", "gpu", "slow") or (ROOT / word).exists(), line
         return
     if name == "help":
         assert not words, line

@@ -131,14 +131,7 @@ def generate_sharded(
         return {e.id: found[e.id] for e in examples}
     way = choose_way(engine, ranks)
     rows = batch_rows(rows, ranks, way.partitioned)
-    requests = [
-        NoteRequest(e.id, prompt_of(e).tolist(), generation.max_new_tokens) for e in examples
-    ]
-    batches = [
-        batch
-        for batch in batch_by_length(requests, rows)
-        if not found.keys() >= {request.key for request in batch}
-    ]
+    batches = batches_to_write(examples, generation, rows, found)
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
     if way.lockstep:
@@ -159,6 +152,20 @@ def generate_sharded(
     for shard in ranks.all_gather_json(written):
         found |= {id: Note(*note) for id, note in shard.items()}
     return {e.id: found[e.id] for e in examples if e.id in found}
+
+
+def batches_to_write(
+    examples: list[Example], generation: GenerationSettings, rows: int, found: dict[str, Note]
+) -> list[list[NoteRequest]]:
+    """The batches of all examples, without those whose notes have all been found."""
+    requests = [
+        NoteRequest(e.id, prompt_of(e).tolist(), generation.max_new_tokens) for e in examples
+    ]
+    return [
+        batch
+        for batch in batch_by_length(requests, rows)
+        if not found.keys() >= {request.key for request in batch}
+    ]
 
 
 def batch_by_length(requests: list[NoteRequest], rows: int) -> list[list[NoteRequest]]:

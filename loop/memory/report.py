@@ -71,12 +71,7 @@ def settings_that_fit(
         return []
 
     current = plan(Proposal())
-    slower = slower_settings(current)
-    untied = count_weights(config, model_config).embedding
-    if gpus == 1 and untied and config.method != "full" and not config.embedding_on_cpu:
-        slower["embedding_on_cpu"] = True
-    if not config.chunked_loss:
-        slower["chunked_loss"] = True
+    slower = slower_settings(current) | smaller_ends(config, model_config, gpus)
     found = []
     for name, value in slower.items():
         found += first_that_fits([Proposal({name: value})])
@@ -96,6 +91,17 @@ def settings_that_fit(
     lengths = range(config.max_seq_len - interval, 7, -interval)
     found += first_that_fits(Proposal({"max_seq_len": n} | base) for base in bases for n in lengths)
     return found + first_that_fits(Proposal(base, offload=True) for base in bases)
+
+
+def smaller_ends(config: Config, model_config, gpus: int) -> dict[str, Any]:
+    """Settings that need less memory for the embedding and for the loss."""
+    smaller: dict[str, Any] = {}
+    untied = count_weights(config, model_config).embedding
+    if gpus == 1 and untied and config.method != "full" and not config.embedding_on_cpu:
+        smaller["embedding_on_cpu"] = True
+    if not config.chunked_loss:
+        smaller["chunked_loss"] = True
+    return smaller
 
 
 def slower_settings(plan: MemoryPlan) -> dict[str, Any]:

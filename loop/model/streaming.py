@@ -117,10 +117,7 @@ def stream_base(
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
+            model_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
     tied = set(model.all_tied_weights_keys)

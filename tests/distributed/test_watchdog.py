@@ -136,7 +136,7 @@ def test_the_time_limit_is_a_request_to_stop(monkeypatch):
     monkeypatch.setattr(stop.signal, "signal", lambda *_: None)
     assert stop.StopRequest(max_hours=1000).reason is None
     assert stop.StopRequest().reason is None
-    assert stop.StopRequest(max_hours=1e-9).reason == "run.max_hours"
+    assert stop.StopRequest(max_hours=1e-12).reason == "run.max_hours"
 
 
 @pytest.fixture

@@ -117,10 +117,13 @@ def run_folder(tiny_base, tmp_path_factory) -> Path:
     config = {
         "base": tiny_base,
         "data": {"train": str(folder / "rows.jsonl"), "cache": False},
-        "max_seq_len": 1024, "batch_size": 1, "epochs": 4, "max_steps": 4,
+        "max_seq_len": 1024,
+        "batch_size": 1,
+        "epochs": 4,
+        "max_steps": 4,
         "monitor": {"sample_notes": []},
         "run": {"dir": str(folder / "runs"), "name": "x", "save_steps": 1, "keep_checkpoints": 3},
-    }  # fmt: skip
+    }
     (folder / "config.yaml").write_text(json.dumps(config))
     outcome = run_watched(folder, "train", "--config", str(folder / "config.yaml"))
     assert outcome.code == 0, outcome.err[-2000:]

@@ -195,7 +195,8 @@ def test_fifty_kills_change_nothing(config_file):
         if done < kills:
             whom = rng.choice(WHOM)
             # Every fourth falls inside a save, every tenth inside the export, the others anywhere.
-            inside = "save" if done % 4 == 0 else "export" if done % 10 == 1 else ""
+            inside = "export" if done % 10 == 1 else ""
+            inside = "save" if done % 4 == 0 else inside
             after = 0.0 if inside == "export" else rng.uniform(0.0, 6.0)
             if where := kill(
                 config_file,
