@@ -32,16 +32,20 @@ def test_the_recipe_names_this_base():
 
 def test_a_converted_base_is_found_before_the_hub_unless_a_revision_is_given(cache):
     folder = cache / "HuggingFaceTB--SmolLM2-135M-Instruct"
-    hub = {"pretrained_model_name_or_path": SMOLLM2}
+    no_code = {"trust_remote_code": False}
+    hub = {"pretrained_model_name_or_path": SMOLLM2, **no_code}
     assert converted_base(SMOLLM2) == folder
     assert resolve_base(SMOLLM2) == hub
     folder.mkdir(parents=True)
     assert resolve_base(SMOLLM2) == hub
     (folder / "config.json").write_text("{}")
-    local = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    local = {"pretrained_model_name_or_path": str(folder), "local_files_only": True, **no_code}
     assert resolve_base(SMOLLM2) == local
     assert resolve_base(SMOLLM2, revision="main") == hub
-    assert resolve_base("owner/name") == {"pretrained_model_name_or_path": "owner/name"}
+    assert resolve_base("owner/name") == {
+        "pretrained_model_name_or_path": "owner/name",
+        **no_code,
+    }
 
 
 def test_the_error_without_a_hub_names_the_way_for_this_base_alone():

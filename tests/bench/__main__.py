@@ -86,6 +86,9 @@ def parse_args() -> argparse.Namespace:
         "--profile", action="store_true", help="where one step's time goes on the GPU"
     )
     parser.add_argument(
+        "--notes", action="store_true", help="how fast notes are written instead: see notes.py"
+    )
+    parser.add_argument(
         "--job", action="store_true", help="the whole seed job instead, and what each part takes"
     )
     parser.add_argument("--rows", type=int, help="training rows of --job")

@@ -206,7 +206,7 @@ def test_what_llama_cpp_has_not_is_refused_in_one_line(untied, trained, tmp_path
         (trained / "adapter", "merge it first"),
         (tmp_path / "nowhere", "no config.json"),
         (tmp_path / "act", "hidden_act=gelu"),
-        (tmp_path / "big", "the model 8"),
+        (tmp_path / "big", "vocab_size=8"),
     ):
         with pytest.raises(SystemExit) as caught:
             export.main(["--model", str(model), "--gguf", "f16", "--out", str(tmp_path / "o")])

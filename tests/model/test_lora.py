@@ -48,7 +48,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter, lora, tiny_base):
     with pytest.raises(ConfigError, match=f"was trained on another base, {tiny_base}"):
         check_start(str(adapter), lora, "0" * 16)
     for name, changes, words in (
-        ("adapter_config.json", {"peft_type": "IA3"}, "is of the kind IA3, not LORA"),
+        ("adapter_config.json", {"peft_type": "IA3"}, "peft_type='IA3'; only LoRA"),
         ("trained.json", {"sha256": "0"}, "is not the file that its run wrote; copy it again"),
         ("trained.json", {"base_fingerprint": "0"}, "was trained on another base"),
     ):

@@ -25,7 +25,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from fork_client import LONGEST
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+from fork_client import LONGEST  # noqa: E402
 
 LIBRARIES = (
     "deepspeed",
