@@ -32,6 +32,7 @@ COPIED = (
     "distributed/exit.py",
     "distributed/hosts.py",
     "distributed/launcher.py",
+    "distributed/start_ranks.py",
 )
 
 # A rank that writes what happens to it into events.<rank>, and stops as the real ones do: after a
@@ -170,7 +171,8 @@ def test_board_runs_once_and_profile_on_the_ranks_of_train(clone):
     for name in ("board", "profile"):
         (clone / "loop" / "commands" / f"{name}.py").write_text(TOY)
     assert run(clone, "board", "my runs")[0] == 0 and events(clone, "none")[0] == "args my runs"
-    assert run(clone, "profile", "--gpus=2", "lr=1")[0] == 0
+    done = run(clone, "profile", "--gpus=2", "lr=1")
+    assert done[0] == 0, done
     assert [events(clone, rank)[0] for rank in (0, 1)] == ["args lr=1"] * 2
 
 
