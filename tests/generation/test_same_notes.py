@@ -20,6 +20,7 @@ SETTINGS = {
     "top_p": 0.95,
     "min_p": 0.01,
     "seed": 3,
+    "candidates": 1,
     "no_repeat_ngram": 3,
     "end_loops": True,
     "forced_headings": True,
