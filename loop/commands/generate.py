@@ -21,7 +21,8 @@ from ..data.sources.readers import clean_text, decode_text
 from ..distributed.exit import exit_with_config_error
 from ..distributed.world import on_gpu
 from ..families.admission import check_vocabulary
-from ..generation.decode import ROWS, Note, write_notes
+from ..generation.candidates import write_best_notes
+from ..generation.decode import ROWS, Note
 from ..generation.engine import NoteRequest
 from ..generation.loading import fit_dialogues, generation_source, load_for_generation, prompt_ids
 from ..generation.notes_file import NotesFile, digest, read_questions
@@ -31,7 +32,7 @@ from ..model.loading import load_model_config, load_tokenizer
 from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
 
-OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0}  # what has no effect
+OF_SAMPLING = {"top_p": 1, "min_p": 0, "seed": 0, "candidates": 1}  # what has no effect
 RENAMED_OPTIONS = {"strict": "forced-headings"}
 MOST_SHOWN = 8  # ids in a warning
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="draw from the most likely tokens of this probability together")
     add("--min-p", type=float, help="draw no token below this fraction of the most likely one's")
     add("--seed", type=int, help="another seed, other notes")
+    add("--candidates", type=int, help="draw so many, give the one that agrees best")
     add("--no-repeat-ngram", type=int, help="no so many tokens twice in a note")
     add("--end-loops", action=yes_or_no, help="end a note that runs in circles")
     add("--forced-headings", action=yes_or_no, help="force the task's headings, nothing else")
@@ -249,10 +251,11 @@ def write_batch(
             key,
             prompt_ids(tokenizer, text, task, request.fields.get(key)),
             generation.max_new_tokens,
+            dialogue=text,
         )
         for key, text in zip(keys, dialogues)
     ]
-    return write_notes(model, tokenizer, requests, generation, task=task)
+    return write_best_notes(model, tokenizer, requests, generation, task=task)
 
 
 def write_file(
@@ -270,12 +273,13 @@ def write_file(
         output: the file.
         load: gives (model, tokenizer); it is not called where no note is missing.
         generation: the settings.
-        batch_size: dialogues at a time; None: GPU_ROWS or ROWS.
+        batch_size: dialogues at a time; None: those of GPU_ROWS or ROWS candidates.
         request: what is asked of them.
     """
     missing = [key for key in dialogues if key not in output.done]
     missing.sort(key=lambda key: len(dialogues[key][0]))
-    batch_size = batch_size or (GPU_ROWS if on_gpu() else ROWS)
+    rows = GPU_ROWS if on_gpu() else ROWS
+    batch_size = batch_size or max(1, rows // generation.candidates)
     bar = tqdm(total=len(dialogues), initial=len(output.done), unit="note", dynamic_ncols=True)
     with contextlib.closing(output), bar:
         model, tokenizer = load() if missing else (None, None)

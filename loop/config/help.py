@@ -111,6 +111,8 @@ COMMANDS = {
             "--min-p P": "with a temperature: draw no token whose probability is below this "
             "fraction of the most likely one's",
             "--seed N": "with a temperature: another seed, other notes",
+            "--candidates N": "with a temperature: draw N notes and give the one whose facts agree "
+            "best with the dialogue",
             "--no-repeat-ngram N": "no N tokens in a row occur twice in a note; 0: they may",
             "--end-loops": "end a note that runs in circles; --no-end-loops: go on",
             "--forced-headings": "force the task's headings, and nothing else; "

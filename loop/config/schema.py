@@ -348,6 +348,13 @@ class GenerationSettings(Section):
     seed: int = Field(
         0, ge=0, lt=2**62, description="With a temperature: another seed, other notes."
     )
+    candidates: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="With a temperature: so many notes are drawn, and the one whose facts agree "
+        "best with the dialogue is given.",
+    )
     no_repeat_ngram: int = Field(
         0,
         ge=0,
@@ -363,7 +370,7 @@ class GenerationSettings(Section):
 
     @model_validator(mode="after")
     def _check_sampling(self):
-        for name, off in (("top_p", 1), ("min_p", 0)):
+        for name, off in (("top_p", 1), ("min_p", 0), ("candidates", 1)):
             value = getattr(self, name)
             if not self.temperature and value != off:
                 raise ValueError(

@@ -146,6 +146,7 @@ def evaluate_model(
             engine,
             tokenizer,
             sampled,
+            dialogues,
             config.generation,
             ranks,
             stop,

@@ -7,6 +7,7 @@ from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
 from ..distributed.timeline import part
 from ..distributed.world import Ranks
+from ..generation.candidates import read_dialogues
 from ..generation.decode import Note
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
@@ -39,6 +40,7 @@ class Validator:
         self.stop = stop
         self.logger = logger
         self.chosen = chosen_examples(config, data)
+        self.dialogues = read_dialogues(config, "valid")
         self.references = read_references(config, self.chosen)
 
     @part("evaluation")
@@ -77,6 +79,7 @@ class Validator:
             self.engine,
             self.tokenizer,
             examples,
+            self.dialogues,
             self.config.generation,
             self.ranks,
             self.stop,

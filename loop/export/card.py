@@ -321,6 +321,11 @@ def beyond_the_recipe(settings: GenerationSettings) -> list[str]:
         parts.append("ends a note that runs in circles")
     if settings.forced_headings:
         parts.append("forces the headings")
+    if settings.candidates > 1:
+        parts.append(
+            f"draws {settings.candidates} notes and gives the one whose facts agree best with the "
+            "dialogue"
+        )
     return parts
 
 

@@ -15,10 +15,10 @@ from ..data.dataset import load_examples
 from ..data.soap import has_all_sections
 from ..data.tokenization import Example
 from ..distributed.files import atomic_folder
-from ..generation.decode import write_notes
+from ..generation.candidates import read_dialogues, write_best_notes
 from ..generation.engine import NoteRequest
 from ..generation.loading import load_for_generation
-from ..generation.sharded import prompt_of
+from ..generation.sharded import make_requests
 from ..model.loading import load_tokenizer
 from .audit import standalone_loss
 from .merge import WAYS, merge
@@ -61,17 +61,16 @@ def recommend(rows: dict[str, dict]) -> str:
 def notes_of(
     adapter: str | None,
     base: str | None,
-    prompts: dict[str, list[int]],
+    requests: list[NoteRequest],
     config: Config,
     device,
 ) -> list[str]:
-    """The notes of prompts, which have ids, by a model that is loaded for them and freed again."""
-    if not prompts:
+    """The notes of some requests, by a model that is loaded for them and freed again."""
+    if not requests:
         return []
     model, tokenizer = load_for_generation(adapter, base, device)
     generation = config.generation
-    requests = [NoteRequest(id, ids, generation.max_new_tokens) for id, ids in prompts.items()]
-    notes = write_notes(model, tokenizer, requests, generation, task=config.task)
+    notes = write_best_notes(model, tokenizer, requests, generation, task=config.task)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -107,11 +106,12 @@ def compare_ways(
         raise ConfigError(
             f"--report {config_file}: data.{split} is not set, so there is nothing to measure on"
         )
-    prompts = {e.id: prompt_of(e).tolist() for e in examples[: max(notes, 0)]}
+    dialogues = read_dialogues(config, split)
+    requests = make_requests(examples[: max(notes, 0)], dialogues, config.generation)
     with atomic_folder(Path(out)) as folder:
         for way in WAYS:
             merge(adapter, str(folder / way), None, way, device)
-        rows = measure_ways(adapter, folder, examples, prompts, config, device)
+        rows = measure_ways(adapter, folder, examples, requests, config, device)
         recommendation = recommend(rows)
         report = {
             "split": split,
@@ -121,7 +121,7 @@ def compare_ways(
         }
         (folder / "report.json").write_text(json.dumps(report, indent=2))
     lines = [
-        f"{split}: loss on {len(examples)} examples, {len(prompts)} notes",
+        f"{split}: loss on {len(examples)} examples, {len(requests)} notes",
         f"{'':16}{'loss':>9}{'all sections':>14}{'the same notes':>16}",
     ]
     for way, row in rows.items():
@@ -133,7 +133,7 @@ def measure_ways(
     adapter: str,
     folder: Path,
     examples: list[Example],
-    prompts: dict[str, list[int]],
+    requests: list[NoteRequest],
     config: Config,
     device,
 ) -> dict[str, dict]:
@@ -141,7 +141,7 @@ def measure_ways(
 
     config: the run's, of which task and generation count.
 
-    Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `prompts` with
+    Returns by way: `loss` in nats per token on `examples`, `sections`, the notes of `requests` with
     all sections, and `same`, those that are the adapter's word for word. Raises ConfigError
     where a loss can't be measured, AuditError where a folder can't be loaded.
     """
@@ -153,10 +153,10 @@ def measure_ways(
         if isinstance(loss, str):
             raise ConfigError(f"{way}: its loss could not be measured ({loss})")
         if way == ADAPTER:
-            notes = notes_of(adapter, None, prompts, config, device)
+            notes = notes_of(adapter, None, requests, config, device)
             adapters_notes = notes
         else:
-            notes = notes_of(None, str(model), prompts, config, device)
+            notes = notes_of(None, str(model), requests, config, device)
         rows[way] = {
             "loss": loss,
             "sections": sum(has_all_sections(note, config.task) for note in notes),

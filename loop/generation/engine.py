@@ -41,6 +41,7 @@ class NoteRequest:
     prompt: list[int]  # token ids, with those of `begun`
     max_new_tokens: int
     begun: list[int] = field(default_factory=list)  # tokens of the note that the prompt ends with
+    dialogue: str = ""  # what candidates are compared with; the model reads the prompt alone
 
 
 @dataclass

@@ -16,7 +16,8 @@ from ..distributed.world import Ranks
 from ..progress import Progress
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
-from .decode import ROWS, Note, write_notes
+from .candidates import write_best_notes
+from .decode import ROWS, Note
 from .engine import NoteRequest
 from .notes_file import KeptNotes
 
@@ -63,9 +64,14 @@ def choose_way(engine, ranks: Ranks) -> Way:
     return Way(gathered, partitioned, partitioned and ranks.world_size > 1)
 
 
-def batch_rows(rows: int | None, ranks: Ranks, partitioned: bool) -> int:
-    """Notes of a batch: `rows`, but no more than are good here; None: so many."""
-    most = GPU_ROWS if ranks.device.type == "cuda" and not partitioned else ROWS
+def batch_rows(rows: int | None, ranks: Ranks, way: Way, candidates: int = 1) -> int:
+    """Dialogues of a batch: `rows`, but no more than are good here; None: so many.
+
+    candidates: notes drawn on each, which in lockstep are written one after the other.
+    """
+    most = GPU_ROWS if ranks.device.type == "cuda" and not way.partitioned else ROWS
+    if not way.lockstep:
+        most = max(1, most // candidates)
     return min(rows or most, most)
 
 
@@ -84,7 +90,7 @@ def write_batches(
         # In lockstep all of them stop, before the same batch.
         if stop and (ranks.any(stop.requested) if way.lockstep else stop.requested):
             return
-        notes = write_notes(
+        notes = write_best_notes(
             model,
             tokenizer,
             batch,
@@ -101,6 +107,7 @@ def generate_sharded(
     engine,
     tokenizer,
     examples: list[Example],
+    dialogues: dict[str, str],
     generation: GenerationSettings,
     ranks: Ranks,
     stop=None,
@@ -118,6 +125,7 @@ def generate_sharded(
         engine: of DeepSpeed, ZeRO-3.
         tokenizer, generation: the model's; the settings.
         examples: their prompts are read.
+        dialogues: texts by id, for candidates to be compared with; {} will do without those.
         ranks: any number of them writes the same notes.
         stop: a StopRequest, which cuts notes off.
         rows: as in `batch_rows`. What is in a batch depends on the examples and `rows` alone, not
@@ -130,13 +138,9 @@ def generate_sharded(
     if found.keys() >= {e.id for e in examples}:
         return {e.id: found[e.id] for e in examples}
     way = choose_way(engine, ranks)
-    rows = batch_rows(rows, ranks, way.partitioned)
-    batches = batches_to_write(examples, generation, rows, found)
-    mine = batches[ranks.rank :: ranks.world_size]
-    num_own = len(mine)
-    if way.lockstep:
-        # A rank that has one batch less writes another's, to take part in its all-gathers.
-        mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
+    rows = batch_rows(rows, ranks, way, generation.candidates)
+    batches = batch_by_length(make_requests(examples, dialogues, generation), rows)
+    mine, num_own = share_of(batches, found, way, ranks)
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
     gathered = without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext()
@@ -154,17 +158,31 @@ def generate_sharded(
     return {e.id: found[e.id] for e in examples if e.id in found}
 
 
-def batches_to_write(
-    examples: list[Example], generation: GenerationSettings, rows: int, found: dict[str, Note]
-) -> list[list[NoteRequest]]:
-    """The batches of all examples, without those whose notes have all been found."""
-    requests = [
-        NoteRequest(e.id, prompt_of(e).tolist(), generation.max_new_tokens) for e in examples
-    ]
+def share_of(
+    batches: list[list[NoteRequest]], found: dict[str, Note], way: Way, ranks: Ranks
+) -> tuple[list[list[NoteRequest]], int]:
+    """(the batches that this rank writes, how many of them, the first ones, are its own).
+
+    found: notes by key; a batch that is whole there is left out.
+    """
+    batches = [b for b in batches if not found.keys() >= {request.key for request in b}]
+    mine = batches[ranks.rank :: ranks.world_size]
+    num_own = len(mine)
+    if way.lockstep:
+        # A rank that has one batch less writes another's, to take part in its all-gathers.
+        mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
+    return mine, num_own
+
+
+def make_requests(
+    examples: list[Example], dialogues: dict[str, str], generation: GenerationSettings
+) -> list[NoteRequest]:
+    """What is asked for on each example; arguments as in `generate_sharded`."""
+    longest, compared = generation.max_new_tokens, generation.candidates > 1
     return [
-        batch
-        for batch in batch_by_length(requests, rows)
-        if not found.keys() >= {request.key for request in batch}
+        NoteRequest(e.id, prompt_of(e).tolist(), longest, dialogue=text)
+        for e in examples
+        for text in [dialogues[e.id] if compared else ""]
     ]
 
 

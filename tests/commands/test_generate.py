@@ -126,7 +126,7 @@ def test_a_note_that_ran_in_circles_is_said_and_marked(trained, files, monkeypat
     notes = {"a": Note("x", False, True), "b": Note("y", True, True), "test-2": Note("z", False)}
     monkeypatch.setattr(
         generate,
-        "write_notes",
+        "write_best_notes",
         lambda m, t, requests, s, task: [notes[r.key] for r in requests],
     )
     generate.main(args)
@@ -195,6 +195,8 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--top-p", "0.5"], "--top-p: means something only with --temperature above 0"),
         (["--top-p", "0"], "--top-p 0.0"),
+        (["--candidates", "4"], "--candidates: means something only with --temperature above 0"),
+        (["--candidates", "65"], "--candidates 65"),
         (["--seed", "1", "--temperature", "0"], "--seed: means something only with --temperature"),
         (["--no-repeat-ngram", "-1"], "--no-repeat-ngram -1"),
         (["--batch-size", "0"], "--batch-size 0"),

@@ -67,6 +67,9 @@ def test_the_seed_configuration_is_the_missions():
         (["generation.no_repeat_ngram=true"], "generation.no_repeat_ngram"),
         (["generation.beams=2"], "generation.beams=2: unknown key"),
         (["generation.top_p=0.9"], "generation: top_p=0.9 means something only with a temp"),
+        (["generation.candidates=4"], "generation: candidates=4 means something only with a temp"),
+        (["generation.candidates=0"], "generation.candidates=0"),
+        (["generation.candidates=65"], "generation.candidates=65"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(args, words):

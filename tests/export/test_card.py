@@ -246,11 +246,12 @@ def test_an_adapter_from_elsewhere_gets_a_card(trained, tmp_path):
 def test_what_the_code_cannot_do_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(card, "base_license", lambda base, revision: "other")  # no hub
     settings = {"no_repeat_ngram": 6, "forced_headings": True, "temperature": 0.7, "top_p": 0.9}
+    settings["candidates"] = 8
     write_card(tmp_path, {"base": "owner/name", "generation": settings, "prompt": None})
     text = (tmp_path / "README.md").read_text()
     assert "No 6 tokens in a row occur twice" in text and "forces the headings" in text
     assert "do_sample=True" in text and "temperature=0.7" in text and "top_p=0.9" in text
-    assert "brought their own prompts" in text
+    assert "brought their own prompts" in text and "also ends" in text and "draws 8 notes" in text
     assert front_matter(text)["base_model"] == "owner/name"
 
 

@@ -20,6 +20,7 @@ SETTINGS = {
     "top_p": 0.95,
     "min_p": 0.01,
     "seed": 3,
+    "candidates": 1,
     "no_repeat_ngram": 3,
     "end_loops": True,
     "forced_headings": True,
@@ -147,7 +148,7 @@ def test_ranks_in_lockstep_write_the_same_steered_notes(run, tmp_path):
     fp32 = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": False}}
     (tmp_path / "fp32.json").write_text(json.dumps(fp32))
     command = ["--config", str(run / "config.yaml"), "--split", "valid", "--notes", "3"]
-    command.append(f"deepspeed={tmp_path / 'fp32.json'}")
+    command += [f"deepspeed={tmp_path / 'fp32.json'}", "generation.candidates=2"]
     written = []
     for way in ("gathered", "lockstep"):
         shutil.rmtree(run / "evaluate", ignore_errors=True)  # or the notes there are used again
