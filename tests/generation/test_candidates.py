@@ -51,8 +51,9 @@ def test_what_chooses_are_the_scores_of_facts_and_no_reference():
             scores = score_note(Row("1", DIALOGUE, reference, note))
             parts = [scores[name] for name in ("facts/supported", "facts/kept")]
             right, kept = (n / of if of else 0.0 for n, of in parts)
-            f1 = 2 * right * kept / (right + kept) if right * kept else 0.0
-            assert agreement(DIALOGUE, note) == pytest.approx(f1)
+            # The harmonic mean of right, right and kept.
+            mean = 3 / (2 / right + 1 / kept) if right * kept else 0.0
+            assert agreement(DIALOGUE, note) == pytest.approx(mean)
     prompt, dialogues = [5, 6, 7], {"a": DIALOGUE}
     settings = GenerationSettings(temperature=1, candidates=2)
     answers = (
