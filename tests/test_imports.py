@@ -10,9 +10,9 @@ from helpers import ROOT
 
 LOOP = ROOT / "loop"
 # From the bottom to the top. A package imports from lower floors and from itself alone; `train` is
-# loop/train.py, `progress` loop/progress.py.
+# loop/train.py.
 FLOORS = (
-    {"config", "facts", "progress"},
+    {"config", "facts"},
     {"untrusted"},
     {"distributed"},
     {"data"},

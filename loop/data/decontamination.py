@@ -8,7 +8,7 @@ runs that they have in common.
 
 import numpy as np
 
-from ..progress import track
+from ..distributed.progress import track
 
 RUN_LENGTH = 32  # characters; the hash below is made for this number
 NUM_HASHES = 128

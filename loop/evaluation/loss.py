@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from ..data.batch_plan import PackingSpec, plan_batches, split_step
 from ..data.collate import PackedBatch, collate
 from ..data.tokenization import Example
+from ..distributed.progress import track
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
-from ..progress import track
 from .scoring import ratio
 
 

@@ -25,12 +25,12 @@ from ..config.schema import Config, ConfigError
 from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.files import sha256
+from ..distributed.progress import Progress
 from ..distributed.timeline import part
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
 from ..model.lora import WEIGHTS, describe_start, is_as_written, read_adapter
-from ..progress import Progress
 
 # Tolerances of the loss, relative and in nats per token. The run packs examples into rows, computes
 # in bf16 and adds in another order than a process that takes them one by one. Seen: a difference of

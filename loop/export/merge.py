@@ -25,9 +25,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..config.schema import ConfigError
 from ..distributed.files import atomic_folder
+from ..distributed.progress import track
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import NO_CODE, config_errors_for, resolve_base
-from ..progress import track
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter

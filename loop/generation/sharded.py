@@ -11,9 +11,9 @@ import torch
 from ..config.schema import GenerationSettings, TaskConfig
 from ..data.soap import SOAP
 from ..data.tokenization import Example
+from ..distributed.progress import Progress
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
-from ..progress import Progress
 from ..zero3.hooks import without_zero3_hooks
 from ..zero3.replicated import is_replicated
 from .candidates import write_best_notes

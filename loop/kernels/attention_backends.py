@@ -8,7 +8,7 @@ import importlib.metadata
 
 import torch
 
-from ..progress import Progress
+from ..distributed.progress import Progress
 from . import check_results
 from .attention import ATTENTION_BACKENDS, AttentionBackend, AttentionError, packed_attention
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..data.batch_plan import PackingSpec
 from ..data.collate import collate
-from ..progress import Progress
+from ..distributed.progress import Progress
 
 BOUND = 1e-2  # of a replay's relative error: bf16, and attention's backward pass adds in any order
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map
 
-from ..progress import track
+from ..distributed.progress import track
 from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
 
 SIZES = ((1100, 256), (300, 200))  # (tokens, width): both divide by 16, and not

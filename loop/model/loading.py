@@ -21,11 +21,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE, render
+from ..distributed.progress import Progress
 from ..distributed.timeline import part
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from ..progress import Progress
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config.schema import ConfigError
+from ..distributed.progress import Progress, track
 from ..kernels.quantization import QUANTIZATIONS, find_quantization
-from ..progress import Progress, track
 from ..untrusted.bases import read_model_config
 from ..zero3.partition import partition_module
 

@@ -21,6 +21,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    disable_progress_bars()  # each rank would show them; loop/progress.py shows one
+    disable_progress_bars()  # each rank would show them; loop/distributed/progress.py shows one
     # An environment variable, because `datasets` is imported late, where it is needed.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from loop import progress
-from loop.progress import Progress, track
+from loop.distributed import progress
+from loop.distributed.progress import Progress, track
 
 
 @pytest.fixture
