@@ -9,6 +9,7 @@ from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..generation.candidates import read_dialogues
 from ..generation.decode import Note
+from ..generation.engine_choice import keep_between_notes
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
 from .choosing import chosen_examples, read_references, score_notes
@@ -42,6 +43,8 @@ class Validator:
         self.chosen = chosen_examples(config, data)
         self.dialogues = read_dialogues(config, "valid")
         self.references = read_references(config, self.chosen)
+        if execution.replicated and config.method != "full":
+            keep_between_notes(engine.module)
 
     @part("evaluation")
     def run(self, state, skip: bool = False) -> bool:

@@ -53,32 +53,38 @@ def read_linear(module: Any) -> Linear | None:
 class JointProduct:
     """Linear layers of one input, by one product with W and A of all and one with B of all."""
 
+    @torch.no_grad()
     def __init__(self, linears: list[Linear]) -> None:
-        loras = [linear.lora for linear in linears if linear.lora]
-        rank = sum(len(a) for a, _, _ in loras)
-        dtype = linears[0].dtype
-        weights = [linear.weight() for linear in linears] + [a.to(dtype) for a, _, _ in loras]
-        self.sizes = [len(weight) for weight in weights[: len(linears)]]
+        self.linears = linears
+        rank = sum(len(linear.lora[0]) for linear in linears if linear.lora)
+        rank += -rank % ALIGNMENT
+        weights = [linear.weight() for linear in linears]
+        self.sizes = [len(weight) for weight in weights]
         self.width = sum(self.sizes)
-        weights.append(weights[0].new_zeros(-rank % ALIGNMENT, weights[0].shape[1]))
+        weights.append(weights[0].new_zeros(rank, weights[0].shape[1]))
         self.weight = torch.cat(weights)  # [N + r, K]
-        self.b = self._block_diagonal(linears) if loras else None
+        self.b = self.weight.new_zeros(self.width, rank) if rank else None
         self.bias = self._joint_bias(linears)
         self.input: torch.Tensor | None = None
         self.outputs: list[torch.Tensor | None] = []
+        self.read_lora()
 
-    def _block_diagonal(self, linears: list[Linear]) -> torch.Tensor:
-        """s B of each layer, [N, r]: each output reads its own part of x A^T."""
-        b = self.weight.new_zeros(self.width, len(self.weight) - self.width)
+    @torch.no_grad()
+    def read_lora(self) -> None:
+        """Copies A and s B of each layer, as they are now, to their places.
+
+        They are the last rows of W, and blocks of B [N, r]: each output reads its own part of
+        x A^T.
+        """
         row = column = 0
-        for linear, size in zip(linears, self.sizes):
-            if linear.lora:
-                _, lora_b, scaling = linear.lora
-                rank = lora_b.shape[1]
-                b[row : row + size, column : column + rank] = lora_b * scaling
-                column += rank
+        for linear, size in zip(self.linears, self.sizes):
+            if linear.lora and self.b is not None:
+                a, b, scaling = linear.lora
+                end = column + len(a)
+                self.weight[self.width + column : self.width + end] = a
+                self.b[row : row + size, column:end] = b * scaling
+                column = end
             row += size
-        return b
 
     def _joint_bias(self, linears: list[Linear]) -> torch.Tensor | None:
         if all(linear.base.bias is None for linear in linears):
@@ -136,7 +142,7 @@ def joint_linears(layers: nn.Module) -> list[tuple[list[Any], list[Linear]]]:
 
 
 def dense_bytes(layers: nn.Module) -> int:
-    """Bytes of the copies that `dense_weights` makes, without LoRA's."""
+    """Bytes of the copies that `DenseWeights` makes, without LoRA's."""
     return sum(
         linear.base.in_features * linear.base.out_features * linear.dtype.itemsize
         for _, linears in joint_linears(layers)
@@ -144,23 +150,39 @@ def dense_bytes(layers: nn.Module) -> int:
     )
 
 
-@contextlib.contextmanager
-def dense_weights(layers: nn.Module) -> Iterator[None]:
-    """Lets decoder layers compute with dequantised copies, LoRA beside them, and fewer kernels.
+class DenseWeights:
+    """Dequantised copies of decoder layers' weights, by which the layers can compute.
 
-    Everything is as it was afterwards, and the copies are gone. The weights must all be here.
+    The weights must all be here.
     """
-    with contextlib.ExitStack() as undo:
-        for modules, linears in joint_linears(layers):
-            product = JointProduct(linears)
-            for number, module in enumerate(modules):
-                _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
-        for module in layers.modules():
-            if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
-                if fuse_norm(module):
-                    undo.callback(vars(module).pop, "forward")
-        _fuse_rotary(undo, layers)
-        yield
+
+    def __init__(self, layers: nn.Module) -> None:
+        self.layers = layers
+        self.products = [
+            (modules, JointProduct(linears)) for modules, linears in joint_linears(layers)
+        ]
+
+    def read_lora(self) -> None:
+        """LoRA has been trained since; the base is frozen."""
+        for _, product in self.products:
+            product.read_lora()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Lets the layers compute with the copies, LoRA beside them, and fewer kernels.
+
+        Everything is as it was afterwards.
+        """
+        with contextlib.ExitStack() as undo:
+            for modules, product in self.products:
+                for number, module in enumerate(modules):
+                    _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
+            for module in self.layers.modules():
+                if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
+                    if fuse_norm(module):
+                        undo.callback(vars(module).pop, "forward")
+            _fuse_rotary(undo, self.layers)
+            yield
 
 
 def _fuse_rotary(undo: contextlib.ExitStack, layers: nn.Module) -> None:

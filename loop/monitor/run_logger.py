@@ -27,6 +27,7 @@ from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
 from ..generation.sharded import prompt_of
+from ..kernels import check_results
 from ..memory.breakdown import memory_breakdown
 from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
@@ -401,6 +402,7 @@ class RunLogger:
                 "seconds": time.perf_counter() - self.started,
             } | metrics
         metrics |= {"time": timeline.so_far(), "time_to_first_step": self.start_time}
+        metrics |= {"kernel_tests": check_results.outcomes}
         return write_report(
             self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | metrics
         )
