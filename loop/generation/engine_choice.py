@@ -67,6 +67,11 @@ def keep_between_notes(model) -> None:
     _kept[model] = Kept()
 
 
+def forget_between_notes(model) -> None:
+    """Gives the memory back that `keep_between_notes` has taken."""
+    _kept.pop(model, None)
+
+
 class Engine:
     """A model that is ready to write notes; made by `open_engine`."""
 
