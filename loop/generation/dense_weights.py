@@ -14,13 +14,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels.fuse import fuse_norm, fuse_rotary, is_plain_lora
+from ..kernels.fuse import fuse_norm, fuse_rotary, is_plain_lora, is_swiglu
+from ..kernels.lora_ops import swiglu_joint
 from ..kernels.patches import is_rotary_patched, restore_rotary
 from ..kernels.quantization import find_quantization
 
 # Linear layers that get the same input where a model has them.
 OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ALIGNMENT = 8  # rows of LoRA's A; kernels for other sizes are slower
+FEW_ROWS = 64  # of a step; more are computed by kernels for many
 
 
 class Linear(NamedTuple):
@@ -103,6 +105,15 @@ class JointProduct:
             y.addmm_(out[:, self.width :], self.b.t())
         return [part.view(*x.shape[:-1], -1) for part in y.split(self.sizes, dim=1)]
 
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) up [..., N], of the two layers gate and up."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW_ROWS or self.b is None or self.bias is not None:
+            gate, up = self.compute(x)
+            return F.silu(gate) * up
+        out = swiglu_joint(F.linear(rows, self.weight), self.b)
+        return out.view(*x.shape[:-1], -1)
+
     def fetch(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The output of layer `number`. Layers are called in turn with the same tensor object."""
         if self.input is not x or self.outputs[number] is None:
@@ -162,6 +173,14 @@ class DenseWeights:
             (modules, JointProduct(linears)) for modules, linears in joint_linears(layers)
         ]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copies, LoRA's among them."""
+        return sum(
+            product.weight.nbytes + (product.b.nbytes if product.b is not None else 0)
+            for _, product in self.products
+        )
+
     def read_lora(self) -> None:
         """LoRA has been trained since; the base is frozen."""
         for _, product in self.products:
@@ -177,12 +196,21 @@ class DenseWeights:
             for modules, product in self.products:
                 for number, module in enumerate(modules):
                     _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
+            self._fuse_swiglu(undo)
             for module in self.layers.modules():
                 if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
                     if fuse_norm(module):
                         undo.callback(vars(module).pop, "forward")
             _fuse_rotary(undo, self.layers)
             yield
+
+    def _fuse_swiglu(self, undo: contextlib.ExitStack) -> None:
+        """One kernel between the products of a SwiGLU block."""
+        products = {modules[0]: product for modules, product in self.products if len(modules) == 2}
+        for block in self.layers.modules():
+            product = products.get(getattr(block, "gate_proj", None))
+            if product and hasattr(block, "down_proj") and is_swiglu(block):
+                _set_forward(undo, block, lambda x, b=block, p=product: b.down_proj(p.swiglu(x)))
 
 
 def _fuse_rotary(undo: contextlib.ExitStack, layers: nn.Module) -> None:

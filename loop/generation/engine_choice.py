@@ -24,7 +24,6 @@ from .model_mode import generation_mode
 
 MOST_SLOTS = 256
 MEMORY_SHARE = 0.7  # of the free memory that copies of weights, keys and values may take
-KEPT_SHARE = 0.1  # of the free memory that they may take from one time to the next
 CHECKED_TOKENS = 256  # of the prompt on which the engine is compared with the plain model
 CHECKED_STEPS = 3  # on a GPU: launched, recorded, replayed
 BOUND = 1e-3  # of the logits' relative error in that comparison
@@ -44,7 +43,8 @@ class Kept:
     Its base is frozen, and its weights stay where they are. LoRA is read anew each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: float) -> None:
+        self.most_bytes = most_bytes
         self.dense: DenseWeights | None = None
         self.slots: SlotModel | None = None
         self.addresses: list[int] = []  # of all weights
@@ -55,16 +55,29 @@ class Kept:
         if addresses != self.addresses:
             self.dense, self.slots, self.addresses = None, None, addresses
 
-    def forget_what_is_large(self, base: PreTrainedModel) -> None:
-        """Gives the memory back where it is more than a tenth of what is free."""
-        size = dense_bytes(decoder_layers(base)) + (self.slots.kv.num_bytes if self.slots else 0)
-        if size > KEPT_SHARE * free_bytes(base.device, size):
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept now."""
+        weights = self.dense.num_bytes if self.dense else 0
+        return weights + (self.slots.kv.num_bytes if self.slots else 0)
+
+    def forget_what_is_large(self) -> None:
+        """Gives the memory back where it is more than may be kept."""
+        if self.num_bytes > self.most_bytes:
             self.dense, self.slots = None, None
 
 
-def keep_between_notes(model) -> None:
-    """Lets notes of this model, whose base is frozen, begin with what the ones before have made."""
-    _kept[model] = Kept()
+def keep_between_notes(model, most_bytes: float) -> None:
+    """Lets notes of this model, whose base is frozen, begin with what the ones before have made.
+
+    most_bytes: of memory that may be kept between them.
+    """
+    _kept[model] = Kept(most_bytes)
+
+
+def bytes_between_notes(model) -> int:
+    """Bytes that are kept for the next notes of this model."""
+    return _kept[model].num_bytes if model in _kept else 0
 
 
 def forget_between_notes(model) -> None:
@@ -216,7 +229,7 @@ def open_engine(model, prompt: list[int]) -> Iterator[Engine]:
             raise EngineError(_checked[model]) from error
         yield engine
     if kept:
-        kept.forget_what_is_large(base)
+        kept.forget_what_is_large()
 
 
 def ready_weights(base: PreTrainedModel, kept: Kept | None) -> DenseWeights:

@@ -196,7 +196,7 @@ def kept(monkeypatch):
     model, made = make_model(LlamaConfig(**SHAPE)), []
     make = DenseWeights.__init__
     monkeypatch.setattr(DenseWeights, "__init__", lambda *args: made.append(1) or make(*args))
-    engine_choice.keep_between_notes(model)
+    engine_choice.keep_between_notes(model, 1e9)
     return model, made
 
 
@@ -246,10 +246,13 @@ def test_nothing_is_kept_of_weights_that_move_or_are_large(kept, tokenizer, monk
         p.data = 1.1 * p.data
     wanted = plain_notes(model, tokenizer, requests, generation)
     assert write_notes(model, tokenizer, requests, generation) == wanted and len(made) == 2
-    size = engine_choice.dense_bytes(model.get_base_model().model.layers)
-    monkeypatch.setattr(engine_choice, "free_bytes", lambda *_: 5 * size)
-    write_notes(model, tokenizer, requests, generation)
-    assert engine_choice._kept[model].dense is None and engine_choice._kept[model].slots is None
+    size = engine_choice.bytes_between_notes(model)
+    slots = engine_choice._kept[model].slots
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "layers" in name)
+    assert weights < size - slots.kv.num_bytes < 1.2 * weights and slots.kv.num_bytes > 0
+    engine_choice.keep_between_notes(model, size - 1)
+    assert write_notes(model, tokenizer, requests, generation) == wanted
+    assert engine_choice.bytes_between_notes(model) == 0
 
 
 def test_a_stop_request_cuts_notes_off_and_begins_no_other(model, tokenizer, by_engine):
