@@ -282,12 +282,12 @@ def test_a_note_ends_where_the_context_does(model, tokenizer, by_engine, capsys)
 
 
 def test_the_dense_weights_compute_what_the_layers_do(trained):
-    """An NF4 base with LoRA in bf16, in groups and alone, for tokens and for rows."""
+    """An NF4 base with LoRA, in groups and alone, for tokens and for rows."""
     from loop.generation.loading import load_for_generation
 
     model, _ = load_for_generation(str(trained / "adapter"), None, "cpu")
     layer = model.get_base_model().model.layers[0]
-    x = torch.randn(1, 6, 64).bfloat16()
+    x = torch.randn(1, 6, 64).to(model.get_base_model().dtype)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     with torch.no_grad():
         wanted = [getattr(layer.self_attn, name)(x) for name in names] + [layer.mlp(x)]
