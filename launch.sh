@@ -31,6 +31,7 @@ hostfile. Ctrl-C or SIGTERM: the ranks save and end, on all machines; once more:
 environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv is made),
              LOOP_GRACE_SECONDS (the longest stop; 120), MASTER_PORT, CUDA_VISIBLE_DEVICES,
              OMP_NUM_THREADS, DS_ACCELERATOR (cpu: no GPU is used),
+             LOOP_KERNEL_TESTS (always: kernels that were right before are tested again),
              LOOP_TORCH_INDEX (where setup takes PyTorch from as well; PyTorch's pages name the
              index of each build. Empty: nowhere else)"
 

@@ -48,6 +48,7 @@ def inputs(device: str) -> dict[str, tuple]:
         "lora_grad_input": (dhs, lora_as, *dropout),
         "swiglu": (x, y, lora, lora),
         "swiglu_backward": (x, y, z, lora, lora),
+        "swiglu_joint": (randn(250, 2 * WIDTH + RANK), randn(2 * WIDTH, RANK)),
         "rotate": (q, angle.cos().bfloat16(), angle.sin().bfloat16()),
     }
 

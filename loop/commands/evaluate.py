@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from ..config import late_compile  # noqa: F401  # before what imports bitsandbytes
+
+# isort: split
 from ..checkpoint.identity import base_fingerprint
 from ..checkpoint.run_dir import write_report
 from ..config.cli import load_config, take_options
@@ -17,6 +20,7 @@ from ..config.schema import Config, ConfigError
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.files import sha256
 from ..distributed.rendezvous import RendezvousError
+from ..distributed.timeline import begin, describe
 from ..evaluation.run import (
     EvaluationOptions,
     EvaluationStopped,
@@ -155,6 +159,7 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     print(as_table(report["figures"], config.task))
     if "challenge" in report:
         print(challenge_table(report["challenge"]))
+    print(f"time: {describe(report['time'])}")
 
 
 def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:
@@ -186,6 +191,7 @@ def record_in_card(config: Config, options: EvaluationOptions, report: dict) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
+    begin()  # the account of where the time goes
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:

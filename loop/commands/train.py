@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from ..config import late_compile  # noqa: F401  # before what imports bitsandbytes
 from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
 from ..config.device import uses_gpu

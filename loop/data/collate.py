@@ -28,8 +28,11 @@ class PackedBatch:
     def to(self, device) -> "PackedBatch":
         """The batch with its tensors on `device`; the copy does not wait for the GPU."""
         fields: dict[str, Any] = {}
+        on_gpu = torch.device(device).type == "cuda"
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
+                if on_gpu and not value.is_cuda:
+                    value = value.pin_memory()  # any other memory is copied when all before is done
                 value = value.to(device, non_blocking=True)
             fields[name] = value
         return PackedBatch(**fields)

@@ -5,8 +5,10 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +17,9 @@ from . import soap
 from .cache import cached_path, read_cache, write_cache
 from .conversations import Conversation, dialogue_text, note_text, read_split
 from .identifiers import find_identifiers
+from .parallel import in_chunks, map_chunks
 from .report import DatasetReport
 from .tokenization import PLAIN_TEMPLATE, Example, encode_examples
-
-CHUNK = 1024  # conversations that are tokenised together
 
 
 @dataclasses.dataclass
@@ -113,13 +114,13 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         plain_template=str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE),
         headings=soap.heading_list(config.task),
     )
-    supervise = config.data.supervise
     longest = longest_example(config, tokenizer)
     limit = f"max_seq_len={config.max_seq_len}; raise it"
     if longest < config.max_seq_len:
         limit = f"the base's context of {longest} tokens; take a base with a longer one"
     seen: set[bytes] = set()
-    for conversation, example in _encode_in_chunks(tokenizer, conversations, supervise):
+    for conversation, encoded in _encode_all(tokenizer, conversations, config, split):
+        example = encoded.example
         if len(example) > longest:
             if config.data.overlong == "error":
                 raise ConfigError(
@@ -134,16 +135,12 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
                 continue
             report.truncated.append(example.id)
             example = shorter
-        note = conversation.note
-        if note is not None and not soap.has_all_sections(note, config.task):
-            report.without_headings += 1
+        report.without_headings += encoded.lacks_headings
         report.notes_normalized += conversation.headings_changed > 0
         report.headings_normalized += conversation.headings_changed
         report.duplicates += _is_repeated(example, seen)
-        if split == "train" and config.data.identifiers != "off":
-            text = dialogue_text(conversation) + "\n" + note_text(conversation)
-            for kind in find_identifiers(text):
-                report.identifiers.setdefault(kind, []).append(example.id)
+        for kind in encoded.identifiers:
+            report.identifiers.setdefault(kind, []).append(example.id)
         examples.append(example)
     report.kept = len(examples)
     if report.identifiers and config.data.identifiers == "error":
@@ -169,14 +166,38 @@ def _is_repeated(example: Example, seen: set[bytes]) -> bool:
     return repeated
 
 
-def _encode_in_chunks(
-    tokenizer, conversations: list[Conversation], supervise: str
-) -> Iterator[tuple[Conversation, Example]]:
+class Encoded(NamedTuple):
+    """What is found about a conversation on its own."""
+
+    example: Example
+    lacks_headings: bool
+    identifiers: list[str]  # the kinds in its texts
+
+
+def _encode_all(
+    tokenizer, conversations: list[Conversation], config: Config, split: str
+) -> Iterator[tuple[Conversation, Encoded]]:
     """Each conversation with its example, in order. The list is empty afterwards."""
-    conversations.reverse()
-    while conversations:  # the text of a chunk is given back when its tokens are there
-        chunk = [conversations.pop() for _ in range(min(CHUNK, len(conversations)))]
-        yield from zip(chunk, encode_examples(tokenizer, chunk, supervise))
+    chunks = in_chunks(conversations)
+    conversations.clear()
+    encode = functools.partial(_encode_chunk, tokenizer, config, split)
+    for number, encoded in enumerate(map_chunks(encode, chunks)):
+        yield from zip(chunks[number], encoded)
+        chunks[number] = []  # the text is given back when its tokens are there
+
+
+def _encode_chunk(
+    tokenizer, config: Config, split: str, conversations: list[Conversation]
+) -> list[Encoded]:
+    looks = split == "train" and config.data.identifiers != "off"
+    found = []
+    examples = encode_examples(tokenizer, conversations, config.data.supervise)
+    for conversation, example in zip(conversations, examples):
+        note = conversation.note
+        lacks = note is not None and not soap.has_all_sections(note, config.task)
+        text = dialogue_text(conversation) + "\n" + note_text(conversation) if looks else ""
+        found.append(Encoded(example, lacks, find_identifiers(text)))
+    return found
 
 
 def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Example | None:

@@ -6,9 +6,13 @@ spaces. The fraction of the smallest hashes that two texts have in common estima
 runs that they have in common.
 """
 
+import functools
+from typing import NamedTuple
+
 import numpy as np
 
-from ..distributed.progress import track
+from ..distributed.progress import Progress
+from .parallel import in_chunks, map_chunks
 
 RUN_LENGTH = 32  # characters; the hash below is made for this number
 NUM_HASHES = 128
@@ -47,15 +51,39 @@ def find_near_duplicates(train: list[str], held_out: list[str]) -> list[tuple[in
     """
     if not train or not held_out:
         return []
-    sketches = [minhash(text) for text in held_out]
-    # An inverted index: all hashes of the held-out texts, sorted, and the text that each is of.
-    hashes = np.concatenate(sketches)
-    owners = np.repeat(np.arange(len(held_out)), [len(sketch) for sketch in sketches])
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    owners = owners[order]
+    chunks = in_chunks(train)
+    find = functools.partial(_find_in, HeldOut.of(held_out))
     found = []
-    for i, text in enumerate(track(train, "looking for held-out dialogues", "dialogues")):
+    start = 0
+    with Progress("looking for held-out dialogues", len(train), "dialogues") as progress:
+        for chunk, leaks in zip(chunks, map_chunks(find, chunks)):
+            found += [(start + i, j, how) for i, j, how in leaks]
+            start += len(chunk)
+            progress.advance(len(chunk))
+    return found
+
+
+class HeldOut(NamedTuple):
+    """An inverted index: all hashes of the held-out texts, sorted, and the text that each is of."""
+
+    sketches: list[np.ndarray]  # of each text
+    hashes: np.ndarray  # uint64 [n]
+    owners: np.ndarray  # int64 [n]
+
+    @staticmethod
+    def of(texts: list[str]) -> "HeldOut":
+        sketches = [minhash(text) for text in texts]
+        hashes = np.concatenate(sketches)
+        owners = np.repeat(np.arange(len(texts)), [len(sketch) for sketch in sketches])
+        order = np.argsort(hashes, kind="stable")
+        return HeldOut(sketches, hashes[order], owners[order])
+
+
+def _find_in(held_out: HeldOut, texts: list[str]) -> list[tuple[int, int, str]]:
+    """As `find_near_duplicates`."""
+    sketches, hashes, owners = held_out
+    found = []
+    for i, text in enumerate(texts):
         sketch = minhash(text)
         starts = np.searchsorted(hashes, sketch)
         num_known = (hashes[np.minimum(starts, len(hashes) - 1)] == sketch).sum()
@@ -63,7 +91,7 @@ def find_near_duplicates(train: list[str], held_out: list[str]) -> list[tuple[in
             continue  # nearly all texts end here
         ends = np.searchsorted(hashes, sketch, "right")
         matches = np.concatenate([owners[start:end] for start, end in zip(starts, ends)])
-        j = int(np.bincount(matches, minlength=len(held_out)).argmax())
+        j = int(np.bincount(matches, minlength=len(sketches)).argmax())
         similarity = _similarity(sketch, sketches[j])
         if similarity == 1:
             found.append((i, j, "the same dialogue"))

@@ -23,7 +23,17 @@ START = (
     "engine",
     "CUDA graphs",
 )
-JOB = ("first step", "steps", "evaluation", "sample notes", "checkpoints", "export", "audit")
+JOB = (
+    "first step",
+    "steps",
+    "evaluation",
+    "sample notes",
+    "notes",
+    "scores",
+    "checkpoints",
+    "export",
+    "audit",
+)
 
 
 class Timeline:

@@ -62,7 +62,9 @@ class Ranks:
         return self.rank == 0
 
     def sum_scalars(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in float64. Waits for the GPU."""
+        """Each value summed over all ranks, in float64. Several ranks wait for the GPU."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.all_reduce_sum(tensor).tolist()
 

@@ -27,7 +27,7 @@ def example_losses(
     lengths = np.array([len(e) for e in examples])
     was_training = engine.module.training
     engine.module.eval()
-    totals = np.zeros((len(examples), 2))
+    found: list[tuple[np.ndarray, torch.Tensor]] = []
     plan = plan_batches(lengths, packing.max_tokens * ranks.world_size, seed=0)
     for step in track(range(len(plan)), "evaluating", "batches"):
         set_activity(f"evaluating, batch {step + 1} of {len(plan)}")
@@ -37,8 +37,12 @@ def example_losses(
         for ids in split_step(plan[step], lengths, ranks.world_size, packing)[ranks.rank]:
             batch = collate([examples[i] for i in ids], packing).to(ranks.device)
             logits = engine.module(**batch.model_inputs()).logits  # [1, N, V]
-            totals[ids] += document_losses(logits, batch)[: len(ids)].cpu().numpy()
+            found.append((ids, document_losses(logits, batch)[: len(ids)]))
     engine.module.train(was_training)
+    totals = np.zeros((len(examples), 2))
+    if found:  # read at the end: a GPU need not wait for the next batch
+        ids, sums = zip(*found)
+        totals[np.concatenate(ids)] = torch.cat(sums).cpu().numpy()
     return np.array(ranks.sum_scalars(*totals.flatten())).reshape(-1, 2)
 
 

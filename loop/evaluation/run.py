@@ -17,8 +17,10 @@ from ..data.conversations import Conversation, dialogue_text, note_text, read_sp
 from ..data.dataset import load_examples
 from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
+from ..distributed import timeline
 from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
+from ..distributed.timeline import part
 from ..distributed.world import Ranks, init_distributed
 from ..facts.challenge import challenge
 from ..families.admission import admit_base, check_vocabulary
@@ -69,7 +71,8 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
       weights and settings, and how many were written,
     - generation: the settings that they were written with,
     - unsupported: the statements of each note that its dialogue contradicts or lacks, by id,
-    - challenge: what the scorer notices in references that were made wrong, as `challenge` says.
+    - challenge: what the scorer notices in references that were made wrong, as `challenge` says,
+    - time: the seconds of each part since the command.
 
     What needs a model is left out where `predictions` are scored. Raises ConfigError,
     AttentionError where the attention that was asked for can't run here, and EvaluationStopped on
@@ -77,8 +80,9 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     """
     check_options(config, options)
     reference_config = with_reference(config, options.reference)
-    conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
-    train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
+    with part("data"):
+        conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
+        train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
     compared = read_compared(options, conversations)
     if options.predictions:
         report: dict = {"figures": {}}
@@ -89,6 +93,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         report, notes, ranks = evaluate_model(config, options, conversations)
         ids = list(notes)
     if ids:
+        timeline.enter("scores")
         chosen = [conversations[id] for id in ids]
         rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
@@ -104,6 +109,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
             about = describe(config, options)
             table = as_table(report["figures"], config.task)
             write_page(Path(options.html), title, rows, table, about, others)
+    report["time"] = timeline.so_far()
     return report if ranks.is_main else {}
 
 
@@ -127,7 +133,8 @@ def evaluate_model(
     """
     ds_config = build_ds_config(config)
     tokenizer, model_config = admit_base(config)
-    examples, dataset_report = load_examples(config, tokenizer, options.split)
+    with part("data"):
+        examples, dataset_report = load_examples(config, tokenizer, options.split)
     check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
     sampled = [e for e in examples if e.id in conversations][: options.num_notes]
@@ -142,7 +149,7 @@ def evaluate_model(
             "examples": len(examples),
             "left out": dataset_report.rows - dataset_report.kept,
         }
-        notes = generate_sharded(
+        notes = part("notes")(generate_sharded)(
             engine,
             tokenizer,
             sampled,
@@ -213,6 +220,7 @@ def with_reference(config: Config, reference: str | None) -> Config:
     return config.model_copy(update={"data": data})
 
 
+@part("base")
 def load_engine(config: Config, ds_config: dict, model_config, adapter: str | None, ranks: Ranks):
     """A ZeRO-3 engine with the base and an adapter. Every rank must call it.
 
@@ -233,6 +241,7 @@ def load_engine(config: Config, ds_config: dict, model_config, adapter: str | No
     return deepspeed.initialize(model=model, config=ds_config)[0]
 
 
+@part("evaluation")
 def measure_loss(
     config: Config, engine, examples: list[Example], ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:

@@ -1,5 +1,7 @@
 """Validation in mid-run: the loss of the validation split, a few sample notes, and scored notes."""
 
+import torch
+
 from ..config.schema import Config
 from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
@@ -9,10 +11,18 @@ from ..distributed.timeline import part
 from ..distributed.world import Ranks
 from ..generation.candidates import read_dialogues
 from ..generation.decode import Note
+from ..generation.engine_choice import free_bytes, keep_between_notes
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
 from .choosing import chosen_examples, read_references, score_notes
 from .loss import evaluate_loss
+
+
+def room_beside_steps(execution: Execution, device: torch.device) -> float:
+    """Bytes of memory that this process could have and that its steps leave, by the estimate."""
+    own = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    steps = sum(execution.estimate_memory(execution.max_tokens).values())
+    return free_bytes(device, wanted=0) + own - steps
 
 
 class Validator:
@@ -42,6 +52,8 @@ class Validator:
         self.chosen = chosen_examples(config, data)
         self.dialogues = read_dialogues(config, "valid")
         self.references = read_references(config, self.chosen)
+        if execution.replicated and config.method != "full":
+            keep_between_notes(engine.module, room_beside_steps(execution, ranks.device) / 2)
 
     @part("evaluation")
     def run(self, state, skip: bool = False) -> bool:

@@ -14,13 +14,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels.fuse import fuse_norm, fuse_rotary, is_plain_lora
+from ..kernels.fuse import fuse_norm, fuse_rotary, is_plain_lora, is_swiglu
+from ..kernels.lora_ops import swiglu_joint
 from ..kernels.patches import is_rotary_patched, restore_rotary
 from ..kernels.quantization import find_quantization
 
 # Linear layers that get the same input where a model has them.
 OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ALIGNMENT = 8  # rows of LoRA's A; kernels for other sizes are slower
+FEW_ROWS = 64  # of a step; more are computed by kernels for many
 
 
 class Linear(NamedTuple):
@@ -53,32 +55,38 @@ def read_linear(module: Any) -> Linear | None:
 class JointProduct:
     """Linear layers of one input, by one product with W and A of all and one with B of all."""
 
+    @torch.no_grad()
     def __init__(self, linears: list[Linear]) -> None:
-        loras = [linear.lora for linear in linears if linear.lora]
-        rank = sum(len(a) for a, _, _ in loras)
-        dtype = linears[0].dtype
-        weights = [linear.weight() for linear in linears] + [a.to(dtype) for a, _, _ in loras]
-        self.sizes = [len(weight) for weight in weights[: len(linears)]]
+        self.linears = linears
+        rank = sum(len(linear.lora[0]) for linear in linears if linear.lora)
+        rank += -rank % ALIGNMENT
+        weights = [linear.weight() for linear in linears]
+        self.sizes = [len(weight) for weight in weights]
         self.width = sum(self.sizes)
-        weights.append(weights[0].new_zeros(-rank % ALIGNMENT, weights[0].shape[1]))
+        weights.append(weights[0].new_zeros(rank, weights[0].shape[1]))
         self.weight = torch.cat(weights)  # [N + r, K]
-        self.b = self._block_diagonal(linears) if loras else None
+        self.b = self.weight.new_zeros(self.width, rank) if rank else None
         self.bias = self._joint_bias(linears)
         self.input: torch.Tensor | None = None
         self.outputs: list[torch.Tensor | None] = []
+        self.read_lora()
 
-    def _block_diagonal(self, linears: list[Linear]) -> torch.Tensor:
-        """s B of each layer, [N, r]: each output reads its own part of x A^T."""
-        b = self.weight.new_zeros(self.width, len(self.weight) - self.width)
+    @torch.no_grad()
+    def read_lora(self) -> None:
+        """Copies A and s B of each layer, as they are now, to their places.
+
+        They are the last rows of W, and blocks of B [N, r]: each output reads its own part of
+        x A^T.
+        """
         row = column = 0
-        for linear, size in zip(linears, self.sizes):
-            if linear.lora:
-                _, lora_b, scaling = linear.lora
-                rank = lora_b.shape[1]
-                b[row : row + size, column : column + rank] = lora_b * scaling
-                column += rank
+        for linear, size in zip(self.linears, self.sizes):
+            if linear.lora and self.b is not None:
+                a, b, scaling = linear.lora
+                end = column + len(a)
+                self.weight[self.width + column : self.width + end] = a
+                self.b[row : row + size, column:end] = b * scaling
+                column = end
             row += size
-        return b
 
     def _joint_bias(self, linears: list[Linear]) -> torch.Tensor | None:
         if all(linear.base.bias is None for linear in linears):
@@ -96,6 +104,15 @@ class JointProduct:
         if self.b is not None:
             y.addmm_(out[:, self.width :], self.b.t())
         return [part.view(*x.shape[:-1], -1) for part in y.split(self.sizes, dim=1)]
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) up [..., N], of the two layers gate and up."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW_ROWS or self.b is None or self.bias is not None:
+            gate, up = self.compute(x)
+            return F.silu(gate) * up
+        out = swiglu_joint(F.linear(rows, self.weight), self.b)
+        return out.view(*x.shape[:-1], -1)
 
     def fetch(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The output of layer `number`. Layers are called in turn with the same tensor object."""
@@ -136,7 +153,7 @@ def joint_linears(layers: nn.Module) -> list[tuple[list[Any], list[Linear]]]:
 
 
 def dense_bytes(layers: nn.Module) -> int:
-    """Bytes of the copies that `dense_weights` makes, without LoRA's."""
+    """Bytes of the copies that `DenseWeights` makes, without LoRA's."""
     return sum(
         linear.base.in_features * linear.base.out_features * linear.dtype.itemsize
         for _, linears in joint_linears(layers)
@@ -144,23 +161,56 @@ def dense_bytes(layers: nn.Module) -> int:
     )
 
 
-@contextlib.contextmanager
-def dense_weights(layers: nn.Module) -> Iterator[None]:
-    """Lets decoder layers compute with dequantised copies, LoRA beside them, and fewer kernels.
+class DenseWeights:
+    """Dequantised copies of decoder layers' weights, by which the layers can compute.
 
-    Everything is as it was afterwards, and the copies are gone. The weights must all be here.
+    The weights must all be here.
     """
-    with contextlib.ExitStack() as undo:
-        for modules, linears in joint_linears(layers):
-            product = JointProduct(linears)
-            for number, module in enumerate(modules):
-                _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
-        for module in layers.modules():
-            if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
-                if fuse_norm(module):
-                    undo.callback(vars(module).pop, "forward")
-        _fuse_rotary(undo, layers)
-        yield
+
+    def __init__(self, layers: nn.Module) -> None:
+        self.layers = layers
+        self.products = [
+            (modules, JointProduct(linears)) for modules, linears in joint_linears(layers)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copies, LoRA's among them."""
+        return sum(
+            product.weight.nbytes + (product.b.nbytes if product.b is not None else 0)
+            for _, product in self.products
+        )
+
+    def read_lora(self) -> None:
+        """LoRA has been trained since; the base is frozen."""
+        for _, product in self.products:
+            product.read_lora()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Lets the layers compute with the copies, LoRA beside them, and fewer kernels.
+
+        Everything is as it was afterwards.
+        """
+        with contextlib.ExitStack() as undo:
+            for modules, product in self.products:
+                for number, module in enumerate(modules):
+                    _set_forward(undo, module, lambda x, p=product, n=number: p.fetch(x, n))
+            self._fuse_swiglu(undo)
+            for module in self.layers.modules():
+                if type(module).__name__.endswith("Norm") and "forward" not in vars(module):
+                    if fuse_norm(module):
+                        undo.callback(vars(module).pop, "forward")
+            _fuse_rotary(undo, self.layers)
+            yield
+
+    def _fuse_swiglu(self, undo: contextlib.ExitStack) -> None:
+        """One kernel between the products of a SwiGLU block."""
+        products = {modules[0]: product for modules, product in self.products if len(modules) == 2}
+        for block in self.layers.modules():
+            product = products.get(getattr(block, "gate_proj", None))
+            if product and hasattr(block, "down_proj") and is_swiglu(block):
+                _set_forward(undo, block, lambda x, b=block, p=product: b.down_proj(p.swiglu(x)))
 
 
 def _fuse_rotary(undo: contextlib.ExitStack, layers: nn.Module) -> None:

@@ -88,6 +88,15 @@ class SlotModel:
         self.kv.prompts = None
         return logits.float()
 
+    def serves(self, num_slots: int, longest: int) -> bool:
+        """Whether these are so many slots, for notes of so many tokens, prompts included."""
+        return self.kv.shape[0] == num_slots and self.last_place >= longest - 1
+
+    def free_all(self) -> None:
+        """No note is left from an earlier use."""
+        self.kv.lengths.zero_()
+        self.active.zero_()
+
     def free(self, slots: list[int]) -> None:
         """Their notes have ended; a step leaves them where they are."""
         self.kv.lengths[slots] = 0

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.attention_backends import choose_backend
 from ..model.structure import decoder_layers
-from .dense_weights import dense_bytes, dense_weights
+from .dense_weights import DenseWeights, dense_bytes
 from .engine import STEPS_A_READING, NoteRequest, SlotModel
 from .kv_slots import SLOT_ATTENTION, KVSlots, flash_step_works
 from .model_mode import generation_mode
@@ -30,21 +30,71 @@ BOUND = 1e-3  # of the logits' relative error in that comparison
 BOUND_OF_16_BITS = 0.1  # rounding is some 0.02; a wrong mask or position is 0.5 and more
 
 _checked: WeakKeyDictionary = WeakKeyDictionary()  # a model: why it can't be used, or ""
+_kept: WeakKeyDictionary = WeakKeyDictionary()  # a model: its Kept
 
 
 class EngineError(RuntimeError):
     """Why notes can't be written by the engine, in a few words."""
 
 
+class Kept:
+    """What the next notes of a model can use again: copies of its weights, and a recorded step.
+
+    Its base is frozen, and its weights stay where they are. LoRA is read anew each time.
+    """
+
+    def __init__(self, most_bytes: float) -> None:
+        self.most_bytes = most_bytes
+        self.dense: DenseWeights | None = None
+        self.slots: SlotModel | None = None
+        self.addresses: list[int] = []  # of all weights
+
+    def check(self, base: PreTrainedModel) -> None:
+        """Forgets everything where a weight has moved."""
+        addresses = [p.data_ptr() for p in base.parameters()]
+        if addresses != self.addresses:
+            self.dense, self.slots, self.addresses = None, None, addresses
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept now."""
+        weights = self.dense.num_bytes if self.dense else 0
+        return weights + (self.slots.kv.num_bytes if self.slots else 0)
+
+    def forget_what_is_large(self) -> None:
+        """Gives the memory back where it is more than may be kept."""
+        if self.num_bytes > self.most_bytes:
+            self.dense, self.slots = None, None
+
+
+def keep_between_notes(model, most_bytes: float) -> None:
+    """Lets notes of this model, whose base is frozen, begin with what the ones before have made.
+
+    most_bytes: of memory that may be kept between them.
+    """
+    _kept[model] = Kept(most_bytes)
+
+
+def bytes_between_notes(model) -> int:
+    """Bytes that are kept for the next notes of this model."""
+    return _kept[model].num_bytes if model in _kept else 0
+
+
+def forget_between_notes(model) -> None:
+    """Gives the memory back that `keep_between_notes` has taken."""
+    _kept.pop(model, None)
+
+
 class Engine:
     """A model that is ready to write notes; made by `open_engine`."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, kept: Kept | None = None) -> None:
         config = base.config.get_text_config()  # of the language model
         query_heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or query_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
         self.base = base
+        self.kept = kept
         self.heads = (query_heads, key_heads, size)
         self.backend = prompt_backend(base.device, base.dtype, self.heads)
 
@@ -57,7 +107,9 @@ class Engine:
         capacity = longest + STEPS_A_READING
         _, key_heads, size = self.heads
         per_token = 2 * key_heads * size * dtype.itemsize * len(decoder_layers(self.base))
-        num_slots = min(num_slots, int(MEMORY_SHARE * free_bytes(device)) // (per_token * capacity))
+        wanted = num_slots * per_token * capacity
+        room = int(MEMORY_SHARE * free_bytes(device, wanted / MEMORY_SHARE))
+        num_slots = min(num_slots, room // (per_token * capacity))
         if num_slots < 1:
             raise EngineError("memory is short")
         flash = flash_step_works(dtype, self.heads, device)
@@ -68,7 +120,14 @@ class Engine:
     def slots_for(self, requests: list[NoteRequest], most: int | None = None) -> SlotModel:
         """Slots for these notes, `most` at a time."""
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        return self.make_slots(min(most or MOST_SLOTS, len(requests)), longest)
+        count = min(most or MOST_SLOTS, len(requests))
+        slots = self.kept.slots if self.kept else None
+        if slots is None or not slots.serves(count, longest):
+            slots = self.make_slots(count, longest)
+            if self.kept:
+                self.kept.slots = slots
+        slots.free_all()
+        return slots
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -91,11 +150,17 @@ def prompt_backend(device: torch.device, dtype: torch.dtype, heads: tuple[int, i
     return choose_backend("auto", device, dtype, heads)[0]
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that nobody uses; of a CPU's this process's share."""
+def free_bytes(device: torch.device, wanted: float = float("inf")) -> int:
+    """Bytes of memory that nobody uses; of a CPU's this process's share.
+
+    wanted: where so many are free already, torch keeps what it has at hand for the next tensors.
+    """
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < wanted:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(device)[0]
+        return free
     processes = dist.get_world_size() if dist.is_initialized() else 1
     return psutil.virtual_memory().available // processes
 
@@ -107,7 +172,8 @@ def refuse_unfit(base: PreTrainedModel) -> None:
     for module in base.modules():
         if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
             raise EngineError("the base's positions depend on the longest note")
-    if dense_bytes(decoder_layers(base)) > MEMORY_SHARE * free_bytes(base.device):
+    size = dense_bytes(decoder_layers(base))
+    if size > MEMORY_SHARE * free_bytes(base.device, size / MEMORY_SHARE):
         raise EngineError("memory is short")
 
 
@@ -140,13 +206,14 @@ def open_engine(model, prompt: list[int]) -> Iterator[Engine]:
         raise EngineError(_checked[model])
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = (prompt * (1 + CHECKED_STEPS))[:CHECKED_TOKENS]
+    kept = _kept.get(model)
     with contextlib.ExitStack() as stack:
         try:
-            refuse_unfit(base)
+            dense = ready_weights(base, kept)
             theirs = None if model in _checked else plain_logits(model, base, ids)
             stack.enter_context(generation_mode(model, SLOT_ATTENTION))
-            stack.enter_context(dense_weights(decoder_layers(base)))
-            engine = Engine(base)
+            stack.enter_context(dense.installed())
+            engine = Engine(base, kept)
             if theirs is not None:
                 error = logits_error(engine.logits(ids), theirs)
                 if not error < (BOUND if base.dtype == torch.float32 else BOUND_OF_16_BITS):
@@ -161,3 +228,19 @@ def open_engine(model, prompt: list[int]) -> Iterator[Engine]:
             _checked[model] = lines[0][:160]
             raise EngineError(_checked[model]) from error
         yield engine
+    if kept:
+        kept.forget_what_is_large()
+
+
+def ready_weights(base: PreTrainedModel, kept: Kept | None) -> DenseWeights:
+    """The weights of a model that writes now; what was kept is used. Raises EngineError."""
+    if kept:
+        kept.check(base)
+        if kept.dense:
+            kept.dense.read_lora()
+            return kept.dense
+    refuse_unfit(base)
+    dense = DenseWeights(decoder_layers(base))
+    if kept:
+        kept.dense = dense
+    return dense

@@ -44,6 +44,11 @@ class KVSlots:
         self.prompts: PackedPrompts | None = None  # while prompts are computed
         self.mask: torch.Tensor | None = None  # of a step, bool [slots, 1, 1, tokens]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(x.nbytes for pair in self.layers.values() for x in pair)
+
     def begin_step(self, longest: int) -> None:
         """Before a token for all slots. longest: a bound of their lengths."""
         self.prompts = None

@@ -4,7 +4,10 @@ A backend is right where `./launch.sh check` did not find it wrong and where it 
 keep documents apart.
 """
 
+import hashlib
 import importlib.metadata
+import inspect
+from pathlib import Path
 
 import torch
 
@@ -88,12 +91,29 @@ def refusal_reason(
     )
     if failed_check or missing:
         return failed_check or missing
+
+    def find_problem() -> str | None:
+        try:
+            if keeps_documents_apart(name, device, heads):
+                return None
+            return "wrong: it leaks between documents on this machine"
+        except Exception as error:  # each kernel has its own way to refuse what it can't do
+            return f"wrong: {first_line(error)[:120]}"
+
+    source = source_of(backend) if backend else None
+    if source is None:  # it could change unseen
+        return find_problem()
+    test = f"attention {name} ({version}, {source}), heads {heads}: documents stay apart"
+    return check_results.run_once(test, device, find_problem)
+
+
+def source_of(backend: AttentionBackend) -> str | None:
+    """A digest of the file that registered a backend, which may be a user's own; None of none."""
     try:
-        if keeps_documents_apart(name, device, heads):
-            return None
-        return "wrong: it leaks between documents on this machine"
-    except Exception as error:  # each kernel has its own way to refuse what it can't do
-        return f"wrong: {first_line(error)[:120]}"
+        file = inspect.getsourcefile(inspect.unwrap(backend.load))
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else None
+    except (TypeError, OSError):  # an object that is called, a notebook's cell
+        return None
 
 
 def choose_backend(
@@ -111,11 +131,11 @@ def choose_backend(
 
     Raises AttentionError when `wanted` can't run, leaks, or failed `./launch.sh check`.
     """
-    versions = available_backends(device)
     unknown = f"missing: one of auto, {', '.join(ATTENTION_BACKENDS)} is possible"
     skipped: list[str] = []
     for name in ATTENTION_BACKENDS if wanted == "auto" else (wanted,):
-        version = versions.get(name, unknown)
+        backend = ATTENTION_BACKENDS.get(name)
+        version = installed_version(backend, device) if backend else unknown
         with Progress(f"testing attention {name} for leaks between documents"):
             reason = refusal_reason(name, version, device, dtype, heads)
         if reason is None:

@@ -4,6 +4,7 @@
 else. The parts themselves are in fused_layers.py.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -54,7 +55,11 @@ def kernel_problem(config: Config, dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cuda":
         return None
     for rank in sorted({config.lora["r"], *config.lora.get("rank_pattern", {}).values()}):
-        failure = find_failing_kernel(device, rank, dtype)
+        failure = check_results.run_once(
+            f"fused kernels, LoRA of rank {rank}, {dtype}",
+            device,
+            functools.partial(find_failing_kernel, device, rank, dtype),
+        )
         if failure:
             return failure
     return None

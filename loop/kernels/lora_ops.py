@@ -24,6 +24,7 @@ from .triton_kernels import (
     lora_grad_input_kernel,
     rotate_kernel,
     swiglu_backward_kernel,
+    swiglu_joint_kernel,
     swiglu_kernel,
     triton,
 )
@@ -35,6 +36,7 @@ FUSED_OPS = (
     "lora_grad_input",
     "swiglu",
     "swiglu_backward",
+    "swiglu_joint",
     "rotate",
 )
 TOKENS = 32  # of a block: the fastest of 16, 32, 64 and 128 for each kernel, on an H200
@@ -226,6 +228,25 @@ def swiglu_backward(
     return d_gate, d_up, out
 
 
+def swiglu_joint(joint: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """As `swiglu` [T, N], of gate, up and their LoRA computed by one product.
+
+    joint [T, 2 N + r] holds gate, up and h of both. b [2 N, r] is B of both, each with zeros where
+    h is the other's. For few rows: the kernel reads b for each.
+    """
+    width = len(b) // 2
+    if not on_triton(joint):
+        gate, up = add_lora(joint[:, : 2 * width], joint[:, 2 * width :], b).chunk(2, dim=1)
+        return F.silu(gate) * up
+    out = joint.new_empty(len(joint), width)
+    padded_rank = triton.next_power_of_2(b.shape[1])
+    columns = max(16, min(128, 8192 // padded_rank))
+    swiglu_joint_kernel[(len(joint), triton.cdiv(width, columns))](
+        joint, b, out, width, b.shape[1], padded_rank, columns
+    )
+    return out
+
+
 # ---- rotary positions
 
 
@@ -235,7 +256,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x [B, H, T, D], cos and sin [B, T, D]. The result lies in memory as [B, T, H, D], as attention
     takes it.
     """
-    x = x.transpose(1, 2).contiguous()  # as the projection wrote it
+    x = x.transpose(1, 2)  # as the projection wrote it
     if not on_triton(x):
         x1, x2 = x.chunk(2, dim=-1)
         turned = torch.cat([-x2, x1], dim=-1)
@@ -243,12 +264,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         return out.transpose(1, 2)
     batch, rows, heads, head_dim = x.shape
     half = head_dim // 2
-    out = torch.empty_like(x)
+    if x.stride()[2:] != (head_dim, 1) or (batch > 1 and rows > 1):
+        x = x.contiguous()
+    out = x.new_empty(x.shape)
     rotate_kernel[(batch * rows,)](
         x,
         cos.contiguous(),
         sin.contiguous(),
         out,
+        x.stride(0 if rows == 1 else 1),  # of a product's columns: that of the wider row
         heads,
         half,
         triton.next_power_of_2(heads),

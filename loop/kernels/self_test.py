@@ -8,7 +8,15 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..distributed.progress import track
-from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
+from .lora_ops import (
+    grad_lora_a,
+    lora_down,
+    lora_grad_input,
+    rotate,
+    swiglu,
+    swiglu_backward,
+    swiglu_joint,
+)
 
 SIZES = ((1100, 256), (300, 200))  # (tokens, width): both divide by 16, and not
 DROPOUT_SCALE = 1.7
@@ -66,6 +74,7 @@ def make_cases(
     cases: list[tuple[Callable, tuple]] = [
         (swiglu, (x, y, lora, lora)),
         (swiglu_backward, (x, y, z, lora, lora)),
+        (swiglu_joint, (random(rows, 2 * width + rank), random(2 * width, rank))),
         (rotate, (q, angle.cos().to(dtype), angle.sin().to(dtype))),
     ]
     for n in (1, 2, 3):

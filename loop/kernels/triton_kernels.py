@@ -295,15 +295,50 @@ def swiglu_backward_kernel(
     tl.store(out + offsets, g * sigmoid * u, mask=in_bounds)
 
 
+# ---- swiglu_joint: silu(gate + h B_gate^T) * (up + h B_up^T), for few rows
+
+
+@jit
+def _add_lora_sum(joint, h, b, columns, first, dims, width, rank):
+    """The block of (part of the joint product) + h B^T that begins at column `first`."""
+    in_bounds = columns < width
+    b_at = (first + columns)[:, None] * rank + dims[None]
+    b_mask = in_bounds[:, None] & (dims < rank)[None]
+    b_block = tl.load(b + b_at, mask=b_mask, other=0.0).to(tl.float32)
+    y = tl.load(joint + first + columns, mask=in_bounds, other=0.0).to(tl.float32)
+    return y + tl.sum(b_block * h[None], 1)
+
+
+@jit
+def swiglu_joint_kernel(
+    joint,  # [rows, 2 width + rank]: gate, up, h; one program a row and block of columns
+    b,  # [2 width, rank]
+    out,  # [rows, width], written
+    width,
+    rank: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    joint += row * (2 * width + rank)
+    h = tl.load(joint + 2 * width + dims, mask=dims < rank, other=0.0).to(tl.float32)
+    gate = _add_lora_sum(joint, h, b, columns, 0, dims, width, rank)
+    up = _add_lora_sum(joint, h, b, columns, width, dims, width, rank)
+    tl.store(out + row * width + columns, gate * tl.sigmoid(gate) * up, mask=columns < width)
+
+
 # ---- rotate: rotary positions
 
 
 @jit
 def rotate_kernel(
-    x,  # [tokens, heads, 2 half], one program a token
+    x,  # [tokens, heads, 2 half], one program a token; tokens are `stride` apart
     cos,  # [tokens, 2 half]
     sin,
     out,  # [tokens, heads, 2 half], written
+    stride,
     heads,
     half,
     BLOCK_HEADS: tl.constexpr,
@@ -313,11 +348,13 @@ def rotate_kernel(
     head = tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, BLOCK_HALF)
     in_bounds = (head < heads)[:, None] & (dim < half)[None]
-    offsets = token * heads * 2 * half + head[:, None] * 2 * half + dim[None]
-    x1 = tl.load(x + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-    x2 = tl.load(x + offsets + half, mask=in_bounds, other=0.0).to(tl.float32)
+    in_token = head[:, None] * 2 * half + dim[None]
+    x += token * stride
+    x1 = tl.load(x + in_token, mask=in_bounds, other=0.0).to(tl.float32)
+    x2 = tl.load(x + in_token + half, mask=in_bounds, other=0.0).to(tl.float32)
     angle = token * 2 * half + dim  # both halves of a head turn by the same angles
     c = tl.load(cos + angle, mask=dim < half, other=0.0).to(tl.float32)[None]
     s = tl.load(sin + angle, mask=dim < half, other=0.0).to(tl.float32)[None]
+    offsets = token * heads * 2 * half + in_token
     tl.store(out + offsets, x1 * c - x2 * s, mask=in_bounds)
     tl.store(out + offsets + half, x2 * c + x1 * s, mask=in_bounds)

@@ -26,7 +26,9 @@ from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
+from ..generation.engine_choice import bytes_between_notes
 from ..generation.sharded import prompt_of
+from ..kernels import check_results
 from ..memory.breakdown import memory_breakdown
 from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
@@ -300,6 +302,7 @@ class RunLogger:
             self._write_step(step, values)
         if step == min(self.first_step + 3, self.num_steps):
             estimate = self.execution.estimate_memory(self.largest_micro_batch)
+            estimate["copies for notes"] = bytes_between_notes(self.engine.module)
             self.say(self.memory.beside(estimate))
 
     def _write_step(self, step: int, values: dict[str, float]) -> None:
@@ -401,6 +404,7 @@ class RunLogger:
                 "seconds": time.perf_counter() - self.started,
             } | metrics
         metrics |= {"time": timeline.so_far(), "time_to_first_step": self.start_time}
+        metrics |= {"kernel_tests": check_results.outcomes}
         return write_report(
             self.folder, {"steps": len(losses), "planned_steps": self.num_steps} | metrics
         )

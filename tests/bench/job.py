@@ -151,7 +151,7 @@ def main(args) -> None:
     for _ in range(args.rounds):  # the first start tokenises and compiles, later ones find it
         jobs.append(run_job(command, folder))
         print(f"start {len(jobs)}: {jobs[-1]['seconds']:.1f} s", flush=True)
+        if args.json:  # at once, as the next round may be cut off
+            Path(args.json).write_text(json.dumps({"command": command, "jobs": jobs}, indent=1))
     steps = f"{jobs[0]['num_steps']} steps"
     print(f"\nthe seed job, {args.shape}, {args.gpus} rank(s), {steps}\n{as_table(jobs)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"command": command, "jobs": jobs}, indent=1))

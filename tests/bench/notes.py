@@ -11,15 +11,18 @@ import functools
 import gc
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import SHAPES
+from shapes import SHAPES, make_base
 
+HERE = Path(__file__).resolve().parent
 RANK = 8  # of LoRA
 
 
@@ -44,6 +47,7 @@ def parse_args() -> argparse.Namespace:
         help="greedy notes that are compared with generate's",
     )
     add("--without-peer", action="store_true", help="no generate beside it")
+    add("--peer", choices=["unsloth"], help="its generate as well, in a process of its own")
     add("--json", help="write all figures there")
     return parser.parse_args()
 
@@ -192,6 +196,17 @@ def measure_generate(model, count: int, args: argparse.Namespace) -> dict:
 
     seconds(2)
     step = (seconds(args.peer_tokens) - seconds(2)) / (args.peer_tokens - 2)
+    return {"tokens_per_second": count / step, "step_ms": 1e3 * step, "slots": count}
+
+
+def measure_unsloth(base: Path, count: int, args: argparse.Namespace) -> dict:
+    """Unsloth's generate, NF4 with LoRA, in a process of its own: it patches transformers."""
+    numbers = map(str, (count, args.prompt, args.peer_tokens))
+    command = [sys.executable, str(HERE / "notes_unsloth.py"), str(base), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    step = json.loads(done.stdout.splitlines()[-1])
     return {"tokens_per_second": count / step, "step_ms": 1e3 * step, "slots": count}
 
 
@@ -350,6 +365,12 @@ def measure_all(args: argparse.Namespace) -> bool:
         measured.comparison("merged, bf16", model)
         name = "generate on the merged copy, bf16"
         measured.speed(name, measure_generate, model, args.slots)
+    if args.peer:
+        model = None
+        gc.collect()  # it has a process of its own on the same GPU
+        with tempfile.TemporaryDirectory() as folder:
+            base = make_base(args.shape, Path(folder))
+            measured.speed("unsloth's generate, NF4 and LoRA", measure_unsloth, base, args.slots)
     return not any("error" in found for found in measured.found.values())
 
 

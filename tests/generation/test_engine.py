@@ -11,7 +11,7 @@ from loop.config.schema import GenerationSettings
 from loop.generation import controls, decode, engine, engine_choice
 from loop.generation.controls import gumbel_noise
 from loop.generation.decode import Note, plain_writer, write_notes, write_with_headings
-from loop.generation.dense_weights import dense_weights
+from loop.generation.dense_weights import DenseWeights
 from loop.generation.engine import NoteRequest
 from loop.model.loading import load_tokenizer
 
@@ -183,6 +183,78 @@ def test_the_model_is_as_it_was(model, tokenizer, by_engine, training):
     model.eval()
 
 
+def train_lora(model, scale: float) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.mul_(scale)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """A model whose copies and slots are kept; and how often the copies were made."""
+    model, made = make_model(LlamaConfig(**SHAPE)), []
+    make = DenseWeights.__init__
+    monkeypatch.setattr(DenseWeights, "__init__", lambda *args: made.append(1) or make(*args))
+    engine_choice.keep_between_notes(model, 1e9)
+    return model, made
+
+
+def test_what_is_kept_between_notes_follows_lora(kept, tokenizer, by_engine):
+    """The same copies and slots; LoRA was trained meanwhile, and the notes are others."""
+    model, made = kept
+    generation = GenerationSettings(end_loops=False)
+    texts, slots = set(), set()
+    for scale in (1.0, 1.5, 0.3):
+        train_lora(model, scale)
+        requests = make_requests(LENGTHS, 40)
+        notes = write_notes(model, tokenizer, requests, generation)
+        assert notes == plain_notes(model, tokenizer, requests, generation)
+        texts.add(notes[0].text)
+        slots.add(engine_choice._kept[model].slots)
+    assert len(texts) == 3 and len(slots) == 1 and len(made) == 1
+    shorter = make_requests(LENGTHS, 10)  # the same slots are long enough
+    more = make_requests([*LENGTHS, 9], 50)
+    for requests in (shorter, more):
+        wanted = plain_notes(model, tokenizer, requests, generation)
+        assert write_notes(model, tokenizer, requests, generation) == wanted
+    assert engine_choice._kept[model].slots not in slots and len(made) == 1
+
+
+def test_slots_that_a_stop_left_full_are_free_again(kept, tokenizer, by_engine):
+    class Stop:
+        requested = False
+
+    model, stop = kept[0], Stop()
+    requests = make_requests([9, 30, 4], 12)
+    generation = GenerationSettings(end_loops=False)
+
+    def ask(number: int, note: Note) -> None:
+        stop.requested = True
+
+    write_notes(model, tokenizer, requests, generation, stop=stop, done=ask)
+    wanted = plain_notes(model, tokenizer, requests, generation)
+    assert write_notes(model, tokenizer, requests, generation) == wanted
+
+
+def test_nothing_is_kept_of_weights_that_move_or_are_large(kept, tokenizer, monkeypatch):
+    model, made = kept
+    requests = make_requests([9, 4], 5)
+    generation = GenerationSettings(end_loops=False)
+    write_notes(model, tokenizer, requests, generation)
+    for p in model.parameters():
+        p.data = 1.1 * p.data
+    wanted = plain_notes(model, tokenizer, requests, generation)
+    assert write_notes(model, tokenizer, requests, generation) == wanted and len(made) == 2
+    size = engine_choice.bytes_between_notes(model)
+    slots = engine_choice._kept[model].slots
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "layers" in name)
+    assert weights < size - slots.kv.num_bytes < 1.2 * weights and slots.kv.num_bytes > 0
+    engine_choice.keep_between_notes(model, size - 1)
+    assert write_notes(model, tokenizer, requests, generation) == wanted
+    assert engine_choice.bytes_between_notes(model) == 0
+
+
 def test_a_stop_request_cuts_notes_off_and_begins_no_other(model, tokenizer, by_engine):
     class Stop:
         requested = False
@@ -210,16 +282,16 @@ def test_a_note_ends_where_the_context_does(model, tokenizer, by_engine, capsys)
 
 
 def test_the_dense_weights_compute_what_the_layers_do(trained):
-    """An NF4 base with LoRA in bf16, in groups and alone, for tokens and for rows."""
+    """An NF4 base with LoRA, in groups and alone, for tokens and for rows."""
     from loop.generation.loading import load_for_generation
 
     model, _ = load_for_generation(str(trained / "adapter"), None, "cpu")
     layer = model.get_base_model().model.layers[0]
-    x = torch.randn(1, 6, 64).bfloat16()
+    x = torch.randn(1, 6, 64).to(model.get_base_model().dtype)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     with torch.no_grad():
         wanted = [getattr(layer.self_attn, name)(x) for name in names] + [layer.mlp(x)]
-        with dense_weights(model.get_base_model().model.layers):
+        with DenseWeights(model.get_base_model().model.layers).installed():
             found = [getattr(layer.self_attn, name)(x) for name in names] + [layer.mlp(x)]
     for ours, theirs in zip(found, wanted):
         torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
@@ -280,9 +352,9 @@ def test_short_memory_fills_fewer_slots_or_none(model, tokenizer, monkeypatch, c
         assert num_slots == len(requests)
         token = 2 * 2 * 16 * 4 * 3  # keys and values, heads, size, bytes, layers
         monkeypatch.setattr(
-            engine_choice, "free_bytes", lambda _: int(2.5 * token * capacity / 0.7)
+            engine_choice, "free_bytes", lambda *_: int(2.5 * token * capacity / 0.7)
         )
         assert engine.slots_for(requests).kv.shape[0] == 2
-    monkeypatch.setattr(engine_choice, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(engine_choice, "free_bytes", lambda *_: 100)
     assert write_notes(model, tokenizer, requests, generation) == wanted
     assert "memory is short" in capsys.readouterr().err

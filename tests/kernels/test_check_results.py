@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kernels_check.rows import Row
-from loop.config.schema import Config, ConfigError
+from loop.config.schema import ROOT, Config, ConfigError
 from loop.kernels import attention_backends, check_results
-from loop.kernels.attention import AttentionError
+from loop.kernels.attention import ATTENTION_BACKENDS, AttentionError
 from loop.kernels.fuse import choose_fused_layers
 from loop.kernels.lora_ops import FUSED_OPS
 from loop.monitor.mfu import utilisation
@@ -54,6 +54,106 @@ def test_results_are_the_owners_alone_and_of_this_machine_and_these_versions(
             assert check_results.load() == {}
 
 
+# ---- self-tests of a run
+
+
+@pytest.fixture
+def tests_run(tmp_path, monkeypatch):
+    """Runs a self-test as on a GPU; gives what it found, and how often it has run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(check_results, "outcomes", {})
+    runs = []
+
+    def start(test="kernels, bf16", problem=None):
+        found = check_results.run_once(test, "cuda", lambda: runs.append(1) or problem)
+        return found, len(runs)
+
+    return start
+
+
+def test_a_self_test_that_was_passed_is_not_run_again_and_that_is_said(tests_run, monkeypatch):
+    assert tests_run() == (None, 1)
+    assert check_results.outcomes == {"kernels, bf16": "passed now"}
+    assert tests_run() == (None, 1)
+    assert check_results.outcomes == {"kernels, bf16": "passed earlier"}
+    assert tests_run("kernels, fp16") == (None, 2)
+    monkeypatch.setenv("LOOP_KERNEL_TESTS", "always")
+    assert tests_run() == (None, 3)
+
+
+def test_a_failure_is_tested_again(tests_run):
+    assert tests_run(problem="error 0.5") == ("error 0.5", 1)
+    assert tests_run(problem="error 0.5") == ("error 0.5", 2)
+    assert check_results.outcomes == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("platform.node", lambda: "another"),
+        ("torch.version.cuda", "99.0"),
+        ("importlib.metadata.version", lambda name: "99.0"),
+        ("loop.kernels.check_results.source_digest", lambda *folders: "other"),
+        ("torch.cuda.device_count", lambda: 1),
+        ("loop.kernels.check_results.DRIVER", ROOT / "LICENSE"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_another_machine_version_source_gpu_or_driver_is_tested_anew(
+    tests_run, monkeypatch, change
+):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda number: "another GPU")
+    assert tests_run() == (None, 1)
+    monkeypatch.setattr(*change)
+    assert tests_run() == (None, 2)
+
+
+def damage(path):
+    path.write_bytes(b"\xff\xfe")
+
+
+def write_for_another_test(path):
+    path.write_text("another test")
+
+
+def append(path):
+    path.write_text(path.read_text() + "x")
+
+
+def let_others_write(path):
+    path.chmod(0o666)
+
+
+def make_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil", [damage, write_for_another_test, append, let_others_write, make_a_folder]
+)
+def test_a_damaged_or_planted_file_counts_for_nothing(tests_run, spoil):
+    assert tests_run() == (None, 1)
+    path = check_results.passed_path("kernels, bf16")
+    assert path.stat().st_mode & 0o777 == 0o600
+    spoil(path)
+    assert tests_run() == (None, 2)
+
+
+def test_a_file_of_another_user_counts_for_nothing(tests_run, monkeypatch):
+    assert tests_run() == (None, 1)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert tests_run() == (None, 2)
+
+
+def test_on_a_cpu_tests_are_always_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs = []
+    for _ in range(2):
+        check_results.run_once("attention", "cpu", lambda: runs.append(1))
+    assert len(runs) == 2 and not list(tmp_path.iterdir())
+
+
 # ---- attention
 
 
@@ -65,7 +165,13 @@ def three_backends(monkeypatch):
         "varlen": "1",
         "sdpa": "1",
     }
-    monkeypatch.setattr(attention_backends, "available_backends", lambda device: versions)
+    monkeypatch.setattr(
+        attention_backends,
+        "installed_version",
+        lambda backend, device: next(
+            versions[name] for name, b in ATTENTION_BACKENDS.items() if b is backend
+        ),
+    )
     monkeypatch.setattr(attention_backends, "keeps_documents_apart", lambda *args: True)
 
 

@@ -239,9 +239,14 @@ def op_cases(rows, width, rank, device, dtype) -> list[tuple]:
     lora = (dhs[0], randn(width, rank))
     q = randn(2, rows, 6, 16).transpose(1, 2)
     angle = torch.randn(2, rows, 8, device=device).repeat(1, 1, 2)
+    # Columns of a wider product, for a token of each row.
+    step = randn(rows, 104)[:, :96].view(rows, 1, 6, 16).transpose(1, 2)
+    one = torch.randn(rows, 1, 8, device=device).repeat(1, 1, 2)
     cases: list[tuple] = [
         (lora_ops.swiglu, gate, up, lora, lora),
         (lora_ops.swiglu_backward, d_out, gate, up, lora, lora),
+        (lora_ops.swiglu_joint, randn(rows, 2 * width + rank), randn(2 * width, rank)),
+        (lora_ops.rotate, step, one.cos().to(dtype), one.sin().to(dtype)),
         (lora_ops.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype)),
     ]
     for n in (1, 2, 3):
