@@ -1,8 +1,9 @@
-"""`python tests/bench/soak.py [STEPS]`: many steps of a tiny run, and whether anything grows.
+"""`python tests/bench/soak.py [STEPS [SECONDS]]`: many steps of a tiny run: does anything grow?
 
 It trains the embedded base on two CPU ranks and looks at each rank's resident memory, open files
 and threads every few seconds, and at the time of each step. It prints their slopes over the second
-half of the run, and ends with 1 where one of them is not flat.
+half of the run, and ends with 1 where one of them is not flat. After SECONDS the run is asked to
+save and end, and what it did by then is what counts.
 """
 
 import json
@@ -76,18 +77,22 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    end = time.monotonic() + (float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(folder, steps)
         seen: dict[str, list[tuple[float, tuple[float, float, float]]]] = {}
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
+            if time.monotonic() > end:
+                process.terminate()
+                end = float("inf")
             log = folder / "soak" / "metrics.jsonl"
             step = log.read_bytes().count(b'"train/loss"') if log.is_file() else 0
             if step:
                 for rank, values in look(process).items():
                     seen.setdefault(rank, []).append((step, values))
-        if process.returncode:
+        if process.returncode or not seen:
             sys.exit((folder / "log").read_text()[-3000:])
         times = [
             (line["step"], 1000 * sum(v for k, v in line.items() if k.startswith("time/")))
@@ -98,6 +103,7 @@ def main() -> None:
         for i, what in enumerate(("MiB resident", "open files", "threads")):
             rows.append((rank, what, [(step, values[i]) for step, values in looks]))
     grows = False
+    print(f"{len(times):,} of {steps:,} steps")
     print(f"{'':8s}{'':14s}{'first':>10s}{'last':>10s}{'in 1,000 steps':>16s}")
     for rank, what, points in rows:
         rise = slope(points)

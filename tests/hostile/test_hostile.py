@@ -107,7 +107,9 @@ def mistakes_with_rows(folder: Path, config_file: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_base, tmp_path_factory) -> Path:
-    """A configuration beside the folder of its finished run of four steps."""
+    """A configuration beside the folder of its finished run of four steps. ORDINARY holds what that
+    did: programs that DeepSpeed and the loop start.
+    """
     folder = tmp_path_factory.mktemp("whole")
     rows = "".join(
         json.dumps({"id": str(i), "dialogue": f"Doctor: {i}?", "soap": "S: a\nP: b"}) + "\n"
@@ -127,6 +129,8 @@ def run_folder(tiny_base, tmp_path_factory) -> Path:
     (folder / "config.yaml").write_text(json.dumps(config))
     outcome = run_watched(folder, "train", "--config", str(folder / "config.yaml"))
     assert outcome.code == 0, outcome.err[-2000:]
+    assert not any(event.startswith("open") for event in outcome.events), outcome.events
+    (folder / "ORDINARY").write_text("\n".join(outcome.events))
     return folder
 
 
@@ -136,7 +140,7 @@ def mistakes_with_run(folder: Path, run_folder: Path, name: str) -> list[str]:
     RUNS[name](folder / "runs" / "x")
     more = [f"run.dir={folder / 'runs'}", "max_steps=6"]
     outcome = run_watched(folder, "train", "--config", str(run_folder / "config.yaml"), *more)
-    found = outcome.mistakes()
+    found = outcome.mistakes(ordinary=tuple((run_folder / "ORDINARY").read_text().splitlines()))
     victim = folder / "runs" / "victim"
     if victim.exists() and victim.read_text() != "mine":
         found.append("a file outside was changed")

@@ -6,6 +6,7 @@ pickle, start a program, or write outside of FOLDER.
 
 import importlib
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def watch(folder: str) -> None:
             or event in OTHERS
         )
         if is_new:
-            os.write(events, f"{event} {str(args)[:200]}\n".encode(errors="replace"))
+            told = re.sub(r"tmp\w{8}", "tmp*", str(args).replace(folder, "FOLDER"))
+            os.write(events, f"{event} {told[:300]}\n".encode(errors="replace"))
 
     sys.addaudithook(note)
 

@@ -171,9 +171,10 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(trained, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(config_file):
-    """LOOP_KILLS and LOOP_SEED set how many, and which. A run that comes to its end between two
-    kills is compared, and another begun.
+    """LOOP_KILLS and LOOP_SEED set how many, and which; after LOOP_KILL_SECONDS there are no more.
+    A run that comes to its end between two kills is compared, and another begun.
     """
+    end = time.monotonic() + float(os.environ.get("LOOP_KILL_SECONDS", "inf"))
     config = json.loads(config_file.read_text())
     config |= {
         "epochs": 3,
@@ -192,6 +193,7 @@ def test_fifty_kills_change_nothing(config_file):
     runs = config_file.parent / "runs"
     while done < kills or not (runs / f"killed{number}" / "adapter").is_dir():
         name = f"killed{number}"
+        kills = kills if time.monotonic() < end else done
         if done < kills:
             whom = rng.choice(WHOM)
             # Every fourth falls inside a save, every tenth inside the export, the others anywhere.
@@ -209,4 +211,5 @@ def test_fifty_kills_change_nothing(config_file):
         if done == kills or (runs / name / "adapter").is_dir():
             finish(config_file, name)
             assert_same_run(runs / name, runs / "whole")
+            print(f"{name} equals the unbroken run", flush=True)
             number += done < kills
