@@ -1,12 +1,11 @@
 """A GPU that torch can't use is one line and exit code 2, unless the CPU was asked for by name."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 
 from loop.commands import train
 from loop.config import device
@@ -143,13 +142,7 @@ def test_no_command_goes_on_with_the_cpu_unasked(tmp_path, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     dialogue = ["--dialogue", "tests/dialogue.txt", "--base", "loop/embedded/base"]
     for words in ([], ["plan"], ["evaluate"], ["profile"], ["bench"], ["generate", *dialogue]):
-        done = subprocess.run(
-            [str(ROOT / "launch.sh"), *words],
-            cwd=ROOT,
-            env=env | {"LOOP_PYTHON": sys.executable},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        command = [str(ROOT / "launch.sh"), *words]
+        done = run(command, 120, cwd=ROOT, env=env | {"LOOP_PYTHON": sys.executable})
         assert done.returncode == 2, (words, done.stderr)
         assert "NVIDIA A10 (driver 470.82.01" in done.stderr, words

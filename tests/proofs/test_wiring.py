@@ -18,6 +18,7 @@ from test_gradient import Bench, case, distance, numbered
 from loop.config.cli import load_config
 from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples
+from loop.memory.estimate import LOSS_CHUNK
 from loop.model.loading import load_tokenizer
 
 LR, MIN_LR = 2e-3, 5e-4
@@ -44,6 +45,21 @@ KEYS = [
     "run.save_steps=1",
     "run.keep_checkpoints=3",
     "monitor.eval_steps=4",
+    "fused_layers=false",
+    "run.deterministic=true",
+    "run.max_hours=7",
+]
+# How the model is run; the numbers stay what they are.
+WAYS = [
+    "max_steps=1",
+    "batch_size=8",
+    "micro_batch_size=3",
+    "gradient_checkpointing=true",
+    "replicate_weights=true",
+    "cache_dequantized_weights=false",
+    "chunked_loss=true",
+    "attention=other",
+    "run.export_check_examples=3",
 ]
 # One step holds all examples, and the weights stay where they are.
 STILL = [
@@ -71,6 +87,8 @@ RUNS = [
     ],
     [case("given up", "run.max_skipped_in_a_row=2", patch={"nan_step": 1, "nan_times": 9})],
     [case("spike", "method=lora", patch={"spike_at": 2})],
+    [case("ways", *WAYS, patch={"other_attention": "other"})],
+    [case("embedding", "embedding_on_cpu=true")],
 ]
 
 
@@ -214,3 +232,20 @@ def test_a_spike_is_skipped_on_all_ranks(wired):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not torch.equal(after[0], numbered(record, "final.weight")[0])
     assert manifest(wired, "spike")["skipped"] == 1
+
+
+def test_the_model_is_run_as_the_keys_say(wired):
+    keys, ways = wired.record("keys")["seen"], wired.record("ways")["seen"]
+    assert keys["deterministic"] and not ways["deterministic"]
+    assert (keys["max hours"], ways["max hours"]) == (7, None)
+    assert "fused" not in keys and ways["fused"] and not ways["copies"]
+    assert (keys["max tokens"], ways["max tokens"]) == (512, 3 * 512)
+    assert (keys["attention"], ways["attention"]) == ("packed_sdpa", "packed_other")
+    assert (keys["chunk"], ways["chunk"]) == (None, LOSS_CHUNK)
+    assert ways["recomputed"] and not keys["recomputed"]
+    assert ways["replicated"] and not keys["replicated"]
+    assert wired.record("ways")["report"]["audit"]["examples"] == 3
+
+
+def test_an_embedding_that_several_ranks_share_cannot_stay_on_the_cpu(wired):
+    assert wired.record("embedding")["error"].startswith("ConfigError: embedding_on_cpu=true")
