@@ -67,7 +67,7 @@ STILL = [
     "min_lr=0",
     "weight_decay=0",
     "epochs=2",
-    "data.limit=6",
+    "data.limit=12",
     "batch_size=8",
     "data.weights=[1.0, 1.0]",
     "max_grad_norm=1e9",
@@ -75,9 +75,17 @@ STILL = [
 LONG = ["max_steps=5", "monitor.eval_steps=3", "run.save_steps=100", "run.resume=true"]
 # Each list is run where a test asks for one of its runs.
 RUNS = [
-    [case("keys", *KEYS)],
+    # DeepSpeed would divide by the accumulation steps that it is told of.
+    [case("keys", *KEYS, patch={"deepspeed": {"gradient_accumulation_steps": 3}})],
     [
-        case("dropout", *STILL, "lora.lora_dropout=0.3", "seed=7", patch={"watch_dropout": 1}),
+        case(
+            "dropout",
+            *STILL,
+            "lora.lora_dropout=0.3",
+            "seed=7",
+            "micro_batch_size=1",
+            patch={"watch_dropout": 1},
+        ),
         case("no dropout", *STILL, "seed=7"),
     ],
     [
@@ -85,6 +93,7 @@ RUNS = [
         case("stopped", *LONG, patch={"draw_numbers": 1, "stop_after": 3}),
         case("stopped", *LONG, patch={"draw_numbers": 1}),  # and resumed
     ],
+    [case("asked", *LONG, patch={"stop_after": 1})],
     [case("given up", "run.max_skipped_in_a_row=2", patch={"nan_step": 1, "nan_times": 9})],
     [case("spike", "method=lora", patch={"spike_at": 2})],
     [case("ways", *WAYS, patch={"other_attention": "other"})],
@@ -193,7 +202,12 @@ def test_dropout_is_on_and_has_the_runs_rate_and_seed_and_the_step(wired):
     assert {(seed, p) for seed, p, _, _ in dropped["drawn"]} == {(7, 0.3)}
     steps = [step for _, _, step, _ in dropped["drawn"]]
     assert steps == sorted(steps) and set(steps) == {0, 1}
-    assert all(examples for _, _, _, examples in dropped["drawn"])
+    # Every micro-batch has the masks of its own examples.
+    of_a_step = [examples for _, _, step, examples in dropped["drawn"] if step == 0]
+    assert len(of_a_step) > 1 and all(of_a_step)
+    assert len({example for examples in of_a_step for example in examples}) == sum(
+        map(len, of_a_step)
+    )
 
 
 def test_the_first_weights_of_lora_follow_the_seed(wired):
@@ -206,6 +220,10 @@ def test_one_rank_that_is_asked_stops_all_with_a_checkpoint_and_the_validation_i
     for key in ("train/loss", "eval/loss"):
         assert metrics(wired, "stopped", key) == metrics(wired, "whole", key)
     assert list(metrics(wired, "stopped", "eval/loss")) == [0, 3, 5]
+
+
+def test_one_rank_that_is_asked_stops_all_at_the_next_step(wired):
+    assert manifest(wired, "asked")["step"] == 1 and len(wired.record("asked")["norms"]) == 1
 
 
 def test_a_resumed_runs_generators_go_on_where_they_were(wired):

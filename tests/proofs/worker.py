@@ -361,7 +361,7 @@ def run(case: dict) -> None:
     recorder, report, error = Recorder(), {}, None
     try:
         config = load_config(case["args"])
-        ds_config = build_ds_config(config)
+        ds_config = build_ds_config(config) | patch.get("deepspeed", {})
         if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
             ds_config |= {"gradient_clipping": patch["deepspeed_clips"]}
         report = train.train(
