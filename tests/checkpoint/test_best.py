@@ -314,6 +314,14 @@ def test_a_checkpoint_is_exported_as_the_run_exported_it(runs, tmp_path, capsys)
     assert step == 6 and not equal(load_file(folder / "adapter_model.safetensors"), masters(out))
 
 
+def test_a_checkpoint_whose_base_has_changed_is_not_exported(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("loop.export.audit.base_fingerprint", lambda *args: "another")
+    out = tmp_path / "adapter"
+    with pytest.raises(AuditError, match="which has another content now"):
+        export_checkpoint(str(runs / "whole" / "checkpoints" / "best"), str(out))
+    assert not out.exists()
+
+
 def test_a_checkpoint_of_method_full_is_exported_as_a_model(runs, tmp_path):
     checkpoint = runs / "full" / "checkpoints" / "best"
     folder, _ = export_checkpoint(str(checkpoint), str(tmp_path / "model"))

@@ -51,7 +51,7 @@ def run(tiny_base, tmp_path_factory) -> Path:
     }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    run_ok(2, "-m", "loop.train", "--config", str(file), timeout=600)
+    run_ok(2, "-m", "loop.train", "--config", str(file), seconds=600)
     return folder / "run"
 
 
@@ -81,7 +81,7 @@ def test_evaluate_and_generate_ask_what_each_row_says(run, config, tmp_path, cap
     page, notes = tmp_path / "page.html", tmp_path / "notes.jsonl"
     words = ["--split", "valid", "--html", str(page)]
     file = str(run / "config.yaml")
-    out = run_ok(2, "-m", "loop.commands.evaluate", "--config", file, *words, timeout=600)
+    out = run_ok(2, "-m", "loop.commands.evaluate", "--config", file, *words, seconds=600)
     assert "Befund, Plan, in order" in out and "S, O, A, P" not in out
     report = json.loads((run / "report.json").read_text())["evaluate/valid"]
     assert report["figures"]["sections"]["reference"] == 1 and "Befund" in page.read_text()
@@ -119,7 +119,7 @@ def test_merged_models_know_it(run, config, tmp_path, capsys):
 def test_the_canaries_rows_ask_what_the_rows_asked(run):
     planted = ["--canaries", "1", "--repeats", "1", "data.identifiers=error"]
     file = str(run / "config.yaml")
-    out = run_ok(2, "-m", "loop.commands.evaluate", "--config", file, *planted, timeout=600)
+    out = run_ok(2, "-m", "loop.commands.evaluate", "--config", file, *planted, seconds=600)
     assert "exposure of made-up record numbers" in out
     data = run.parent / "run-canaries-data" / "train.jsonl"
     assert {json.loads(line)["station"] for line in data.open()} == {

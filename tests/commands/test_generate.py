@@ -10,9 +10,11 @@ import pytest
 from helpers import CPU, PYTHON, ROOT
 
 from loop.commands import generate
-from loop.config.schema import ConfigError
+from loop.config.schema import ConfigError, GenerationSettings
+from loop.export.audit import WEIGHTS
 from loop.generation.decode import Note
 from loop.generation.loading import fit_dialogues, prompt_ids
+from loop.generation.notes_file import digest
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -169,7 +171,7 @@ def test_a_bad_row_ends_with_2_before_a_model_is_loaded(files, monkeypatch, caps
     assert not out.exists()
 
 
-def test_another_adapters_notes_are_not_mixed_in(files, capsys):
+def test_another_adapters_notes_are_not_mixed_in(trained, files, capsys):
     args, out = files
     generate.main(args)
     before = out.read_bytes()
@@ -178,6 +180,17 @@ def test_another_adapters_notes_are_not_mixed_in(files, capsys):
     assert "row 1: written with temperature 0.0, now 0.5" in message
     message = refused(capsys, *args, "--forced-headings")
     assert "row 1: written with forced_headings False, now True" in message
+    # Each setting that changes notes, and the weights.
+    by = json.loads(before.splitlines()[0])["by"]
+    settings = set(GenerationSettings.model_fields)
+    assert by.keys() == settings | {"adapter", "base", "revision"}
+    assert by["adapter"] == digest((trained / "adapter" / WEIGHTS).read_bytes())
+    for key in by:
+        lines = [json.loads(line) for line in before.splitlines()]
+        lines[0]["by"][key] = "else"
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert f"row 1: written with {key} else, now" in refused(capsys, *args)
+    out.write_bytes(before)
     rows = open(args[3]).read()
     open(args[3], "w").write(rows.replace("Patient: x", "Patient: y"))
     assert "(id a): its dialogue is not the input's" in refused(capsys, *args)

@@ -1,17 +1,24 @@
 """A GPU that torch can't use is one line and exit code 2, unless the CPU was asked for by name."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 
 from loop.commands import train
 from loop.config import device
 from loop.config.cli import load_config
-from loop.config.device import Card, asked_for_cpu, find_card, runs_on, uses_gpu, why_unusable
+from loop.config.device import (
+    Card,
+    asked_for_cpu,
+    card_refusal,
+    find_card,
+    runs_on,
+    uses_gpu,
+    why_unusable,
+)
 from loop.config.schema import ConfigError
 
 HEADER = "| NVIDIA-SMI 470.82  Driver Version: 470.82.01  CUDA Version: 11.4 |"
@@ -143,13 +150,18 @@ def test_no_command_goes_on_with_the_cpu_unasked(tmp_path, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     dialogue = ["--dialogue", "tests/dialogue.txt", "--base", "loop/embedded/base"]
     for words in ([], ["plan"], ["evaluate"], ["profile"], ["bench"], ["generate", *dialogue]):
-        done = subprocess.run(
-            [str(ROOT / "launch.sh"), *words],
-            cwd=ROOT,
-            env=env | {"LOOP_PYTHON": sys.executable},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        command = [str(ROOT / "launch.sh"), *words]
+        done = run(command, 120, cwd=ROOT, env=env | {"LOOP_PYTHON": sys.executable})
         assert done.returncode == 2, (words, done.stderr)
         assert "NVIDIA A10 (driver 470.82.01" in done.stderr, words
+
+
+def test_every_visible_card_is_looked_at(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["L4", "T4"].__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(8, 9), (7, 5)].__getitem__)
+    assert card_refusal().startswith("GPU 1, T4 (compute capability 7.5) has no bf16")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert card_refusal() is None

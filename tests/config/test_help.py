@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, run
 
 from loop.config.help import COMMANDS, REQUIRED, SCHEMA, Key, help_text, read_keys
 from loop.config.schema import Config, Section
@@ -55,7 +55,7 @@ def ask(folder, *args: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHON": str(folder / "python")}
     env.pop("LOOP_PYTHON", None)
     command = [str(folder / "launch.sh"), *args]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=20)
+    return run(command, 20, env=env, cwd=folder)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "help"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers import ROOT
 
 from loop.config import source
 from loop.config.cli import load_config
+from loop.data import cache
 from loop.data.cache import cache_key, read_cache
 from loop.data.dataset import load_examples, prepare_examples, visit_weights
 from loop.model.loading import load_tokenizer
@@ -122,3 +124,23 @@ def test_weights_survive_the_cache(run):
         examples, _ = load_examples(weighted, tokenizer, "train")
         assert {e.weight for e in examples} == {0.25}
         assert visit_weights(examples).tolist() == [0.25] * 4
+
+
+def test_the_files_used_longest_ago_are_removed(run, monkeypatch):
+    config, tokenizer, _ = run
+    monkeypatch.setattr(cache, "MAX_FILES", 2)
+    keys = []
+    for tokens in (64, 65, 66, 67):
+        other = config.model_copy(update={"max_seq_len": tokens})
+        load_examples(other, tokenizer, "train")
+        keys.append(cache_key(other, tokenizer, "train"))
+    folder, newest = Path(config.run.dir) / ".tokens", set(keys[-2:])
+    assert {path.stem for path in folder.glob("*.safetensors")} == newest
+    assert {path.stem for path in folder.glob("*.lock")} == newest
+
+
+def test_without_a_cache_nothing_is_written(run):
+    config, tokenizer, _ = run
+    data = config.data.model_copy(update={"cache": False})
+    examples, _ = load_examples(config.model_copy(update={"data": data}), tokenizer, "train")
+    assert len(examples) == len(ROWS) and not (Path(config.run.dir) / ".tokens").exists()

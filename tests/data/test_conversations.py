@@ -110,6 +110,7 @@ BAD = {
     "note is int, not a text": {"dialogue": SECRET, "soap": 3},
     "note is NoneType": {"dialogue": SECRET, "soap": None},
     "occurs twice, first in": {"id": "r0", "dialogue": SECRET, "soap": SECRET},
+    "at most 100 characters long": {"id": "x" * 101, "dialogue": "x", "soap": SECRET},
     "its id must be": {"id": f"{SECRET} is what he has", "dialogue": "x", "soap": "y"},
     "more than 1 MB": {"dialogue": SECRET * 700_000, "soap": "S: x"},
     "dialogue is not UTF-8": {"dialogue": SECRET + "\ud800", "soap": "S: x"},
@@ -329,3 +330,20 @@ def test_no_file_is_so_broken_that_a_row_is_lost(tmp_path, kind, rows, at, junk,
         secret, ids = r.get("dialogue"), [str(x.get("id")) for x in rows]  # ids may be named
         if isinstance(secret, str) and len(secret) > 7 and not any(secret in i for i in ids):
             assert not any(secret in p for p in problems)
+
+
+def test_ids_have_up_to_100_characters_and_whole_numbers_no_fraction(tmp_path):
+    rows = [ROWS[0] | {"id": "x" * 100}, ROWS[1] | {"id": 7.0}, ROWS[2] | {"id": 1.5}]
+    assert [c.id for c in read_split(config(write(tmp_path, "jsonl", rows)), "train")[0]] == [
+        "x" * 100,
+        "7",
+        "1.5",
+    ]
+
+
+def test_a_chat_without_an_answer_has_nothing_to_learn(tmp_path):
+    asked = {"role": "user", "content": SECRET}
+    path = write(tmp_path, "jsonl", [{"messages": [asked]}])
+    with pytest.raises(ConfigError, match="no assistant's turn") as caught:
+        read_split(config(path, "data.columns={messages: messages}"), "train")
+    assert SECRET not in str(caught.value)

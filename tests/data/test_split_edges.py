@@ -54,8 +54,10 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path, mark):
 def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
     train = write(tmp_path / "a.jsonl", [r | {"id": f"r{i}"} for i, r in enumerate(ROWS)])
     one = config(train, "data.valid_fraction=0.5")
-    learnt, held_out = ids(read_split(one, "train")), ids(read_split(one, "valid"))
+    (found, problems), held_out = read_split(one, "train"), ids(read_split(one, "valid"))
+    learnt = [conversation.id for conversation in found]
     assert learnt and held_out and sorted(learnt + held_out) == sorted(r["id"] for r in ROWS)
+    assert not problems  # they are no leak of the validation rows
 
 
 def test_test_rows_are_not_trained_on_and_weights_are_of_train_alone(tmp_path):

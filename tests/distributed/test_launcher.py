@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import psutil
 import pytest
 from helpers import communicate, ends_within, wait_until
@@ -208,7 +209,7 @@ def test_a_signal_to_every_process_at_once_ends_well(clone):
     wait_for_ranks(clone)
     for each in living(clone):
         each.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    communicate(process, 30)
     assert process.returncode == 0
     for rank in (0, 1):
         assert events(clone, rank)[-1] == "saved"
@@ -429,7 +430,7 @@ def test_a_machine_that_is_not_reached_ends_the_others(clone, cluster):
 
 def test_python_reads_the_same_file_as_loop_train(clone):
     command = [sys.executable, "-W", "error", "launch.sh", "--local_rank=1", "a=b"]
-    result = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=30)
+    result = helpers.run(command, 30, cwd=clone)
     assert (result.returncode, result.stderr) == (0, "")
     assert [line for line in events(clone, "none") if line.startswith("args")] == ["args a=b"]
 
@@ -496,7 +497,7 @@ def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
         ({"LOOP_TORCH_INDEX": ""}, "PyTorch ...", "constraints.txt torch "),
     ):
         shutil.rmtree(clone / ".venv", ignore_errors=True)
-        out, _ = set_up(**env).communicate(timeout=10)
+        out, _ = communicate(set_up(**env), 10)
         (line,) = [line for line in (clone / "pip.log").read_text().splitlines() if "ninja" in line]
         assert says in out and re.search(index, line), (out, line)
 

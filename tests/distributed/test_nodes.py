@@ -88,14 +88,12 @@ def test_a_host_that_starts_late_is_waited_for(hosts):
 
 @pytest.mark.slow
 def test_a_host_that_never_starts_is_named(hosts):
-    started = time.monotonic()
-    code, output = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
+    code, output = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 60)
     assert (
         code == 1
         and "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1" in output
         and "Traceback" not in output
     )
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow
@@ -142,7 +140,5 @@ def test_a_host_that_dies_ends_the_other(hosts, config_file):
     else:
         subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
         second.kill()
-    started = time.monotonic()
     code, output = ends(first, 60)
     assert code != 0 and "rank 1" in output, output[-2000:]
-    assert time.monotonic() - started < 60

@@ -1,5 +1,6 @@
 """What is waited for is said, with how far it is; a moment is not, and neither are other ranks."""
 
+import re
 import sys
 import time
 
@@ -25,8 +26,8 @@ def wait_in(items: list) -> None:
 def test_a_log_gets_lines_with_how_far_it_is(impatient, capsys):
     wait_in([1, 2, 3])
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "quantising the base: 1 of 3 modules, 0 s"
-    assert last == "quantising the base: done in 0 s"
+    assert re.fullmatch(r"quantising the base: 1 of 3 modules, \d+ s", first)
+    assert re.fullmatch(r"quantising the base: done in \d+ s", last)
 
 
 def test_a_moment_is_not_worth_a_line(monkeypatch, capsys):

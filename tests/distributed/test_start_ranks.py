@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, communicate
 
 from loop.distributed.start_ranks import rank_environments
 
@@ -51,5 +51,5 @@ def test_one_that_ends_badly_ends_them_all(tmp_path, how, code):
     if how == "wait":
         assert {process.stdout.readline(), process.stdout.readline()} == {"0\n", "1\n"}
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=25)  # the ranks hold the pipe: they have ended, too
+    communicate(process, 25)  # the ranks hold the pipe: they have ended, too
     assert process.returncode == code

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import random
 import socket
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from helpers import free_port, run_ok
 
 from loop.config.schema import RunConfig
-from loop.distributed import world
+from loop.distributed import rendezvous, world
 from loop.distributed.rendezvous import RendezvousError, listen_here_alone
 from loop.distributed.seeding import seed_everything
 
@@ -69,6 +70,22 @@ def test_what_a_stranger_sends_to_the_meeting_point_is_ignored():
         stranger.close()
 
 
+def test_rank_0_says_once_whom_it_waits_for_and_names_who_never_comes(monkeypatch, capsys):
+    clock = itertools.count(0, 5)  # five seconds a look
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: None)
+    for rank, printed in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        store = dist.HashStore()
+        store.set(f"joined/{rank}", "gloo")
+        with pytest.raises(RendezvousError, match="did not come within run.rendezvous_timeout_min"):
+            rendezvous._wait_for_all(store, next(clock), 2, None)
+        said = capsys.readouterr().err
+        assert said.count("waiting for rank 1, 2 of 3, up to run.rendezvous_") == printed
+        assert (said != "") == bool(printed)
+
+
 # With `stop`, as the training loop has it: the watchdog is to speak before a collective ends.
 @pytest.mark.parametrize(
     ("arguments", "minutes"),
@@ -86,7 +103,10 @@ def test_how_long_ranks_and_collectives_wait(arguments, minutes, monkeypatch):
     monkeypatch.setattr(world, "on_gpu", lambda: False)
     for name in world.SINGLE_PROCESS:  # what it sets is gone after the test
         monkeypatch.setenv(name, world.SINGLE_PROCESS[name])
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # put back after the test
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     world.init_distributed(**arguments)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"  # 1,024 shapes take up to a GiB
     ((backend, rendezvous, timeout, stop),) = joined
     assert (backend, stop) == ("gloo", arguments.get("stop"))
     assert (rendezvous, timeout.total_seconds() / 60) == minutes

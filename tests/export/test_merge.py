@@ -264,6 +264,16 @@ def names_a_shard_that_is_gone(adapter, base):
             False,
             "modules_to_save=",
         ),
+        (
+            lambda a, b: rewrite(Path(a) / "adapter_config.json", use_dora=True),
+            False,
+            "use_dora=True changes more",
+        ),
+        (
+            lambda a, b: rewrite(Path(a) / "adapter_config.json", trainable_token_indices=[3]),
+            False,
+            "trainable_token_indices=",
+        ),
         (lambda a, b: (Path(a) / "adapter_config.json").unlink(), False, "no adapter_config.json"),
         (
             lambda a, b: save_file(

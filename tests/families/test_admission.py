@@ -1,16 +1,20 @@
 """What a base must be, asked of its configuration and its tokenizer alone."""
 
+import itertools
 import json
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT, write_rows
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_training_data
 from loop.data.tokenization import PLAIN_TEMPLATE
+from loop.families import isolation
 from loop.families.admission import admit_base, check_vocabulary
 from loop.model.loading import load_model_config, load_tokenizer
 
@@ -126,3 +130,31 @@ def test_a_link_to_the_entry_finds_its_folder(tmp_path):
     (tmp_path / "x").symlink_to(ROOT / "launch.sh")
     done = subprocess.run([tmp_path / "x", "plan", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--gpus" in done.stdout, done.stderr
+
+
+def test_the_last_token_has_an_embedding_and_the_next_has_none():
+    model_config = SimpleNamespace(vocab_size=5)
+    check_vocabulary("b", model_config, {"row-1": [0, 4]})
+    with pytest.raises(ConfigError, match="id row-2 has token 5"):
+        check_vocabulary("b", model_config, {"row-1": [0, 4], "row-2": [5, 0]})
+
+
+def test_packed_documents_must_agree_within_a_thousandth(tiny_base, monkeypatch):
+    """Losses in nats, gradients relative to the plain ones."""
+    config = load_model_config(tiny_base, None)
+
+    def difference() -> str:
+        return isolation.run_copy(config, 256)[1]
+
+    assert difference() == ""
+    alone, gradients_of = isolation.losses_alone, isolation.gradients_of
+    monkeypatch.setattr(isolation, "losses_alone", lambda *args: alone(*args) + 0.005)
+    assert difference().startswith("losses differ by 0.005 nats")
+    monkeypatch.setattr(isolation, "losses_alone", alone)
+    factors = itertools.cycle([1.0, 1.02])  # of the packed row, of the documents alone
+    monkeypatch.setattr(
+        isolation,
+        "gradients_of",
+        lambda *args: torch._foreach_mul(gradients_of(*args), next(factors)),
+    )
+    assert difference().startswith("gradients are 2% off")

@@ -8,11 +8,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loop.config.schema import GenerationSettings
-from loop.generation import controls, decode, engine, engine_choice
+from loop.generation import controls, decode, engine, engine_choice, kv_slots
 from loop.generation.controls import gumbel_noise
 from loop.generation.decode import Note, plain_writer, write_notes, write_with_headings
 from loop.generation.dense_weights import DenseWeights
 from loop.generation.engine import NoteRequest
+from loop.kernels.attention import AttentionError
 from loop.model.loading import load_tokenizer
 
 SHAPE = {
@@ -322,12 +323,15 @@ def test_what_the_engine_cannot_do_is_written_the_plain_way(tokenizer, config, r
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_wrong_logits_are_noticed(tokenizer, monkeypatch, capsys):
-    """An engine that computes something else is not used: here positions are off by one."""
+@pytest.mark.parametrize("fault", ["positions", "nan"])
+def test_wrong_logits_are_noticed(tokenizer, monkeypatch, capsys, fault):
+    """An engine that computes something else is not used: positions off by one, or no numbers."""
     model = make_model(LlamaConfig(**SHAPE))
     forward = engine_choice.SlotModel._forward
 
     def wrong(self, longest):
+        if fault == "nan":
+            return forward(self, longest) * torch.nan
         self.kv.lengths += 1
         out = forward(self, longest)
         self.kv.lengths -= 1
@@ -358,3 +362,56 @@ def test_short_memory_fills_fewer_slots_or_none(model, tokenizer, monkeypatch, c
     monkeypatch.setattr(engine_choice, "free_bytes", lambda *_: 100)
     assert write_notes(model, tokenizer, requests, generation) == wanted
     assert "memory is short" in capsys.readouterr().err
+
+
+def test_a_free_slot_stays_empty_beside_one_that_is_written(model):
+    requests = make_requests([9, 14])
+    with engine_choice.open_engine(model, requests[0].prompt) as made:
+        slots = made.make_slots(2, 60)
+        slots.read_prompts([r.prompt for r in requests], [0, 1])
+        assert slots.kv.lengths.tolist() == [9, 14]
+        slots.step(14)
+        slots.free([0])
+        slots.step(15)
+    assert slots.kv.lengths.tolist() == [0, 16]
+
+
+def test_a_packed_row_of_prompts_has_a_limit(model, tokenizer, by_engine, monkeypatch):
+    monkeypatch.setattr(engine, "PROMPT_TOKENS", 130)
+    read, rows = engine.SlotModel.read_prompts, []
+
+    def counted(self, prompts, slots):
+        rows.append([len(prompt) for prompt in prompts])
+        return read(self, prompts, slots)
+
+    requests = make_requests(LENGTHS, 6)
+    generation = GenerationSettings(end_loops=False)
+    wanted = plain_notes(model, tokenizer, requests, generation)
+    monkeypatch.setattr(engine.SlotModel, "read_prompts", counted)
+    assert write_notes(model, tokenizer, requests, generation) == wanted
+    assert sorted(n for row in rows for n in row) == sorted(LENGTHS)
+    assert len(rows) > 2 and all(sum(row) <= 130 for row in rows)
+
+
+def test_a_base_with_a_state_of_its_own_is_written_the_plain_way(model, monkeypatch):
+    monkeypatch.setattr(type(model.get_base_model()), "_is_stateful", True, raising=False)
+    with pytest.raises(engine_choice.EngineError, match="carries a state beside keys and values"):
+        with engine_choice.open_engine(model, [5, 6]):
+            pass
+
+
+def test_attention_that_slots_do_not_compute_is_refused():
+    slots, x = kv_slots.KVSlots(1, 64, "sdpa", False, "cpu"), torch.zeros(1, 2, 1, 16)
+    module = torch.nn.Module()
+
+    def attend(mask=None, **more):
+        return kv_slots._attend_for_transformers(module, x, x, x, mask, **more)
+
+    for more in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}):
+        with pytest.raises(AttentionError, match="soft caps or sinks"):
+            attend(kv_slots=slots, **more)
+    with pytest.raises(AttentionError, match="a sliding window shorter"):
+        attend(kv_slots=slots, sliding_window=63)
+    for options in ({"kv_slots": None}, {"kv_slots": slots, "mask": torch.ones(1)}):
+        with pytest.raises(AttentionError, match="takes kv_slots, without a mask"):
+            attend(**options)

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from helpers import ROOT
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -213,3 +214,29 @@ def test_what_llama_cpp_has_not_is_refused_in_one_line(untied, trained, tmp_path
         err = capsys.readouterr().err
         assert caught.value.code == 2 and says in err and err.count("\n") == 1
         assert not (tmp_path / "o").exists()
+
+
+def test_vectors_are_fp32_and_rows_that_fill_no_block_are_f16(untied, tmp_path):
+    path = export_gguf(str(untied), str(tmp_path / "out"), "q8_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
+    assert kinds["blk.0.attn_q.weight"] == "F16"  # rows of 48
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"  # rows of 64
+
+
+def test_a_number_that_f16_has_not_is_named_and_nothing_is_left(untied, tmp_path):
+    weights = load_file(untied / "model.safetensors")
+    weights["lm_head.weight"][3, 4] = 1e5
+    save_file(weights, untied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lm_head.weight holds a number above 65504"):
+        export_gguf(str(untied), str(tmp_path / "out"), "f16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_file_that_is_a_percent_off_is_not_kept(untied, tmp_path, monkeypatch, kind):
+    quantize = gguf.quants.quantize
+    monkeypatch.setattr(gguf.quants, "quantize", lambda x, kind: quantize(1.01 * x, kind))
+    with pytest.raises(ConfigError, match="was not written as it is"):
+        export_gguf(str(untied), str(tmp_path / "out"), kind)
+    assert not (tmp_path / "out").exists()

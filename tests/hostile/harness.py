@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fork_server import CPU
-from helpers import PYTHON, ROOT, free_port
+from helpers import PYTHON, ROOT, communicate, free_port
 
 WATCHED = str(Path(__file__).with_name("watched.py"))
 
@@ -42,7 +42,7 @@ def run_watched(
 ) -> Outcome:
     """Runs a command of `loop.commands` in a folder, made if need be: it may write there alone.
 
-    typed: its standard input. seconds: the clock after which it is killed.
+    typed: its standard input. seconds: a limit as that of `wait_until`; it is killed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -60,7 +60,7 @@ def run_watched(
     )
     code: int | str
     try:
-        out, err = process.communicate(typed, timeout=seconds)
+        out, err = communicate(process, seconds, typed)
         code = process.returncode
     except subprocess.TimeoutExpired:
         process.kill()

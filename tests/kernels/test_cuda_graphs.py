@@ -7,6 +7,7 @@ again at each replay, with the same static inputs and outputs.
 import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.attention_backends import available_backends
 from loop.kernels.cuda_graphs import GraphedLayer, graph_layers, release_graphs
 from loop.kernels.fuse import fuse
+from loop.model import replay
 from loop.model.loss import summed_cross_entropy
-from loop.model.replay import padded_shape_of
+from loop.model.replay import can_replay, padded_shape_of
 from loop.model.structure import decoder_layers
 
 SHAPE = {
@@ -131,8 +133,10 @@ def test_a_padded_row_replayed_computes_what_the_row_computes(stand_in):
     ours, theirs = step(model, masks, longer), step(plain, plain_masks, longer)
     assert close(ours, theirs) and len(replays) == 4 * 3
     release_graphs(decoder_layers(model))
-    again = step(plain, plain_masks, longer)
-    assert all(torch.equal(theirs[n], value) for n, value in again.items())
+    assert not any(isinstance(layer.forward, GraphedLayer) for layer in decoder_layers(model))
+    row = collate(examples(20, 24), PACKING)
+    ours, theirs = step(model, masks, pad_to(row, 64, 8, 24)), step(plain, plain_masks, row)
+    assert close(ours, theirs) and len(replays) == 4 * 3
     with torch.no_grad():
         logits = [m.eval()(**row.model_inputs()).logits for m in (model, plain)]
     assert torch.equal(*logits)
@@ -152,6 +156,37 @@ def test_a_weight_that_moved_is_not_read_at_its_old_place(stand_in):
         p.data = p.data.clone()
     after = step(model, masks, row)
     assert all(torch.allclose(value, before[name]) for name, value in after.items())
+
+
+def test_a_replay_is_for_training_on_a_row_of_its_size(stand_in):
+    model, masks = model_with_masks()
+    masks.reserve(64)
+    graph_layers(model, decoder_layers(model), (64, 8), 24, "cpu")
+    layers = [layer.forward for layer in decoder_layers(model)]
+
+    def can_replay(tokens: int = 64) -> bool:
+        found = {graphed.can_replay(torch.zeros(1, tokens, 32)) for graphed in layers}
+        assert len(found) == 1
+        return found.pop()
+
+    assert can_replay()
+    assert not can_replay(63) and not can_replay(128)
+    with torch.no_grad():
+        assert not can_replay()  # a forward pass without a backward one
+    model.eval()
+    assert not can_replay()
+    model.train()
+    assert can_replay()
+
+
+@pytest.mark.parametrize("missing", [None, "cuda_graphs", "replicated", "gpu", "varlen"])
+def test_layers_become_graphs_on_gpus_that_hold_all_weights(missing):
+    config = SimpleNamespace(cuda_graphs=missing != "cuda_graphs")
+    device = torch.device("cpu" if missing == "gpu" else "cuda")
+    ranks = SimpleNamespace(device=device, all=bool)
+    backend = "sdpa" if missing == "varlen" else "varlen"
+    found = can_replay(config, missing != "replicated", ranks, backend)
+    assert found == (missing is None)
 
 
 def test_layers_with_arguments_of_their_own_are_left_alone(stand_in):
@@ -251,6 +286,15 @@ def test_the_room_holds_the_longest_example_of_all():
     # as the plan's last example
     plan = dataclasses.replace(plan, order=np.roll(plan.order, -last - 1))
     assert padded_shape_of(plan, lengths, 32, 2048, 2048)[0] >= 1000
+
+
+def test_steps_that_were_not_looked_at_may_hold_twice_the_documents(monkeypatch):
+    lengths = np.full(400, 20)
+    plan = plan_batches(lengths, 200, 0)  # ten documents a step
+    whole, padding = padded_shape_of(plan, lengths, 1, 200, 24)[1], 9  # of 200 tokens by 24
+    assert whole == 10 + padding
+    monkeypatch.setattr(replay, "MAX_EXAMPLES", 40)
+    assert padded_shape_of(plan, lengths, 1, 200, 24)[1] == 2 * 10 + padding
 
 
 @pytest.fixture(scope="module")

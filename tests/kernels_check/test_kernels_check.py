@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import wait_until
 
 from kernels_check import (
     attention,
@@ -83,7 +84,9 @@ def leave():
     ],
 )
 def test_crash_and_hang_become_rows_and_keep_earlier_ones(fault, note):
-    first, last = run.finish(run.begin(partial(first_then, fault), "attention"), timeout=3)
+    check = run.begin(partial(first_then, fault), "attention")
+    wait_until(lambda: check.read("rows"), 60)  # from here on the clock counts
+    first, last = run.finish(check, timeout=3)
     assert (first.what, first.verdict) == ("first", "ok")
     assert (last.what, last.verdict, last.blocks()) == ("attention", "wrong", True)
     assert note in last.note

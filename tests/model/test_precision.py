@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from loop.config.cli import load_config
 from loop.config.deepspeed import build_ds_config
 from loop.evaluation.loss import document_losses
+from loop.kernels.quantization import QUANTIZATIONS
 from loop.model import loading
 from loop.model.loss import summed_cross_entropy
+from loop.model.quantization import compute_dtype
 
 
 def test_cross_entropies_of_bf16_logits_are_added_in_fp32():
@@ -43,3 +45,5 @@ def test_the_base_is_stored_as_the_run_says(config_file, monkeypatch, double_qua
         assert len(layers) == 7 * 3
         assert {layer.weight.quant_state.nested for layer in layers} == {double_quant}
         assert {layer.weight.dtype for layer in layers} == {storage}
+        asked = QUANTIZATIONS["nf4"].transformers_config(compute_dtype(ds_config), double_quant)
+        assert asked.bnb_4bit_quant_storage == storage  # several ranks load it so, without a cast

@@ -17,15 +17,19 @@ def test_phases_follow_each_other_and_a_phase_may_come_again():
     timer = StepTimer(torch.device("cpu"))
     began = time.perf_counter()
     timer.start()
+    started = time.perf_counter()
     for name in ("forward", "backward", "forward", "backward", "optimizer", "sync"):
         time.sleep(0.01)
         timer.phase(name)
+    ending = time.perf_counter()
     seconds = timer.stop()
     assert list(seconds) == list(PHASES)
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - began, abs=2e-3)
-    assert seconds["forward"] >= 0.02 and seconds["backward"] >= 0.02 and seconds["sync"] < 0.01
+    assert ending - started <= sum(seconds.values()) <= time.perf_counter() - began
+    assert seconds["forward"] >= 0.02 and seconds["backward"] >= 0.02
+    began = time.perf_counter()
     timer.start()
-    assert sum(timer.stop().values()) < 0.01, "the times of the step before are gone"
+    again = sum(timer.stop().values())
+    assert again <= time.perf_counter() - began, "the times of the step before are gone"
 
 
 def test_on_a_gpu_only_the_step_end_is_waited_for(monkeypatch):

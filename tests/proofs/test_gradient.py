@@ -142,8 +142,8 @@ class Bench:
     def _read(self, name: str) -> dict:
         """What worker.py recorded, and the curves of the run's own log."""
         out = self.folder / "out" / name
-        log = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in log]
+        log = self.folder / "runs" / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         return json.loads(Path(f"{out}.json").read_text()) | {
             "tensors": load_file(f"{out}.safetensors"),
             "loss": [line["train/loss"] for line in lines if "train/loss" in line],

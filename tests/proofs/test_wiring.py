@@ -18,6 +18,7 @@ from test_gradient import Bench, case, distance, numbered
 from loop.config.cli import load_config
 from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples
+from loop.memory.estimate import LOSS_CHUNK
 from loop.model.loading import load_tokenizer
 
 LR, MIN_LR = 2e-3, 5e-4
@@ -44,6 +45,21 @@ KEYS = [
     "run.save_steps=1",
     "run.keep_checkpoints=3",
     "monitor.eval_steps=4",
+    "fused_layers=false",
+    "run.deterministic=true",
+    "run.max_hours=7",
+]
+# How the model is run; the numbers stay what they are.
+WAYS = [
+    "max_steps=1",
+    "batch_size=8",
+    "micro_batch_size=3",
+    "gradient_checkpointing=true",
+    "replicate_weights=true",
+    "cache_dequantized_weights=false",
+    "chunked_loss=true",
+    "attention=other",
+    "run.export_check_examples=3",
 ]
 # One step holds all examples, and the weights stay where they are.
 STILL = [
@@ -51,22 +67,53 @@ STILL = [
     "min_lr=0",
     "weight_decay=0",
     "epochs=2",
-    "data.limit=6",
+    "data.limit=12",
     "batch_size=8",
     "data.weights=[1.0, 1.0]",
     "max_grad_norm=1e9",
 ]
 LONG = ["max_steps=5", "monitor.eval_steps=3", "run.save_steps=100", "run.resume=true"]
-CASES = [
-    case("keys", *KEYS),
-    case("dropout", *STILL, "lora.lora_dropout=0.3", "seed=7", patch={"watch_dropout": 1}),
-    case("no dropout", *STILL, "seed=7"),
-    case("whole", *LONG, patch={"draw_numbers": 1}),
-    case("stopped", *LONG, patch={"draw_numbers": 1, "stop_after": 3}),
-    case("given up", "run.max_skipped_in_a_row=2", patch={"nan_step": 1, "nan_times": 9}),
-    case("stopped", *LONG, patch={"draw_numbers": 1}),  # and resumed
-    case("spike", "method=lora", patch={"spike_at": 2}),
+# Each list is run where a test asks for one of its runs.
+RUNS = [
+    # DeepSpeed would divide by the accumulation steps that it is told of.
+    [case("keys", *KEYS, patch={"deepspeed": {"gradient_accumulation_steps": 3}})],
+    [
+        case(
+            "dropout",
+            *STILL,
+            "lora.lora_dropout=0.3",
+            "seed=7",
+            "micro_batch_size=1",
+            patch={"watch_dropout": 1},
+        ),
+        case("no dropout", *STILL, "seed=7"),
+    ],
+    [
+        case("whole", *LONG, patch={"draw_numbers": 1}),
+        case("stopped", *LONG, patch={"draw_numbers": 1, "stop_after": 3}),
+        case("stopped", *LONG, patch={"draw_numbers": 1}),  # and resumed
+    ],
+    [case("asked", *LONG, patch={"stop_after": 1})],
+    [case("given up", "run.max_skipped_in_a_row=2", patch={"nan_step": 1, "nan_times": 9})],
+    [case("spike", "method=lora", patch={"spike_at": 2})],
+    [case("ways", *WAYS, patch={"other_attention": "other"})],
+    [case("embedding", "embedding_on_cpu=true")],
 ]
+
+
+class Wired(Bench):
+    """Runs on two ranks, when they are first asked for."""
+
+    def record(self, name: str) -> dict:
+        """What tests/proofs/worker.py wrote of a run."""
+        if name not in self.records:
+            self.run(2, next(cases for cases in RUNS if name in [c["name"] for c in cases]))
+        return self.records[name]
+
+    def file(self, name: str, path: str) -> str:
+        """The text of a file in a run's folder."""
+        self.record(name)
+        return (self.folder / "runs" / name / path).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +122,20 @@ def wired(tiny_base, rows, tmp_path_factory):
     more = write_rows(folder / "more.jsonl", "more", 12, 3)
     data = {"train": [rows["train"], more], "valid": rows["valid"]}
     config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 2}
-    bench = Bench(folder, config)
-    bench.run(2, CASES)
-    return bench
+    return Wired(folder, config)
 
 
-def manifest(bench, name: str, checkpoint: str = "newest") -> dict:
-    path = bench.folder / "runs" / name / "checkpoints" / checkpoint / "manifest.json"
-    return json.loads(path.read_text())
+def manifest(wired: Wired, name: str, checkpoint: str = "newest") -> dict:
+    return json.loads(wired.file(name, f"checkpoints/{checkpoint}/manifest.json"))
 
 
-def metrics(bench, name: str, key: str) -> dict[int, float]:
-    log = (bench.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+def metrics(wired: Wired, name: str, key: str) -> dict[int, float]:
+    log = wired.file(name, "metrics.jsonl").splitlines()
     return {line["step"]: line[key] for line in map(json.loads, log) if key in line}
 
 
-def examples_of(bench):
-    config = load_config([*bench.args, "data.weights=[1.0, 0.25]"])
+def examples_of(wired: Wired):
+    config = load_config([*wired.args, "data.weights=[1.0, 0.25]"])
     return load_examples(config, load_tokenizer(config.base), "train")[0]
 
 
@@ -109,7 +153,7 @@ def test_the_order_follows_seed_epochs_and_weights_of_sources(wired):
 
 def test_the_steps_are_those_of_the_plain_loop_with_these_numbers(wired):
     """Learning rate, betas, eps, decay and clipping; the weights of all micro-batches and ranks."""
-    record, examples = wired.records["keys"], examples_of(wired)
+    record, examples = wired.record("keys"), examples_of(wired)
     plan = plan_of_keys(examples)
     config = load_config(wired.args)
     plain = reference_steps(
@@ -133,7 +177,7 @@ def test_the_steps_are_those_of_the_plain_loop_with_these_numbers(wired):
 
 
 def test_gradients_below_the_norm_stay_as_they_are(wired):
-    record = wired.records["no dropout"]
+    record = wired.record("no dropout")
     assert max(record["norms"]) < 1e9
     for step in (0, 1):
         grads, clipped = numbered(record, f"{step}.grad"), numbered(record, f"{step}.clipped")
@@ -142,7 +186,7 @@ def test_gradients_below_the_norm_stay_as_they_are(wired):
 
 def test_validations_and_checkpoints_come_when_they_are_due(wired):
     assert list(metrics(wired, "keys", "eval/loss")) == [0, 4, STEPS]  # the last step as well
-    assert wired.records["keys"]["report"]["eval/loss"] == metrics(wired, "keys", "eval/loss")[6]
+    assert wired.record("keys")["report"]["eval/loss"] == metrics(wired, "keys", "eval/loss")[6]
     folder = wired.folder / "runs" / "keys" / "checkpoints"
     assert sorted(path.name for path in folder.glob("step-*")) == [
         f"step-{step:06d}" for step in (4, 5, 6)
@@ -150,7 +194,7 @@ def test_validations_and_checkpoints_come_when_they_are_due(wired):
 
 
 def test_dropout_is_on_and_has_the_runs_rate_and_seed_and_the_step(wired):
-    dropped, plain = wired.records["dropout"], wired.records["no dropout"]
+    dropped, plain = wired.record("dropout"), wired.record("no dropout")
     # The weights stay where they are: only another mask can move the loss.
     assert plain["loss"][0] == pytest.approx(plain["loss"][1], rel=1e-6)
     gap = abs(dropped["loss"][0] / plain["loss"][0] - 1)
@@ -158,9 +202,17 @@ def test_dropout_is_on_and_has_the_runs_rate_and_seed_and_the_step(wired):
     assert {(seed, p) for seed, p, _, _ in dropped["drawn"]} == {(7, 0.3)}
     steps = [step for _, _, step, _ in dropped["drawn"]]
     assert steps == sorted(steps) and set(steps) == {0, 1}
-    assert all(examples for _, _, _, examples in dropped["drawn"])
-    a, b = (numbered(wired.records[name], "0.weight")[0] for name in ("no dropout", "spike"))
-    assert not torch.equal(a, b)  # LoRA's first weights follow the seed
+    # Every micro-batch has the masks of its own examples.
+    of_a_step = [examples for _, _, step, examples in dropped["drawn"] if step == 0]
+    assert len(of_a_step) > 1 and all(of_a_step)
+    assert len({example for examples in of_a_step for example in examples}) == sum(
+        map(len, of_a_step)
+    )
+
+
+def test_the_first_weights_of_lora_follow_the_seed(wired):
+    a, b = (numbered(wired.record(name), "0.weight")[0] for name in ("no dropout", "given up"))
+    assert not torch.equal(a, b)
 
 
 def test_one_rank_that_is_asked_stops_all_with_a_checkpoint_and_the_validation_is_made_later(wired):
@@ -168,6 +220,10 @@ def test_one_rank_that_is_asked_stops_all_with_a_checkpoint_and_the_validation_i
     for key in ("train/loss", "eval/loss"):
         assert metrics(wired, "stopped", key) == metrics(wired, "whole", key)
     assert list(metrics(wired, "stopped", "eval/loss")) == [0, 3, 5]
+
+
+def test_one_rank_that_is_asked_stops_all_at_the_next_step(wired):
+    assert manifest(wired, "asked")["step"] == 1 and len(wired.record("asked")["norms"]) == 1
 
 
 def test_a_resumed_runs_generators_go_on_where_they_were(wired):
@@ -179,7 +235,7 @@ def test_a_resumed_runs_generators_go_on_where_they_were(wired):
 
 
 def test_a_run_that_is_given_up_has_saved_and_fails(wired):
-    record = wired.records["given up"]
+    record = wired.record("given up")
     assert record["error"].startswith("TrainingDiverged: 2 steps in a row were skipped")
     state = manifest(wired, "given up")
     assert (state["step"], state["skipped"], state["optimizer_step"]) == (2, 2, 0)
@@ -188,9 +244,26 @@ def test_a_run_that_is_given_up_has_saved_and_fails(wired):
 
 def test_a_spike_is_skipped_on_all_ranks(wired):
     """In a run of method=lora, whose base stays as it is."""
-    record = wired.records["spike"]
+    record = wired.record("spike")
     assert len(record["names"]) == 2 * 7 * 3 and all("lora_" in name for name in record["names"])
     before, after = numbered(record, "1.weight"), numbered(record, "2.weight")
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not torch.equal(after[0], numbered(record, "final.weight")[0])
     assert manifest(wired, "spike")["skipped"] == 1
+
+
+def test_the_model_is_run_as_the_keys_say(wired):
+    keys, ways = wired.record("keys")["seen"], wired.record("ways")["seen"]
+    assert keys["deterministic"] and not ways["deterministic"]
+    assert (keys["max hours"], ways["max hours"]) == (7, None)
+    assert "fused" not in keys and ways["fused"] and not ways["copies"]
+    assert (keys["max tokens"], ways["max tokens"]) == (512, 3 * 512)
+    assert (keys["attention"], ways["attention"]) == ("packed_sdpa", "packed_other")
+    assert (keys["chunk"], ways["chunk"]) == (None, LOSS_CHUNK)
+    assert ways["recomputed"] and not keys["recomputed"]
+    assert ways["replicated"] and not keys["replicated"]
+    assert wired.record("ways")["report"]["audit"]["examples"] == 3
+
+
+def test_an_embedding_that_several_ranks_share_cannot_stay_on_the_cpu(wired):
+    assert wired.record("embedding")["error"].startswith("ConfigError: embedding_on_cpu=true")

@@ -3,11 +3,13 @@
 `python tests/proofs/worker.py CASES.json`: a list of
 {"name", "args", "out", "patch": {...}, "mistake": null}. Rank 0 writes `out/NAME.safetensors`
 (gradients before and after clipping, weights before each step and after the last) and
-`out/NAME.json` (norms, names, the report, hashes of the frozen weights before and after, and the
-error that ended the run, if one did).
+`out/NAME.json` (norms, names, the report, how the model was run, hashes of the frozen weights
+before and after, and the error that ended the run, if one did).
 """
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -36,6 +38,8 @@ from loop.config.schema import ConfigError
 from loop.data.batch_plan import BatchPlan
 from loop.evaluation.validator import Validator
 from loop.export.audit import AuditError
+from loop.kernels.attention import ATTENTION_BACKENDS, register_backend
+from loop.model.activation_checkpointing import checkpointed_forward
 from loop.model.structure import decoder_layers
 from loop.monitor.run_logger import RunLogger
 from loop.optim.adamw import trainable_parameters
@@ -227,6 +231,12 @@ def watch_dropout(_) -> None:
     loop.model.build.install_dropout = watched
 
 
+def other_attention(name: str) -> None:
+    """SDPA under another name."""
+    sdpa = ATTENTION_BACKENDS["sdpa"]
+    register_backend(dataclasses.replace(sdpa, name=name, transformers_name=f"packed_{name}"))
+
+
 def draw_numbers(_) -> None:
     """Each step draws from the generators of its rank."""
     step = train.train_step
@@ -242,6 +252,7 @@ def draw_numbers(_) -> None:
 PATCHES = {
     "watch_dropout": watch_dropout,
     "draw_numbers": draw_numbers,
+    "other_attention": other_attention,
     "losses_at": losses_at,
     "shuffle": shuffle,
     "no_leaf": no_leaf,
@@ -276,9 +287,24 @@ class Recorder:
         self.names: list[str] = []
         self.frozen: list[str] = []
         self.said: list[str] = []
+        self.seen: dict = {}  # how the model was run
         self.engine = None
         self.clip = train.clip_grad_norm
         train.clip_grad_norm = self.clip_and_record
+        self.watch(train, "StopRequest", lambda max_hours: {"max hours": max_hours})
+        self.watch(train, "train_step", lambda *_, **options: {"chunk": options["loss_chunk"]})
+        self.watch(loop.model.build, "fuse", lambda _, cached: {"fused": True, "copies": cached})
+
+    def watch(self, module, name: str, what) -> None:
+        """Takes what a function of the loop is called with into `seen`."""
+        called = getattr(module, name)
+
+        @functools.wraps(called)
+        def watched(*args, **options):
+            self.seen |= what(*args, **options)
+            return called(*args, **options)
+
+        setattr(module, name, watched)
 
     def clip_and_record(self, parameters, max_norm):
         step = len(self.norms)
@@ -298,8 +324,16 @@ class Recorder:
         self.frozen.append(frozen_digest(self.engine.module))
         return result
 
-    def make_logger(self, *args):
-        logger = RunLogger(*args)
+    def make_logger(self, config, execution, engine, *args):
+        logger = RunLogger(config, execution, engine, *args)
+        layer = decoder_layers(engine.module)[0]
+        self.seen |= {
+            "attention": engine.module.config._attn_implementation,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "max tokens": execution.max_tokens,
+            "recomputed": getattr(layer.forward, "func", None) is checkpointed_forward,
+            "replicated": execution.replicated,
+        }
         say = logger.say
         logger.say = lambda text: self.said.append(text) or say(text)
         return logger
@@ -327,7 +361,7 @@ def run(case: dict) -> None:
     recorder, report, error = Recorder(), {}, None
     try:
         config = load_config(case["args"])
-        ds_config = build_ds_config(config)
+        ds_config = build_ds_config(config) | patch.get("deepspeed", {})
         if "deepspeed_clips" in patch:  # DeepSpeed's own clipping instead of ours
             ds_config |= {"gradient_clipping": patch["deepspeed_clips"]}
         report = train.train(
@@ -357,6 +391,7 @@ def run(case: dict) -> None:
             "frozen": recorder.frozen,
             "error": error,
             "said": recorder.said,
+            "seen": recorder.seen,
             "drawn": DRAWN,
         }
         (out / f"{case['name']}.json").write_text(json.dumps(record))

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import helpers
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, communicate, wait_until
 
 from loop.config.schema import ConfigError
 from loop.sweep import __main__ as command
@@ -168,23 +168,16 @@ def test_a_sweep_stops_and_goes_on(config_file, tmp_path):
     start = [sys.executable, "-m", "loop.sweep", *words]
     process = subprocess.Popen(start, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
     second = folder / "lr=2e-3" / "checkpoints"
-    wait_for(lambda: second.is_dir() and any(p.name.startswith("step") for p in second.iterdir()))
+    wait_until(lambda: any(second.glob("step-*")), 240)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, _ = communicate(process, 120)
     assert process.returncode == command.STOPPED, out
     assert "stopped; the same command goes on" in out
     first = (folder / "lr=1e-4" / "report.json").stat().st_mtime_ns
     assert json.loads((folder / "sweep.json").read_text())["best"] == "lr=1e-4"
-    done = subprocess.run(start, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
+    done = helpers.run(start, 300, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming" in done.stdout.lower() or "resumed" in done.stdout.lower()
     assert (folder / "lr=1e-4" / "report.json").stat().st_mtime_ns == first
     written = json.loads((folder / "sweep.json").read_text())
     assert written["best"] == "lr=2e-3" and all(row["finished"] for row in written["runs"])
-
-
-def wait_for(happens, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end
-        time.sleep(0.1)
