@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from .matching import SUPPORTED, compare, distinct
+from .matching import SUPPORTED, check, distinct
 
 _NUMBERS = "two three four five six seven eight nine ten".split()
 _FAMILY = "mother|father|sister|brother|aunt|uncle|grandmother|grandfather|son|daughter"
@@ -231,7 +231,7 @@ def challenge(pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
         before, claims_before = _flags(dialogue, note)
         counts[FALSE_ALARMS][0] += len(before)
         counts[FALSE_ALARMS][1] += sum(
-            v.statement.kind != "claim" for v in distinct(compare(dialogue, note).note)
+            v.statement.kind != "claim" for v in distinct(check(dialogue, note))
         )
         for corruption in corrupt(note, dialogue, number):
             after, claims_after = _flags(dialogue, corruption.note)
@@ -242,7 +242,7 @@ def challenge(pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
 
 def _flags(dialogue: str, note: str) -> tuple[set[tuple], int]:
     """(what the scorer flags in a note, how many claims it refutes)"""
-    flagged = [v for v in distinct(compare(dialogue, note).note) if v.verdict != SUPPORTED]
+    flagged = [v for v in distinct(check(dialogue, note)) if v.verdict != SUPPORTED]
     stated = [v.statement for v in flagged if v.statement.kind != "claim"]
     found = {(s.kind, s.value, s.of, s.polarity, s.subject) for s in stated}
     return found, len(flagged) - len(stated)

@@ -54,7 +54,7 @@ def read_claims(items: list[Item], stems: list[str], context: Context) -> Iterat
         for i in run:
             if items[i].gap == ":":
                 telling = []  # it was a heading
-            if _tells(items[i], stems[i]):
+            if tells(items[i], stems[i]):
                 telling.append(i)
         if telling and telling[-1] + 1 < len(items) and items[telling[-1] + 1].gap == ":":
             continue
@@ -64,7 +64,8 @@ def read_claims(items: list[Item], stems: list[str], context: Context) -> Iterat
             yield Claim(polarity, telling)
 
 
-def _tells(item: Item, stem: str) -> bool:
+def tells(item: Item, stem: str) -> bool:
+    """Whether a word says what a clause is about; \"with\" and \"patient\" do not."""
     if len(item.word) < _MIN_LETTERS or not item.word.isalpha():
         return False
     return stem not in _EMPTY and item.word not in _EMPTY

@@ -39,6 +39,16 @@ EXAMS = {
     "hyperreflexia",
     "bone": "fracture; dislocation; deformity; arthritis; bone spur",
 }
+# What has a place: "pain in the knee", but no "fever of the knee".
+LOCAL = frozenset(
+    name.strip()
+    for name in (
+        """pain; numbness; weakness; stiffness; edema; erythema; lump; wound; trauma; cramp;
+        itching; rash; tremor; twitching; clicking; instability; deformity; contusion; fracture;
+        warmth; discharge; reduced range of motion; muscle atrophy; laceration; scar; bleeding;
+        muscle ache; leg swelling; sprain; dislocation; infection"""
+    ).split(";")
+)
 EXAMS_OF: dict[str, list[str]] = {}  # rales: lung
 for _exam, _finds in EXAMS.items():
     for _found in _finds.split("; "):
@@ -71,7 +81,8 @@ _NOTHING = (
     "stress test; stress echo; depression screening; cancer screening; cold cut; fall risk; sugar;"
     "incision and drainage; tetanus immunization; tetanus vaccination; alcoholic drink;"
     "cut down; cut it down; cut back; fractured sleep; alcoholic beverage; non alcoholic;"
-    "hay fever vaccine"
+    "hay fever vaccine;clear cut;oxygen saturation;cut off;cut through;head start;broken english;"
+    "high risk"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .numerals import Item, count_speakers
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
+FORMER = "former"  # it was, and may be so no more
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
 PATIENT, FAMILY = "patient", "family"
 
@@ -31,6 +32,7 @@ _FAMILY_WORDS = frozenset(
     grandmother's grandfather's""".split()
 )
 # Who speaks for a patient may call him a son or a daughter.
+_OTHERS = frozenset("he she they his her their he's she's they're him them anyone else".split())
 _CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
@@ -55,7 +57,10 @@ _WRITTEN_BREAKS = frozenset(
     acknowledges mentions exception""".split()
 )
 # They end a negation: "no cough due to asthma", "no medicine for her asthma".
-_RESETS = frozenset("due secondary despite since until".split())
+_RESETS = frozenset(
+    """due secondary despite since until during after before when while following upon because
+    prompting""".split()
+)
 # Behind a comma, they begin another clause of a note.
 _AFTER_COMMA = frozenset("he she they the his her it smokes drinks uses lives works takes".split())
 _SPOKEN_BREAKS = frozenset("so okay ok alright well now then and-then anyway".split())
@@ -83,8 +88,15 @@ _BEHIND_ANSWER = frozenset(("no", "yeah", "yes", "nothing", "not", "okay", "i", 
 _ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
 _THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
 _BEHIND_NO = frozenset(
-    """change changes longer only doubt problem problems matter further sure worries idea just
+    """change changes only doubt problem problems matter further sure worries idea just
     necessarily more""".split()
+)
+# "It did not relieve the pain" and "risks are not limited to pain" deny no pain.
+_LEFT_AS_IT_IS = frozenset(
+    """relieve relieved relieving help helped helping improve improved improving improvement
+    alleviate alleviated resolve resolved control controlled limited relief touch ease eased know
+    knows sure certain remember tolerate tolerated tolerating manage managed worked work clear
+    explain""".split()
 )
 _SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
 _FOUND = frozenset(
@@ -115,6 +127,7 @@ _RELATIVE_SPEAKS = re.compile(
 _SENTENCE = frozenset(".!?\n\u2022;")
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
 _POSSIBLE_REACH = 12
+_LIST_REACH = 6
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
 
@@ -136,6 +149,8 @@ class Context(NamedTuple):
     subject: list[str]  # patient or family; "" where a note names none, or a relative speaks
     sentence: list[int]
     clause: list[int]
+    turn: list[int]
+    asks: list[bool]  # whether it stands in a question
 
 
 class _Clause(NamedTuple):
@@ -149,12 +164,17 @@ class _Clause(NamedTuple):
 def read_context(text: str, items: list[Item], spoken: bool) -> Context:
     """The context of each item. spoken: the text is a dialogue, with questions and answers."""
     count = len(items)
-    context = Context([AFFIRMED] * count, [PATIENT] * count, [0] * count, [0] * count)
+    sentence, part, turns = ([0] * count for _ in range(3))
+    polarity, subject = [AFFIRMED] * count, [PATIENT] * count
+    context = Context(polarity, subject, sentence, part, turns, [False] * count)
     clauses = _clauses(text, items, spoken)
     carried = AFFIRMED  # over the border to a clause behind "I don't think"
+    turn = -1
     for number, clause in enumerate(clauses):
+        turn += clause.new_turn
         for i in range(clause.start, clause.end):
             context.sentence[i], context.clause[i] = clause.sentence, number
+            context.turn[i], context.asks[i] = turn, clause.asks
         carried = _read_polarity(items, clause, spoken, carried, context)
     if spoken:
         if _RELATIVE_SPEAKS.search(text):
@@ -185,7 +205,7 @@ def _clauses(text: str, items: list[Item], spoken: bool) -> list[_Clause]:
 def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     word, previous = items[i].word, items[i - 1].word
     if word in _BREAKS:
-        return True
+        return not (word == "but" and i + 2 < len(items) and items[i + 2].word == "limited")
     if not spoken:
         if word in ("denies", "denied"):
             return True
@@ -262,15 +282,24 @@ def _read_polarity(
                     context.polarity[k] = DENIED
             elif not _negates_nothing(items, i, clause, spoken):
                 polarity, reach = DENIED, min(clause.end, i + limit)
-        elif word in _POSSIBLE and polarity != DENIED:
+                if i + 1 < clause.end and items[i + 1].word == "longer":
+                    polarity = FORMER
+        elif (word in _POSSIBLE or _is_if_needed(items, i)) and polarity != DENIED:
             polarity, reach = POSSIBLE, min(clause.end, i + _POSSIBLE_REACH)
         if items[i].gap == "," and (spoken or word != "and"):
             start = i
+        if polarity == DENIED and (items[i].gap == "," or word in ("or", "any")):
+            reach = min(clause.end, max(reach, i + _LIST_REACH))  # a list goes on
         context.polarity[i] = polarity
     last = [item.word for item in items[max(clause.start, clause.end - 3) : clause.end]]
     if spoken and polarity != AFFIRMED and (_THOUGHTS & set(last) or last[-1:] == ["if"]):
         return polarity
     return AFFIRMED
+
+
+def _is_if_needed(items: list[Item], i: int) -> bool:
+    """Whether what follows is what something is taken for: "as needed for pain"."""
+    return items[i].word in ("needed", "prn") and i + 1 < len(items) and items[i + 1].word == "for"
 
 
 def _ends_negation(items: list[Item], i: int) -> bool:
@@ -300,8 +329,10 @@ def _negates_nothing(items: list[Item], i: int, clause: _Clause, spoken: bool) -
     following = items[i + 1] if i + 1 < clause.end else None
     if following is None:
         return word != "n't"
-    if following.word in _BEHIND_NO:
+    if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
+    if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
+        return i + 2 < clause.end and items[i + 2].word in _LEFT_AS_IT_IS
     if word == "free":
         return following.word != "of"
     if word == "negative" and spoken:
@@ -315,20 +346,24 @@ def _negates_nothing(items: list[Item], i: int, clause: _Clause, spoken: bool) -
 def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Context) -> None:
     """Gives the family what is said behind its members, up to a word for the patient."""
     subject = PATIENT
-    asked_of_family = False
+    asked_of_family = ""
+    answers = False  # what runs in the family: then "i have diabetes" says who has it of none
     for clause in clauses:
         if clause.new_turn:
             first = {item.word for item in items[clause.start : clause.start + 4]}
-            if not asked_of_family and (first & _SELF_OR_YOU or subject == PATIENT):
+            names_others = bool(first & _OTHERS)
+            if not asked_of_family and (first & _SELF_OR_YOU or not names_others):
                 subject = PATIENT
             elif asked_of_family:
                 subject = FAMILY
-            asked_of_family = False
+            answers = asked_of_family == "runs"
+            asked_of_family = ""
         for i in range(clause.start, clause.end):
             word = items[i].word
             if _is_relative(items, i):
                 subject = FAMILY
-                asked_of_family = asked_of_family or clause.asks
+                if clause.asks:
+                    asked_of_family = "runs" if _runs_in_family(items, clause) else "asks"
                 if i > 1 and items[i - 2].word in ("in", "of", "by"):  # "diabetes in my brother"
                     for k in range(clause.start, i):
                         context.subject[k] = FAMILY
@@ -336,7 +371,11 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
                 subject = PATIENT
             elif subject == FAMILY and word == "you" and i == clause.start:
                 subject = PATIENT
-            context.subject[i] = subject
+            context.subject[i] = "" if answers and subject == PATIENT else subject
+
+
+def _runs_in_family(items: list[Item], clause: _Clause) -> bool:
+    return any(item.word in ("run", "runs") for item in items[clause.start : clause.end])
 
 
 def _is_relative(items: list[Item], i: int) -> bool:
@@ -430,6 +469,8 @@ def _answer(items: list[Item], turn: list[_Clause]) -> str:
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in _BEHIND_ANSWER
+        if word in _YES and following in ("not", "n't"):
+            return DENIED
         if word in _YES or (own and ends and following != "not"):
             return AFFIRMED
         seen += word not in _FILLERS

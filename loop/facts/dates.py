@@ -57,6 +57,9 @@ def _numeric(text: str, window: list[Item]) -> Date | None:
     if any(n is None or n != int(n) for n in numbers):
         return None
     whole = [int(n) for n in numbers if n is not None]
+    if not slashes and 1900 <= whole[0] < 2100 and len(whole) > 1 and 1 <= whole[1] <= 12:
+        day = f" d{whole[2]}" if len(whole) == 3 else ""
+        return Date(f"m{whole[1]}{day} y{whole[0]}", items)
     if len(whole) == 3 and 1 <= whole[0] <= 12 and 1 <= whole[1] <= 31:
         return Date(f"m{whole[0]} d{whole[1]} y{_full_year(whole[2])}", items)
     if len(whole) == 2 and 1 <= whole[0] <= 12 and 1900 <= whole[1] < 2100:

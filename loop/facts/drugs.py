@@ -55,6 +55,8 @@ def drug_at(items: list[Item], stems: list[str], i: int) -> Found[Drug] | None:
     """The drug that begins at item i; None where none does. stems: as `Phrases.at` wants them."""
     found = DRUGS.at(items, stems, i)
     word = items[i].word
+    if word == "oxygen" and stems[i + 1] in ("saturation", "sat"):
+        return None
     if found or len(word) < 6 or word in NOT_DRUGS or not STEMS.fullmatch(word):
         return found
     return Found(Drug(frozenset([word]), word, True), 1)

@@ -2,6 +2,8 @@
 
 import bisect
 import functools
+import os.path
+from collections import Counter
 from typing import NamedTuple
 
 from .body import same_region
@@ -9,8 +11,8 @@ from .claims import Usage, read_claims
 from .conditions import EXAMS_OF, KIND_OF
 from .context import AFFIRMED, DENIED, FAMILY, NORMAL, PATIENT
 from .drugs import same_drug
-from .quantities import TO_MG
-from .statements import Document, Statement
+from .quantities import TO_MG, UNITS, Amount
+from .statements import MEASURES, Document, Statement
 
 SUPPORTED, CONTRADICTED, NOT_SAID = "supported", "contradicted", "not said"
 CRITICAL = frozenset(("dose", "drug", "allergy", "side", "diagnosis"))
@@ -35,7 +37,29 @@ KINDS = {
 _GENERAL = ("cancer", "tumor")  # they support no special one
 _MEASURE_REACH = 8  # items between a number and what it measures
 _ACTION_REACH = 14  # items between a drug and what is done with it
+_TAKE = frozenset("take taking takes took use using used more on off".split())
 _CONDITIONS = ("diagnosis", "symptom", "finding")
+_COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
+_BEYOND = 0.4  # what a word counts beyond the clause, where one within counts 1
+_TELLS_NOTHING = frozenset(
+    """the and you your that was has have had for not with she her his him are any can but patient
+    okay yeah all right been just know like then there they this from""".split()
+)
+_MOST_RIVALS = 40  # mentions of one thing that are weighed, so that the time stays linear
+_SPOKEN_REACH, _WRITTEN_REACH = 12, 8  # items around a mention that tell which one is meant
+# How much nearer a mention that contradicts must be than one that supports, chosen on the training
+# splits; a word that stands once in the text counts 1.
+_MARGINS = {"side": 0.1, "duration": 1.0, "frequency": 1.0}
+_MARGIN = 0.5
+_SAME_PART = 0.3  # for a mention of the same part, not of one that it belongs to
+
+
+Key = tuple[str, str, str, str, str]
+
+
+def key_of(s: Statement) -> Key:
+    """What makes two statements of a text one."""
+    return s.kind, s.value, s.of, s.polarity, s.subject
 
 
 class Verdict(NamedTuple):
@@ -75,19 +99,21 @@ def compare(dialogue: str, note: str) -> Comparison:
     What a dialogue only asks or considers is no statement of it. Any text can be compared; the time
     is linear in the texts.
     """
-    spoken, written = read(dialogue), read(note)
-    return Comparison(
-        spoken.verdicts(written.document) + spoken.claims(written.document),
-        written.verdicts(spoken.document),
-    )
+    return Comparison(check(dialogue, note), read(note).verdicts(read(dialogue).document))
+
+
+def check(dialogue: str, note: str) -> list[Verdict]:
+    """Each statement of the note, with its place in the dialogue."""
+    spoken, written = read(dialogue), read(note).document
+    return spoken.verdicts(written) + spoken.claims(written)
 
 
 def distinct(found: list[Verdict]) -> list[Verdict]:
-    """The first of each thing that a text states."""
+    """The first of each thing that a text states, and the first of those that are wrong."""
     first: dict[tuple, Verdict] = {}
     for verdict in found:
         s = verdict.statement
-        first.setdefault((s.kind, s.value, s.of, s.polarity, s.subject), verdict)
+        first.setdefault((*key_of(s), verdict.verdict), verdict)
     return list(first.values())
 
 
@@ -114,18 +140,23 @@ class Index:
         for i, word in enumerate(document.words):
             self.places_of_word.setdefault(word, []).append(i)
         self.amounts = [o for o in document.statements if o.amount]
-        self.measures = set(document.words)
+        self.measures = {MEASURES[word] for word in document.words if word in MEASURES}
         self.normal = document.normal_exams()
         for statement in document.statements:
             if statement.polarity == DENIED and statement.subject != FAMILY:
                 self.normal.update(EXAMS_OF.get(statement.value, ())[:1])
         self.usage = Usage(document.items, document.words, document.context)
-        self.cache: dict[tuple, Verdict] = {}
+        self.cache: dict[Key, Verdict] = {}
+        self.rivals: dict[Key, tuple[list[Statement], list[Statement]]] = {}
+        self.surroundings: dict[int, dict[str, float]] = {}
+        self.num_places = Counter(document.words) + Counter(document.names.values())
 
     def verdicts(self, document: Document) -> list[Verdict]:
         """What this text says of each statement of another."""
         return [
-            self.judge(statement) for statement in document.statements if document.tells(statement)
+            self._weigh(self.judge(statement), document)
+            for statement in document.statements
+            if document.tells(statement)
         ]
 
     def claims(self, document: Document) -> list[Verdict]:
@@ -149,11 +180,44 @@ class Index:
         return found
 
     def judge(self, s: Statement) -> Verdict:
-        key = (s.kind, s.value, s.of, s.polarity, s.subject)
+        key = key_of(s)
         known = self.cache.get(key)
         if known is None:
             known = self.cache[key] = self._judge(s)
         return known._replace(statement=s)
+
+    def _weigh(self, verdict: Verdict, document: Document) -> Verdict:
+        """The verdict, where mentions both support and contradict, by the words around them."""
+        s = verdict.statement
+        rivals = self.rivals.get(key_of(s))
+        if rivals is None:
+            return verdict
+        own = surroundings(document, s)
+        same, against = (
+            max(
+                (self._nearness(own, o) + _SAME_PART * (o.of == s.of != ""), -k)
+                for k, o in enumerate(side)
+            )
+            for side in rivals
+        )
+        if against[0] > same[0] + _MARGINS.get(s.kind, _MARGIN):
+            return Verdict(s, CONTRADICTED, _place(rivals[1][-against[1]]))
+        return verdict._replace(place=_place(rivals[0][-same[1]]))
+
+    def _rival(self, s: Statement, same: list[Statement], against: list[Statement]) -> None:
+        """Keeps what supports a statement and what contradicts it, for `_weigh`."""
+        if against and max(len(same), len(against)) <= _MOST_RIVALS:
+            self.rivals[key_of(s)] = same, against
+
+    def _nearness(self, own: dict[str, float], o: Statement) -> float:
+        """How much of what stands around a statement stands around a mention; rare words most."""
+        if o.word not in self.surroundings:
+            self.surroundings[o.word] = surroundings(self.document, o)
+        around = self.surroundings[o.word]
+        return sum(
+            own[name] * around[name] / max(1, self.num_places.get(name, 1))
+            for name in own.keys() & around.keys()
+        )
 
     def _judge(self, s: Statement) -> Verdict:
         if s.kind in _CONDITIONS:
@@ -189,7 +253,28 @@ class Index:
             return self._polarity(s, self.conditions[general])._replace(is_broader=True)
         if s.polarity == DENIED and self._is_normal(s.value):
             return Verdict(s, SUPPORTED, None, is_broader=True)
-        return Verdict(s, NOT_SAID, None)
+        misspelled = self._misspelled(s)
+        return self._polarity(s, [misspelled]) if misspelled else Verdict(s, NOT_SAID, None)
+
+    def _misspelled(self, s: Statement) -> Statement | None:
+        """What the statement names, where the document has it in a slip of the pen: "carpel"."""
+        names = [word for word in s.value.split() if word not in _COMMON_NAMES]
+        found = [self._nearly(word) for word in names]
+        if not found or None in found or all(name in self.places_of_word for name in names):
+            return None
+        i = found[0] or 0
+        context, item = self.document.context, self.document.items[i]
+        s = s._replace(of="", start=item.start, end=item.end, word=i)
+        return s._replace(polarity=context.polarity[i], subject=context.subject[i])
+
+    def _nearly(self, name: str) -> int | None:
+        """The first item that is the word, or nearly so and no other known word."""
+        if name in self.places_of_word:
+            return self.places_of_word[name][0]
+        for word in self.document.unknown.get(name[:2], ()):
+            if _is_slip(name, word):
+                return self.places_of_word[word][0]
+        return None
 
     def _is_normal(self, name: str) -> bool:
         """Whether an examination that would have found it was normal, or denies the like."""
@@ -210,17 +295,18 @@ class Index:
         is_broader = False
         if s.of:
             near = [o for o in mentions if o.of and same_region(s.of, o.of)]
-            if not near:
-                near = [o for o in mentions if not o.of]
-                is_broader = True
+            is_broader = not near
+            if not any(o.polarity == s.polarity for o in near):
+                near += [o for o in mentions if not o.of]
             mentions = near or mentions
         same = [o for o in mentions if o.polarity == s.polarity]
         if s.polarity == DENIED and not same:
             same = [o for o in mentions if o.polarity == NORMAL]
-        if same:
-            return Verdict(s, SUPPORTED, _place(same[0]), is_broader)
         opposite = {AFFIRMED: DENIED, DENIED: AFFIRMED}.get(s.polarity)
         against = [o for o in mentions if o.polarity == opposite and o.kind != "weak"]
+        if same:
+            self._rival(s, same, against)
+            return Verdict(s, SUPPORTED, _place(same[0]), is_broader)
         if against:
             return Verdict(s, CONTRADICTED, _place(against[0]))
         if all(o.polarity == NORMAL for o in mentions):
@@ -233,7 +319,8 @@ class Index:
         if s.kind == "allergy":
             mentions = [o for o in mentions if o.kind == "allergy"]
         if not mentions:
-            return Verdict(s, NOT_SAID, None)
+            slip = self._misspelled(s) if s.kind == "drug" else None
+            return Verdict(s, SUPPORTED, _place(slip)) if slip else Verdict(s, NOT_SAID, None)
         broader = all(o.drug and o.drug.ingredients != s.drug.ingredients for o in mentions)
         return Verdict(s, SUPPORTED, _place(mentions[0]), broader)
 
@@ -258,10 +345,15 @@ class Index:
     def _of_drug(self, s: Statement) -> Verdict:
         """A dose or how often, which must be said of the same drug."""
         places = self._places_of(s.of) if s.of else []
-        same = [o for o in self._all(s.kind) if _equal(s, o)]
-        for o in same:
-            if not s.of or not o.of or _same_name(s.of, o.of):
-                return Verdict(s, SUPPORTED, _place(o))
+        same = [
+            o
+            for o in self._all(s.kind)
+            if _equal(s, o) and (not s.of or not o.of or _same_name(s.of, o.of))
+        ]
+        if same:
+            if s.kind == "frequency":
+                self._rival(s, same, [o for o in self._all(s.kind) if not _equal(s, o)])
+            return Verdict(s, SUPPORTED, _place(same[0]))
         if s.kind == "dose":
             bare = self._bare(s, places)
             if bare:
@@ -275,11 +367,10 @@ class Index:
             return None
         reach = 6 if s.amount.low < 10 else 30
         for i in self.numbers.get(s.amount.low, ()):
-            item, following = self.document.items[i], self.document.padded[i + 1]
-            if following.word in ("year", "years", "week", "weeks", "day", "days", "%"):
+            item = self.document.items[i]
+            if self._unit(i) or self.document.padded[i + 1].word in UNITS:
                 continue
-            is_dose = any(o.word == i for o in self._near("dose", i))
-            if not is_dose and _distance(self._in_reach(places, i, reach), i) <= reach:
+            if _distance(self._in_reach(places, i, reach), i) <= reach:
                 return Verdict(s, SUPPORTED, (item.start, item.end))
         return None
 
@@ -290,11 +381,6 @@ class Index:
         sentence = self.document.context.sentence
         return [place for place in places if sentence[place] == sentence[i]]
 
-    def _near(self, kind: str, i: int) -> list[Statement]:
-        found = self.by_kind.get(kind, [])
-        at = bisect.bisect(found, i, key=lambda o: o.word)
-        return found[max(0, at - 1) : at + 1]
-
     def _amount(self, s: Statement) -> Verdict:
         if s.amount is None:  # of more digits than a float keeps
             places = self.places_of_word.get(s.value)
@@ -303,10 +389,15 @@ class Index:
             item = self.document.items[places[0]]
             return Verdict(s, SUPPORTED, (item.start, item.end))
         kinds = ("duration", "age") if s.kind in ("duration", "age") else (s.kind,)
-        for o in self._all(*kinds):
-            if _equal(s, o):
-                return Verdict(s, SUPPORTED, _place(o))
+        same = [o for o in self._all(*kinds) if _equal(s, o)]
+        if same:
+            if s.kind == "duration":
+                self._rival(s, same, [o for o in self._all("duration") if not _equal(s, o)])
+            return Verdict(s, SUPPORTED, _place(same[0]))
         if s.kind == "ratio":
+            dated = self._dated(s.amount)
+            if dated:
+                return Verdict(s, SUPPORTED, _place(dated))
             if s.amount.high != 10:
                 return Verdict(s, NOT_SAID, None)
         elif s.amount.low != s.amount.high:
@@ -326,19 +417,26 @@ class Index:
 
     def _may_mean(self, i: int, s: Statement) -> bool:
         """Whether a number of the document may be the statement's: it has no other unit."""
-        measured = next((o.amount for o in self._near_amounts(i) if o.word == i and o.amount), None)
         unit = s.amount.unit if s.amount else ""
-        if unit and measured and measured.unit not in ("", unit) and s.kind != "age":
+        if unit and self._unit(i) not in ("", unit) and s.kind != "age":
             return False
         if not s.of:
             return True
         words = self.document.words
         near = range(max(0, i - _MEASURE_REACH), min(len(words), i + _MEASURE_REACH))
-        return s.of not in self.measures or any(words[k] == s.of for k in near)
+        following = self.document.padded[i + 1]
+        counts = following.gap == "" and words[i + 1 : i + 2] not in ([following.word], [])
+        if s.amount and s.amount.low < 10 and counts:
+            return False  # "eight people"
+        return s.of not in self.measures or any(MEASURES.get(words[k]) == s.of for k in near)
 
-    def _near_amounts(self, i: int) -> list[Statement]:
+    def _unit(self, i: int) -> str:
+        """The unit that the number at item i is said with; "" for none."""
         at = bisect.bisect(self.amounts, i, key=lambda o: o.word)
-        return self.amounts[max(0, at - 1) : at]
+        for o in self.amounts[max(0, at - 1) : at]:
+            if o.word == i and o.amount:
+                return o.amount.unit
+        return ""
 
     def _date(self, s: Statement) -> Verdict:
         stated = set(s.value.split())
@@ -351,15 +449,26 @@ class Index:
                 return Verdict(s, SUPPORTED, _place(o), is_broader=True)
         return Verdict(s, NOT_SAID, None)
 
+    def _dated(self, amount: Amount) -> Statement | None:
+        """The date that a ratio such as 6/19 or 9/03 may be."""
+        month, other = f"{amount.low:.0f}", f"{amount.high:.0f}"
+        forms = {f"m{month} d{other}", f"m{month} y20{other.zfill(2)}"}
+        return next((o for o in self._all("date") if o.value in forms), None)
+
     def _side(self, s: Statement) -> Verdict:
-        same_part = [
-            o for o in self._all("side") if (not s.of or not o.of or same_region(s.of, o.of))
+        same_part = [o for o in self._all("side") if _may_be_of(s, o)]
+        if s.of == "handedness" and not same_part and "dominant" in self.places_of_word:
+            same_part = [o for o in self._all("side") if o.of == "hand"]
+        agreeing = [
+            o
+            for o in same_part
+            if o.value == s.value or (o.value == "both" and (not s.of or not o.of or s.of == o.of))
         ]
-        for o in same_part:
-            same = not s.of or not o.of or s.of == o.of
-            if o.value == s.value or (o.value == "both" and same):
-                return Verdict(s, SUPPORTED, _place(o))
         sides = {o.value for o in same_part}
+        if agreeing:
+            against = [o for o in same_part if {o.value, s.value} == {"left", "right"}]
+            self._rival(s, agreeing, against)
+            return Verdict(s, SUPPORTED, _place(agreeing[0]))
         if s.value == "both":
             plural = [
                 at
@@ -375,25 +484,28 @@ class Index:
             return Verdict(s, CONTRADICTED, _place(same_part[0]))
         return Verdict(s, NOT_SAID, None)
 
+    def _is_off(self, i: int) -> bool:
+        """Whether the drug at item i is denied as one that is taken: "do not take ibuprofen"."""
+        before = self.document.items[max(0, i - 5) : i]
+        taken = any(item.word in _TAKE for item in before)
+        return taken and self.document.context.polarity[i] == DENIED
+
     def _action(self, s: Statement) -> Verdict:
         places = self._places_of(s.of) or self.places_of_word.get(s.of, [])
         near = [
             o
             for o in self._all("action")
-            if o.of == s.of or _distance(places, o.word) <= _ACTION_REACH
+            if o.of == s.of or (not o.of and _distance(places, o.word) <= _ACTION_REACH)
         ]
         stops = [o for o in near if o.value == "stop"]
         goes_on = [o for o in near if o.value != "stop"]
         if s.value == "stop":
             if stops:
                 return Verdict(s, SUPPORTED, _place(stops[0]))
-            denied = [i for i in places if self.document.context.polarity[i] == DENIED]
+            denied = [i for i in places if self._is_off(i)]
             if denied:
                 item = self.document.items[denied[0]]
                 return Verdict(s, SUPPORTED, (item.start, item.end))
-            stops = [o for o in self._all("action") if o.value == "stop"]
-            if stops and not places:
-                return Verdict(s, SUPPORTED, _place(stops[0]), is_broader=True)
             verdict = CONTRADICTED if goes_on else NOT_SAID
             return Verdict(s, verdict, _place(goes_on[0]) if goes_on else None)
         if stops and not goes_on:
@@ -408,6 +520,43 @@ class Index:
 def read(text: str) -> Index:
     """The statements of a text; those of the last texts are kept, as each is compared often."""
     return Index(Document(text))
+
+
+def surroundings(document: Document, s: Statement) -> dict[str, float]:
+    """{what stands around a statement: 1 in its clause, less beyond it}; of a note, its sentence.
+
+    Words, and the names of conditions, drugs and parts of the body, whatever they are called.
+    """
+    reach = _SPOKEN_REACH if document.spoken else _WRITTEN_REACH
+    sentence, clause = document.context.sentence, document.context.clause
+    found: dict[str, float] = {}
+    for k in range(max(0, s.word - reach), min(len(document.items), s.word + reach + 1)):
+        item = document.items[k]
+        outside = not document.spoken and sentence[k] != sentence[s.word]
+        if outside or s.start <= item.start < s.end:
+            continue
+        weight = 1.0 if clause[k] == clause[s.word] else _BEYOND
+        for name in (document.words[k], document.names.get(k, "")):
+            if len(name) > 2 and name not in _TELLS_NOTHING:
+                found[name] = max(weight, found.get(name, 0.0))
+    return found
+
+
+def _is_slip(name: str, word: str) -> bool:
+    """Whether two words differ by a letter, or by up to two next to each other in a long one."""
+    most = 2 if len(name) > 8 else 1
+    if abs(len(name) - len(word)) > most or min(len(name), len(word)) < 6:
+        return False
+    start = len(os.path.commonprefix((name, word)))
+    end = len(os.path.commonprefix((name[start:][::-1], word[start:][::-1])))
+    return max(len(name), len(word)) - start - end <= most
+
+
+def _may_be_of(s: Statement, o: Statement) -> bool:
+    """Whether the other side may be that of the statement's part; "bilaterally" alone is none's."""
+    if not s.of or not o.of:
+        return o.value != "both" or s.value == "both"
+    return same_region(s.of, o.of)
 
 
 def _place(statement: Statement) -> tuple[int, int]:
@@ -443,6 +592,8 @@ def _equal(s: Statement, o: Statement) -> bool:
         return _close(low, other_low, 1e-6) and _close(high, other_high, 1e-6)
     slack = 0.08 if s.kind == "duration" and low >= 27 else 1e-3
     if _close(low, other_low, slack) and _close(high, other_high, slack):
+        return True
+    if a.is_vague and low <= other_low <= other_high <= high:
         return True
     return other_low != other_high and other_low * 0.999 <= low <= high <= other_high * 1.001
 

@@ -32,14 +32,19 @@ _TIMESTAMP = re.compile(
     rf"|{_CLOCK}\s*-->\s*{_CLOCK}"
     r"|\b\d{1,2}:\d\d:\d\d(?:[.,]\d{1,3})?\b"
     rf"|^[ \t]*{_CLOCK}(?=\s*(?:[-\u2013|]|\w[\w .]{{0,30}}:|$))"
-    r"|^[ \t]*[\[(<]\s*\d[\d.,]*\s*s?\s*[\])>]",
+    r"|^[ \t]*[\[(<{]\s*\d[\d.,]*\s*(?:s|sec|secs|seconds?)?\s*[\])>}]",
     re.MULTILINE,
 )
 _ROLES = "doctor dr patient pt speaker person participant voice clinician provider physician nurse"
 _ROLES += " guest guest_family guest_clinician spk interviewer caller agent parent mother father"
+# "Doctor:", "40 Doctor (00:40):", "#3 [Speaker 2]" and "line 40:" at the start of a line.
+_ROLE = rf"(?:{'|'.join(_ROLES.split())}|[dps](?=\s*\d*:))"
 _LABEL = re.compile(
-    rf"^[ \t\-|>*]*(?:{'|'.join(_ROLES.split())}|[dp](?=\s*\d*:))[\w ._#]{{0,30}}[*\])]*:"
-    r"|^[ \t]*\d{1,2}:(?=\s)",
+    rf"^[ \t]*{_ROLE}[ \t]+(?:\d{{1,3}}|{_CLOCK})[ \t]*$"
+    rf"|^[^a-z\n]{{0,40}}{_ROLE}(?![a-z])(?:[ .#,-]{{0,3}}\w{{1,20}}){{0,3}}[ *\])]{{0,4}}"
+    r"(?:[(\[][^\n)\]]{0,20}[)\]])?\s?:"
+    rf"|^[^a-z\n]{{0,9}}[(\[<{{]{_ROLE}[^\n)\]>}}]{{0,30}}[)\]>}}]"
+    r"|^[ \t#]*(?:(?:line|turn|segment)[ \t]*#?)?\d{1,4}:(?=\s)",
     re.MULTILINE,
 )
 # A code (b12, a1c, covid-19), a time of day and a decade (80s) are words, not numbers.

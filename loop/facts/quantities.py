@@ -17,7 +17,8 @@ _UNITS = """
     m=meter,meters,metre,metres mile=miles inch=inches foot=feet,ft pound=pounds,lb,lbs
     ounce=ounces,oz calorie=calories degree=degrees,c,f,celsius,fahrenheit,° year=years,yr,yrs
     month=months,mo,mos week=weeks,wk,wks fortnight=fortnights day=days hour=hours,hr,hrs
-    minute=minutes,min,mins second=seconds,sec,secs tablet=tablets,tab,tabs,pill,pills
+    decade=decades minute=minutes,min,mins second=seconds,sec,secs
+    tablet=tablets,tab,tabs,pill,pills
     capsule=capsules,cap,caps puff=puffs,inhalation,inhalations drop=drops,gtt,gtts
     spray=sprays patch=patches teaspoon=teaspoons,tsp tablespoon=tablespoons,tbsp
     pack=packs,ppd cigarette=cigarettes drink=drinks,beverages beer=beers glass=glasses cup=cups
@@ -36,16 +37,18 @@ def _units_by_form(table: str) -> dict[str, str]:
 
 UNITS = _units_by_form(_UNITS)
 DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1, "week": 7, "fortnight": 14}
-DAYS |= {"second": 1 / 86400, "month": 30, "year": 360}  # 12 months are a year
+DAYS |= {"second": 1 / 86400, "month": 30, "year": 360, "decade": 3600}  # 12 months are a year
 DOSES = frozenset("mg mcg g ml unit meq tablet capsule puff drop spray patch teaspoon".split())
 DOSES |= {"tablespoon", "l"}
 TO_MG = {"mcg": 0.001, "mg": 1.0, "g": 1000.0}
 # Units that "a" and "half a" may stand before, as in "a week" and "half a tablet".
 _AFTER_ARTICLE = frozenset(
-    "hour week fortnight month year pack glass beer tablet capsule puff teaspoon day".split()
+    """hour day week fortnight month year decade pack glass beer tablet capsule puff
+    teaspoon""".split()
 )
 # "a couple of", "a few", and where they lie at most
 _VAGUE = {"couple": (2.0, 2.0), "few": (2.0, 4.0), "several": (3.0, 9.0), "dozen": (12.0, 12.0)}
+_PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25}
 _TIMES = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
 _PERIODS = {unit: unit for unit in ("hour", "day", "week", "month", "year")}
 _PERIODS |= {"daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}
@@ -67,7 +70,14 @@ _LATIN: dict[str, float] = {
     "qpm": 1,
 }
 _LATIN |= {"qhs": 1, "hs": 1, "mane": 1, "nocte": 1, "qod": 0.5, "qday": 1, "qwk": 1 / 7}
-_ADVERBS = {"daily": 1, "nightly": 1, "hourly": 24, "weekly": 1 / 7, "monthly": 1 / 30}
+_ADVERBS = {
+    "fortnightly": 1 / 14,
+    "daily": 1,
+    "nightly": 1,
+    "hourly": 24,
+    "weekly": 1 / 7,
+    "monthly": 1 / 30,
+}
 _EVERY = re.compile(r"q(\d{1,2})(h|hr|hrs|hours|d|days|wk|w|weeks|mo|m)")  # q8h
 _EVERY_UNIT = {"h": 24.0, "d": 1.0, "w": 1 / 7, "m": 1 / 30}
 _JOINS = ("to", "or", "through", "and")  # of a range
@@ -81,6 +91,7 @@ class Amount(NamedTuple):
     high: float
     unit: str  # "" where there is none, "day" of a duration, "/day" of a frequency
     num_items: int
+    is_vague: bool = False  # of "a few days"
 
 
 def amount_at(text: str, items: list[Item], i: int) -> Amount | None:
@@ -103,6 +114,8 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
     match = _EVERY.fullmatch(word) if word[:1] == "q" else None
     if match and int(match[1]):
         return _often(_EVERY_UNIT[match[2][0]] / int(match[1]), 1)
+    if re.fullmatch(r"q[1-9]\d?", word) and UNITS.get(following) in _PERIODS:  # q2 weeks
+        return _often(1 / (int(word[1:]) * DAYS[UNITS[following]]), 2)
     if word in ("every", "each", "q") and _together(items, i, i + 1):
         return _every(items, i)
     if word in ("at", "before", "in") and following in ("bedtime", "night"):
@@ -116,6 +129,10 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
     times, count = _times(items, i)
     if count:
         return _per(items, i + count, times, count)
+    if items[i].number and following == "hourly":  # "8-hourly"
+        return _often(24 / (items[i].number or 1.0), 2)
+    if word == "od" and i and UNITS.get(items[i - 1].word) in DOSES:
+        return _often(1, 1)
     if word in _ADVERBS:
         return _often(_ADVERBS[word], 1)
     return None
@@ -226,7 +243,8 @@ def _quantity(text: str, items: list[Item], i: int) -> Amount | None:
         days = DAYS["year" if unit == "yo" else unit]
         old = unit == "yo" or items[end].word == "old"
         old = old or (items[end].word, items[end + 1].word) == ("of", "age")
-        return Amount("age" if old else "duration", low * days, high * days, "day", end - i)
+        kind, is_vague = "age" if old else "duration", items[i].number is None and low < high
+        return Amount(kind, low * days, high * days, "day", end - i, is_vague)
     return Amount(_kind(unit), low, high, unit, end - i)
 
 
@@ -241,6 +259,12 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
     number = items[i].number
     if number is None:
         return _vague(items, i)
+    if number in (1, 3) and items[i + 1].word in ("quarter", "quarters", "half"):
+        part = number * _PARTS_OF_ONE[items[i + 1].word.rstrip("s")]
+        end = i + 2 + (items[i + 2].word == "of")
+        end += items[end].word in ("a", "an")
+        if items[end].word in UNITS and _together(items, i, end):
+            return part, part, end
     other, end = None, i + 1
     if i and items[i - 1].word == "from":  # what changes is no range
         return number, number, end
@@ -271,12 +295,11 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
     if word in _VAGUE:
         low, high = _VAGUE[word]
         return low, high, i + 1 + (following == "of")
-    if word in ("half", "quarter"):
-        value = 0.5 if word == "half" else 0.25
+    if word in _PARTS_OF_ONE:
         end = i + 1 + (following == "of")
         end += items[end].word in ("a", "an")
-        if UNITS.get(items[end].word) in _AFTER_ARTICLE | DOSES:
-            return value, value, end
+        if items[end].word in UNITS:
+            return _PARTS_OF_ONE[word], _PARTS_OF_ONE[word], end
     if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE:
         return 1.0, 1.0, i + 1
     return 0.0, 0.0, 0

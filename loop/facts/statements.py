@@ -4,8 +4,8 @@ import bisect
 from typing import NamedTuple
 
 from .body import PARTS
-from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
-from .context import AFFIRMED, DENIED, NORMAL, POSSIBLE, Context, is_speech, read_context
+from .conditions import EXAMINED, LOCAL, NORMAL_WORDS, PAINS, Condition, condition_at
+from .context import AFFIRMED, ASKED, DENIED, FORMER, NORMAL, Context, is_speech, read_context
 from .dates import DAY_WORDS, date_at
 from .drugs import Drug, drug_at
 from .numerals import Item, parse_items
@@ -14,11 +14,15 @@ from .quantities import Amount, amount_at, describe
 
 _END = Item("", None, 0, 0, "\n")
 _PART_REACH = 6
+_AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
+NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
+_ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
+_MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
 _PADDING = [_END] * 12  # so that matchers can look ahead
 _AMOUNT_WORDS = frozenset(
-    """every each q once twice thrice daily nightly hourly weekly monthly at
-    before in x a an the past last couple few several dozen half quarter bid bd tid tds qid qds qd
-    qam qpm qhs hs mane nocte qod qday""".split()
+    """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
+    before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
+    qds qd qam qpm qhs hs mane nocte qod qday""".split()
 )
 SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
 SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
@@ -43,16 +47,25 @@ for _habit, _names in {
 }.items():
     for _phrase in _names.split(","):
         HABITS.add(_phrase, _habit)
+_NO_ALCOHOL = frozenset(
+    """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
+    pedialyte bottle breastmilk smoothie broth""".split()
+)
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 # What numbers below 10 measure; in speech, most others are "one of them".
-_MEASURES = frozenset(
-    """a1c hba1c inr potassium creatinine gleason apgar gcs psa stage grade hemoglobin
-    glycohemoglobin calcium albumin tsh score dilated ph""".split()
-)
+MEASURES = {
+    name: names.split()[0]
+    for names in (
+        """a1c hba1c glycohemoglobin; inr; potassium k; creatinine cr; gleason; apgar; gcs; psa;
+        stage; grade; hemoglobin hgb hb; calcium ca; albumin; tsh; score; dilated; ph"""
+    ).split(";")
+    for name in names.split()
+}
 _NO_OBJECT = frozenset(
     """taking with using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
 )
+_OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -60,6 +73,7 @@ _TROUBLE = frozenset(
     decreased decrease reduced low lower high higher elevated up bad worse poor blurry any issues
     issue weak weaker weird abnormal uncontrolled medication medications medicine pill pills
     disease history increased increase losing lose gained gain unable trying feels felt positive
+    affecting affects hurt hurts wakes waking keeps better
     more off like get getting got started really very so feel""".split()
 )
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
@@ -110,6 +124,11 @@ class Document:
         self.drugs: list[Statement] = []
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
         self.statements = self._attach(self._read())
+        if self.spoken:
+            self.statements = self._answered_in_part(self.statements)
+        self.names = {i: f"{part} (part)" for i, part, _ in self.parts}
+        self.names |= {s.word: s.value for s in self.statements if s.kind in NAMED}
+        self.unknown = self._unknown()
 
     def tells(self, statement: Statement) -> bool:
         """Whether it states something; what a dialogue only asks or considers does not."""
@@ -117,7 +136,51 @@ class Document:
             return False
         if statement.kind == "action" and not statement.of:
             return False
-        return not self.spoken or statement.polarity in (AFFIRMED, DENIED)
+        return not self.spoken or statement.polarity in (AFFIRMED, DENIED, FORMER)
+
+    def _answered_in_part(self, found: list[Statement]) -> list[Statement]:
+        """Denies what a question lists and its answer leaves out while it names another.
+
+        "Any fever, chills or cough? - A little cough." denies fever. Behind a "yes" the rest stays
+        open.
+        """
+        context = self.context
+        named: dict[int, set[str]] = {}  # by turn
+        for s in found:
+            if not context.asks[s.word] and s.polarity in (AFFIRMED, FORMER):
+                named.setdefault(context.turn[s.word], set()).add(s.value)
+        asked: dict[int, set[str]] = {}
+        for s in found:
+            if context.asks[s.word] and s.kind in _ASKED_KINDS:
+                asked.setdefault(context.turn[s.word], set()).add(s.value)
+        agreed = {
+            context.turn[i]
+            for i, item in enumerate(self.items)
+            if item.word in _AGREEING and i - bisect.bisect_left(context.turn, context.turn[i]) < 6
+        }
+        done = []
+        for s in found:
+            turn = context.turn[s.word]
+            answer = named.get(turn + 1, set()) & asked.get(turn, set())
+            open_to = context.asks[s.word] and s.kind in _ASKED_KINDS and s.polarity != DENIED
+            if open_to and answer and s.value not in answer:
+                s = s._replace(polarity=ASKED if turn + 1 in agreed else DENIED)
+            done.append(s)
+        return done
+
+    def _unknown(self) -> dict[str, list[str]]:
+        """{first two letters: the longer words that belong to no statement}"""
+        named: set[int] = set()
+        for s in self.statements:
+            around = range(s.word, min(s.word + 4, len(self.items)))
+            named.update(k for k in around if self.items[k].end <= s.end)
+        found: dict[str, dict[str, None]] = {}
+        for i, word in enumerate(self.words):
+            if len(word) > 5 and i not in named:
+                same = found.setdefault(word[:2], {})
+                if len(same) < _MOST_UNKNOWN:
+                    same[word] = None
+        return {start: list(words) for start, words in found.items()}
 
     def _read(self) -> list[Statement]:
         found: list[Statement] = []
@@ -159,16 +222,23 @@ class Document:
         part = PARTS.at(self.padded, stems, i)
         condition = condition_at(self.padded, stems, i)
         if part:
-            self.parts.append(
-                (i, part.meaning, self.items[i].word != stems[i] or self.items[i].word in _PLURALS)
-            )
+            self._add_part(part, i)
         if condition and not (part and part.num_items > condition.num_items):
+            for k in range(i + 1, i + condition.num_items):  # "swelling in your legs"
+                inner = PARTS.at(self.padded, stems, k)
+                if inner:
+                    self._add_part(inner, k)
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
             return self._side(i), 1
         if item.word in _ACTION_OF:
             return self._make("action", _ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
+
+    def _add_part(self, found: Found[str], i: int) -> None:
+        word = self.items[i].word
+        plural = word != self.stems[i] or word in _PLURALS or self.padded[i - 1].word == "each"
+        self.parts.append((i, found.meaning, plural))
 
     def _make(self, kind: str, value: str, i: int, count: int) -> Statement:
         last = min(i + count, len(self.items)) - 1
@@ -188,6 +258,8 @@ class Document:
         made = self._make(kind, meaning.name, i, count)
         if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
+        if made.polarity == AFFIRMED and self._near(i, _OVER, 8):
+            made = made._replace(polarity=FORMER)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
         return made
@@ -199,8 +271,10 @@ class Document:
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:
             return made._replace(polarity=DENIED)
+        if word.startswith("drink") and self._near(i, _NO_ALCOHOL, 6):
+            return None
         former = made.polarity == AFFIRMED and self._near(i, _FORMERLY, 4)
-        return made._replace(polarity=POSSIBLE) if former else made
+        return made._replace(polarity=FORMER) if former else made
 
     def _near(self, i: int, words: frozenset[str], reach: int) -> bool:
         """Whether one of the words stands in the clause of item i, so many items away at most."""
@@ -217,6 +291,9 @@ class Document:
         }
 
     def _amount(self, amount: Amount, i: int) -> Statement | None:
+        if not self.spoken and self.items[i].word in ("last", "next", "past"):
+            if amount.low == amount.high:
+                return None  # "over the last week"; in speech, "next week" may be "in 1 week"
         made = self._make(amount.kind, describe(amount), i, amount.num_items)
         bare = amount.kind == "number" and not amount.unit
         if bare and amount.low < 10 and amount.low == int(amount.low):
@@ -241,15 +318,17 @@ class Document:
         for k in range(i - 1, max(-1, i - 4), -1):
             if self.context.clause[k] != self.context.clause[i]:
                 break
-            if self.words[k] in _MEASURES:
-                return self.words[k]
+            if self.words[k] in MEASURES:
+                return MEASURES[self.words[k]]
         return ""
 
     def _side(self, i: int) -> Statement | None:
         """A side with its part; None for "all right", "right now" and "I left"."""
         word, items = self.items[i].word, self.padded
         before, after = items[i - 1].word if i else "", items[i + 1]
-        if word == "right" and self.spoken and after.word in _AFTER_EXACTLY:
+        if self.spoken and (
+            self._is_choice(i) or (word == "right" and after.word in _AFTER_EXACTLY)
+        ):
             return None
         if len(word) == 1 and (self.spoken or before in ("", "'")):
             return None
@@ -263,18 +342,44 @@ class Document:
             if found:
                 part, count = found.meaning, k + found.num_items - i
                 break
-        if not part and (
-            before in ("all", "that's", "i", "is", "she", "he", "was", "have", "has")
-            or after.word in _NOT_A_SIDE
+        if (
+            not part
+            and not self._answers_which(i)
+            and (
+                before in ("all", "that's", "i", "is", "she", "he", "was", "have", "has")
+                or after.word in _NOT_A_SIDE
+            )
         ):
             return None
         bilateral = word.startswith("bi")
         if not part and not bilateral:
-            on_the = before in ("the", "my", "your", "his", "her")
+            on_the = before in ("the", "my", "your", "his", "her") or self._answers_which(i)
             if not on_the and after.word not in ("side", "sided"):
                 return None
         made = self._make("side", SIDES[word], i, count)
         return made._replace(of=part)
+
+    def _is_choice(self, i: int) -> bool:
+        """Whether the side at item i is one of "left or right", as a question asks."""
+        around = [item.word for item in self.items[max(0, i - 4) : i + 5]]
+        at = i - max(0, i - 4)
+        return any(
+            around[k] == "or" and around[k + 1 :] and SIDES.keys() & set(around[other])
+            for k in range(len(around))
+            for other in (slice(0, at) if k < at else slice(at + 1, None),)
+        )
+
+    def _answers_which(self, i: int) -> bool:
+        """Whether the side at item i answers "which knee?" or "left or right?"."""
+        item, context = self.items[i], self.context
+        if not self.spoken or item.gap not in ("\n", "?"):
+            return False
+        asked = [
+            other.word
+            for k, other in enumerate(self.items[max(0, i - 14) : i], max(0, i - 14))
+            if context.sentence[k] >= context.sentence[i] - 2
+        ]
+        return "which" in asked or ("or" in asked and bool(SIDES.keys() & set(asked)))
 
     def _attach(self, found: list[Statement]) -> list[Statement]:
         """The statements with what they belong to."""
@@ -286,6 +391,8 @@ class Document:
                 of = self._nearest_drug(i, statement.kind)
                 if not of and statement.value == "stop":
                     of = self._next_word(i)
+                    if HABITS.at(self.padded, self.stems, i + 1):
+                        continue  # "quit smoking" is a habit
                 statement = statement._replace(of=of)
             elif statement.kind == "side" and not statement.of:
                 while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
@@ -295,7 +402,7 @@ class Document:
                     near = i - at < (60 if self.spoken else 12)
                     if near and (self.spoken or sentence[at] == sentence[i]):
                         statement = statement._replace(of=part)
-            elif statement.kind in ("symptom", "finding", "weak") and not statement.of:
+            elif statement.value in LOCAL and not statement.of:
                 statement = statement._replace(of=self._nearest_part(i))
             done.append(self._allergy(statement))
         return done
@@ -305,11 +412,19 @@ class Document:
         clause = self.context.clause
         at = bisect.bisect(self.parts, i, key=lambda part: part[0])
         near = [
-            (abs(k - i) + (2 if k < i else 0), part)
+            (self._part_cost(i, k), part)
             for k, part, _ in self.parts[max(0, at - 1) : at + 2]
             if clause[k] == clause[i] and abs(k - i) <= _PART_REACH
         ]
         return min(near)[1] if near else ""
+
+    def _part_cost(self, i: int, k: int) -> int:
+        """How far the part at item k is from a condition at item i."""
+        between = self.items[min(i, k) + 1 : max(i, k) + 1]
+        parted = any(  # "no ankle edema or calf pain"
+            item.gap == "," or item.word in ("or", "and") for item in between
+        )
+        return abs(k - i) + 3 * parted + (2 if k < i - 1 else 0)
 
     def _nearest_drug(self, i: int, kind: str) -> str:
         """The name of the drug of the dose, frequency or action at item i."""
