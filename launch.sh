@@ -32,8 +32,8 @@ hostfile. Ctrl-C or SIGTERM: the ranks save and end, on all machines; once more:
 environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv is made),
              LOOP_GRACE_SECONDS (the longest stop; 120), MASTER_PORT, CUDA_VISIBLE_DEVICES,
              OMP_NUM_THREADS, DS_ACCELERATOR (cpu: no GPU is used),
-             LOOP_TORCH_INDEX (where setup takes PyTorch from as well; PyTorch's pages name the
-             index of each build. Empty: nowhere else)"
+             LOOP_TORCH_INDEX (an index of PyTorch's that has another build, which is not
+             compared by hash; PyTorch's pages name it. Empty: the build for GPUs)"
 
 die() {
   echo "launch.sh: $*" >&2
@@ -56,7 +56,9 @@ source "$here/setup/install.sh"
 setup_extras() {
   case "$*" in
     "") echo "set up: $("$py" --version), $py" ;;
-    "--wheels "*) if [[ $kit ]]; then setup_extras; else make_kit "${@:2}"; fi ;;
+    "--wheels "*)
+      [[ $# -le 3 ]] || die "setup takes --wheels FOLDER [--gpu | --cpu], not: $*"
+      if [[ $kit ]]; then setup_extras; else make_kit "${@:2}"; fi ;;
     --flash-attn-4) # wheels; its kernels are compiled at first use
       pip_install 'flash-attn-4[cu13]==4.0.0b36' ;;
     --flash-attn)
@@ -66,7 +68,8 @@ setup_extras() {
       # 4 compilers at a time, as each can take more than 8 GiB.
       MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
     --smollm2) "$py" -u -m loop.bases.fetch_smollm2 ;; # into the user's cache
-    *) die "setup takes --wheels FOLDER, --flash-attn-4, --flash-attn or --smollm2, not: $*" ;;
+    *) die "setup takes --wheels FOLDER [--gpu | --cpu], --flash-attn-4, --flash-attn or --smollm2," \
+      "not: $*" ;;
   esac
 }
 
