@@ -13,6 +13,7 @@ WORKDIR /soap-loop
 ARG LOOP_TORCH_INDEX=""
 # Before the rest, so that a change of the code installs nothing.
 COPY launch.sh constraints.txt ./
+COPY setup setup
 RUN ./launch.sh setup
 COPY . .
 ENTRYPOINT ["./launch.sh"]

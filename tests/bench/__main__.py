@@ -20,6 +20,8 @@ from loop.config.schema import ConfigError  # noqa: E402
 from loop.distributed.exit import exit_with_config_error  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+PEERS = ("plain", "trl", "trl-fast", "unsloth", "unsloth-packed")
+ALONE = ("trl-fast", "unsloth", "unsloth-packed")  # no DeepSpeed: RANK would have them wrap a model
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -66,7 +68,7 @@ def parse_args() -> argparse.Namespace:
         "--peer",
         action="append",
         default=[],
-        help="plain, trl or unsloth, with rows a micro-batch as in unsloth:8 (default 2)",
+        help=f"{', '.join(PEERS)}, with rows a micro-batch as in unsloth:8 (default 2)",
     )
     parser.add_argument(
         "--variant",
@@ -76,6 +78,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--without-deepspeed", action="store_true", help="the loop around a bare model beside it"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, help="the loop has so many GiB of the GPU, as on a smaller card"
     )
     parser.add_argument(
         "--length",
@@ -101,6 +106,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(
             "--steps takes at least 8: two to warm up, and a window of four between two others"
         )
+    for peer in args.peer:
+        name, colon, micro = peer.partition(":")
+        if name not in PEERS or colon and not (micro.isdecimal() and int(micro)):
+            parser.error(f"--peer takes {', '.join(PEERS)}, and rows as in trl:8, not: {peer}")
     if args.without_deepspeed and args.gpus > 1:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
     return args
@@ -117,7 +126,7 @@ def make_contenders(args: argparse.Namespace) -> dict[str, dict]:
         "examples": args.steps * max(13, 1 + 16384 // (args.length or MEAN)),
         "length": args.length,
     }
-    ours = common | {"name": "ours", "args": args.overrides}
+    ours = common | {"name": "ours", "args": args.overrides, "gpu_memory": args.gpu_memory}
     contenders = {"the loop": ours}
     for variant in args.variant:
         contenders[f"the loop, {variant}"] = ours | {"args": [*args.overrides, *variant.split()]}
@@ -132,7 +141,7 @@ def make_contenders(args: argparse.Namespace) -> dict[str, dict]:
 def environments(name: str, world_size: int) -> list[dict[str, str]]:
     """The environment of each process of a contender."""
     inherited = {key: value for key, value in os.environ.items() if key not in DISTRIBUTED}
-    if name == "unsloth":  # would take RANK for a distributed run and wrap its model
+    if name in ALONE:
         return [inherited | {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}]
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -196,6 +205,10 @@ def describe_run(result: dict) -> str:
     speed = statistics.median(result["tokens_per_second"] or [0])
     first_step = result["first_step_after"]
     lines = [f"{speed:,.0f} tokens/s, first step after {first_step:.1f} s"]
+    if result.get("micro_batch"):
+        lines[0] += ", micro-batches of {} x {:,}".format(*result["micro_batch"])
+    if result.get("card_gib"):
+        lines[0] += f", {result['card_gib']:.2f} GiB of the GPU in use at the end"
     if "kernel_ms" in result:
         kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in result["kernel_ms"].items())
         lines.append(
@@ -211,13 +224,14 @@ def describe_contender(name: str, runs: list[dict], limit: float) -> str:
     completed = [result for result in runs if "error" not in result]
     speeds = [speed for result in completed for speed in result["tokens_per_second"]]
     if not speeds:
-        return f"{name:44} {runs[-1].get('error', 'no figures')}"
+        return f"{name:40} {runs[-1].get('error', 'no figures')}"
     median = statistics.median(speeds)
     peak = max((result["peak_gib"] or 0) for result in completed)
     first_step = statistics.median(result["first_step_after"] for result in completed)
+    tokens = statistics.mean(result["tokens_per_step"] for result in completed)
     return (
-        f"{name:44} {median:10,.0f} {min(speeds):9,.0f} {max(speeds):9,.0f} "
-        f"{median / limit:12.1%} {peak:9.1f} {first_step:8.1f} s"
+        f"{name:40} {median:9,.0f} {min(speeds):8,.0f} {max(speeds):8,.0f} "
+        f"{median / limit:9.1%} {tokens:8,.0f} {peak:8.1f} {first_step:8.1f} s"
     )
 
 
@@ -244,8 +258,8 @@ def main() -> None:
         f"products at {rate / 1e12:,.2f} TFLOP/s allow {limit:,.0f} tokens/s"
     )
     print(
-        f"{'contender':44} {'tokens/s':>10} {'lowest':>9} {'highest':>9} "
-        f"{'of the limit':>12} {'peak GiB':>9} {'first step':>10}"
+        f"{'contender':40} {'tokens/s':>9} {'lowest':>8} {'highest':>8} "
+        f"{'of limit':>9} {'a step':>8} {'peak GiB':>8} {'first step':>10}"
     )
     for name, runs in results.items():
         print(describe_contender(name, runs, limit))

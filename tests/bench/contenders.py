@@ -1,9 +1,9 @@
 """One contender in its own process: it trains some steps and writes what it measured.
 
 `python tests/bench/contenders.py SPEC.json`. All contenders get the same examples and the same
-base. A step is 16,384 tokens' worth of rows, 8 examples where a contender pads. Padding does not
-count. All train LoRA of rank 8 on every linear layer of an NF4 base with double quantisation, in
-bf16.
+base. A step is 8 rows of 2,048 tokens, filled by whole examples where a contender packs. Elsewhere
+it is 8 examples, or spec["micro"] if that is more. Padding does not count. All train LoRA of rank 8
+on every linear layer of an NF4 base with double quantisation, in bf16.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from pathlib import Path
 STARTED = time.time()
 
 import torch  # noqa: E402
-from shapes import SHAPES, make_examples  # noqa: E402
+from shapes import LONGEST, SHAPES, make_examples  # noqa: E402
 
 LORA = {
     "r": 8,
@@ -26,11 +26,22 @@ LORA = {
     "target_modules": "all-linear",
     "task_type": "CAUSAL_LM",
 }
-ROWS = 8  # examples a step, for those that pad
+ROWS = 8  # of a step; a row has one example where a contender does not pack
 
 
 def on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+MEMORY_OF_GPU = torch.cuda.mem_get_info  # the real one, beside the one of cap_gpu_memory
+
+
+def cap_gpu_memory(gib: float) -> None:
+    """Leaves this process so much of the GPU, its CUDA context included, as on a smaller card."""
+    free, total = MEMORY_OF_GPU()
+    left = int(gib * 2**30) - (total - free)
+    torch.cuda.set_per_process_memory_fraction(left / total)
+    torch.cuda.mem_get_info = lambda *_: (left - torch.cuda.memory_reserved(), int(gib * 2**30))
 
 
 class Clock:
@@ -40,6 +51,8 @@ class Clock:
         self.ends = []  # seconds
         self.tokens = []
         self.peak = 0  # bytes
+        self.card = 0  # bytes of the GPU in use at the end, with those that torch does not count
+        self.micro_batch = None  # (rows, tokens of a row) as the model sees it; the loop's is flat
 
     def step(self, tokens: int) -> None:
         if on_gpu():
@@ -48,6 +61,8 @@ class Clock:
 
             torch.cuda.synchronize()
             self.peak = peak_gpu_bytes()  # now: at its end the loop frees its graphs
+            free, total = MEMORY_OF_GPU()
+            self.card = total - free
         self.ends.append(time.time())
         self.tokens.append(tokens)
 
@@ -62,7 +77,10 @@ class Clock:
         ]
         return {
             "tokens_per_second": speeds,
+            "tokens_per_step": sum(self.tokens[warm_up:]) / len(self.tokens[warm_up:]),
+            "micro_batch": self.micro_batch,
             "peak_gib": self.peak / 2**30 or None,
+            "card_gib": self.card / 2**30 or None,
             "first_step_after": self.ends[0] - STARTED,
         }
 
@@ -81,6 +99,8 @@ def ours(spec: dict, clock: Clock) -> None:
     from loop.monitor.quiet import quiet_libraries
 
     quiet_libraries()
+    if spec.get("gpu_memory") and on_gpu():
+        cap_gpu_memory(spec["gpu_memory"])
     config = load_config(
         [
             "--config",
@@ -178,42 +198,54 @@ def plain(spec: dict, clock: Clock) -> None:
         clock.step(sum(map(len, examples[first : first + ROWS])))
 
 
-def train_with_trl(spec: dict, clock: Clock, model, tokenizer, **options) -> None:
-    """TRL's SFTTrainer on the given token ids."""
+def train_with_trl(spec: dict, clock: Clock, model, tokenizer, packed=False, **options) -> None:
+    """TRL's SFTTrainer on the given token ids.
+
+    packed: whole examples fill one row of a micro-batch's tokens, by TRL's own packing.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    examples = make_examples(spec["steps"] * ROWS, spec["vocab_size"])
+    micro, accumulation = spec["micro"], max(1, ROWS // spec["micro"])
+    number = spec["steps"] * micro * accumulation
+    if packed:
+        number = spec["examples"] * micro * accumulation // ROWS
+    rows = Dataset.from_list(
+        [
+            {"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
+            for example in make_examples(number, spec["vocab_size"])
+        ]
+    )
+    if packed:
+        rows = pack_dataset(rows, micro * LONGEST, "bfd")
+    taken = []  # tokens of each micro-batch since the last step
 
     class Steps(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            first = (state.global_step - 1) * ROWS
-            clock.step(sum(map(len, examples[first : first + ROWS])))
+        def on_step_end(self, *_, **__):
+            clock.step(int(sum(taken)))
+            taken.clear()
 
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=spec["micro"],
-        gradient_accumulation_steps=ROWS // spec["micro"],
+        per_device_train_batch_size=1 if packed else micro,
+        gradient_accumulation_steps=accumulation,
         max_steps=spec["steps"],
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
         weight_decay=1e-4,
         max_grad_norm=1.0,
         bf16=True,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1000,
-        packing=False,
-        max_length=2048,
+        packing=packed,
+        max_length=LONGEST,
         dataset_kwargs={"skip_prepare_dataset": True},
         use_cpu=not on_gpu(),
         **options,
-    )
-    rows = Dataset.from_list(
-        [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
     )
     trainer = SFTTrainer(
         model=model,
@@ -222,7 +254,15 @@ def train_with_trl(spec: dict, clock: Clock, model, tokenizer, **options) -> Non
         processing_class=tokenizer,
         callbacks=[Steps()],
     )
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    training_step = trainer.training_step
+
+    def counted_step(model, inputs, *rest, **more):
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        taken.append(ids.numel() if mask is None else mask.sum())  # a sum on the GPU: no wait
+        clock.micro_batch = tuple(ids.shape)
+        return training_step(model, inputs, *rest, **more)
+
+    trainer.training_step = counted_step
     trainer.train()
 
 
@@ -253,15 +293,40 @@ def trl(spec: dict, clock: Clock) -> None:
     train_with_trl(spec, clock, model, tokenizer, **options)
 
 
-def unsloth(spec: dict, clock: Clock) -> None:
-    """Unsloth without DeepSpeed, as its notebooks do it: dropout 0 (its fast path).
+def trl_fast(spec: dict, clock: Clock) -> None:
+    """TRL at its fastest without a compiler.
 
-    It does not checkpoint unless it is asked to.
+    No DeepSpeed, Liger's kernels, flash attention, packed rows without padding, no checkpointing,
+    dropout 0. Its loss is chunked by itself since 1.15.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    model = get_peft_model(
+        base_model(spec, flash_or_sdpa()), LoraConfig(**LORA | {"lora_dropout": 0.0})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    train_with_trl(
+        spec,
+        clock,
+        model,
+        tokenizer,
+        packed=True,
+        gradient_checkpointing=False,
+        use_liger_kernel=on_gpu(),  # they need Triton
+    )
+
+
+def unsloth(spec: dict, clock: Clock, packed: bool = False) -> None:
+    """Unsloth without DeepSpeed, as its notebooks do it: dropout 0.
+
+    It does not checkpoint unless it is asked to. On a Hopper GPU it leaves padding out by itself,
+    so that a micro-batch is one row of whole examples; `micro_batch` of the result shows that.
     """
     from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        spec["base"], max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True
+        spec["base"], max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=True
     )
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
@@ -272,7 +337,12 @@ def unsloth(spec: dict, clock: Clock) -> None:
         target_modules=modules,
         use_gradient_checkpointing=False,
     )
-    train_with_trl(spec, clock, model, tokenizer, gradient_checkpointing=False)
+    train_with_trl(spec, clock, model, tokenizer, packed=packed, gradient_checkpointing=False)
+
+
+def unsloth_packed(spec: dict, clock: Clock) -> None:
+    """Unsloth on rows that are filled by whole examples."""
+    unsloth(spec, clock, packed=True)
 
 
 def flash_or_sdpa() -> str:
@@ -287,7 +357,14 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     spec["vocab_size"] = min(SHAPES[spec["shape"]]["vocab_size"], 4000)
     clock = Clock()
-    contenders = {"ours": ours, "plain": plain, "trl": trl, "unsloth": unsloth}
+    contenders = {
+        "ours": ours,
+        "plain": plain,
+        "trl": trl,
+        "trl-fast": trl_fast,
+        "unsloth": unsloth,
+        "unsloth-packed": unsloth_packed,
+    }
     contenders[spec["name"]](spec, clock)
     if os.environ.get("RANK", "0") == "0":
         Path(spec["out"]).write_text(

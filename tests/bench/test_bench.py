@@ -1,11 +1,13 @@
 """The benchmark: what it counts, and that it measures."""
 
 import argparse
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import numpy as np
@@ -104,6 +106,50 @@ def test_it_measures_the_whole_job(tmp_path):
     wanted = {"imports", "base", "engine", "steps", "evaluation", "sample notes", "audit"}
     assert all(parts[name] > 0 for name in wanted) and measured["num_steps"] == 4
     assert "in all" in out.stdout
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_peers_tokens_are_counted_as_its_model_sees_them(bench, packed, monkeypatch, tmp_path):
+    """TRL on a CPU: real tokens of each step, and rows that whole examples fill."""
+    contenders = importlib.import_module("contenders")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contenders, "LONGEST", 64)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 64, 200)
+    examples = [
+        SimpleNamespace(input_ids=np.full(n, 5 + i), labels=np.full(n, 5 + i))
+        for i, n in enumerate(lengths)
+    ]
+    monkeypatch.setattr(contenders, "make_examples", lambda number, _: examples[:number])
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "loop" / "embedded" / "base")
+    clock = contenders.Clock()
+    spec = {"steps": 4, "micro": 4, "examples": 80, "vocab_size": 300}
+    contenders.train_with_trl(
+        spec, clock, model, tokenizer, packed=packed, gradient_checkpointing=False
+    )
+    assert len(clock.tokens) == 4
+    if packed:  # 2 rows of 4 x 64 tokens a step; the random order may take the last, emptier row
+        assert clock.micro_batch[0] == 1 and max(clock.tokens) <= 512
+        assert np.median(clock.tokens) > 0.97 * 512
+    else:
+        assert clock.micro_batch[0] == 4 and sum(clock.tokens) == lengths[:32].sum()
+
+
+@pytest.mark.parametrize("peer", ["llama", "trl:0", "unsloth:", "trl:x"])
+def test_an_unknown_peer_is_one_line(bench, peer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--peer", peer])
+    with pytest.raises(SystemExit, match="2"):
+        bench["parse_args"]()
+    assert f"and rows as in trl:8, not: {peer}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def make_clone(folder):
         (loop / package / "__init__.py").touch()
     for name in ("launch.sh", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "setup", folder / "setup")
     for name in COPIED:
         shutil.copy(ROOT / "loop" / name, loop / name)
     (loop / "commands" / "train.py").write_text(TOY)
@@ -435,16 +436,19 @@ def test_python_reads_the_same_file_as_loop_train(clone):
     assert [line for line in events(clone, "none") if line.startswith("args")] == ["args a=b"]
 
 
-# A stand-in for Python that makes a "venv" holding itself and only notes what pip is asked for.
+# A stand-in for Python that makes a "venv" holding itself and only notes what pip is asked for: the
+# words, and the packages of a file that is the last word.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
+  *platform*) echo "${FAKE_MACHINE:-3.12 x86_64}" ;;
   -c*) exit "${FAKE_OLD:-0}" ;;
   --version) echo "Python 3.99.0" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$FAKE_LOG" ;;
   "-m pip "*)
-    echo "$*" >>"$FAKE_LOG"
+    packages=$(grep -so '^[a-z][^=;]*==[^ ]*' "${!#}" | tr '\\n' ' ') || true
+    echo "$* $packages" >>"$FAKE_LOG"
     sleep "${FAKE_SLEEP:-0}"
-    [[ "$*" != *"${FAKE_FAILS:-no such package}"* ]] ;;
+    [[ "$* $packages" != *"${FAKE_FAILS:-no such package}"* ]] ;;
 esac
 """
 
@@ -461,26 +465,31 @@ def new_clone(clone):
         return start(clone, "setup", PYTHON=str(python), LOOP_PYTHON=None, FAKE_LOG=str(log), **env)
 
     def calls():
+        """The last packages of each call, without their versions."""
         lines = log.read_text().splitlines() if log.exists() else []
-        return [line.split("constraints.txt ")[-1].split()[-1] for line in lines]
+        return [line.split()[-1].split("==")[0] for line in lines]
 
     return set_up, calls
 
 
-ALL = ["venv", "ninja", "deepspeed", "constraints.txt"]
+ALL = ["venv", "torch", "yarl", "rouge-score"]
 
 
-def last_words(calls):
-    return [Path(word).name for word in calls()]
-
-
-def test_set_up_installs_torch_first_and_only_once(clone, new_clone):
+def test_set_up_installs_what_is_locked_and_only_once(clone, new_clone):
     set_up, calls = new_clone
-    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL
+    assert ends_within(set_up(), 10) == 0 and calls() == ALL
+    _, *lines = (clone / "pip.log").read_text().splitlines()
+    assert all("--require-hashes --no-deps" in line for line in lines)
+    torch, rest, source = (dict.fromkeys(re.findall(r"(\S+)==", line)) for line in lines)
+    assert [*torch] == ["torch"] and [*source] == ["deepspeed", "rouge-score"]
+    locked = re.findall("^([a-z0-9-]+)==", (clone / "setup" / "packages.txt").read_text(), re.M)
+    cuda = {name for name in locked if name.startswith(("nvidia-", "cuda-"))} | {"triton"}
+    assert rest.keys() | torch.keys() | source.keys() | cuda == set(locked)
+    assert len(cuda) > 10 and not cuda & rest.keys()
     assert ends_within(set_up(), 10) == 0 and calls() == []
-    with open(clone / "constraints.txt", "a") as file:
-        file.write("one-more==1\n")
-    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL[1:]
+    with open(clone / "setup" / "packages.txt", "a") as file:
+        file.write("zipp==1 \\\n")
+    assert ends_within(set_up(), 10) == 0 and calls() == ["torch", "zipp", "rouge-score"]
 
 
 def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
@@ -490,28 +499,35 @@ def test_torchs_build_for_cpus_is_taken_where_no_gpu_is(clone, new_clone):
     driver.write_text("#!/usr/bin/env bash\necho 'GPU 0: L4 (UUID: 1)'\n")
     driver.chmod(0o755)
     with_gpu = {"PATH": f"{driver.parent}:{os.environ['PATH']}"}
-    for env, says, index in (
-        ({"PATH": "/usr/bin:/bin"}, "for CPUs", r"--extra-index-url \S+/cpu torch "),
-        (with_gpu, "PyTorch ...", "constraints.txt torch "),
-        (with_gpu | {"LOOP_TORCH_INDEX": "file:///x"}, "PyTorch ...", "-url file:///x torch "),
-        ({"LOOP_TORCH_INDEX": ""}, "PyTorch ...", "constraints.txt torch "),
+    without = {"PATH": "/usr/bin:/bin"}
+    for env, says, call in (
+        (without, "its build for CPUs", r"--extra-index-url \S+/cpu -r \S+ torch==\S+\+cpu$"),
+        (without | {"FAKE_MACHINE": "3.10 x86_64"}, "for GPUs", "triton"),
+        (without | {"FAKE_MACHINE": "3.12 aarch64"}, "for GPUs", "triton"),
+        (
+            with_gpu,
+            "its build for GPUs",
+            r"-r \S+ cuda-\S+ .*nvidia-\S+ .*torch==[\d.]+ triton==\S+$",
+        ),
+        (with_gpu | {"LOOP_TORCH_INDEX": "file:///x"}, "of file:///x", "-url file:///x torch$"),
+        ({"LOOP_TORCH_INDEX": ""}, "its build for GPUs", "nvidia-"),
     ):
         shutil.rmtree(clone / ".venv", ignore_errors=True)
         out, _ = communicate(set_up(**env), 10)
-        (line,) = [line for line in (clone / "pip.log").read_text().splitlines() if "ninja" in line]
-        assert says in out and re.search(index, line), (out, line)
+        line = (clone / "pip.log").read_text().splitlines()[1].rstrip()
+        assert says in out and re.search(call, line), (out, line)
 
 
 def test_an_interrupted_set_up_is_repeated_from_the_start(new_clone):
     set_up, calls = new_clone
-    assert ends_within(set_up(FAKE_FAILS="deepspeed"), 10) == 1 and last_words(calls) == ALL[:3]
-    assert ends_within(set_up(), 10) == 0 and last_words(calls) == ALL
+    assert ends_within(set_up(FAKE_FAILS="deepspeed"), 10) == 2 and calls() == ALL
+    assert ends_within(set_up(), 10) == 0 and calls() == ALL
 
 
 def test_two_first_runs_at_once_set_up_once(new_clone):
     set_up, calls = new_clone
     both = [set_up(FAKE_SLEEP="0.3"), set_up(FAKE_SLEEP="0.3")]
-    assert [ends_within(process, 15) for process in both] == [0, 0] and last_words(calls) == ALL
+    assert [ends_within(process, 15) for process in both] == [0, 0] and calls() == ALL
 
 
 def test_an_old_python_is_refused(new_clone):
