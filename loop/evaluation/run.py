@@ -18,7 +18,6 @@ from ..data.dataset import load_examples
 from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
-from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.timeline import part
 from ..distributed.world import Ranks, init_distributed
@@ -27,10 +26,7 @@ from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
-from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model
-from ..model.quantization import compute_dtype
-from ..model.structure import attention_shape
+from ..model.build import build_trained
 from .baselines import rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
@@ -143,9 +139,11 @@ def evaluate_model(
     stop = StopRequest()
     dialogues = {id: dialogue_text(conversations[id]) for id in ids}
     with open_notes(config, options, sampled, dialogues, ranks) as kept:
-        engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
+        engine, packing = load_engine(
+            config, ds_config, model_config, options.adapter, examples, ranks
+        )
         report: dict = {
-            "figures": {"loss": measure_loss(config, engine, examples, ranks, stop)},
+            "figures": {"loss": measure_loss(engine, examples, packing, ranks, stop)},
             "examples": len(examples),
             "left out": dataset_report.rows - dataset_report.kept,
         }
@@ -220,37 +218,41 @@ def with_reference(config: Config, reference: str | None) -> Config:
     return config.model_copy(update={"data": data})
 
 
-@part("base")
-def load_engine(config: Config, ds_config: dict, model_config, adapter: str | None, ranks: Ranks):
-    """A ZeRO-3 engine with the base and an adapter. Every rank must call it.
+def load_engine(
+    config: Config,
+    ds_config: dict,
+    model_config,
+    adapter: str | None,
+    examples: list[Example],
+    ranks: Ranks,
+) -> tuple[Any, PackingSpec]:
+    """(a ZeRO-3 engine with the base and an adapter, how to pack examples for it).
+
+    Every rank must call it.
 
     Args:
         config: of the run.
         ds_config: of `build_ds_config`.
         model_config: the base's transformers configuration.
         adapter: a folder, or None for the base with a new adapter, which changes no output.
+        examples: which will be evaluated.
         ranks: all of them.
     """
-    seed_everything(
-        config.seed
-    )  # equal on all ranks, of which each holds a shard of LoRA's weights
-    backend, _ = choose_backend(
-        config.attention, ranks.device, compute_dtype(ds_config), attention_shape(model_config)
-    )
-    model = load_model(config, ds_config, ranks.device, backend, adapter=adapter)
-    return deepspeed.initialize(model=model, config=ds_config)[0]
+    supervised = sum(e.num_targets for e in examples) / max(1, sum(map(len, examples)))
+    model, max_tokens = build_trained(config, ds_config, model_config, adapter, supervised, ranks)
+    with part("engine"):
+        engine = deepspeed.initialize(model=model, config=ds_config)[0]
+    return engine, PackingSpec(max_tokens, config.max_seq_len)
 
 
 @part("evaluation")
 def measure_loss(
-    config: Config, engine, examples: list[Example], ranks: Ranks, stop: StopRequest
+    engine, examples: list[Example], packing: PackingSpec, ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:
     """The token-weighted loss in nats, with its interval, as a metric of a report.
 
     Raises EvaluationStopped.
     """
-    rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-    packing = PackingSpec(rows * config.max_seq_len, config.max_seq_len)
     losses = example_losses(engine, examples, packing, ranks, stop)
     if losses is None:
         raise EvaluationStopped(f"stopped{_why(stop)} before the first new note; {GOES_ON}")
