@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.batch_plan import PackingSpec
 from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
+from ..data.parallel import in_chunks, map_chunks
 from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
@@ -27,7 +29,7 @@ from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
 from ..model.build import build_trained
-from .baselines import rows_of, score_with_baselines
+from .baselines import ROWS_AT_A_TIME, rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
 from .scoring import Row, as_table, flagged, interval, ratio, section_of
@@ -94,10 +96,10 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
-        report["unsupported"] = list_unsupported(rows, config.task)
         if ranks.is_main:
-            report["challenge"] = challenge(
-                (r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]
+            report["unsupported"] = list_unsupported(rows, config.task)
+            report["challenge"] = challenge_all(
+                [(r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]]
             )
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
@@ -117,7 +119,20 @@ def challenge_split(config: Config, options: EvaluationOptions) -> dict[str, lis
     check_options(config, options)
     conversations = read_split(with_reference(config, options.reference), options.split)[0]
     chosen = conversations[: options.num_notes]
-    return challenge((dialogue_text(c), note_text(c)) for c in chosen)
+    return challenge_all([(dialogue_text(c), note_text(c)) for c in chosen])
+
+
+def challenge_all(pairs: list[tuple[str, str]]) -> dict[str, list[int]]:
+    """As `challenge`, on all cores."""
+    total: dict[str, list[int]] = {}
+    for counts in map_chunks(_challenge_some, in_chunks(list(enumerate(pairs)), 1)):
+        for kind, count in counts.items():
+            total[kind] = [a + b for a, b in zip(total.get(kind, [0, 0]), count)]
+    return total
+
+
+def _challenge_some(pairs: list[tuple[int, tuple[str, str]]]) -> dict[str, list[int]]:
+    return challenge([pair for _, pair in pairs], first=pairs[0][0])
 
 
 def evaluate_model(
@@ -317,6 +332,14 @@ def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list
     Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
     contradictions come first. A claim is written as its place: its words are the note's.
     """
+    found: dict[str, list[str]] = {}
+    unsupported = functools.partial(_unsupported, task)
+    for some in map_chunks(unsupported, in_chunks(rows, ROWS_AT_A_TIME)):
+        found |= some
+    return found
+
+
+def _unsupported(task: TaskConfig, rows: list[Row]) -> dict[str, list[str]]:
     found = {}
     for row in rows:
         lines = {}
