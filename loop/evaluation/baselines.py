@@ -84,7 +84,8 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     is the first.
     """
     number: dict[str, int] = {}  # of each word, as it first occurs
-    words, counts = [], []  # of one text after the other
+    words: list[int] = []  # of one text after the other, each once
+    counts: list[int] = []  # how often the text has it
     sizes = []  # of texts, in distinct words
     for text in corpus:
         count = _count_words(text)
@@ -95,7 +96,7 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     frequency = np.bincount(word, minlength=len(number))  # texts that hold the word
     idf = np.array([math.log(len(corpus) / n) for n in frequency.tolist()])
     log = np.array([0.0, *(1 + math.log(n) for n in range(1, max(counts, default=0) + 1))])
-    weights = log[counts] * idf[word]
+    weights = log[np.array(counts, np.int64)] * idf[word]
     norms = np.sqrt(np.bincount(text_of, weights * weights, len(corpus)))
     norms[norms == 0] = 1.0
     by_word = np.argsort(word, kind="stable")
