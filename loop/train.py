@@ -187,7 +187,7 @@ def train(
                 suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
-            prepare_audit(config, ranks, state.step == len(plan))
+            prepare_audit(config, ranks, len(plan) - state.step)
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:
                 stopping |= not validator.run(state, skip=stopping or state.diverged)
             checkpointer.save_if_due(engine, state, stopping, logger)

@@ -1,18 +1,23 @@
-"""bitsandbytes, imported in half the time.
+"""bitsandbytes and DeepSpeed, imported without torch's compiler.
 
-What: while it is imported, `torch.compile` of a function returns one that compiles when it is
+What: while they are imported, `torch.compile` of a function returns one that compiles when it is
 called.
-Why: bitsandbytes compiles stand-ins for machines without its own kernels as it is imported. That
-alone loads torch's whole compiler, a fifth of a run's imports, and no run calls them.
-Seen: bitsandbytes 0.50.2.
+Why: bitsandbytes compiles stand-ins for machines without its own kernels as it is imported, and
+DeepSpeed a part of the Muon optimizer as an engine is made. Either loads torch's whole compiler,
+which takes as long as half of a run's other imports, and no run calls these functions.
+Seen: bitsandbytes 0.50.2, DeepSpeed 0.19.8.
 
-To be imported before whatever imports bitsandbytes; later it does nothing.
+To be imported before whatever imports bitsandbytes; later it does nothing for that.
 """
 
+import contextlib
 import functools
+import importlib
 from unittest import mock
 
 import torch
+
+COMPILING = ("bitsandbytes", "deepspeed.runtime.zero.muon.original_muon")
 
 
 def compile_late(function=None, **options):
@@ -25,4 +30,6 @@ def compile_late(function=None, **options):
 
 _compile = torch.compile
 with mock.patch.object(torch, "compile", compile_late):
-    import bitsandbytes  # noqa: F401
+    for name in COMPILING:
+        with contextlib.suppress(ImportError):  # of another version; who needs it says so
+            importlib.import_module(name)

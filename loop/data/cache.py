@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
-from ..distributed.files import fsync
 from .report import DatasetReport
 from .sources.locations import digest_sources
 from .tokenization import Example
@@ -140,10 +139,9 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
     }
     unfinished = path.with_suffix(".writing")
     with contextlib.suppress(OSError, SafetensorError):
+        # Not forced onto the disk: a file that a crash leaves half written has another hash.
         save_file(tensors, unfinished, metadata={"sha256": content_hash(*tensors.values())})
-        fsync(unfinished)
         unfinished.rename(path)
-        fsync(path.parent)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:
             old.unlink()

@@ -1,7 +1,8 @@
 """One function for many chunks of rows, on all cores: by forked processes, which are read in order.
 
-A fork has all that this process has read, so only results travel. Where a process dies, or cannot
-be started, this one does what is missing.
+A fork has all that this process has read, so only results travel. It computes on the CPU alone, so
+an open GPU does not matter, as in torch's own loaders. Where a process dies, or cannot be started,
+this one does what is missing.
 """
 
 import contextlib
@@ -28,18 +29,24 @@ R = TypeVar("R")
 _task: tuple[Callable[[Any], Any], list[Any]]  # of a forked process
 
 
-def in_chunks(rows: list[T]) -> list[list[T]]:
-    """The rows, CHUNK at a time."""
-    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+def in_chunks(rows: list[T], size: int | None = None) -> list[list[T]]:
+    """The rows, so many at a time; None: CHUNK."""
+    size = size or CHUNK
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def map_chunks(function: Callable[[list[T]], R], chunks: list[list[T]]) -> Iterator[R]:
+def map_chunks(
+    function: Callable[[list[T]], R], chunks: list[list[T]], on_all_ranks: bool = False
+) -> Iterator[R]:
     """`function` of each chunk, in order. It raises what the first chunk that fails raises.
 
-    function: depends on its chunk alone; what it returns, and its errors, must be picklable.
+    Args:
+        function: depends on its chunk alone; what it returns, and its errors, must be picklable.
+        on_all_ranks: all ranks of this machine call it at once, and share the cores.
     """
     done = 0
-    processes = count_processes(len(chunks))
+    sharing = int(os.environ.get("LOCAL_SIZE", 1)) if on_all_ranks else 1
+    processes = count_processes(len(chunks), sharing)
     if processes > 1:
         with contextlib.suppress(BrokenProcessPool, OSError):
             for result in _map_in_forks(function, chunks, processes):
@@ -49,12 +56,12 @@ def map_chunks(function: Callable[[list[T]], R], chunks: list[list[T]]) -> Itera
         yield function(chunk)
 
 
-def count_processes(num_chunks: int) -> int:
-    """How many are worth starting; 1 where forks are none, or unsafe beside an open GPU."""
-    if not sys.platform.startswith("linux") or torch.cuda.is_initialized():
+def count_processes(num_chunks: int, sharing: int = 1) -> int:
+    """How many are worth starting, of so many that share the cores; 1 where there is no fork."""
+    if not sys.platform.startswith("linux") or num_chunks < FEWEST_CHUNKS:
         return 1
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, num_chunks) if num_chunks >= FEWEST_CHUNKS else 1
+    cores = len(os.sched_getaffinity(0)) // sharing
+    return max(1, min(cores, num_chunks))
 
 
 def _map_in_forks(function, chunks: list, processes: int) -> Iterator:

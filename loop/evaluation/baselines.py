@@ -5,6 +5,8 @@ dialogue. The reference taken as the note is the best that can be reached.
 """
 
 import collections
+import functools
+import itertools
 import math
 import re
 
@@ -12,11 +14,14 @@ import numpy as np
 
 from ..config.schema import TaskConfig
 from ..data.conversations import Conversation, dialogue_text, note_text
+from ..data.parallel import in_chunks, map_chunks
 from ..data.soap import SOAP
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..generation.decode import Note
 from .scoring import Row, score_note, summarise
+
+ROWS_AT_A_TIME = 2  # that a process scores; a long note takes a second
 
 
 def score_with_baselines(
@@ -47,14 +52,21 @@ def score_with_baselines(
         ]
     systems["dialogue"] = [row._replace(note=row.dialogue, ended=None) for row in mine]
     systems["reference"] = [row._replace(note=row.reference, ended=None) for row in mine]
-    shards = ranks.all_gather_json(
-        {name: [score_note(row, task) for row in system] for name, system in systems.items()}
-    )
+    by_row = list(zip(*systems.values()))  # so a dialogue is read once
+    score = functools.partial(_score_rows, task)
+    found = map_chunks(score, in_chunks(by_row, ROWS_AT_A_TIME), on_all_ranks=True)
+    scored = itertools.chain.from_iterable(found)
+    shards = ranks.all_gather_json(dict(zip(systems, map(list, zip(*scored)))))
     scores = {
         name: [shards[i % ranks.world_size][name][i // ranks.world_size] for i in range(len(rows))]
         for name in systems
     }
     return rows, summarise(scores, task)
+
+
+def _score_rows(task: TaskConfig, rows: list[tuple[Row, ...]]) -> list[list[dict]]:
+    """The scores of each system's note, for each row."""
+    return [[score_note(row, task) for row in systems] for systems in rows]
 
 
 def rows_of(conversations: list[Conversation], notes: dict[str, Note]) -> list[Row]:
@@ -71,31 +83,33 @@ def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     The weight of a word is (1 + log tf) log(n / df), for n texts in the corpus. Of equal texts it
     is the first.
     """
-    counts = [_count_words(text) for text in corpus]
-    document_frequency = collections.Counter(word for count in counts for word in count)
-    idf = {word: math.log(len(corpus) / n) for word, n in document_frequency.items()}
-    # word -> (the texts that hold it, its weight in each)
-    postings: dict[str, tuple[list[int], list[float]]] = collections.defaultdict(lambda: ([], []))
-    norms = np.ones(len(corpus))
-    for i, count in enumerate(counts):
-        weights = {word: (1 + math.log(n)) * idf[word] for word, n in count.items()}
-        norms[i] = math.sqrt(sum(w * w for w in weights.values())) or 1.0
-        for word, weight in weights.items():
-            ids, id_weights = postings[word]
-            ids.append(i)
-            id_weights.append(weight)
-    arrays = {
-        word: (np.array(ids), np.array(weights))
-        for word, (ids, weights) in postings.items()
-        if idf[word]
-    }
+    number: dict[str, int] = {}  # of each word, as it first occurs
+    words: list[int] = []  # of one text after the other, each once
+    counts: list[int] = []  # how often the text has it
+    sizes = []  # of texts, in distinct words
+    for text in corpus:
+        count = _count_words(text)
+        words += [number.setdefault(word, len(number)) for word in count]
+        counts += count.values()
+        sizes.append(len(count))
+    word, text_of = np.array(words, np.int64), np.repeat(np.arange(len(corpus)), sizes)
+    frequency = np.bincount(word, minlength=len(number))  # texts that hold the word
+    idf = np.array([math.log(len(corpus) / n) for n in frequency.tolist()])
+    log = np.array([0.0, *(1 + math.log(n) for n in range(1, max(counts, default=0) + 1))])
+    weights = log[np.array(counts, np.int64)] * idf[word]
+    norms = np.sqrt(np.bincount(text_of, weights * weights, len(corpus)))
+    norms[norms == 0] = 1.0
+    by_word = np.argsort(word, kind="stable")
+    ends = np.cumsum(frequency)
+    text_of, weights = text_of[by_word], weights[by_word]
     best = []
     for query in queries:
         dots = np.zeros(len(corpus))  # the query's own norm changes no order
-        for word, n in _count_words(query).items():
-            if word in arrays:
-                text_ids, text_weights = arrays[word]
-                dots[text_ids] += (1 + math.log(n)) * idf[word] * text_weights
+        for name, n in _count_words(query).items():
+            i = number.get(name)
+            if i is not None and idf[i]:
+                postings = slice(ends[i] - frequency[i], ends[i])
+                dots[text_of[postings]] += (1 + math.log(n)) * idf[i] * weights[postings]
         best.append(int((dots / norms).argmax()))
     return best
 

@@ -27,7 +27,8 @@ def example_losses(
     lengths = np.array([len(e) for e in examples])
     was_training = engine.module.training
     engine.module.eval()
-    found: list[tuple[np.ndarray, torch.Tensor]] = []
+    order: list[int] = []  # of the examples in `sums`
+    sums: list[torch.Tensor] = []
     plan = plan_batches(lengths, packing.max_tokens * ranks.world_size, seed=0)
     for step in track(range(len(plan)), "evaluating", "batches"):
         set_activity(f"evaluating, batch {step + 1} of {len(plan)}")
@@ -37,12 +38,11 @@ def example_losses(
         for ids in split_step(plan[step], lengths, ranks.world_size, packing)[ranks.rank]:
             batch = collate([examples[i] for i in ids], packing).to(ranks.device)
             logits = engine.module(**batch.model_inputs()).logits  # [1, N, V]
-            found.append((ids, document_losses(logits, batch)[: len(ids)]))
+            order += ids
+            sums.append(document_losses(logits, batch)[: len(ids)])
     engine.module.train(was_training)
     totals = np.zeros((len(examples), 2))
-    if found:  # read at the end: a GPU need not wait for the next batch
-        ids, sums = zip(*found)
-        totals[np.concatenate(ids)] = torch.cat(sums).cpu().numpy()
+    totals[order] = torch.cat(sums).cpu().numpy()  # at the end: a GPU need not wait between batches
     return np.array(ranks.sum_scalars(*totals.flatten())).reshape(-1, 2)
 
 

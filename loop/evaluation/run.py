@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ from ..config.schema import Config, ConfigError, TaskConfig
 from ..data.batch_plan import PackingSpec
 from ..data.conversations import Conversation, dialogue_text, note_text, read_split
 from ..data.dataset import load_examples
+from ..data.parallel import in_chunks, map_chunks
 from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
-from ..distributed.seeding import seed_everything
 from ..distributed.stop import StopRequest
 from ..distributed.timeline import part
 from ..distributed.world import Ranks, init_distributed
@@ -27,11 +28,8 @@ from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
 from ..generation.sharded import generate_sharded, prompt_of
-from ..kernels.attention_backends import choose_backend
-from ..model.loading import load_model
-from ..model.quantization import compute_dtype
-from ..model.structure import attention_shape
-from .baselines import rows_of, score_with_baselines
+from ..model.build import build_trained
+from .baselines import ROWS_AT_A_TIME, rows_of, score_with_baselines
 from .html_report import write_page
 from .loss import example_losses
 from .scoring import Row, as_table, flagged, interval, ratio, section_of
@@ -98,10 +96,10 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
         rows, metrics = score_with_baselines(chosen, notes, train, ranks, config.task)
         report["notes"] = len(ids)
         report["figures"] |= metrics
-        report["unsupported"] = list_unsupported(rows, config.task)
         if ranks.is_main:
-            report["challenge"] = challenge(
-                (r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]
+            report["unsupported"] = list_unsupported(rows, config.task)
+            report["challenge"] = challenge_all(
+                [(r.dialogue, r.reference) for r in rows[:MOST_CHALLENGED]]
             )
         if options.html and ranks.is_main:
             title = f"{options.split}, {len(ids)} notes"
@@ -121,7 +119,20 @@ def challenge_split(config: Config, options: EvaluationOptions) -> dict[str, lis
     check_options(config, options)
     conversations = read_split(with_reference(config, options.reference), options.split)[0]
     chosen = conversations[: options.num_notes]
-    return challenge((dialogue_text(c), note_text(c)) for c in chosen)
+    return challenge_all([(dialogue_text(c), note_text(c)) for c in chosen])
+
+
+def challenge_all(pairs: list[tuple[str, str]]) -> dict[str, list[int]]:
+    """As `challenge`, on all cores."""
+    total: dict[str, list[int]] = {}
+    for counts in map_chunks(_challenge_some, in_chunks(list(enumerate(pairs)), 1)):
+        for kind, count in counts.items():
+            total[kind] = [a + b for a, b in zip(total.get(kind, [0, 0]), count)]
+    return total
+
+
+def _challenge_some(pairs: list[tuple[int, tuple[str, str]]]) -> dict[str, list[int]]:
+    return challenge([pair for _, pair in pairs], first=pairs[0][0])
 
 
 def evaluate_model(
@@ -143,9 +154,11 @@ def evaluate_model(
     stop = StopRequest()
     dialogues = {id: dialogue_text(conversations[id]) for id in ids}
     with open_notes(config, options, sampled, dialogues, ranks) as kept:
-        engine = load_engine(config, ds_config, model_config, options.adapter, ranks)
+        engine, packing = load_engine(
+            config, ds_config, model_config, options.adapter, examples, ranks
+        )
         report: dict = {
-            "figures": {"loss": measure_loss(config, engine, examples, ranks, stop)},
+            "figures": {"loss": measure_loss(engine, examples, packing, ranks, stop)},
             "examples": len(examples),
             "left out": dataset_report.rows - dataset_report.kept,
         }
@@ -220,37 +233,41 @@ def with_reference(config: Config, reference: str | None) -> Config:
     return config.model_copy(update={"data": data})
 
 
-@part("base")
-def load_engine(config: Config, ds_config: dict, model_config, adapter: str | None, ranks: Ranks):
-    """A ZeRO-3 engine with the base and an adapter. Every rank must call it.
+def load_engine(
+    config: Config,
+    ds_config: dict,
+    model_config,
+    adapter: str | None,
+    examples: list[Example],
+    ranks: Ranks,
+) -> tuple[Any, PackingSpec]:
+    """(a ZeRO-3 engine with the base and an adapter, how to pack examples for it).
+
+    Every rank must call it.
 
     Args:
         config: of the run.
         ds_config: of `build_ds_config`.
         model_config: the base's transformers configuration.
         adapter: a folder, or None for the base with a new adapter, which changes no output.
+        examples: which will be evaluated.
         ranks: all of them.
     """
-    seed_everything(
-        config.seed
-    )  # equal on all ranks, of which each holds a shard of LoRA's weights
-    backend, _ = choose_backend(
-        config.attention, ranks.device, compute_dtype(ds_config), attention_shape(model_config)
-    )
-    model = load_model(config, ds_config, ranks.device, backend, adapter=adapter)
-    return deepspeed.initialize(model=model, config=ds_config)[0]
+    supervised = sum(e.num_targets for e in examples) / max(1, sum(map(len, examples)))
+    model, max_tokens = build_trained(config, ds_config, model_config, adapter, supervised, ranks)
+    with part("engine"):
+        engine = deepspeed.initialize(model=model, config=ds_config)[0]
+    return engine, PackingSpec(max_tokens, config.max_seq_len)
 
 
 @part("evaluation")
 def measure_loss(
-    config: Config, engine, examples: list[Example], ranks: Ranks, stop: StopRequest
+    engine, examples: list[Example], packing: PackingSpec, ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:
     """The token-weighted loss in nats, with its interval, as a metric of a report.
 
     Raises EvaluationStopped.
     """
-    rows = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-    packing = PackingSpec(rows * config.max_seq_len, config.max_seq_len)
     losses = example_losses(engine, examples, packing, ranks, stop)
     if losses is None:
         raise EvaluationStopped(f"stopped{_why(stop)} before the first new note; {GOES_ON}")
@@ -315,6 +332,14 @@ def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list
     Each is written as "verdict, kind: value [section]", with "critical" before what may harm;
     contradictions come first. A claim is written as its place: its words are the note's.
     """
+    found: dict[str, list[str]] = {}
+    unsupported = functools.partial(_unsupported, task)
+    for some in map_chunks(unsupported, in_chunks(rows, ROWS_AT_A_TIME)):
+        found |= some
+    return found
+
+
+def _unsupported(task: TaskConfig, rows: list[Row]) -> dict[str, list[str]]:
     found = {}
     for row in rows:
         lines = {}

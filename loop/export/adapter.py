@@ -1,7 +1,10 @@
 """What a run exports: an adapter in PEFT's own format, or with method=full a model folder."""
 
 import json
+import math
 import shutil
+import time
+from collections import deque
 from pathlib import Path
 
 import deepspeed
@@ -37,11 +40,21 @@ from .audit import (
 )
 from .card import TRAINED, describe_run, write_papers
 
+IMPORT_SECONDS = 20  # of the audit's process, and what it has in reserve
 
-def prepare_audit(config: Config, ranks: Ranks, last_step: bool) -> None:
-    """After the last step: starts the audit's process while the last validation runs."""
-    audited = config.run.export != "none" and config.run.export_check_examples
-    if last_step and audited and ranks.is_main:
+_steps_ended: deque[float] = deque(maxlen=4)  # when, of the last ones
+
+
+def prepare_audit(config: Config, ranks: Ranks, steps_left: int) -> None:
+    """Starts the audit's process while the last steps and the last validation run.
+
+    To be called after each step. The process imports its libraries until then, for some seconds.
+    """
+    _steps_ended.append(time.monotonic())
+    ends = list(_steps_ended)
+    step_seconds = min((b - a for a, b in zip(ends, ends[1:])), default=math.inf)
+    near = steps_left == 0 or steps_left * step_seconds <= IMPORT_SECONDS
+    if near and ranks.is_main and config.run.export != "none" and config.run.export_check_examples:
         start_standalone_process()
 
 

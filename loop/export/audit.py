@@ -213,8 +213,11 @@ _started: list[subprocess.Popen] = []  # the process that waits for its request,
 def start_standalone_process() -> None:
     """Starts the process of `standalone_loss` ahead of time, so that its imports are done by then.
 
-    It takes neither a GPU nor a core while it waits, and ends when this process does.
+    It takes neither a GPU nor a core while it waits, and ends when this process does. Where one
+    waits already, nothing happens.
     """
+    if _started:
+        return
     script = Path(__file__).with_name("standalone_loss.py").read_text("utf-8")
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     _started.append(
@@ -248,8 +251,7 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     # By a pipe: patients' words stay off the disk.
     rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
     try:
-        if not _started:
-            start_standalone_process()
+        start_standalone_process()
         process = _started[-1]
         request = json.dumps([str(folder.absolute()), str(device), rows])
         with Progress("checking the export in a process of its own"):

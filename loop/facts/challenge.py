@@ -220,14 +220,16 @@ def corrupt(note: str, dialogue: str, seed: int) -> Iterator[Corruption]:
             yield Corruption(kind, changed)
 
 
-def challenge(pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+def challenge(pairs: Iterable[tuple[str, str]], first: int = 0) -> dict[str, list[int]]:
     """{kind: [corruptions noticed, corruptions]} of notes that are right, and FALSE_ALARMS.
 
     A corruption is noticed where the scorer flags more than in the note as it was. FALSE_ALARMS are
-    [flagged, stated] of the notes as they are, claims left out. pairs: (dialogue, note).
+    [flagged, stated] of the notes as they are, claims left out.
+
+    pairs: (dialogue, note). first: the number of the first pair, which decides what is drawn.
     """
     counts = {kind: [0, 0] for kind in (*KINDS, FALSE_ALARMS)}
-    for number, (dialogue, note) in enumerate(pairs):
+    for number, (dialogue, note) in enumerate(pairs, first):
         before, claims_before = _flags(dialogue, note)
         counts[FALSE_ALARMS][0] += len(before)
         counts[FALSE_ALARMS][1] += sum(

@@ -105,6 +105,39 @@ def build_model(
     )
 
 
+@part("base")
+def build_trained(
+    config: Config,
+    ds_config: dict,
+    model_config,
+    adapter: str | None,
+    supervised_fraction: float,
+    ranks: Ranks,
+) -> tuple[nn.Module, int]:
+    """(the base with an adapter, the tokens of a micro-batch), to be evaluated as in its run.
+
+    Every rank must call it. Raises what `build_model` raises.
+
+    Args:
+        adapter: a folder, or None for a new one, which changes no output.
+        supervised_fraction: of the tokens that will be evaluated.
+    """
+    dtype = compute_dtype(ds_config)
+    with part("kernel tests"):
+        shape = attention_shape(model_config)
+        backend, _ = choose_backend(config.attention, ranks.device, dtype, shape)
+        fused, _ = choose_fused_layers(config, dtype, ranks)
+    # Equal on all ranks: each holds a shard of LoRA's weights.
+    seed_everything(config.seed)
+    model = load_model(config, ds_config, ranks.device, backend, adapter=adapter)
+    run = RunShape(ranks.world_size, fused, supervised_fraction)
+    if fused:
+        run, _ = fuse_layers(config, model, run, free_gpu_bytes(0, 0, ranks), ranks)
+    free_bytes = free_gpu_bytes(0, 0, ranks)
+    rows, _ = choose_micro_batch(config, ds_config, model_config, run, free_bytes)
+    return model, rows * config.max_seq_len
+
+
 def fuse_layers(
     config: Config, model: nn.Module, run: RunShape, free_bytes: int | None, ranks: Ranks
 ) -> tuple[RunShape, set[str]]:

@@ -24,7 +24,7 @@ CHUNKS = [[i, i + 1] for i in range(0, 20, 2)]
 @pytest.fixture(params=[1, 3])
 def processes(request, monkeypatch):
     monkeypatch.setattr(parallel, "CHUNK", 16)
-    monkeypatch.setattr(parallel, "count_processes", lambda num_chunks: request.param)
+    monkeypatch.setattr(parallel, "count_processes", lambda *_: request.param)
     return request.param
 
 
@@ -52,7 +52,7 @@ def test_examples_report_and_cache_file_are_the_same_to_the_byte(tmp_path, monke
     written = []
     for processes in (1, 3):
         monkeypatch.setattr(parallel, "CHUNK", 16)
-        monkeypatch.setattr(parallel, "count_processes", lambda num_chunks: processes)
+        monkeypatch.setattr(parallel, "count_processes", lambda *_: processes)
         examples, report = prepare(tmp_path)
         path = tmp_path / f"{processes}.safetensors"
         write_cache(path, examples, report)
@@ -84,7 +84,7 @@ def test_results_come_in_order_and_errors_with_them(processes):
 
 
 def test_work_is_done_where_processes_die(monkeypatch):
-    monkeypatch.setattr(parallel, "count_processes", lambda num_chunks: 2)
+    monkeypatch.setattr(parallel, "count_processes", lambda *_: 2)
     this = os.getpid()
 
     def die_in_a_fork(chunk):
@@ -97,4 +97,15 @@ def test_work_is_done_where_processes_die(monkeypatch):
 
 def test_few_rows_are_not_worth_processes():
     assert parallel.count_processes(parallel.FEWEST_CHUNKS - 1) == 1
-    assert parallel.count_processes(1000) == min(1000, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    assert parallel.count_processes(1000) == min(1000, cores)
+    assert parallel.count_processes(1000, sharing=cores) == 1
+
+
+def test_ranks_that_work_at_once_share_the_cores(monkeypatch):
+    shared = []
+    monkeypatch.setattr(parallel, "count_processes", lambda n, sharing: shared.append(sharing) or 1)
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    for on_all_ranks in (False, True):
+        assert list(parallel.map_chunks(sum, CHUNKS, on_all_ranks)) == list(map(sum, CHUNKS))
+    assert shared == [1, 8]

@@ -6,10 +6,12 @@ The right one gives the run's loss to a stranger.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import ROOT
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +19,7 @@ from loop.commands import train
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
-from loop.export import audit
+from loop.export import adapter, audit
 from loop.export.audit import (
     WEIGHTS,
     AuditError,
@@ -267,3 +269,19 @@ def test_a_loss_is_right_within_a_hundredth_or_a_thousandth_of_a_nat(
     else:
         with pytest.raises(AuditError, match="gets the loss"):
             audit_loss(Path("x"), [], run_loss, "cpu")
+
+
+@pytest.mark.parametrize(("step_seconds", "first"), [(2.0, 10), (30.0, 0), (0.1, 14)])
+def test_the_process_starts_as_long_before_the_end_as_its_imports_take(
+    monkeypatch, step_seconds, first
+):
+    """An evaluation between two steps, here of a minute, makes no step longer."""
+    clock, started = [0.0], []
+    monkeypatch.setattr(adapter, "start_standalone_process", lambda: started.append(left))
+    monkeypatch.setattr(adapter.time, "monotonic", lambda: clock[0])
+    adapter._steps_ended.clear()
+    config = load_config(["--config", str(ROOT / "loop/configs/embedded.yaml")])
+    for left in range(15, -1, -1):
+        adapter.prepare_audit(config, SimpleNamespace(is_main=True), left)
+        clock[0] += step_seconds + 60 * (left == 12)
+    assert started[0] == first
