@@ -1,11 +1,14 @@
 """YAML as a configuration needs it: texts, numbers, true, false, null, lists, mappings with keys.
 
-YAML can also say dates, times of day, octal numbers, Python objects, keys that are no text, the same
-key twice, and by aliases a few lines can stand for gigabytes or for themselves. A date is a text
-here, and each of the others is one line of error.
+YAML can also say dates, times of day, octal numbers, Python objects, keys that are no text, the
+same key twice, and by aliases a few lines can stand for gigabytes or for themselves. A date is a
+text here, and each of the others is one line of error.
 """
 
+import errno
 import re
+import stat
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -55,6 +58,19 @@ PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+def read_small_file(path: Path) -> str:
+    """The text of a file of at most MOST_BYTES.
+
+    Raises OSError, also for a pipe or a device, which may never end; UnicodeDecodeError.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "is not a file")
+    if about.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes")
+    return path.read_text("utf-8")
 
 
 def read_yaml(text: str) -> Any:

@@ -25,6 +25,7 @@ from loop.config.plain_yaml import read_yaml
 from loop.config.schema import Config, ConfigError
 from loop.data.cache import read_cache, write_cache
 from loop.data.dataset import load_examples
+from loop.data.sources.locations import locate, sources_of
 from loop.distributed.files import sha256
 from loop.model.loading import load_tokenizer
 
@@ -49,7 +50,9 @@ OVERRIDES = (
     "lora.rank_pattern={'(': 1}", "lora.layers_to_transform=x", "lora.task_type=X",
     "lora.r=1000000000", "lora.megatron_core=os", "batch_size=1e12", "batch_size=1000000000000",
     "epochs=1000000000", "run.name=../../x", "run.name=a/../../b", "\x1b[31mlr=1",
-    "lr=1:30", "max_steps=0100", "data.train=[[a]]", "betas=5", "seed=" + "9" * 400, "--config=", "max_seq_len=1e99",
+    "lr=1:30", "max_steps=0100", "data.train=[[a]]", "betas=5", "seed=" + "9" * 400,
+    "--config=", "--config=/dev/zero", "max_seq_len=1e99", "deepspeed=/dev/zero",
+    "data.train=/dev/zero",
 )  # fmt: skip
 SECTIONS = (
     {"zero_optimization": 5}, {"zero_optimization": {"stage": 3, "offload_optimizer": True}},
@@ -196,7 +199,9 @@ def test_configuration_bombs_end_a_command_in_one_line(config_file, tmp_path):
 def test_configuration_bombs_are_refused(config_file, tmp_path):
     for override in OVERRIDES:
         with pytest.raises(ConfigError):
-            build_ds_config(load_config(["--config", str(config_file), override]))
+            config = load_config(["--config", str(config_file), override])
+            build_ds_config(config)
+            locate(sources_of(config.data, "train")[0], "train")
     for change in SECTIONS:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
