@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from .device import uses_gpu
-from .plain_yaml import read_yaml
+from .plain_yaml import read_small_file, read_yaml
 from .schema import ROOT, Config, ConfigError
 
 RENAMED = {  # old key -> its name now
@@ -93,7 +93,7 @@ def printable(text: str, most: int = 600) -> str:
 def read_config_file(path: Path) -> dict[str, Any]:
     """The YAML mapping in a file, with keys under their names of today. Raises ConfigError."""
     try:
-        tree = read_yaml(path.read_text("utf-8"))
+        tree = read_yaml(read_small_file(path))
         tree = {} if tree is None else tree
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error

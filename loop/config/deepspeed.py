@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from .cli import describe_first_mistake, printable, short
 from .device import has_fast_bf16
+from .plain_yaml import read_small_file
 from .schema import ROOT, Config, ConfigError
 
 OWNED_BY_THE_RUN = {  # DeepSpeed's key -> the keys of the run's configuration
@@ -53,7 +54,6 @@ SWITCHES = {
 }  # fmt: skip
 DTYPES = ("fp32", "fp16", "bf16")
 AUTO = {"enabled": "auto"}  # of bf16
-MOST_BYTES = 2**20
 QUANTIZED_WEIGHTS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 
 
@@ -66,11 +66,9 @@ def build_ds_config(config: Config, for_gpus: bool = False) -> dict[str, Any]:
     """
     path = ROOT / config.deepspeed  # an absolute path stays as it is
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES:,} bytes")
-        ds_config = json.loads(path.read_text("utf-8"), object_pairs_hook=_with_unique_keys)
+        ds_config = json.loads(read_small_file(path), object_pairs_hook=_with_unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        reason = printable(str(error).splitlines()[0])
+        reason = getattr(error, "strerror", None) or printable(str(error).splitlines()[0])
         raise ConfigError(f"deepspeed={printable(config.deepspeed)}: {reason}") from error
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path.name}: must hold one JSON object")

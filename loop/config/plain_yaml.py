@@ -1,9 +1,14 @@
 """YAML as a configuration needs it: texts, numbers, true, false, null, lists, mappings with keys.
 
-YAML can also say dates, Python objects, keys that are no text, the same key twice, and by aliases a
-few lines can stand for gigabytes or for themselves. Each of these is one line of error here.
+YAML can also say dates, times of day, octal numbers, Python objects, keys that are no text, the
+same key twice, and by aliases a few lines can stand for gigabytes or for themselves. A date is a
+text here, and each of the others is one line of error.
 """
 
+import errno
+import re
+import stat
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +16,7 @@ import yaml
 MOST_NODES = 10_000  # with every alias written out
 MOST_BYTES = 2**20
 MOST_DIGITS = 300
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+$|[0-9_]+:)")  # octal, and base 60, as in times of day
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -34,20 +40,37 @@ class PlainLoader(yaml.SafeLoader):
         return mapping
 
     def construct_yaml_int(self, node):
-        if len(node.value) > MOST_DIGITS:
-            raise _error(node, "a number of too many digits")
+        _check_digits(node)
         return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node):
+        _check_digits(node)
+        return super().construct_yaml_float(node)
 
     def construct_yaml_map(self, node):
         yield self.construct_mapping(node)
 
 
 PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
+PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_yaml_float)
 PlainLoader.add_constructor("tag:yaml.org,2002:map", PlainLoader.construct_yaml_map)
 PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+def read_small_file(path: Path) -> str:
+    """The text of a file of at most MOST_BYTES.
+
+    Raises OSError, also for a pipe or a device, which may never end; UnicodeDecodeError.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "is not a file")
+    if about.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes")
+    return path.read_text("utf-8")
 
 
 def read_yaml(text: str) -> Any:
@@ -86,6 +109,14 @@ def _count(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
         if size > MOST_NODES:
             raise _error(node, f"more than {MOST_NODES:,} values, aliases written out")
     return sizes[id(node)]
+
+
+def _check_digits(node: yaml.ScalarNode) -> None:
+    """Raises YAMLError for a number that is another one than it looks, or has too many digits."""
+    if len(node.value) > MOST_DIGITS:
+        raise _error(node, "a number of too many digits")
+    if OTHER_BASE.match(node.value):
+        raise _error(node, "YAML takes 1:30 as 90 and 010 as 8: write plain digits, or quotes")
 
 
 def _error(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

@@ -69,7 +69,7 @@ class Choice:
         A metric is missing where nothing was to be counted, such as facts in notes without any.
         """
         value = (figures or {}).get(self.key)
-        return value if value is not None and math.isfinite(value) else None
+        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
     def is_better(self, value: float | None, best: float | None) -> bool:
         """Whether a value beats the best one so far; None never does, nor does an equal one."""

@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..config.schema import ConfigError
 from ..distributed.progress import Progress, track
 from ..kernels.quantization import QUANTIZATIONS, find_quantization
-from ..untrusted.bases import read_model_config
+from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.partition import partition_module
 
 
@@ -102,7 +102,9 @@ def stream_base(
         quantization_config: of transformers; a base that is stored quantised brings its own.
         attention: a name that transformers knows.
     """
-    folder = fetch_base(location["pretrained_model_name_or_path"], revision)
+    base = location["pretrained_model_name_or_path"]
+    folder = fetch_base(base, revision)
+    check_base_folder(base, folder)
     model_config = read_model_config(location, revision)
     stored = getattr(model_config, "quantization_config", None)
     try:

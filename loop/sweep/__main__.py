@@ -28,32 +28,36 @@ class Runner:
         self.slots = gpus if len(gpus) > 1 and not sweep.takes_gpus else [""]
         self.running: dict[str, tuple[int, subprocess.Popen]] = {}  # by slot
         self.failed: dict[int, int] = {}
-        self.stopping = False
+        self.requests = 0  # to stop
+        self.passed_on: dict[int, int] = {}  # how many of them, by the pid of a run
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._stop)
+            signal.signal(number, self._count_request)
 
-    def _stop(self, number, frame) -> None:
-        """Passes the request on: the runs save and end; asked once more, they end at once."""
-        self.stopping = True
-        for _, process in self.running.values():
-            with contextlib.suppress(OSError):
-                process.terminate()
+    def _count_request(self, number, frame) -> None:
+        self.requests += 1
+
+    def _pass_on(self, process: subprocess.Popen) -> None:
+        """Asks a run to save and end, or to end at once where it was asked before."""
+        if self.passed_on.get(process.pid, 0) < self.requests:
+            self.passed_on[process.pid] = self.requests
+            process.terminate()
 
     def run(self) -> None:
         """Returns when all have ended, or when those that were running have, after a stop."""
         numbered = enumerate(self.sweep.runs)
         waiting = [(n, run) for n, run in numbered if not read_result(run).finished]
-        while self.running or (waiting and not self.stopping):
+        while self.running or (waiting and not self.requests):
             for slot in self.slots:
-                if waiting and slot not in self.running and not self.stopping:
+                if waiting and slot not in self.running and not self.requests:
                     number, run = waiting.pop(0)
                     self.running[slot] = (number, self._start(number, run, slot))
             for slot, (number, process) in list(self.running.items()):
                 code = process.poll()
                 if code is None:
+                    self._pass_on(process)
                     continue
                 del self.running[slot]
-                if code and not self.stopping:
+                if code and not self.requests:
                     self.failed[number] = code
                     name = self.sweep.runs[number].config.run.name
                     say(f"{name} failed with exit code {code}; the others go on")
@@ -72,6 +76,17 @@ class Runner:
             return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
+def make_folder(sweep: Sweep) -> None:
+    """Makes the folder of the sweep's runs. Raises ConfigError."""
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        sweep.folder.chmod(0o700)  # its runs are of patients' data
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir, run.name: {sweep.folder} cannot be made ({error.strerror})"
+        ) from error
+
+
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody need read it
         print(f"sweep: {text}", flush=True)
@@ -81,17 +96,19 @@ def main(argv: list[str] | None = None) -> None:
     """`[--gpus N] [--hostfile FILE] [--config FILE] key=a,b,... [key=value ...]`"""
     try:
         sweep = plan_sweep(sys.argv[1:] if argv is None else argv)
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-        sweep.folder.chmod(0o700)  # its runs are of patients' data
+        make_folder(sweep)
     except ConfigError as error:
         exit_with_config_error(error)
     gpus = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     runner = Runner(sweep, gpus)
     runner.run()
     results = [read_result(run) for run in sweep.runs]
-    write_results(sweep, results)
     print(as_table(sweep, results, runner.failed))
-    if runner.stopping:
+    try:
+        write_results(sweep, results)
+    except OSError as error:  # the table has been shown
+        say(f"sweep.json cannot be written ({error.strerror})")
+    if runner.requests:
         say("stopped; the same command goes on")
         sys.exit(STOPPED)
     sys.exit(1 if runner.failed else 0)

@@ -5,6 +5,8 @@ stay.
 """
 
 import itertools
+import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,10 @@ import yaml
 
 from ..config.cli import load_config, take_options
 from ..config.schema import Config, ConfigError
+from ..distributed.hosts import find_hosts
 
 MAX_NAME = 150  # characters of a run's name
+MOST_RUNS = 1000
 
 
 class Run(NamedTuple):
@@ -35,7 +39,7 @@ def split_values(value: str) -> list[str]:
     """The values of `key=a,b,c` as they were typed; one where it is a single YAML value."""
     try:
         node = yaml.compose(f"[{value}]")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return [value]  # load_config says what is wrong with it
     if len(node.value) < 2:
         return [value]
@@ -60,6 +64,8 @@ def read_axes(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         if key.startswith(("run.", "monitor.")):
             raise ConfigError(f"{arg}: runs that differ in {key} can't be compared; give one value")
         axes[key] = values
+    if math.prod(map(len, axes.values())) > MOST_RUNS:
+        raise ConfigError(f"{', '.join(axes)}: more than {MOST_RUNS:,} combinations; give fewer")
     if not axes:
         raise ConfigError("nothing to sweep: give a key several values, as in lr=1e-4,3e-4")
     return axes, others
@@ -80,6 +86,8 @@ def plan_sweep(argv: list[str]) -> Sweep:
     args = list(argv)
     options = take_options(args, {"--gpus": None, "--hostfile": None})
     ranks = [f"{name}={value}" for name, value in options.items() if value]  # of each run
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    find_hosts(options["--gpus"], options["--hostfile"], None, visible)  # or each run would fail
     axes, others = read_axes(args)
     first = load_config([*others, *(f"{key}={values[0]}" for key, values in axes.items())])
     named = any(arg.startswith("run.name=") for arg in others)

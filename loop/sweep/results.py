@@ -1,11 +1,12 @@
 """What the runs of a sweep came to: a table, and the winner by `monitor.best`."""
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from ..checkpoint.run_dir import read_report, whole_lines
 from ..config.cli import load_config
 from ..config.schema import Config, ConfigError
+from ..distributed.files import write_atomically
 from ..evaluation.choosing import Choice
 from .grid import Run, Sweep
 
@@ -17,15 +18,6 @@ class Result(NamedTuple):
     step: int | None  # of that validation
     steps: int  # made so far
     finished: bool
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where the file is missing or torn."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_same_run(config: Config) -> bool:
@@ -40,18 +32,17 @@ def is_same_run(config: Config) -> bool:
 def read_result(run: Run) -> Result:
     """What the run's folder says."""
     config = run.config
-    report = read_json(config.folder / "report.json")
-    steps = report.get("steps", 0)
+    report = read_report(config.folder)
+    steps = report.get("steps")
+    steps = steps if isinstance(steps, int) else 0  # of a damaged report
     ended = bool(report.get("ended_early")) or 0 < steps == report.get("planned_steps")
     choice = Choice.of(config)
     best: tuple[float | None, int | None] = (None, None)
     log = config.folder / "metrics.jsonl"
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        if line.endswith("}"):
-            figures = json.loads(line)
-            value = choice.value(figures)
-            if choice.is_better(value, best[0]):
-                best = (value, figures["step"])
+    for figures in whole_lines(log.read_text(errors="replace")) if log.is_file() else []:
+        value = choice.value(figures)
+        if choice.is_better(value, best[0]):
+            best = (value, figures["step"])
     return Result(*best, steps, ended and is_same_run(config))
 
 
@@ -88,7 +79,10 @@ def as_table(sweep: Sweep, results: list[Result], failed: dict[int, int]) -> str
 
 
 def write_results(sweep: Sweep, results: list[Result]) -> None:
-    """Writes sweep.json: the values and the result of each run, and the folder of the winner."""
+    """Writes sweep.json: the values and the result of each run, and the folder of the winner.
+
+    Raises OSError.
+    """
     best = winner(sweep, results)
     rows = [
         {"run": run.config.run.name, **run.values, **result._asdict()}
@@ -96,4 +90,4 @@ def write_results(sweep: Sweep, results: list[Result]) -> None:
     ]
     choice = Choice.of(sweep.runs[0].config)
     content = {"by": str(choice), "best": None if best is None else rows[best]["run"], "runs": rows}
-    (sweep.folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(sweep.folder / "sweep.json", json.dumps(content, indent=1) + "\n")

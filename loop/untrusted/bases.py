@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from ..config.schema import ConfigError
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MOST_JSON_BYTES = 16 * 2**20  # of config.json; a tokenizer's is larger, and Rust reads it
 MOST = 2**31  # of a number in a configuration: more is no model's
@@ -40,6 +41,11 @@ def check_base_folder(base: str, folder: Path) -> None:
     That is: files that are no JSON, weights that are pickles, numbers that are none, and numbers
     that are not those of the stored weights. base: as it was typed, for messages.
     """
+    if (folder / ADAPTER).exists():
+        raise ConfigError(
+            f"base={base}: holds an adapter ({ADAPTER}), which transformers would put on the base: "
+            "remove that file for the base alone, or merge the adapter into it"
+        )
     config = _read_object(base, folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -1,6 +1,10 @@
 """`READERS` is the seam for a format: one generator and one entry, and its examples are read."""
 
+import gzip
+import io
 import json
+import tracemalloc
+import zipfile
 
 import pytest
 from helpers import ROOT
@@ -8,8 +12,9 @@ from helpers import ROOT
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
+from loop.data.sources import readers
 from loop.data.sources.locations import open_dataset
-from loop.data.sources.readers import READERS, BadRow
+from loop.data.sources.readers import READERS, BadRow, format_of
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -90,3 +95,41 @@ def test_a_folders_readme_names_no_file_outside_of_it(tmp_path, name):
     )
     with pytest.raises(ConfigError, match="outside of the folder"):
         open_dataset(str(folder), "train")
+
+
+BOMB = b"a" * 2**24  # 16 MiB; some 16 kB when compressed
+LINE = json.dumps(ROWS[0]).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl.gz", LINE + b'{"id": "' + BOMB + b'"}\n' + LINE, "row 2|16.8 MB"),
+        ("rows.jsonl.gz", BOMB, "row 1|16.8 MB"),
+        ("rows.json.gz", b'[{"id": "' + BOMB, "row 1|is not read, nor what follows it"),
+        ("rows.csv.gz", b"id,dialogue,soap\n1,a,b\n2," + BOMB, "row 2|a line of more than 1 MB"),
+        ("rows.csv.gz", b'id,soap\n1,"' + b"aaaaaaa\n" * 200_000, "row 1|field larger"),
+        ("rows.parquet.gz", b"PAR1" + BOMB, "row 1|is not read, nor what follows it"),
+        ("rows.xlsx", BOMB, "row 1|the workbook unpacks to"),
+    ],
+)
+def test_a_small_file_that_unpacks_to_gigabytes_is_a_bad_row(
+    tmp_path, monkeypatch, name, content, said
+):
+    monkeypatch.setattr(readers, "MOST_AT_ONCE", 2**23)  # 16 MiB stand for what is too much
+    if name.endswith(".xlsx"):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as book:
+            book.writestr("xl/worksheets/sheet1.xml", content)
+    path = tmp_path / name
+    path.write_bytes(packed.getvalue() if name.endswith(".xlsx") else gzip.compress(content, 1))
+    tracemalloc.start()
+    rows = list(READERS[format_of(path)](path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = [(f"row {number}", str(row)) for number, row in rows if isinstance(row, BadRow)]
+    row, text = said.split("|")
+    assert len(found) == 1 and found[0][0] == row and text in found[0][1]
+    assert peak < 2**25
+    if content.startswith(LINE):
+        assert [number for number, row in rows if isinstance(row, dict)] == [1, 3]

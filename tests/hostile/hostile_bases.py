@@ -66,6 +66,11 @@ FIELDS = {
     "id2label a number": {"id2label": 5},
     "bias a text": {"attention_bias": "x"},
 }
+EMBEDDED_ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "stranger/other",
+    "target_modules": ["q_proj"],
+}
 AUTO_MAP = {
     "AutoConfig": "code.C",
     "AutoModelForCausalLM": "code.M",
@@ -165,6 +170,7 @@ def corpus() -> Iterator[tuple[str, Change]]:
     yield "code in config.json", plant("config.json")
     yield "code in config.json, unknown kind", plant("config.json", model_type="stranger")
     yield "code in tokenizer_config.json", plant("tokenizer_config.json", tokenizer_class="T")
+    yield "an adapter in it", put("adapter_config.json", json.dumps(EMBEDDED_ADAPTER))
     yield "index of .bin", index_of("pytorch_model-00001-of-00001.bin")
     yield "index outside", index_of("../outside.safetensors")
     yield "pickle only", pickle_only

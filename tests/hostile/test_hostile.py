@@ -25,6 +25,7 @@ from loop.config.plain_yaml import read_yaml
 from loop.config.schema import Config, ConfigError
 from loop.data.cache import read_cache, write_cache
 from loop.data.dataset import load_examples
+from loop.data.sources.locations import locate, sources_of
 from loop.distributed.files import sha256
 from loop.model.loading import load_tokenizer
 
@@ -34,6 +35,7 @@ DIALOGUE = ["--dialogue", str(ROOT / "tests" / "dialogue.txt"), "--max-new-token
 QUICK_BASES = (
     "template eats memory", "config gptq", "config num_hidden_layers=10000000",
     "code in config.json, unknown kind", "code in tokenizer_config.json", "index of .bin",
+    "an adapter in it",
 )  # fmt: skip
 QUICK_ADAPTERS = (
     "a pickle", "weights bit 3", "adapter_config.json r=1000000000",
@@ -48,7 +50,9 @@ OVERRIDES = (
     "lora.rank_pattern={'(': 1}", "lora.layers_to_transform=x", "lora.task_type=X",
     "lora.r=1000000000", "lora.megatron_core=os", "batch_size=1e12", "batch_size=1000000000000",
     "epochs=1000000000", "run.name=../../x", "run.name=a/../../b", "\x1b[31mlr=1",
-    "data.train=[[a]]", "betas=5", "seed=" + "9" * 400, "--config=", "max_seq_len=1e99",
+    "lr=1:30", "max_steps=0100", "data.train=[[a]]", "betas=5", "seed=" + "9" * 400,
+    "--config=", "--config=/dev/zero", "max_seq_len=1e99", "deepspeed=/dev/zero",
+    "data.train=/dev/zero",
 )  # fmt: skip
 SECTIONS = (
     {"zero_optimization": 5}, {"zero_optimization": {"stage": 3, "offload_optimizer": True}},
@@ -195,7 +199,9 @@ def test_configuration_bombs_end_a_command_in_one_line(config_file, tmp_path):
 def test_configuration_bombs_are_refused(config_file, tmp_path):
     for override in OVERRIDES:
         with pytest.raises(ConfigError):
-            build_ds_config(load_config(["--config", str(config_file), override]))
+            config = load_config(["--config", str(config_file), override])
+            build_ds_config(config)
+            locate(sources_of(config.data, "train")[0], "train")
     for change in SECTIONS:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | change))
@@ -250,6 +256,18 @@ def test_yaml_holds_what_a_configuration_needs():
     assert read_yaml("x: &x {q: 1}\ny: *x")["y"] == {"q": 1}  # an alias is no bomb by itself
     with pytest.raises(yaml.YAMLError, match="there twice"):
         read_yaml("a: 1\na: 2")
+    assert read_yaml("[0, 10, 0.5, -3, '010', '1:30', a:b]") == [
+        0,
+        10,
+        0.5,
+        -3,
+        "010",
+        "1:30",
+        "a:b",
+    ]
+    for number in ("010", "1:30", "-1:30.5", "12:30:00"):  # 8, 90, ... to YAML 1.1
+        with pytest.raises(yaml.YAMLError, match="plain digits"):
+            read_yaml(f"a: {number}")
 
 
 def test_no_flip_of_a_manifests_bits_goes_unnoticed(tmp_path):

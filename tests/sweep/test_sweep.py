@@ -26,6 +26,9 @@ cd "$dir/$name" && echo '{"steps": 6, "planned_steps": 6}' > report.json
 """
 
 
+DAMAGED = '{"step": 1, "eval/loss": 0.1\n{"step": "x"}\n{"step": 2, "eval/loss": "x"}\n\0}\n'
+
+
 @pytest.fixture
 def sweep_of(config_file):
     """The sweep of some words, each run's folder as a run leaves it before its first step."""
@@ -43,7 +46,7 @@ def sweep_of(config_file):
 
 def finish(run, *losses: float, **report) -> None:
     lines = [{"step": step, "eval/loss": loss} for step, loss in enumerate(losses)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = "".join(json.dumps(line) + "\n" for line in lines) + DAMAGED
     (run.config.folder / "metrics.jsonl").write_text(text + '{"step": 9, "eval/lo')  # torn
     done = {"steps": 6, "planned_steps": 6} | report
     (run.config.folder / "report.json").write_text(json.dumps(done))
@@ -90,12 +93,16 @@ def test_every_combination_is_a_run_of_its_own(sweep_of, config_file):
         (["monitor.best=loss,rouge1"], "can't be compared"),
         (["lr=1e-4,fast"], "lr='fast'"),
         (["learning_rate=1,2"], "learning_rate"),
+        (["lr=1e-4,3e-4", "run.dir=/dev/null"], "cannot be made"),
+        (["lr=1e-4,3e-4", "--gpus", "many"], "--gpus takes a number"),
+        ([f"{key}={','.join(map(str, range(1, 40)))}" for key in ("seed", "epochs")], "combin"),
+        (["lr=1e-4,3e-4", "seed=" + "[" * 5000], "seed"),
         (["lr=1e-4,3e-4", "data.valid=null", "data.valid_fraction=0"], "needs validation"),
     ],
 )
 def test_what_can_not_be_swept_is_one_line(config_file, words, said):
     with pytest.raises(ConfigError, match=said) as error:
-        plan_sweep(["--config", str(config_file), *words])
+        command.make_folder(plan_sweep(["--config", str(config_file), *words]))
     assert "\n" not in str(error.value)
 
 

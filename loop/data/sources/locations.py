@@ -101,6 +101,10 @@ def locate(source: str, split: str) -> Location:
         name, rest = ":".join(parts[:count]), parts[count:]
         for path in (Path(name), ROOT / name):  # what the repository ships is found from anywhere
             if name and path.exists() and len(rest) <= 2:
+                if not (path.is_file() or path.is_dir()):
+                    raise ConfigError(
+                        f"data.{split}={source}: is a pipe or a device; copy its rows into a file"
+                    )
                 subset = rest[0] if len(rest) == 2 else None
                 return Location(path, name, None, subset, (rest[-1] if rest else "") or default)
     match = hub_id(source)

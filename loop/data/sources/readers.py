@@ -16,6 +16,7 @@ import json
 import lzma
 import re
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ import pyarrow.parquet
 from ...config.schema import ConfigError
 
 MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
+MOST_AT_ONCE = 2**30  # bytes, of a file that can't be read row by row
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # of compressed files
 
@@ -76,18 +78,52 @@ def read_json(path: Path) -> Rows:
                 return
             if start != codecs.BOM_UTF8:
                 file.seek(0)
-            first = next(file, b"")
+            first = file.readline(MAX_ROW_BYTES + 1)
             while first and not first.strip():
                 number += 1
-                first = next(file, b"")
+                first = file.readline(MAX_ROW_BYTES + 1)
             if first.lstrip().startswith(b"["):
-                yield from _read_json_array(first + file.read())
+                yield from _read_json_array(first + _read_rest(file))
                 return
-            for number, line in enumerate(itertools.chain([first], file), number + 1):
-                if line.strip():
+            for number, line in enumerate(_lines(file, first), number + 1):
+                if isinstance(line, BadRow):
+                    yield number, line
+                elif line.strip():
                     yield number, _parse_json_line(line)
     except DAMAGED as error:
         yield number + 1, _damaged(error)
+    except BadRow as problem:
+        yield number + 1, problem
+
+
+def _lines(file: BinaryIO, line: bytes) -> Iterator[bytes | BadRow]:
+    """The lines of a file from its first on. One above MAX_ROW_BYTES is never whole in memory, as
+    a small compressed file can hold a line of many GB.
+    """
+    while line:
+        size = len(line)
+        if size > MAX_ROW_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW_BYTES + 1)
+                size += len(line)
+            yield BadRow(
+                f"has {size / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
+                "split it or remove it"
+            )
+        else:
+            yield line
+        line = file.readline(MAX_ROW_BYTES + 1)
+
+
+def _read_rest(file: BinaryIO) -> bytes:
+    """All that is left of a file. Raises BadRow where that is more than MOST_AT_ONCE."""
+    rest = file.read(MOST_AT_ONCE + 1)
+    if len(rest) > MOST_AT_ONCE:
+        raise BadRow(
+            f"is not read, nor what follows it: the file has more than {MOST_AT_ONCE / 2**30:g} "
+            "GiB, write a JSON object a line (.jsonl), or Parquet without a .gz around it"
+        )
+    return rest
 
 
 def _damaged(error: Exception) -> BadRow:
@@ -119,11 +155,6 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _parse_json_line(line: bytes) -> dict | BadRow:
-    if len(line) > MAX_ROW_BYTES:
-        return BadRow(
-            f"has {len(line) / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
-            "split it or remove it"
-        )
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except BadRow as problem:
@@ -139,7 +170,7 @@ def _read_csv(path: Path) -> Rows:
 
     The header tells the separator, or a line `sep=;` before it.
     """
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_ROW_BYTES)
     number = 0
     with _open(path) as raw:
         try:
@@ -153,7 +184,7 @@ def _read_csv(path: Path) -> Rows:
                 errors="replace" if utf16 else "surrogateescape",
                 newline="",
             )
-            lines = iter(file)
+            lines = _text_lines(file)
             first = next(lines, "")
             named = re.fullmatch(r'"?sep=(.)"?\s*', first)
             if named:
@@ -175,6 +206,14 @@ def _read_csv(path: Path) -> Rows:
             )
         except DAMAGED as error:
             yield number + 1, _damaged(error)
+
+
+def _text_lines(file: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a file. Raises csv.Error for one above MAX_ROW_BYTES."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise csv.Error(f"a line of more than {MAX_ROW_BYTES / 1e6:.0f} MB")
+        yield line
 
 
 def _with_header(lines: Iterable[list]) -> Rows:
@@ -212,6 +251,7 @@ def _read_xlsx(path: Path) -> Rows:
     number = 0
     try:
         with _open(path) as file:
+            _check_size_unpacked(file)
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
             lines = (
                 ["" if cell is None else cell for cell in cells]
@@ -220,6 +260,8 @@ def _read_xlsx(path: Path) -> Rows:
             )
             for number, row in _with_header(lines):
                 yield number, row
+    except BadRow as problem:
+        yield 1, problem
     except Exception as error:  # the package raises those of zip, XML and its own
         yield (
             number + 1,
@@ -230,13 +272,25 @@ def _read_xlsx(path: Path) -> Rows:
         )
 
 
+def _check_size_unpacked(file: BinaryIO) -> None:
+    """Raises BadRow for a workbook, a zip file, that unpacks to more than MOST_AT_ONCE."""
+    with zipfile.ZipFile(file) as packed:
+        size = sum(part.file_size for part in packed.infolist())
+    if size > MOST_AT_ONCE:
+        raise BadRow(
+            f"is not read, nor what follows it: the workbook unpacks to {size / 2**30:.1f} GiB, "
+            "save its rows as CSV"
+        )
+    file.seek(0)
+
+
 def _read_parquet(path: Path) -> Rows:
     number = 0
     source: Path | io.BytesIO = path
     try:
         if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
             with _open(path) as file:
-                source = io.BytesIO(file.read())
+                source = io.BytesIO(_read_rest(file))
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
             for i in range(len(batch)):
                 number += 1
@@ -244,6 +298,8 @@ def _read_parquet(path: Path) -> Rows:
                     yield number, batch.slice(i, 1).to_pylist()[0]
                 except UnicodeDecodeError:
                     yield number, BadRow("is not UTF-8: write the file again from text")
+    except BadRow as problem:
+        yield 1, problem
     except DAMAGED as error:
         yield number + 1, _damaged(error)
     except (pyarrow.ArrowException, OSError) as error:
