@@ -17,8 +17,9 @@ import pytest
 import torch
 from helpers import ROOT, run_ok, write_rows
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from loop.checkpoint import checkpointer as checkpointer_module
 from loop.checkpoint.checkpointer import Checkpointer
 from loop.checkpoint.store import CheckpointStore
 from loop.checkpoint.train_state import TrainState
@@ -495,3 +496,96 @@ def test_a_count_by_something_else_begins_anew():
         again = TrainState.from_manifest(RunConfig(), manifest, by_notes)
         assert (again.best, again.best_step, again.validations_since_best) == (None, None, 0)
         assert again.to_manifest()["best"]["by"] == "rouge1 of 2 notes"
+
+
+@pytest.fixture
+def restored(tmp_path, monkeypatch):
+    """Restores files with these tensors into a model of two weights; returns what it was given."""
+    parameters = [("a", SimpleNamespace(ds_shape=(2,))), ("b", SimpleNamespace(ds_shape=(3,)))]
+    given = {}
+    for name, value in {
+        "create_adam_state": lambda engine, step: given.update(step=step),
+        "trainable_parameters": lambda module: parameters,
+        "tensor_kinds": lambda engine: ("master", "exp_avg"),
+        "scatter_full_tensor": lambda p, kind, tensor, ranks: given.update(
+            {(p.ds_shape, kind): tensor.tolist()}
+        ),
+        "set_rng_state": lambda state: given.update(rng=state),
+    }.items():
+        monkeypatch.setattr(checkpointer_module, name, value)
+
+    def restore(tensors: dict[str, list[float]], rank: int = 0, ranks: int = 2) -> dict:
+        given.clear()
+        save_file({k: torch.tensor(v) for k, v in tensors.items()}, tmp_path / "s.safetensors")
+        checkpointer = object.__new__(Checkpointer)
+        checkpointer.path = tmp_path
+        checkpointer.ranks = SimpleNamespace(rank=rank, world_size=ranks)
+        rng = ["of rank 0", "of rank 1"]
+        checkpointer.manifest = {"files": ["s.safetensors"], "optimizer_step": 7, "rng": rng}
+        checkpointer.restore(SimpleNamespace(module=None))
+        return given
+
+    return restore
+
+
+ALL = {"a.master": [1.0, 2], "a.exp_avg": [3.0, 4], "b.master": [5.0] * 3, "b.exp_avg": [6.0] * 3}
+
+
+def test_every_tensor_is_put_where_it_belongs_and_generators_stay_with_their_rank(restored):
+    assert restored(ALL) == {
+        "step": 7,
+        ((2,), "master"): [1, 2],
+        ((2,), "exp_avg"): [3, 4],
+        ((3,), "master"): [5] * 3,
+        ((3,), "exp_avg"): [6] * 3,
+        "rng": "of rank 0",
+    }
+    assert restored(ALL, rank=1)["rng"] == "of rank 1"
+    assert "rng" not in restored(ALL, ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"b.master": [5.0] * 4}, "its b.master is not this model's"),
+        ({"c.master": [5.0]}, "its c.master is not this model's"),
+        ({"b.exp_avg": None}, "has no b.exp_avg"),
+    ],
+)
+def test_tensors_of_another_model_are_named(restored, change, words):
+    tensors = {key: value for key, value in (ALL | change).items() if value}
+    with pytest.raises(ConfigError, match=words):
+        restored(tensors)
+
+
+@pytest.mark.parametrize("resume", [True, "force"])
+def test_a_run_goes_on_with_another_plan_where_that_is_forced(tmp_path, monkeypatch, resume):
+    """And a checkpoint that not every rank can read is no checkpoint."""
+    a_write(CheckpointStore(tmp_path, 2), 3)
+    asked = []
+
+    class Identity:
+        def check_compatible(self, path, manifest, plan, force):
+            asked.append(force)
+            return ["changed"]
+
+    run = RunConfig(resume=resume)
+    config = SimpleNamespace(run=run, monitor=SimpleNamespace(best="loss"))
+    ranks = SimpleNamespace(is_main=True, all_gather_json=lambda value: [value], any=bool)
+    checkpointer = Checkpointer(tmp_path, ranks, config, Identity())
+    state = checkpointer.find_latest(plan=None)
+    assert asked == [resume == "force"] and state.step == 3
+    assert checkpointer.notes == ["changed"] and "resumed from" in checkpointer.start_note
+    ranks.any = lambda flag: True  # of another rank
+    with pytest.raises(ConfigError, match="not every rank can read it"):
+        checkpointer.find_latest(plan=None)
+
+
+def test_a_spike_is_measured_against_the_last_50_losses():
+    state = TrainState(RunConfig(skip_loss_sigmas=2.0))
+    for step in range(60):
+        state.record(9.0 if step < 10 else 1.0 + step % 2, applied=True)
+    assert state.loss_threshold == pytest.approx(1.5 + 2 * 0.5)
+    again = TrainState.from_manifest(state.run, json.loads(json.dumps(state.to_manifest())))
+    again.record(1.0, applied=True)
+    assert len(again.recent_losses) == 50

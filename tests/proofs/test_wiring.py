@@ -67,7 +67,7 @@ STILL = [
     "min_lr=0",
     "weight_decay=0",
     "epochs=2",
-    "data.limit=12",
+    "data.limit=6",
     "batch_size=8",
     "data.weights=[1.0, 1.0]",
     "max_grad_norm=1e9",
@@ -258,7 +258,7 @@ def test_the_model_is_run_as_the_keys_say(wired):
     assert (keys["max hours"], ways["max hours"]) == (7, None)
     assert "fused" not in keys and ways["fused"] and not ways["copies"]
     assert (keys["max tokens"], ways["max tokens"]) == (512, 3 * 512)
-    assert (keys["attention"], ways["attention"]) == ("packed_sdpa", "packed_other")
+    assert (keys["attention"], ways["attention"]) == ("packed_per_document", "packed_other")
     assert (keys["chunk"], ways["chunk"]) == (None, LOSS_CHUNK)
     assert ways["recomputed"] and not keys["recomputed"]
     assert ways["replicated"] and not keys["replicated"]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -163,6 +164,19 @@ def test_what_failed_does_not_stop_the_others_and_what_is_finished_is_not_repeat
     written = json.loads((sweep.folder / "sweep.json").read_text())
     assert written["best"] is None and [row["finished"] for row in written["runs"]] == [True] * 3
     assert sweep.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_stop_is_passed_on_to_the_runs_that_are_on(sweep_of, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    runner, asked = command.Runner(sweep_of("lr=1e-4,2e-4,3e-4"), ["0", "1"]), []
+    monkeypatch.setattr(runner, "_start", lambda *args: asked.append("started"))
+    for number, slot in enumerate(runner.slots):
+        process = SimpleNamespace(terminate=lambda slot=slot: asked.append(slot), poll=lambda: 1)
+        runner.running[slot] = (number, process)
+    runner._stop(signal.SIGINT, None)
+    runner.run()
+    assert asked == ["0", "1"] and not runner.running  # the third one does not start
+    assert not runner.failed  # they were asked to end
 
 
 @pytest.mark.slow
