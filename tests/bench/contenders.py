@@ -320,8 +320,8 @@ def trl_fast(spec: dict, clock: Clock) -> None:
 def unsloth(spec: dict, clock: Clock, packed: bool = False) -> None:
     """Unsloth without DeepSpeed, as its notebooks do it: dropout 0.
 
-    It does not checkpoint unless it is asked to. On a Hopper GPU it leaves padding out by itself,
-    so that a micro-batch is one row of whole examples; `micro_batch` of the result shows that.
+    It does not checkpoint unless it is asked to. Not packed, it pads these rows, which are token
+    ids already; `micro_batch` of the result shows that.
     """
     from unsloth import FastLanguageModel
 
