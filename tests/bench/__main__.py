@@ -102,6 +102,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base-dir", default=str(Path(tempfile.gettempdir()) / "soap-bench"))
     parser.add_argument("overrides", nargs="*", help="key=value for the loop")
     args = parser.parse_intermixed_args()
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with one line and exit code 2 where arguments are wrong."""
     if args.steps < 8:
         parser.error(
             "--steps takes at least 8: two to warm up, and a window of four between two others"
@@ -112,7 +118,6 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--peer takes {', '.join(PEERS)}, and rows as in trl:8, not: {peer}")
     if args.without_deepspeed and args.gpus > 1:
         parser.error("--without-deepspeed has no ranks: leave out --gpus")
-    return args
 
 
 def make_contenders(args: argparse.Namespace) -> dict[str, dict]:

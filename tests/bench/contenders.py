@@ -198,27 +198,33 @@ def plain(spec: dict, clock: Clock) -> None:
         clock.step(sum(map(len, examples[first : first + ROWS])))
 
 
-def train_with_trl(spec: dict, clock: Clock, model, tokenizer, packed=False, **options) -> None:
-    """TRL's SFTTrainer on the given token ids.
-
-    packed: whole examples fill one row of a micro-batch's tokens, by TRL's own packing.
-    """
+def rows_for_trl(spec: dict, rows_a_step: int, packed: bool):
+    """The data set of TRL's trainer: an example a row, or rows that whole examples fill."""
     from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer, pack_dataset
+    from trl import pack_dataset
 
-    micro, accumulation = spec["micro"], max(1, ROWS // spec["micro"])
-    number = spec["steps"] * micro * accumulation
+    number = spec["steps"] * rows_a_step
     if packed:
-        number = spec["examples"] * micro * accumulation // ROWS
+        number = spec["examples"] * rows_a_step // ROWS
     rows = Dataset.from_list(
         [
             {"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
             for example in make_examples(number, spec["vocab_size"])
         ]
     )
-    if packed:
-        rows = pack_dataset(rows, micro * LONGEST, "bfd")
+    return pack_dataset(rows, spec["micro"] * LONGEST, "bfd") if packed else rows
+
+
+def train_with_trl(spec: dict, clock: Clock, model, tokenizer, packed=False, **options) -> None:
+    """TRL's SFTTrainer on the given token ids.
+
+    packed: whole examples fill one row of a micro-batch's tokens, by TRL's own packing.
+    """
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    micro, accumulation = spec["micro"], max(1, ROWS // spec["micro"])
+    rows = rows_for_trl(spec, micro * accumulation, packed)
     taken = []  # tokens of each micro-batch since the last step
 
     class Steps(TrainerCallback):
@@ -320,8 +326,8 @@ def trl_fast(spec: dict, clock: Clock) -> None:
 def unsloth(spec: dict, clock: Clock, packed: bool = False) -> None:
     """Unsloth without DeepSpeed, as its notebooks do it: dropout 0.
 
-    It does not checkpoint unless it is asked to. On a Hopper GPU it leaves padding out by itself,
-    so that a micro-batch is one row of whole examples; `micro_batch` of the result shows that.
+    It does not checkpoint unless it is asked to. Not packed, it pads these rows, which are token
+    ids already; `micro_batch` of the result shows that.
     """
     from unsloth import FastLanguageModel
 
