@@ -82,7 +82,7 @@ _NOTHING = (
     "incision and drainage; tetanus immunization; tetanus vaccination; alcoholic drink;"
     "cut down; cut it down; cut back; fractured sleep; alcoholic beverage; non alcoholic;"
     "hay fever vaccine;clear cut;oxygen saturation;cut off;cut through;head start;broken english;"
-    "high risk"
+    "high risk;in the fall;last fall;fall of"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from .numerals import Item, count_speakers
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
-FORMER = "former"  # it was, and may be so no more
+FORMER = "former"  # "history of", "quit"
+ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
 PATIENT, FAMILY = "patient", "family"
 
@@ -33,10 +34,12 @@ _FAMILY_WORDS = frozenset(
 )
 # Who speaks for a patient may call him a son or a daughter.
 _OTHERS = frozenset("he she they his her their he's she's they're him them anyone else".split())
+_RELATIVES = frozenset("family relatives siblings parents grandparents".split())
+_ASKS_ON = frozenset("what how any and anyone anybody about".split())
 _CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
-    half older younger twin oldest youngest late great little big""".split()
+    half grand other only older younger twin oldest youngest late great little big""".split()
 )
 _NOT_FAMILY_NEXT = frozenset("doctor physician medicine practice practitioner planning".split())
 _SELF = frozenset("i i'm i've i'd you're you've you'd myself yourself patient".split())
@@ -83,14 +86,15 @@ _BEFORE_NOUN = frozenset(
     """the a an my your his her their our this that these those any some no all and or of in on with
     which who what there here how where when it he she we they you everything""".split()
 )
-_TESTS = frozenset(("test", "tests", "result", "screen", "swab"))
+_TESTS = frozenset("test tests result screen swab hiv covid strep flu mono".split())
 _BEHIND_ANSWER = frozenset(("no", "yeah", "yes", "nothing", "not", "okay", "i", "just", "it"))
 _ASKERS = frozenset(_SUBJECTS | {"anyone", "anybody", "anything", "your", "the", "that", "this"})
 _THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
 _BEHIND_NO = frozenset(
     """change changes only doubt problem problems matter further sure worries idea just
-    necessarily more""".split()
+    necessarily""".split()
 )
+_THESE = frozenset("her his my this your the".split())
 # "It did not relieve the pain" and "risks are not limited to pain" deny no pain.
 _LEFT_AS_IT_IS = frozenset(
     """relieve relieved relieving help helped helping improve improved improving improvement
@@ -208,7 +212,7 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
         return not (word == "but" and i + 2 < len(items) and items[i + 2].word == "limited")
     if not spoken:
         if word in ("denies", "denied"):
-            return True
+            return i + 1 < len(items) and items[i + 1].gap not in _SENTENCE  # "alcohol, denies."
         if word in _WRITTEN_BREAKS:
             return previous not in ("no", "not", "any", "without")
         if previous == "and" and word in ("he", "she", "they"):
@@ -223,6 +227,8 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
         return previous not in _SUBJECTS
     if previous in _LINKS:
         return False
+    if following in _COPULAS and i + 2 < len(items) and items[i + 2].word in _FOUND:
+        return not any(item.word in _NO for item in items[max(0, i - 4) : i])
     together = i + 1 < len(items) and items[i + 1].gap == ""
     if (
         following in _COPULAS and together and word not in _SUBJECTS
@@ -306,7 +312,7 @@ def _ends_negation(items: list[Item], i: int) -> bool:
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
         return items[i - 1].word not in _NO
-    return word in _RESETS or (word == "for" and following in ("her", "his", "my", "this", "your"))
+    return word in _RESETS or (word == "for" and following in _THESE)
 
 
 def _is_behind(items: list[Item], i: int, clause: _Clause) -> bool:
@@ -318,7 +324,7 @@ def _is_behind(items: list[Item], i: int, clause: _Clause) -> bool:
         return following in _FOUND and later not in ("prior", "before", "until")
     if word == "ruled":
         return following == "out"
-    if word in ("negative", "absent", "none"):
+    if word in ("negative", "absent", "none", "denies", "denied", "never"):
         return not following or following in ("bilaterally", "today", "in", "on", "and", "at")
     return False
 
@@ -329,6 +335,8 @@ def _negates_nothing(items: list[Item], i: int, clause: _Clause, spoken: bool) -
     following = items[i + 1] if i + 1 < clause.end else None
     if following is None:
         return word != "n't"
+    if following.word == "more":
+        return i + 2 < clause.end and items[i + 2].word == "than"
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
@@ -347,11 +355,14 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
     """Gives the family what is said behind its members, up to a word for the patient."""
     subject = PATIENT
     asked_of_family = ""
+    topic = was_asked = False  # whether the family is what is asked about, turn after turn
     answers = False  # what runs in the family: then "i have diabetes" says who has it of none
     for clause in clauses:
         if clause.new_turn:
             first = {item.word for item in items[clause.start : clause.start + 4]}
-            names_others = bool(first & _OTHERS)
+            asks_on = bool(first & _ASKS_ON) and not first & _SELF_OR_YOU
+            names_others = bool(first & _OTHERS) or (topic and (asks_on or was_asked))
+            was_asked, topic = topic and asks_on, topic and (names_others or was_asked)
             if not asked_of_family and (first & _SELF_OR_YOU or not names_others):
                 subject = PATIENT
             elif asked_of_family:
@@ -360,9 +371,11 @@ def _read_spoken_subjects(items: list[Item], clauses: list[_Clause], context: Co
             asked_of_family = ""
         for i in range(clause.start, clause.end):
             word = items[i].word
+            topic = topic or word in _RELATIVES
             if _is_relative(items, i):
                 subject = FAMILY
                 if clause.asks:
+                    topic = True
                     asked_of_family = "runs" if _runs_in_family(items, clause) else "asks"
                 if i > 1 and items[i - 2].word in ("in", "of", "by"):  # "diabetes in my brother"
                     for k in range(clause.start, i):
@@ -384,7 +397,8 @@ def _is_relative(items: list[Item], i: int) -> bool:
     following = items[i + 1].word if i + 1 < len(items) else ""
     if items[i].word == "family" and following in _NOT_FAMILY_NEXT:
         return False
-    return items[i - 1].word in _OWNERS or following == "history"
+    owned = items[i - 1].word in _OWNERS or items[i - 1].number is not None
+    return owned or following == "history"
 
 
 def _read_written_subjects(
@@ -403,8 +417,7 @@ def _read_written_subjects(
             word = items[i].word
             if word in _FAMILY_WORDS or word in _CHILDREN:
                 following = items[i + 1].word if i + 1 < len(items) else ""
-                with_patient = i > 1 and items[i - 2].word == "patient"
-                if following not in _NOT_FAMILY_NEXT and not with_patient:
+                if following not in _NOT_FAMILY_NEXT and not _accompanies(items, i):
                     subject = FAMILY
                 behind = i > 1 and (items[i - 1].word == "in" or items[i - 2].word == "in")
                 if behind or (word in ("family", "side") and items[i - 1].word != "no"):
@@ -413,6 +426,12 @@ def _read_written_subjects(
             elif subject == FAMILY and not in_section and word == "patient" and i > clause.start:
                 subject = PATIENT
             context.subject[i] = subject
+
+
+def _accompanies(items: list[Item], i: int) -> bool:
+    """Whether the relative at item i came along or speaks: "with her mother", "per his son"."""
+    before = [item.word for item in items[max(0, i - 2) : i]]
+    return bool({"patient", "with", "by", "per"} & set(before)) and "lives" not in before
 
 
 def _sentence_subject(items: list[Item], clauses: list[_Clause], number: int) -> str:
@@ -446,6 +465,8 @@ def _answer_questions(items: list[Item], clauses: list[_Clause], context: Contex
         answer = _answer(items, following)
         asked = [clause for clause in turn if clause.asks]
         short = turn[-1].end - turn[0].start <= _SHORT_TURN
+        first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & _SELF_OR_YOU
+        short = short and not first_person & {"i", "my", "i'm", "i've"}
         if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
             asked = turn  # "nausea vomiting", without a question mark
         for clause in asked:

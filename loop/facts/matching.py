@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .body import same_region
 from .claims import Usage, read_claims
 from .conditions import EXAMS_OF, KIND_OF
-from .context import AFFIRMED, DENIED, FAMILY, NORMAL, PATIENT
+from .context import AFFIRMED, DENIED, ENDED, FAMILY, FORMER, NORMAL, PATIENT, POSSIBLE
 from .drugs import same_drug
 from .quantities import TO_MG, UNITS, Amount
 from .statements import MEASURES, Document, Statement
@@ -38,6 +38,9 @@ _GENERAL = ("cancer", "tumor")  # they support no special one
 _MEASURE_REACH = 8  # items between a number and what it measures
 _ACTION_REACH = 14  # items between a drug and what is done with it
 _TAKE = frozenset("take taking takes took use using used more on off".split())
+_SHOWN = {DENIED: "no ", POSSIBLE: "perhaps ", FORMER: "formerly ", ENDED: "formerly "}
+_ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
+_OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
 _CONDITIONS = ("diagnosis", "symptom", "finding")
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
 _BEYOND = 0.4  # what a word counts beyond the clause, where one within counts 1
@@ -74,7 +77,7 @@ class Verdict(NamedTuple):
     def title(self) -> str:
         """What was understood, such as "40 mg of prednisone" or "no fever"."""
         s = self.statement
-        value = {DENIED: "no ", "possible": "perhaps "}.get(s.polarity, "") + s.value
+        value = _SHOWN.get(s.polarity, "") + s.value
         if s.of:
             value += f" {s.of}" if s.kind == "side" else f" of {s.of}"
         return f"{value} (family)" if s.subject == FAMILY else value
@@ -296,14 +299,16 @@ class Index:
         if s.of:
             near = [o for o in mentions if o.of and same_region(s.of, o.of)]
             is_broader = not near
-            if not any(o.polarity == s.polarity for o in near):
+            if not any(o.polarity in _ALIKE.get(s.polarity, (s.polarity,)) for o in near):
                 near += [o for o in mentions if not o.of]
             mentions = near or mentions
-        same = [o for o in mentions if o.polarity == s.polarity]
+        same = [o for o in mentions if o.polarity in _ALIKE.get(s.polarity, (s.polarity,))]
+        if s.polarity == DENIED and not same:
+            same = [o for o in mentions if o.polarity == ENDED]
         if s.polarity == DENIED and not same:
             same = [o for o in mentions if o.polarity == NORMAL]
-        opposite = {AFFIRMED: DENIED, DENIED: AFFIRMED}.get(s.polarity)
-        against = [o for o in mentions if o.polarity == opposite and o.kind != "weak"]
+        opposite = _OPPOSITE.get(s.polarity, ())
+        against = [o for o in mentions if o.polarity in opposite and o.kind != "weak"]
         if same:
             self._rival(s, same, against)
             return Verdict(s, SUPPORTED, _place(same[0]), is_broader)

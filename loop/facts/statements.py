@@ -5,7 +5,17 @@ from typing import NamedTuple
 
 from .body import PARTS
 from .conditions import EXAMINED, LOCAL, NORMAL_WORDS, PAINS, Condition, condition_at
-from .context import AFFIRMED, ASKED, DENIED, FORMER, NORMAL, Context, is_speech, read_context
+from .context import (
+    AFFIRMED,
+    ASKED,
+    DENIED,
+    ENDED,
+    FORMER,
+    NORMAL,
+    Context,
+    is_speech,
+    read_context,
+)
 from .dates import DAY_WORDS, date_at
 from .drugs import Drug, drug_at
 from .numerals import Item, parse_items
@@ -15,6 +25,7 @@ from .quantities import Amount, amount_at, describe
 _END = Item("", None, 0, 0, "\n")
 _PART_REACH = 6
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
+_STATED = (AFFIRMED, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
@@ -65,6 +76,8 @@ _NO_OBJECT = frozenset(
     """taking with using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
 )
+_BEFORE = frozenset("history prior previous previously".split())
+_NO_MORE = frozenset("still anymore more longer gone".split())
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
@@ -136,7 +149,7 @@ class Document:
             return False
         if statement.kind == "action" and not statement.of:
             return False
-        return not self.spoken or statement.polarity in (AFFIRMED, DENIED, FORMER)
+        return not self.spoken or statement.polarity in _STATED
 
     def _answered_in_part(self, found: list[Statement]) -> list[Statement]:
         """Denies what a question lists and its answer leaves out while it names another.
@@ -147,7 +160,7 @@ class Document:
         context = self.context
         named: dict[int, set[str]] = {}  # by turn
         for s in found:
-            if not context.asks[s.word] and s.polarity in (AFFIRMED, FORMER):
+            if not context.asks[s.word] and s.polarity in (AFFIRMED, FORMER, ENDED):
                 named.setdefault(context.turn[s.word], set()).add(s.value)
         asked: dict[int, set[str]] = {}
         for s in found:
@@ -259,7 +272,11 @@ class Document:
         if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
         if made.polarity == AFFIRMED and self._near(i, _OVER, 8):
+            made = made._replace(polarity=ENDED)
+        if made.polarity == AFFIRMED and not self.spoken and self._near(i, _BEFORE, 6):
             made = made._replace(polarity=FORMER)
+        if made.polarity == DENIED and self.spoken and self._near(i, _NO_MORE, 8):
+            made = made._replace(polarity=ENDED)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
         return made
