@@ -39,6 +39,7 @@ from ..model.lora import read_adapter
 from ..model.quantization import compute_dtype
 from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
+from .train import leave_failed
 
 
 def take_evaluation_options(args: list[str]) -> EvaluationOptions:
@@ -213,8 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         exit_process(130, str(stopped) if os.environ.get("RANK", "0") == "0" else "")
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
-    except (AuditError, RendezvousError) as error:
-        exit_process(1, f"error: {error}")
+    except (AuditError, RendezvousError, torch.OutOfMemoryError) as error:
+        leave_failed(error)
     if report:
         print_report(config, options, report)
         record_report(config, options, report)

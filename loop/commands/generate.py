@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from ..config.schema import ConfigError, GenerationSettings, TaskConfig
 from ..data.conversations import Question
 from ..data.soap import SOAP
 from ..data.sources.readers import clean_text, decode_text
-from ..distributed.exit import exit_with_config_error
+from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.world import on_gpu
 from ..families.admission import check_vocabulary
 from ..generation.candidates import write_best_notes
@@ -28,6 +29,7 @@ from ..generation.loading import fit_dialogues, generation_source, load_for_gene
 from ..generation.notes_file import NotesFile, digest, read_questions
 from ..generation.prompt import check_prompt, prompt_texts, task_of
 from ..generation.sharded import GPU_ROWS
+from ..memory.measure import describe_full_gpu
 from ..model.loading import load_model_config, load_tokenizer
 from ..model.structure import context_length
 from ..monitor.quiet import quiet_libraries
@@ -382,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
         generate(args)
     except ConfigError as error:
         exit_with_config_error(error)
+    except torch.OutOfMemoryError:
+        exit_process(1, f"error: {describe_full_gpu('give a lower --batch-size')}")
     except KeyboardInterrupt:
         if args.output:
             print(

@@ -4,6 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from ..config import late_compile  # noqa: F401  # before what imports bitsandbytes
@@ -18,19 +19,29 @@ from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
 from ..kernels.attention import AttentionError
+from ..memory.measure import describe_full_gpu
 from ..monitor.quiet import quiet_libraries
 from ..monitor.summary import show_summary
 from ..train import train
 
 # What ends a run without a mistake in what was typed: exit code 1.
-FAILED = (FloatingPointError, AuditError, RendezvousError, RankLost, OSError)
+FAILED = (
+    FloatingPointError,
+    AuditError,
+    RendezvousError,
+    RankLost,
+    OSError,
+    torch.OutOfMemoryError,
+)
 
 
 def leave_failed(error: Exception) -> NoReturn:
     """Ends this rank. What all ranks have in common is said by rank 0 alone."""
     is_main = os.environ.get("RANK", "0") == "0"
-    own = isinstance(error, (RendezvousError, RankLost))
-    exit_process(1, f"error: {error}" if is_main or own else "")
+    own = isinstance(error, (RendezvousError, RankLost, torch.OutOfMemoryError))
+    full = isinstance(error, torch.OutOfMemoryError)
+    reason = describe_full_gpu() if full else str(error)
+    exit_process(1, f"error: {reason}" if is_main or own else "")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,6 +37,23 @@ def peak_gpu_bytes() -> int:
     return torch.cuda.max_memory_allocated() + graph_pools.uncounted_bytes
 
 
+TAKE_LESS = (
+    "set micro_batch_size lower or gradient_checkpointing=true; ./launch.sh plan says what fits"
+)
+
+
+def describe_full_gpu(remedy: str = TAKE_LESS) -> str:
+    """Who holds this GPU's memory, after a torch.OutOfMemoryError, and what to do: one line."""
+    free, total = torch.cuda.mem_get_info()
+    mine = torch.cuda.memory_reserved()
+    others = max(0, total - free - mine)
+    return (
+        f"the memory of GPU {torch.cuda.current_device()} is full: of {total / 2**30:.1f} GiB this "
+        f"process holds {mine / 2**30:.1f}, others and CUDA {others / 2**30:.1f} (nvidia-smi names "
+        f"them). End those, or {remedy}"
+    )
+
+
 class PeakMemory:
     """The highest memory of the steps.
 
