@@ -1,0 +1,103 @@
+"""Products with frozen weights in FP8: how rows are quantised, and what is multiplied.
+
+A row x of activations, of gradients or of a weight is kept as codes in E4M3 (arXiv 2209.05433: 3
+bits of mantissa, up to 448) and one scale in fp32: x = scale * codes, where the largest number of
+the row gets the largest code. A product sums over rows, so both scales can be applied to its
+result: y[t, n] = scale[t] * scale[n] * sum over k of codes[t, k] codes[n, k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..kernels.lora_ops import on_triton, pad_to_three
+from ..kernels.triton_kernels import triton
+from .triton_kernels import quantize_rows_kernel
+
+CODE = torch.float8_e4m3fn
+LARGEST = torch.finfo(CODE).max  # 448
+# Of a row of zeros. A smaller scale would not change the result, but 1 / scale could overflow.
+SMALLEST_SCALE = 1e-30
+
+
+class Quantized(NamedTuple):
+    """Rows in FP8: x [rows, width] = scales * codes."""
+
+    codes: torch.Tensor  # E4M3 [rows, width]
+    scales: torch.Tensor  # fp32 [rows, 1]
+
+    def rows(self, start: int, end: int) -> Quantized:
+        return Quantized(self.codes[start:end], self.scales[start:end])
+
+
+def quantize_rows(*parts: torch.Tensor) -> Quantized:
+    """The rows [T, sum of widths] of up to three matrices [T, width] side by side, in FP8.
+
+    The kernel reads each number once, and writes the codes alone.
+    """
+    if not on_triton(parts[0]):
+        x = torch.cat([part.float() for part in parts], dim=1)
+        scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
+        return Quantized((x / scales).to(CODE), scales)
+    parts = tuple(part.contiguous() for part in parts)
+    widths = [part.shape[1] for part in parts]
+    rows = len(parts[0])
+    codes = torch.empty(rows, sum(widths), dtype=CODE, device=parts[0].device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=parts[0].device)
+    padded_widths = pad_to_three(widths)
+    blocks = [triton.next_power_of_2(width) for width in padded_widths]
+    quantize_rows_kernel[(rows,)](
+        *pad_to_three(parts),
+        codes,
+        scales,
+        LARGEST,
+        SMALLEST_SCALE,
+        len(parts),
+        *padded_widths,
+        *blocks,
+        num_warps=min(16, max(4, sum(blocks[: len(parts)]) // 1024)),
+    )
+    return Quantized(codes, scales)
+
+
+def product(x: Quantized, weight: Quantized, dtype: torch.dtype, bias=None) -> torch.Tensor:
+    """x w^T + bias [T, N] in dtype, from x [T, K] and w [N, K]. K and N divide by 16."""
+    return torch._scaled_mm(
+        x.codes,
+        weight.codes.t(),
+        scale_a=x.scales,
+        scale_b=weight.scales.t(),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+
+
+class Fp8Weights:
+    """Weights [N, K] of layers with one input, in FP8 for both passes: 2 bytes a weight.
+
+    Each pass sums over another axis and takes its factors row by row, so each has codes of its own,
+    with scales of its own. Of the two the larger error is avoided: scales that lie along the sum
+    would have to be multiplied into the gradient before it is quantised.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        together = torch.cat([weight.detach() for weight in weights])
+        self.sizes = [len(weight) for weight in weights]
+        self.forward = quantize_rows(together)  # [sum of N, K], a scale for each output
+        self.backward = quantize_rows(together.t().contiguous())  # [K, sum of N], for each input
+
+    def outputs(self, x: Quantized, dtype: torch.dtype, biases) -> list[torch.Tensor]:
+        """x W^T + bias [T, N] of each layer. x [T, K]."""
+        results, start = [], 0
+        for size, bias in zip(self.sizes, biases):
+            results.append(product(x, self.forward.rows(start, start + size), dtype, bias))
+            start += size
+        return results
+
+    def grad_input(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of dy W over the layers, [T, K] in the gradients' dtype. Each dy [T, N]."""
+        return product(quantize_rows(*dys), self.backward, dys[0].dtype)
