@@ -8,7 +8,6 @@ result: y[t, n] = scale[t] * scale[n] * sum over k of codes[t, k] codes[n, k].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,9 +27,6 @@ class Quantized(NamedTuple):
 
     codes: torch.Tensor  # E4M3 [rows, width]
     scales: torch.Tensor  # fp32 [rows, 1]
-
-    def rows(self, start: int, end: int) -> Quantized:
-        return Quantized(self.codes[start:end], self.scales[start:end])
 
 
 def quantize_rows(*parts: torch.Tensor) -> Quantized:
@@ -74,30 +70,3 @@ def product(x: Quantized, weight: Quantized, dtype: torch.dtype, bias=None) -> t
         out_dtype=dtype,
         use_fast_accum=True,
     )
-
-
-class Fp8Weights:
-    """Weights [N, K] of layers with one input, in FP8 for both passes: 2 bytes a weight.
-
-    Each pass sums over another axis and takes its factors row by row, so each has codes of its own,
-    with scales of its own. Of the two the larger error is avoided: scales that lie along the sum
-    would have to be multiplied into the gradient before it is quantised.
-    """
-
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        together = torch.cat([weight.detach() for weight in weights])
-        self.sizes = [len(weight) for weight in weights]
-        self.forward = quantize_rows(together)  # [sum of N, K], a scale for each output
-        self.backward = quantize_rows(together.t().contiguous())  # [K, sum of N], for each input
-
-    def outputs(self, x: Quantized, dtype: torch.dtype, biases) -> list[torch.Tensor]:
-        """x W^T + bias [T, N] of each layer. x [T, K]."""
-        results, start = [], 0
-        for size, bias in zip(self.sizes, biases):
-            results.append(product(x, self.forward.rows(start, start + size), dtype, bias))
-            start += size
-        return results
-
-    def grad_input(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of dy W over the layers, [T, K] in the gradients' dtype. Each dy [T, N]."""
-        return product(quantize_rows(*dys), self.backward, dys[0].dtype)

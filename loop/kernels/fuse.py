@@ -18,7 +18,14 @@ from peft.tuners.lora import Linear as PeftLinear
 from ..config.schema import Config, ConfigError
 from ..distributed.world import Ranks
 from . import check_results
-from .fused_layers import FusedFeedForward, FusedLinears, FusedRotary, LoraLinear, SharedForward
+from .fused_layers import (
+    FusedFeedForward,
+    FusedLinears,
+    FusedRotary,
+    LinearGroup,
+    LoraLinear,
+    SharedForward,
+)
 from .lora_ops import FUSED_OPS
 from .patches import is_rotary_patched, patch_rotary
 from .quantization import QUANTIZATIONS, find_quantization
@@ -81,19 +88,27 @@ def choose_dequantized(
 # ---- the installation
 
 
-def fuse(layers: nn.ModuleList, cache_dequantized: bool) -> set[str]:
+def fuse(
+    layers: nn.ModuleList,
+    cache_dequantized: bool,
+    make_group: Callable[[list[LoraLinear]], LinearGroup] = LinearGroup,
+) -> set[str]:
     """Installs the fused parts in the decoder layers, before the engine gets the model.
 
     Norms, feed-forward blocks and rotary positions that compute something else stay as they are,
     and so does LoRA with additions (DoRA and its like). Parameters are read outside of the modules
     that own them, so ZeRO-3 has to gather decoder layers as leaf modules.
     Returns what stayed, by class or function.
+
+    Args:
+        cache_dequantized: as `LoraLinear` takes it.
+        make_group: how layers of one input multiply by their frozen weights.
     """
     unfused: set[str] = set()
     grouped: set[nn.Module] = set()  # linear layers that are computed together with others
 
-    def loras(modules: list[nn.Module]) -> list[LoraLinear]:
-        return [LoraLinear(module, cache_dequantized) for module in modules]
+    def group(*modules: nn.Module) -> LinearGroup:
+        return make_group([LoraLinear(module, cache_dequantized) for module in modules])
 
     for layer in layers:
         for module in layer.modules():
@@ -102,18 +117,20 @@ def fuse(layers: nn.ModuleList, cache_dequantized: bool) -> set[str]:
                 if not fuse_norm(module):
                     unfused.add(name)
             elif projections := attention_inputs(module):
-                install_fused_forward(projections, loras(projections), FusedLinears)
+                install_fused_forward(projections, [group(*projections)], FusedLinears)
                 grouped.update(projections)
             elif hasattr(module, "gate_proj"):
                 linears = feed_forward_linears(module)
                 if linears:
-                    install_fused_forward([module], loras(linears), FusedFeedForward)
+                    *inputs, output = linears
+                    groups = [group(*inputs), group(output)]
+                    install_fused_forward([module], groups, FusedFeedForward)
                     grouped.update(linears)
                 else:
                     unfused.add(name)
             elif is_plain_lora(module):
                 if module not in grouped:
-                    install_fused_forward([module], loras([module]), FusedLinears)
+                    install_fused_forward([module], [group(module)], FusedLinears)
             elif hasattr(module, "lora_A"):
                 unfused.add(name)
         unfused |= fuse_rotary(layer)
@@ -121,13 +138,13 @@ def fuse(layers: nn.ModuleList, cache_dequantized: bool) -> set[str]:
 
 
 def install_fused_forward(
-    modules: list[nn.Module], linears: list[LoraLinear], function: type[torch.autograd.Function]
+    modules: list[nn.Module], groups: list[LinearGroup], function: type[torch.autograd.Function]
 ) -> None:
     """Lets the modules, which are called in turn with one tensor, compute together by `function`.
 
-    linears: the layers that the function reads; it returns an output for each module.
+    groups: what the function reads; it returns an output for each module.
     """
-    shared = SharedForward(linears, function)
+    shared = SharedForward(groups, function)
     for number, module in enumerate(modules):
         module.forward = fused_forward(module, number, shared)
 

@@ -34,9 +34,7 @@ class LoraLinear:
         self.quantization = find_quantization(module.base_layer)
         self.cached_weight: torch.Tensor | None = None
         if cache_dequantized and self.quantization:
-            weight = module.base_layer.weight
-            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
-                self.cached_weight = self.weight(module.base_layer.compute_dtype)
+            self.cached_weight = self.full_weight()
 
     @property
     def lora(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -50,6 +48,14 @@ class LoraLinear:
         if self.quantization:
             return self.quantization.dequantize(self.module.base_layer, dtype)
         return self.module.base_layer.weight
+
+    def full_weight(self) -> torch.Tensor:
+        """W [N, K], a tensor of its own. ZeRO-3 may have partitioned it: every rank must call it."""
+        stored = self.module.base_layer.weight
+        dtype = self.module.base_layer.compute_dtype if self.quantization else stored.dtype
+        with deepspeed.zero.GatheredParameters([stored], enabled=hasattr(stored, "ds_id")):
+            weight = self.weight(dtype)
+            return weight if self.quantization else weight.detach().clone()
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + bias [T, N], without LoRA."""
@@ -68,35 +74,42 @@ class LoraLinear:
         return y.addmm_(x, weight.t())
 
 
-def dropout_of_input(
-    linears: list[LoraLinear],
-) -> tuple[tuple[torch.Tensor, ...] | None, float]:
-    """This micro-batch's (keep_masks, scale) for LoRAs of one input, as lora_ops takes them.
+class LinearGroup:
+    """Linear layers of one input x [T, K], such as queries, keys and values.
 
-    keep_masks has for each LoRA a bool [T, K], or is None where nothing is dropped.
+    A subclass may multiply by the frozen weights in another way (`fp8/layers.py`).
     """
-    dropouts = [linear.module.lora_dropout[linear.adapter] for linear in linears]
-    if not linears[0].module.training or isinstance(dropouts[0], nn.Identity):
-        return None, linears[0].scaling
-    masks = [dropout.mask(linear.module.in_features) for dropout, linear in zip(dropouts, linears)]
-    _, dropout_scale = masks[0]
-    return tuple(keep for keep, _ in masks), dropout_scale * linears[0].scaling
 
+    def __init__(self, linears: list[LoraLinear]) -> None:
+        self.linears = linears
 
-def grad_input(
-    linears: list[LoraLinear], dys, lora, dropout
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(dx [T, K], dh [T, r] of each layer) of linear layers of one input.
+    def dropout(self) -> tuple[tuple[torch.Tensor, ...] | None, float]:
+        """This micro-batch's (keep_masks, scale) for the layers' LoRAs, as lora_ops takes them.
 
-    dys: the gradients [T, N] of their outputs; lora: A and B of each in turn; dropout:
-    (keep_masks, scale).
-    """
-    lora_as, lora_bs = lora[::2], lora[1::2]
-    dhs = [dy @ b for dy, b in zip(dys, lora_bs)]
-    dx = lora_grad_input(dhs, lora_as, *dropout)
-    for linear, dy in zip(linears, dys):
-        dx.addmm_(dy, linear.weight(dy.dtype))
-    return dx, dhs
+        keep_masks has for each LoRA a bool [T, K], or is None where nothing is dropped.
+        """
+        linears = self.linears
+        dropouts = [linear.module.lora_dropout[linear.adapter] for linear in linears]
+        if not linears[0].module.training or isinstance(dropouts[0], nn.Identity):
+            return None, linears[0].scaling
+        masks = [dropout.mask(x.module.in_features) for dropout, x in zip(dropouts, linears)]
+        _, dropout_scale = masks[0]
+        return tuple(keep for keep, _ in masks), dropout_scale * linears[0].scaling
+
+    def base(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x W^T + bias [T, N] of each layer, without LoRA."""
+        return [linear.base(x) for linear in self.linears]
+
+    def outputs(self, x: torch.Tensor, hs, lora_bs) -> tuple[torch.Tensor, ...]:
+        """y [T, N] of each layer, where each h [T, r] is s drop(x) A^T."""
+        return tuple(linear.forward(x, h, b) for linear, h, b in zip(self.linears, hs, lora_bs))
+
+    def grad_input(self, dys, dhs, lora_as, dropout) -> torch.Tensor:
+        """dx [T, K] from the gradients dy [T, N] of the outputs and dh = dy B [T, r] of each."""
+        dx = lora_grad_input(dhs, lora_as, *dropout)
+        for linear, dy in zip(self.linears, dys):
+            dx.addmm_(dy, linear.weight(dy.dtype))
+        return dx
 
 
 def grad_lora(dys, dhs, x: torch.Tensor, hs, dropout) -> list[torch.Tensor]:
@@ -108,60 +121,66 @@ def grad_lora(dys, dhs, x: torch.Tensor, hs, dropout) -> list[torch.Tensor]:
 
 
 class FusedLinears(torch.autograd.Function):
-    """Linear layers of one input, such as queries, keys and values.
+    """Linear layers of one input.
 
-    Takes the layers, x [T, K], and A and B of each in turn. Returns y [T, N] of each.
+    Takes their group alone in a list, x [T, K], and A and B of each in turn. Returns y [T, N] of
+    each.
     """
 
     @staticmethod
-    def forward(ctx, linears: list[LoraLinear], x, *lora):
-        ctx.linears = linears
-        ctx.dropout = dropout_of_input(linears)
+    def forward(ctx, groups: list[LinearGroup], x, *lora):
+        (group,) = groups
+        ctx.group = group
+        ctx.dropout = group.dropout()
         lora_as, lora_bs = lora[::2], lora[1::2]
         hs = lora_down(x, lora_as, *ctx.dropout)
         ctx.save_for_backward(x, *hs, *lora)
-        return tuple(linear.forward(x, h, b) for linear, h, b in zip(linears, hs, lora_bs))
+        return group.outputs(x, hs, lora_bs)
 
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
         hs, lora = saved[: len(dys)], saved[len(dys) :]
-        dx, dhs = grad_input(ctx.linears, dys, lora, ctx.dropout)
+        lora_as, lora_bs = lora[::2], lora[1::2]
+        dhs = [dy @ b for dy, b in zip(dys, lora_bs)]
+        dx = ctx.group.grad_input(dys, dhs, lora_as, ctx.dropout)
         return None, dx, *grad_lora(dys, dhs, x, hs, ctx.dropout)
 
 
 class FusedFeedForward(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202).
 
-    Takes the layers gate, up and down, x [T, K], and A and B of each in turn. It saves the outputs
-    of gate and up before their LoRA is added, and computes silu(gate) * up again in the backward
-    pass.
+    Takes the group of gate and up and that of down, x [T, K], and A and B of each layer in turn. It
+    saves the outputs of gate and up before their LoRA is added, and computes silu(gate) * up again
+    in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, linears: list[LoraLinear], x, *lora):
-        gate_linear, up_linear, down_linear = linears
+    def forward(ctx, groups: list[LinearGroup], x, *lora):
+        inputs, output = groups
         gate_a, gate_b, up_a, up_b, down_a, down_b = lora
-        ctx.linears = linears
-        ctx.dropout = dropout_of_input([gate_linear, up_linear])
-        ctx.down_dropout = dropout_of_input([down_linear])
+        ctx.groups = groups
+        ctx.dropout = inputs.dropout()
+        ctx.down_dropout = output.dropout()
         gate_h, up_h = lora_down(x, (gate_a, up_a), *ctx.dropout)
-        gate, up = gate_linear.base(x), up_linear.base(x)
+        gate, up = inputs.base(x)
         hidden = swiglu(gate, up, (gate_h, gate_b), (up_h, up_b))
         (down_h,) = lora_down(hidden, (down_a,), *ctx.down_dropout)
         ctx.save_for_backward(x, gate, up, gate_h, up_h, down_h, *lora)
-        return (down_linear.forward(hidden, down_h, down_b),)
+        return output.outputs(hidden, (down_h,), (down_b,))
 
     @staticmethod
     def backward(ctx, dy):
         x, gate, up, gate_h, up_h, down_h, *lora = ctx.saved_tensors
-        _, gate_b, _, up_b, _, _ = lora
-        inputs, output = ctx.linears[:2], ctx.linears[2:]
-        d_hidden, down_dh = grad_input(output, (dy,), lora[4:], ctx.down_dropout)
+        gate_a, gate_b, up_a, up_b, down_a, down_b = lora
+        inputs, output = ctx.groups
+        down_dh = dy @ down_b
+        d_hidden = output.grad_input((dy,), (down_dh,), (down_a,), ctx.down_dropout)
         d_gate, d_up, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, gate_b), (up_h, up_b))
-        down_gradients = grad_lora((dy,), down_dh, hidden, (down_h,), ctx.down_dropout)
+        down_gradients = grad_lora((dy,), (down_dh,), hidden, (down_h,), ctx.down_dropout)
         dys = (d_gate, d_up)
-        dx, dhs = grad_input(inputs, dys, lora[:4], ctx.dropout)
+        dhs = (d_gate @ gate_b, d_up @ up_b)
+        dx = inputs.grad_input(dys, dhs, (gate_a, up_a), ctx.dropout)
         gradients = grad_lora(dys, dhs, x, (gate_h, up_h), ctx.dropout)
         return None, dx, *gradients, *down_gradients
 
@@ -190,11 +209,12 @@ class SharedForward:
     The modules are called one after the other with the same tensor object, as q_proj, k_proj and
     v_proj are. Once all have fetched, nothing is held, so no activation is kept alive.
 
-    function: takes the layers, x [T, K], and A and B of each; returns an output for each module.
+    function: takes the groups, x [T, K], and A and B of each layer; returns an output for each
+    module.
     """
 
-    def __init__(self, linears: list[LoraLinear], function: type[torch.autograd.Function]) -> None:
-        self.linears = linears
+    def __init__(self, groups: list[LinearGroup], function: type[torch.autograd.Function]) -> None:
+        self.groups = groups
         self.function = function
         self.input: torch.Tensor | None = None
         self.outputs: list[torch.Tensor | None] = []  # of each module; None once it is fetched
@@ -204,8 +224,9 @@ class SharedForward:
         if self.input is x and self.outputs[number] is not None:
             return
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        lora = (parameter for linear in self.linears for parameter in linear.lora)
-        self.outputs = list(self.function.apply(self.linears, flat, *lora))
+        linears = (linear for group in self.groups for linear in group.linears)
+        lora = (parameter for linear in linears for parameter in linear.lora)
+        self.outputs = list(self.function.apply(self.groups, flat, *lora))
         self.input = x
 
     def fetch(self, x: torch.Tensor, number: int) -> torch.Tensor:

@@ -150,25 +150,33 @@ def grad_lora_a(dhs, x: torch.Tensor, keep_masks, scale: float) -> tuple[torch.T
     return partials.sum(0).to(x.dtype).unbind()
 
 
-def lora_grad_input(dhs, lora_as, keep_masks, scale: float) -> torch.Tensor:
-    """dx [T, width], the sum of scale drop(dh A) over the LoRAs. dh [T, r], A [r, width]."""
+def lora_grad_input(
+    dhs, lora_as, keep_masks, scale: float, dx: torch.Tensor | None = None
+) -> torch.Tensor:
+    """dx [T, width], the sum of scale drop(dh A) over the LoRAs. dh [T, r], A [r, width].
+
+    With a dx it is added to that, in place.
+    """
     if keep_masks is None:
-        dx = dhs[0] @ (lora_as[0] * scale)
-        for dh, a in zip(dhs[1:], lora_as[1:]):
+        terms = list(zip(dhs, lora_as))
+        if dx is None:
+            dh, a = terms.pop(0)
+            dx = dh @ (a * scale)
+        for dh, a in terms:
             dx.addmm_(dh, a, alpha=scale)
         return dx
     rows, rank = dhs[0].shape
     width = lora_as[0].shape[1]
     dtype = dhs[0].dtype
     if not on_triton(dhs[0]) or needs_separate_kernels(dhs, dtype, rank, most=128):
-        terms = (
+        products = (
             apply_dropout_mask(dh @ a, mask, scale) for dh, a, mask in zip(dhs, lora_as, keep_masks)
         )
-        return functools.reduce(torch.Tensor.add_, terms)
+        return functools.reduce(torch.Tensor.add_, products if dx is None else (dx, *products))
     sizes = block_sizes(rank, dtype)
-    dx = dhs[0].new_empty(rows, width)
+    out = dhs[0].new_empty(rows, width) if dx is None else dx
     lora_grad_input_kernel[(triton.cdiv(rows, TOKENS), triton.cdiv(width, sizes.columns))](
-        dx,
+        out,
         *pad_to_three(dhs),
         *pad_to_three(lora_as),
         *pad_to_three(keep_masks),
@@ -177,9 +185,10 @@ def lora_grad_input(dhs, lora_as, keep_masks, scale: float) -> torch.Tensor:
         keep_masks[0].stride(0),
         scale,
         len(dhs),
+        dx is not None,
         *sizes,
     )
-    return dx
+    return out
 
 
 # ---- SwiGLU of a gate and an up projection whose LoRA is not added yet

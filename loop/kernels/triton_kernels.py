@@ -157,7 +157,7 @@ def grad_lora_a_kernel(
         tl.store(partials + 2 * rank * width, sum2 * scale, mask=in_bounds)
 
 
-# ---- lora_grad_input: dx = sum of scale drop(dh A)
+# ---- lora_grad_input: dx (+)= sum of scale drop(dh A)
 
 
 @jit
@@ -171,7 +171,7 @@ def _project_up(dh, a, keep, keep_offsets, in_bounds, tokens, columns, dims, row
 
 @jit
 def lora_grad_input_kernel(
-    dx,  # [rows, width], written
+    dx,  # [rows, width], written, or added to
     dh0,  # [rows, rank]
     dh1,
     dh2,
@@ -186,6 +186,7 @@ def lora_grad_input_kernel(
     keep_stride,
     scale,
     NUM_LORAS: tl.constexpr,
+    ADDS: tl.constexpr,
     rank: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -207,7 +208,11 @@ def lora_grad_input_kernel(
         total += _project_up(
             dh2, a2, keep2, keep_at, in_bounds, tokens, columns, dims, rows, width, rank
         )
-    tl.store(dx + tokens[:, None] * width + columns[None], total * scale, mask=in_bounds)
+    pointers = dx + tokens[:, None] * width + columns[None]
+    total *= scale
+    if ADDS:
+        total += tl.load(pointers, mask=in_bounds, other=0.0)
+    tl.store(pointers, total, mask=in_bounds)
 
 
 # ---- swiglu and swiglu_backward: silu(gate') up', where gate' and up' have their LoRA added

@@ -16,7 +16,7 @@ from loop.config.schema import Config
 from loop.kernels import lora_ops, self_test, triton_kernels
 from loop.kernels.dropout import install_dropout
 from loop.kernels.fuse import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_swiglu
-from loop.kernels.fused_layers import SharedForward
+from loop.kernels.fused_layers import LinearGroup, SharedForward
 from loop.kernels.patches import is_rotary_patched, restore_rotary
 from loop.model.activation_checkpointing import use_checkpointing
 from loop.model.loading import load_base
@@ -174,9 +174,9 @@ class Doubled(torch.autograd.Function):
     calls = 0
 
     @staticmethod
-    def forward(ctx, linears, x, *lora):
+    def forward(ctx, groups, x, *lora):
         Doubled.calls += 1
-        return tuple(x + x for _ in linears)
+        return tuple(x + x for group in groups for _ in group.linears)
 
 
 def test_a_shared_forward_computes_once_for_an_input_and_holds_nothing_afterwards(monkeypatch):
@@ -184,7 +184,8 @@ def test_a_shared_forward_computes_once_for_an_input_and_holds_nothing_afterward
         lora = ()
 
     monkeypatch.setattr(Doubled, "calls", 0)
-    shared = SharedForward([Layer(), Layer(), Layer()], Doubled)
+    group = LinearGroup([Layer(), Layer(), Layer()])
+    shared = SharedForward([group], Doubled)
     x, equal = torch.ones(1, 3, 4), torch.ones(1, 3, 4)
     for number in range(3):
         assert torch.equal(shared.fetch(x, number), x + x) and Doubled.calls == 1
