@@ -25,9 +25,10 @@ CHECKS = (
     "collectives",
     "compiled",
     "fused",
+    "fp8",
     "ceilings",
 )
-OPTIONAL = ("compiled", "fused", "ceilings")  # training starts without them
+OPTIONAL = ("compiled", "fused", "fp8", "ceilings")  # training starts without them
 # Side by side, the longest first: their results do not depend on the clock.
 CONCURRENT = ("compiled", "zero3", "environment")
 

@@ -434,6 +434,12 @@ class Config(Section):
         description="Compute decoder layers in few kernels; false: as PEFT computes them; auto: "
         "where a self-test finds the fused ones right.",
     )
+    compute: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="In what a step multiplies by frozen weights: bf16, or what ds_config.json "
+        "enables; fp8: E4M3 with a scale for each token and each output, on GPUs of compute "
+        "capability 8.9 and newer. LoRA, norms, attention and the loss stay as they are.",
+    )
     embedding_on_cpu: bool = Field(
         False,
         description="Keep the frozen embedding in the CPU's memory, for one small GPU: 1 GiB less "
@@ -457,7 +463,7 @@ class Config(Section):
     cache_dequantized_weights: bool | Literal["auto"] = Field(
         "auto",
         description="Dequantize NF4 weights once, for 2 bytes a weight; auto: without CUDA graphs, "
-        "where they fit.",
+        "where they fit. With compute=fp8: make the FP8 codes once; auto: where they fit.",
     )
 
     data: DataConfig = Field(description="The examples.")
@@ -561,6 +567,9 @@ class Config(Section):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if self.compute == "fp8" and (self.method == "full" or self.fused_layers is False):
+            reason = "method=full" if self.method == "full" else "fused_layers=false"
+            raise ValueError(f"compute=fp8: is of fused layers with LoRA, and {reason}; set bf16")
         if self.adapter and self.method == "full":
             raise ValueError(
                 f"adapter={self.adapter}: method=full trains no adapter; merge it into the base "

@@ -18,6 +18,9 @@ from .triton_kernels import quantize_rows_kernel
 
 CODE = torch.float8_e4m3fn
 LARGEST = torch.finfo(CODE).max  # 448
+# Of a product of random numbers, relative to fp32. Each factor is rounded by up to 1/16: 0.026 of
+# its norm, so some 0.037 are usual.
+ERROR_BOUND = 5e-2
 # Of a row of zeros. A smaller scale would not change the result, but 1 / scale could overflow.
 SMALLEST_SCALE = 1e-30
 

@@ -1,4 +1,4 @@
-"""The Triton kernel behind products.py. All matrices are row-major; see kernels/triton_kernels.py."""
+"""The Triton kernel behind products.py. All matrices are row-major."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class LoraLinear:
         return self.module.base_layer.weight
 
     def full_weight(self) -> torch.Tensor:
-        """W [N, K], a tensor of its own. ZeRO-3 may have partitioned it: every rank must call it."""
+        """W [N, K], a tensor of its own. Every rank must call it: ZeRO-3 may have to gather."""
         stored = self.module.base_layer.weight
         dtype = self.module.base_layer.compute_dtype if self.quantization else stored.dtype
         with deepspeed.zero.GatheredParameters([stored], enabled=hasattr(stored, "ds_id")):

@@ -27,6 +27,7 @@ LOADED = (
     "16-bit weights",
     "adapter",
     "dequantised copies",
+    "FP8 codes",
 )
 # Made with the engine. "Adam moments" is the state of whatever optimizer the run has.
 STATES = ("fp32 masters", "Adam moments", "gradients, fp32", "gradient bucket")
@@ -54,7 +55,8 @@ class RunShape:
     world_size: int
     fused: bool  # decoder layers run in few kernels
     supervised_fraction: float = 1 / 3  # of the tokens, which have logits
-    dequantized: bool = False  # quantised weights are held dequantised as well
+    # Frozen weights are also held as products read them: dequantised, or in FP8 for both passes.
+    dequantized: bool = False
     # Layers that do not recompute are CUDA graphs. Their gradients have addresses of their own, and
     # no other tensor may use the memory of their activations.
     cuda_graphs: bool = False
@@ -196,7 +198,12 @@ def quantization_state_bytes(config: Config, counts: WeightCounts) -> int:
 
 
 def dequantized_bytes(config: Config, ds_config: dict, counts: WeightCounts) -> int:
-    """Bytes of all quantised weights when they are held dequantised as well."""
+    """Bytes of all quantised weights when they are held dequantised as well.
+
+    With compute=fp8: of all frozen matrices in E4M3, once for each pass.
+    """
+    if config.compute == "fp8":
+        return 2 * sum(counts.matrices)
     if not config.quantization:
         return 0
     return sum(counts.matrices) * compute_itemsize(ds_config)
@@ -215,7 +222,8 @@ def weights_bytes(
         parts["adapter"] = shard_numel(counts.trained, run.world_size) * itemsize
     parts["quantisation state"] = quantization_state_bytes(config, counts)
     if run.dequantized:
-        parts["dequantised copies"] = dequantized_bytes(config, ds_config, counts)
+        name = "FP8 codes" if config.compute == "fp8" else "dequantised copies"
+        parts[name] = dequantized_bytes(config, ds_config, counts)
     return parts
 
 
@@ -332,8 +340,13 @@ def current_layer_bytes(
     total = tokens * (4 * inner + 2 * hidden) * itemsize
     if checkpointing:
         total += tokens * saved_bytes_per_token(config, model_config, run.fused, itemsize)
-    if config.quantization and not run.dequantized:
-        total += max(count_weights(config, model_config).matrices) * itemsize
+    largest = max(count_weights(config, model_config).matrices)
+    if config.compute == "fp8":
+        total += tokens * 2 * inner  # the gradients of gate and up in E4M3
+        if not run.dequantized:
+            total += 2 * largest * (2 * itemsize + 1)  # both, transposed as well, and their codes
+    elif config.quantization and not run.dequantized:
+        total += largest * itemsize
     return total
 
 

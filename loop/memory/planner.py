@@ -125,6 +125,28 @@ def choose_micro_batch(
     return sizes[-1], choices[-1]  # it does not fit; this comes nearest
 
 
+def choose_fp8_codes(
+    config: Config, ds_config: dict, model_config, run: RunShape, free_bytes: int | None
+) -> bool:
+    """Whether the FP8 codes of frozen weights are kept, with compute=fp8.
+
+    With "auto" they are where neither more micro-batches nor checkpointing are needed for it. The
+    arguments are those of `choose_micro_batch`, free_bytes without the codes.
+    """
+    if config.cache_dequantized_weights != "auto":
+        return config.cache_dequantized_weights
+    if free_bytes is None:
+        return True
+    kept = replace(run, dequantized=True)
+    made_again = replace(run, dequantized=False)
+    left = free_bytes - dequantized_bytes(config, ds_config, count_weights(config, model_config))
+    choice = choose_micro_batch(config, ds_config, model_config, kept, left)
+    parts = estimate_memory(config, ds_config, model_config, kept, *choice)
+    return working_bytes(parts) <= left and choice == choose_micro_batch(
+        config, ds_config, model_config, made_again, free_bytes
+    )
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What a run would choose on GPUs of this memory, and its memory estimate."""
@@ -173,14 +195,17 @@ def plan_memory(
 
     counts = count_weights(config, model_config)
     copies = dequantized_bytes(config, ds_config, counts) if run.fused else 0
+    run = replace(run, cuda_graphs=cuda_graphs)
     dequantized = config.cache_dequantized_weights
-    if dequantized == "auto":
+    if config.compute == "fp8":
+        dequantized = choose_fp8_codes(config, ds_config, model_config, run, free)
+    elif dequantized == "auto":
         dequantized = not cuda_graphs and (free is None or copies <= 0.1 * free)
     dequantized = bool(dequantized and copies)
     if dequantized and free is not None:
         free -= copies
 
-    run = replace(run, dequantized=dequantized, cuda_graphs=cuda_graphs)
+    run = replace(run, dequantized=dequantized)
     rows, checkpointing = choose_micro_batch(config, ds_config, model_config, run, free)
     parts = estimate_memory(config, ds_config, model_config, run, rows, checkpointing)
     return MemoryPlan(

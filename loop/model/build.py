@@ -13,11 +13,18 @@ from ..data.dataset import TrainingData
 from ..distributed.seeding import seed_everything
 from ..distributed.timeline import part
 from ..distributed.world import Ranks
+from ..fp8.admission import require_right_products
+from ..fp8.layers import fp8_groups
 from ..kernels.attention_backends import choose_backend
 from ..kernels.dropout import DropoutMasks, install_dropout
 from ..kernels.fuse import choose_dequantized, choose_fused_layers, fuse
 from ..memory.estimate import RunShape, estimate_memory
-from ..memory.planner import choose_micro_batch, choose_weight_placement, free_gpu_bytes
+from ..memory.planner import (
+    choose_fp8_codes,
+    choose_micro_batch,
+    choose_weight_placement,
+    free_gpu_bytes,
+)
 from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
 from ..optim.lora_targets import count_expert_weights
 from .activation_checkpointing import use_checkpointing
@@ -62,6 +69,8 @@ def build_model(
             config.attention, ranks.device, dtype, attention_shape(model_config)
         )
         fused, layers_warning = choose_fused_layers(config, dtype, ranks)
+        if config.compute == "fp8":
+            require_right_products(fused, layers_warning, ranks)
     # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
     seed_everything(config.seed)
     model = load_model(config, ds_config, ranks.device, backend, start=config.adapter)
@@ -77,7 +86,7 @@ def build_model(
     )
     run = replace(run, cuda_graphs=can_replay(config, replicated, ranks, backend))
     if fused:
-        run, unfused = fuse_layers(config, model, run, free_bytes(), ranks)
+        run, unfused = fuse_layers(config, ds_config, model_config, model, run, free_bytes(), ranks)
         if unfused:
             names = ", ".join(sorted(unfused))
             layers_warning = f"layers      {names}: computed as in PEFT and transformers, not fused"
@@ -100,13 +109,19 @@ def build_model(
         replicated=replicated,
         use_cuda_graphs=run.cuda_graphs and not checkpointing,
         estimate_memory=estimate,
-        description=describe_execution(attention, replicated, checkpointing),
+        description=describe_execution(config.compute, attention, replicated, checkpointing),
         warnings=list(filter(None, warnings)),
     )
 
 
 def fuse_layers(
-    config: Config, model: nn.Module, run: RunShape, free_bytes: int | None, ranks: Ranks
+    config: Config,
+    ds_config: dict,
+    model_config,
+    model: nn.Module,
+    run: RunShape,
+    free_bytes: int | None,
+    ranks: Ranks,
 ) -> tuple[RunShape, set[str]]:
     """Fuses the decoder layers where that can be done. Every rank must call it.
 
@@ -114,8 +129,13 @@ def fuse_layers(
     count as fused only where nothing is left.
     """
     layers = decoder_layers(model)
-    dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
-    unfused = fuse(layers, dequantized)
+    if config.compute == "fp8":
+        kept = choose_fp8_codes(config, ds_config, model_config, run, free_bytes)
+        dequantized = ranks.all(kept)
+        unfused = fuse(layers, False, fp8_groups(dequantized))
+    else:
+        dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
+        unfused = fuse(layers, dequantized)
     return replace(run, dequantized=dequantized, fused=not unfused), unfused
 
 
@@ -131,9 +151,9 @@ def other_warnings(config: Config, model: nn.Module) -> list[str]:
     return [optimizer_warning(config), line]
 
 
-def describe_execution(attention: str, replicated: bool, checkpointing: bool) -> str:
+def describe_execution(compute: str, attention: str, replicated: bool, checkpointing: bool) -> str:
     """One line for the log. attention: the backend, as `choose_backend` describes it."""
     placement = ", weights replicated" if replicated else ""
-    return (
-        f"ZeRO-3{placement}; {attention}; gradient checkpointing {'on' if checkpointing else 'off'}"
-    )
+    products = "; frozen weights multiplied in FP8" if compute == "fp8" else ""
+    recomputed = "on" if checkpointing else "off"
+    return f"ZeRO-3{placement}{products}; {attention}; gradient checkpointing {recomputed}"

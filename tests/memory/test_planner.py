@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
-from loop.memory.estimate import RunShape
+from loop.memory.estimate import RunShape, count_weights
 from loop.memory.planner import CONTEXT, choose_micro_batch, plan_memory
 from loop.memory.report import describe_memory, read_gpus, settings_that_fit
 
@@ -160,3 +160,26 @@ def test_what_is_typed():
     for memory in ("0", "-4", "much", "nan", "40GiB", ""):
         with pytest.raises(ConfigError, match="--gpu-memory"):
             read_gpus("1", memory)
+
+
+def test_fp8_codes_are_kept_where_nothing_is_recomputed_for_them():
+    """Two bytes a weight; a row less or checkpointing would cost more than they gain."""
+    config, ds_config = of_seed(compute="fp8")
+    matrices = sum(count_weights(config, tinyllama_shape()).matrices)
+
+    def plan(gib: float | None, **changes):
+        memory = None if gib is None else int(gib * GIB)
+        changed = config.model_copy(update=changes)
+        return plan_memory(changed, ds_config, tinyllama_shape(), 1, memory)
+
+    for gib in (None, 40):
+        assert plan(gib).parts["FP8 codes"] == 2 * matrices
+        assert plan(gib).parts["dequantised copies"] == 0
+    for gib in (3, 4, 6, 8, 12, 16, 20, 22, 24, 28):
+        auto = plan(gib)
+        kept = plan(gib, cache_dequantized_weights=True)
+        made_again = plan(gib, cache_dequantized_weights=False)
+        assert made_again.parts["FP8 codes"] == 0
+        as_good = (kept.rows, kept.checkpointing) == (made_again.rows, made_again.checkpointing)
+        assert auto == (kept if kept.fits and as_good else made_again), gib
+    assert plan(40, method="lora").parts["FP8 codes"] == 2 * matrices

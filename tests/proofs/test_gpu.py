@@ -3,14 +3,16 @@ the GPU's kernels at TinyLlama's shape.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_ok
+from reference import reference_model, reference_steps
 from safetensors.torch import load_file
-from test_gradient import replayed, rounding
+from test_gradient import distance, numbered, replayed, rounding
 
 from loop.config.cli import load_config
 from loop.data.batch_plan import plan_batches
@@ -29,6 +31,10 @@ CASES = {
     "varlen, micro-batches of 2 rows": ["attention=varlen", "micro_batch_size=2"],
     "varlen, checkpointing": ["attention=varlen", "gradient_checkpointing=true"],
 }
+
+IN_FP8 = {"varlen, in FP8": ["attention=varlen", "compute=fp8"]}
+# Of E4M3's rounding beside bf16's: it has 4 bits of mantissa less.
+ROUNDING_OF_FP8 = 16
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def runs(tinyllama, rows, tmp_path_factory):
     def run(name: str):
         case = {
             "name": name,
-            "args": [*args, *CASES[name], f"run.name={name}"],
+            "args": [*args, *(CASES | IN_FP8)[name], f"run.name={name}"],
             "out": str(folder / "out"),
         }
         (folder / "cases.json").write_text(json.dumps([case]))
@@ -108,6 +114,48 @@ def test_real_kernels_add_no_error_to_the_plain_loops_rounding(runs, name):
     # rounds in other places: 4.0e-5 seen.
     assert update < 1e-4
     assert record["frozen"][0] == record["frozen"][1]
+
+
+def gradients_by_layer(names: list[str], gradients: list) -> dict[str, list]:
+    """The gradients of each decoder layer, and of A and B of all layers."""
+    parts: dict[str, list] = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        layer = re.search(r"layers\.(\d+)", name)
+        for part in (f"layer {layer[1]}", re.search(r"lora_[AB]", name)[0], "all"):
+            parts.setdefault(part, []).append(gradient)
+    return parts
+
+
+def test_fp8_gradients_beside_bf16s_own(runs):
+    """The first step's, layer by layer, against the plain loop in fp32 from the same weights."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs FP8")
+    seen = {}
+    for name in ("varlen", *IN_FP8):
+        config, steps, record = runs(name)
+        model = reference_model(config.base, config.method, config.lora, device="cuda")
+        exact = reference_steps(
+            model,
+            numbered(record, "0.weight"),
+            steps[:1],
+            lambda _: 0.0,
+            weight_decay=0.0,
+            max_grad_norm=1e9,
+        )[0]["grads"]
+        ours = gradients_by_layer(record["names"], numbered(record, "0.grad"))
+        wanted = gradients_by_layer(record["names"], exact)
+        seen[name] = {part: distance(ours[part], wanted[part]) for part in wanted}
+        flat, flat_exact = (
+            torch.cat([g.double().flatten() for g in parts["all"]]) for parts in (ours, wanted)
+        )
+        along = (flat @ flat_exact / flat_exact.square().sum()).item()
+        print(f"\n{name}: the projection on the exact gradient is {along:.4f} of it")
+        assert abs(along - 1) < 0.05
+    bf16, fp8 = seen.values()
+    for part in bf16:
+        print(f"{part:9} bf16 {bf16[part]:.2e}  FP8 {fp8[part]:.2e}  {fp8[part] / bf16[part]:5.1f}")
+        assert fp8[part] < ROUNDING_OF_FP8 * bf16[part]
+    assert fp8["all"] > 2 * bf16["all"]  # it was FP8
 
 
 @pytest.fixture(scope="module")

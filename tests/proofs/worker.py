@@ -227,6 +227,11 @@ def watch_dropout(_) -> None:
     loop.model.build.install_dropout = watched
 
 
+def fp8_anywhere(_) -> None:
+    """compute=fp8 on a CPU as well, whose torch multiplies FP8 too."""
+    train.admit_fp8 = lambda *_: None
+
+
 def draw_numbers(_) -> None:
     """Each step draws from the generators of its rank."""
     step = train.train_step
@@ -242,6 +247,7 @@ def draw_numbers(_) -> None:
 PATCHES = {
     "watch_dropout": watch_dropout,
     "draw_numbers": draw_numbers,
+    "fp8_anywhere": fp8_anywhere,
     "losses_at": losses_at,
     "shuffle": shuffle,
     "no_leaf": no_leaf,
