@@ -49,7 +49,7 @@ def results_path() -> Path:
         sorted(versions.items()),
     ]
     digest = hashlib.sha256(json.dumps(key).encode())
-    digest.update(source_digest("kernels_check", "loop/kernels").encode())
+    digest.update(source_digest("kernels_check", "loop/kernels", "loop/fp8").encode())
     digest.update((ROOT / "ds_config.json").read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "soap-loop" / f"verdicts-{digest.hexdigest()[:16]}.json"

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, run_ok
 from reference import reference_model, reference_steps
 from safetensors.torch import load_file
-from test_gradient import distance, numbered, replayed, rounding
+from test_gradient import ROUNDING_OF_FP8, distance, numbered, replayed, rounding
 
 from loop.config.cli import load_config
 from loop.data.batch_plan import plan_batches
@@ -33,8 +33,6 @@ CASES = {
 }
 
 IN_FP8 = {"varlen, in FP8": ["attention=varlen", "compute=fp8"]}
-# Of E4M3's rounding beside bf16's: it has 4 bits of mantissa less.
-ROUNDING_OF_FP8 = 16
 
 
 @pytest.fixture(scope="module")

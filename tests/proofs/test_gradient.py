@@ -34,6 +34,7 @@ BF16 = "deepspeed=ds_config.json"  # elsewhere the proofs compute in fp32
 FULL_WEIGHTS = "replicate_weights=true"
 CHECKPOINTING = "gradient_checkpointing=true"
 ON_CPU = {"fp8_anywhere": 1}
+ROUNDING_OF_FP8 = 16  # beside bf16's: E4M3 has 4 bits of mantissa less
 
 
 def case(name: str, *args: str, **more) -> dict:
@@ -281,11 +282,16 @@ def test_other_methods_are_the_plain_loops(bench, plain, name):
     "name",
     ["FP8", "FP8, codes made in each pass", "FP8, lora, checkpointing", "2 ranks, FP8"],
 )
-def test_fp8_steps_are_near_the_plain_loops(bench, plain, name):
-    """The rest is fp32 here, so what is seen is FP8's rounding: some 3 % a product."""
-    seen = compare(bench.records[name], plain["lora" if "lora" in name else "qlora"])
-    print(name, seen)
-    assert 1e-2 < seen["gradient"] < 0.3 and seen["loss"] < 1e-2 and seen["norm"] < 0.1, seen
+def test_fp8_steps_are_near_the_plain_loops(bench, name):
+    """The rest is fp32 here. E4M3 has 4 bits of mantissa less than bf16, whose own rounding it is
+    beside.
+    """
+    config, steps = bench.planned("lora" if "lora" in name else "qlora")
+    for figures in rounding(bench.records[name], steps, config):
+        print(name, {key: f"{ours:.1e} ({own:.1e})" for key, (ours, own) in figures.items()})
+        ours, own = figures["gradient"]
+        assert 2 * own < ours < ROUNDING_OF_FP8 * own
+        assert figures["loss"][0] < 1e-2 and figures["norm"][0] < 0.1
 
 
 @pytest.mark.slow
