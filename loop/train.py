@@ -25,8 +25,7 @@ from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
 from .export.adapter import export_result, prepare_audit
-from .families.admission import admit_base, check_vocabulary
-from .fp8.admission import admit_fp8
+from .families.admission import admit_run, check_vocabulary
 from .memory.estimate import LOSS_CHUNK
 from .memory.measure import PeakMemory
 from .model.build import build_model
@@ -119,8 +118,7 @@ def train(
     with contextlib.ExitStack() as stack:  # unlocks the run directory, stops the watchdog
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
         stop = StopRequest(config.run.max_hours)
-        tokenizer, model_config = admit_base(config)
-        admit_fp8(config, ds_config, model_config)
+        tokenizer, model_config = admit_run(config, ds_config)
         data = data or part("data")(load_training_data)(config, tokenizer)
         check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import Config, ConfigError
+from ..fp8.admission import admit_fp8
 from ..model.loading import config_errors_for, load_model_config, load_tokenizer
 from ..model.structure import attention_shape, context_length, rotary_settings
 from .isolation import check_isolation
@@ -21,6 +22,13 @@ def admit_base(config: Config) -> tuple[Any, Any]:
         attention_shape(model_config)
     check_rotary(config, model_config)
     check_isolation(config)
+    return tokenizer, model_config
+
+
+def admit_run(config: Config, ds_config: dict) -> tuple[Any, Any]:
+    """What `admit_base` returns, where this machine can compute as the run wants as well."""
+    tokenizer, model_config = admit_base(config)
+    admit_fp8(config, ds_config, model_config)
     return tokenizer, model_config
 
 

@@ -190,6 +190,16 @@ def cached_weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [x.cached_weight for x in linears if x.cached_weight is not None]
 
 
+def kept_codes(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The FP8 codes of frozen weights, with their scales, that the groups of a model hold."""
+    from loop.fp8.layers import Fp8Group
+
+    modules = {id(m) for m in module.modules()}
+    groups = [x for x in gc.get_objects() if type(x) is Fp8Group and x.kept]
+    mine = [x for x in groups if id(x.linears[0].module) in modules]
+    return [t for group in mine for rows in (*group.kept[0], group.kept[1]) for t in rows]
+
+
 def live_components(engine, optimizer, masks) -> dict[str, int]:
     """Bytes of the tensors that are alive after a step, by component."""
     from loop.optim.adamw import trainable_parameters
@@ -206,6 +216,7 @@ def live_components(engine, optimizer, masks) -> dict[str, int]:
             p.ds_tensor for p in frozen if not hasattr(p, "quant_state")
         ),
         "dequantised copies": storage_bytes(cached_weights(engine.module)),
+        "FP8 codes": storage_bytes(kept_codes(engine.module)),
         "adapter": storage_bytes(p.ds_tensor for _, p in trainable_parameters(engine.module)),
         "fp32 masters": storage_bytes(zero.fp32_partitioned_groups_flat),
         "Adam moments": storage_bytes(t for t in moments if torch.is_tensor(t) and t.numel() > 1),
@@ -242,7 +253,8 @@ def saved_activations(engine, batch, draw) -> int:
     frozen = [p for p in engine.module.parameters() if not p.requires_grad]
     # The weights are the shards themselves.
     assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in frozen)
-    tensors = [*engine.module.parameters(), *cached_weights(engine.module)]
+    kept = [*cached_weights(engine.module), *kept_codes(engine.module)]
+    tensors = [*engine.module.parameters(), *kept]
     weights = {t.untyped_storage().data_ptr() for t in tensors}
     saved = {}
 
@@ -265,6 +277,7 @@ def make_engine(config: Config, ds_config: dict, run: RunShape, checkpointing: b
     import deepspeed
 
     from loop.distributed.seeding import seed_everything
+    from loop.fp8.layers import fp8_groups
     from loop.kernels.dropout import install_dropout
     from loop.kernels.fuse import fuse
     from loop.model.activation_checkpointing import use_checkpointing
@@ -276,7 +289,11 @@ def make_engine(config: Config, ds_config: dict, run: RunShape, checkpointing: b
     seed_everything(0)
     model = load_model(config, ds_config, "cpu", "sdpa")
     masks = install_dropout(model, config.lora["lora_dropout"], 0, "cpu")
-    assert not (run.fused and fuse(decoder_layers(model), run.dequantized))
+    layers = decoder_layers(model)
+    if config.compute == "fp8":
+        assert not fuse(layers, False, fp8_groups(run.dequantized))
+    else:
+        assert not (run.fused and fuse(layers, run.dequantized))
     if checkpointing:
         use_checkpointing(model)
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -302,7 +319,14 @@ def make_batch():
 
 
 def measure_case(
-    live: Live, base: str, ranks, fused, dequantized, checkpointing, reuse_distance=10**9
+    live: Live,
+    base: str,
+    ranks,
+    fused,
+    dequantized,
+    checkpointing,
+    reuse_distance=10**9,
+    compute="bf16",
 ) -> list:
     """[fused, checkpointing, seen, parts, alive, resident, highest] of two steps.
 
@@ -318,7 +342,8 @@ def measure_case(
         build_ds_config(seed_config(), for_gpus=True) | DS,
     )
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
-    config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
+    settings = {"max_seq_len": TOKENS, "lora": {"r": 16}, "compute": compute}
+    config = Config(base=base, data={"train": "x"}, **settings)
     run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)
     parts = estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
     gc.collect()
@@ -364,6 +389,8 @@ def worker(base: str) -> None:
         (True, False, False),
         (True, True, True),
         (True, False, True, 1),
+        (True, True, False, 10**9, "fp8"),
+        (True, False, True, 1, "fp8"),
     ):
         with Live() as live:
             print(json.dumps(measure_case(live, base, ranks, *settings)))
@@ -380,7 +407,7 @@ def test_what_is_alive_is_what_was_estimated(world_size, tiny_base, tmp_path):
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
     output = run_ok(world_size, "tests/memory/test_estimate.py", str(tmp_path))
     cases = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    assert len(cases) == 4
+    assert len(cases) == 6
     for fused, checkpointing, seen, parts, alive, resident, highest in cases:
         peak = peak_bytes(parts)
         print({name: (size, parts[name]) for name, size in seen.items()})

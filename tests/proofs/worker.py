@@ -26,6 +26,7 @@ import loop.checkpoint.store
 import loop.checkpoint.train_state
 import loop.data.dataset
 import loop.export.adapter
+import loop.families.admission
 import loop.generation.sharded
 import loop.model.build
 import loop.model.loading
@@ -46,6 +47,7 @@ PATCHED = [
     loop.checkpoint.train_state,
     loop.data.dataset,
     loop.export.adapter,
+    loop.families.admission,
     loop.generation.sharded,
     loop.model.build,
     loop.model.loading,
@@ -229,7 +231,7 @@ def watch_dropout(_) -> None:
 
 def fp8_anywhere(_) -> None:
     """compute=fp8 on a CPU as well, whose torch multiplies FP8 too."""
-    train.admit_fp8 = lambda *_: None
+    loop.families.admission.admit_fp8 = lambda *_: None
 
 
 def draw_numbers(_) -> None:
