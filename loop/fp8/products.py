@@ -34,6 +34,7 @@ ERROR_BOUND = 5e-2
 # Of a row of zeros. A smaller scale would not change the result, but 1 / scale could overflow.
 SMALLEST_SCALE = 1e-30
 ONE_KERNEL = True  # quantise rows in the kernel that multiplies them by a LoRA
+MOST_RANK = 64
 
 
 class Quantized(NamedTuple):
@@ -78,13 +79,18 @@ def quantize_rows(*parts: torch.Tensor) -> Quantized:
     return out
 
 
+def multiplies_while_quantizing(x: torch.Tensor, rank: int) -> bool:
+    """Whether one kernel quantises x and multiplies it by a LoRA; above the rank it would spill."""
+    return on_triton(x) and rank <= MOST_RANK and ONE_KERNEL
+
+
 def quantize_with_lora_down(
     x: torch.Tensor, lora_as, keep_masks, scale: float
 ) -> tuple[Quantized, tuple[torch.Tensor, ...]]:
     """(the rows of x [T, width] in FP8, what `lora_down` returns for the same arguments)."""
     rank = len(lora_as[0])
-    separate = needs_separate_kernels(lora_as, x.dtype, rank)
-    if keep_masks is None or separate or not (on_triton(x) and ONE_KERNEL):
+    separate = keep_masks is None or needs_separate_kernels(lora_as, x.dtype, rank)
+    if separate or not multiplies_while_quantizing(x, rank):
         return quantize_rows(x), lora_down(x, lora_as, keep_masks, scale)
     rows, width = x.shape
     out = empty_rows(rows, width, x.device)
@@ -111,7 +117,7 @@ def quantize_with_lora_down(
 def quantize_with_grad_h(dys, lora_bs) -> tuple[Quantized, tuple[torch.Tensor, ...]]:
     """(the rows of up to three dy [T, N] side by side in FP8, dh = dy B [T, r] of each)."""
     rank = lora_bs[0].shape[1]
-    if rank > 128 or not (on_triton(dys[0]) and ONE_KERNEL):
+    if not multiplies_while_quantizing(dys[0], rank):
         return quantize_rows(*dys), tuple(dy @ b for dy, b in zip(dys, lora_bs))
     dys = tuple(dy.contiguous() for dy in dys)
     widths = [dy.shape[1] for dy in dys]
