@@ -95,5 +95,5 @@ def quantize_inputs(weights: list[torch.Tensor]) -> Quantized:
 
 
 def fp8_groups(keep: bool) -> Callable[[list[LoraLinear]], Fp8Group]:
-    """What `fuse` takes as `make_group`."""
+    """What `fuse` takes to make its groups with."""
     return lambda linears: Fp8Group(linears, keep)

@@ -57,9 +57,10 @@ def quantize_rows(*parts: torch.Tensor) -> Quantized:
     The kernel reads each number once, and writes the codes alone.
     """
     if not on_triton(parts[0]):
-        x = torch.cat([part.float() for part in parts], dim=1)
-        scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
-        return Quantized((x / scales).to(CODE), scales)
+        x = torch.cat([part.float() for part in parts], dim=1)  # a copy
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        scales = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
+        return Quantized(x.div_(scales).to(CODE), scales)
     parts = tuple(part.contiguous() for part in parts)
     widths = [part.shape[1] for part in parts]
     rows = len(parts[0])

@@ -11,7 +11,6 @@ from test_fused_layers import SHAPE, loss_and_gradients, with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
 from loop.fp8 import admission, products
 from loop.fp8.admission import admit_fp8, product_problem, require_right_products
@@ -153,7 +152,7 @@ def of(**changes) -> Config:
 def test_where_it_is_refused(monkeypatch):
     llama = LlamaConfig(**SHAPE)
     config = of(compute="fp8")
-    ds_config = build_ds_config(config)
+    ds_config = {"bf16": {"enabled": True}}
     for capabilities, reason in (
         ([], "and this is a CPU"),
         ([(8, 0)], "GPU 0, card 0, has 8.0"),
@@ -166,7 +165,7 @@ def test_where_it_is_refused(monkeypatch):
     as_if_on(monkeypatch, (8, 9), (9, 0), (12, 0))
     admit_fp8(config, ds_config, llama)
     with pytest.raises(ConfigError, match="needs bf16"):
-        admit_fp8(config, ds_config | {"bf16": {"enabled": False}}, llama)
+        admit_fp8(config, {"bf16": {"enabled": False}}, llama)
     for key, value in (("hidden_size", 72), ("intermediate_size", 100)):
         with pytest.raises(ConfigError, match=f"{key} is {value}, no multiple of 16"):
             admit_fp8(config, ds_config, LlamaConfig(**SHAPE | {key: value, "head_dim": 16}))
