@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from ..kernels.fused_layers import LinearGroup, LoraLinear
 from ..kernels.lora_ops import lora_grad_input
-from .products import (
-    Quantized,
-    product,
-    quantize_rows,
-    quantize_with_grad_h,
-    quantize_with_lora_down,
-)
-
-
-class Factor(NamedTuple):
-    """What a product in FP8 takes, and the dtype of its result."""
-
-    rows: Quantized
-    dtype: torch.dtype
+from .products import Quantized, product, quantize_rows
 
 
 class Fp8Group(LinearGroup):
@@ -51,36 +37,27 @@ class Fp8Group(LinearGroup):
     def weights(self, dtype: torch.dtype) -> list[torch.Tensor]:
         return [linear.weight(dtype) for linear in self.linears]
 
-    def lora_down(self, x: torch.Tensor, lora_as, dropout):
+    def base(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x W^T + bias [T, N] of each layer, without LoRA. x is quantised once for all."""
         if not self.in_fp8:
-            return super().lora_down(x, lora_as, dropout)
-        rows, hs = quantize_with_lora_down(x, lora_as, *dropout)
-        return Factor(rows, x.dtype), hs
-
-    def base(self, x: Factor | torch.Tensor) -> list[torch.Tensor]:
-        if isinstance(x, torch.Tensor):
             return super().base(x)
         weights = self.kept[0] if self.kept else quantize_outputs(self.weights(x.dtype))
         biases = [linear.module.base_layer.bias for linear in self.linears]
-        return [product(x.rows, w, x.dtype, bias) for w, bias in zip(weights, biases)]
+        codes = quantize_rows(x)
+        return [product(codes, w, x.dtype, bias) for w, bias in zip(weights, biases)]
 
-    def outputs(self, x: Factor | torch.Tensor, hs, lora_bs) -> tuple[torch.Tensor, ...]:
-        if isinstance(x, torch.Tensor):
+    def outputs(self, x: torch.Tensor, hs, lora_bs) -> tuple[torch.Tensor, ...]:
+        if not self.in_fp8:
             return super().outputs(x, hs, lora_bs)
         return tuple(y.addmm_(h, b.t()) for y, h, b in zip(self.base(x), hs, lora_bs))
 
-    def grad_h(self, dys, lora_bs):
-        if not self.in_fp8:
-            return super().grad_h(dys, lora_bs)
-        rows, dhs = quantize_with_grad_h(dys, lora_bs)
-        return Factor(rows, dys[0].dtype), dhs
-
     def grad_input(self, dys, dhs, lora_as, dropout) -> torch.Tensor:
         """One product for all layers: their gradients side by side, their weights above another."""
-        if not isinstance(dys, Factor):
+        if not self.in_fp8:
             return super().grad_input(dys, dhs, lora_as, dropout)
-        weights = self.kept[1] if self.kept else quantize_inputs(self.weights(dys.dtype))
-        dx = product(dys.rows, weights, dys.dtype)
+        dtype = dys[0].dtype
+        weights = self.kept[1] if self.kept else quantize_inputs(self.weights(dtype))
+        dx = product(quantize_rows(*dys), weights, dtype)
         return lora_grad_input(dhs, lora_as, *dropout, dx=dx)
 
 

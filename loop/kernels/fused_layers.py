@@ -6,7 +6,6 @@ by term. They round to bf16 less often between the terms and save less for the b
 The terms are in lora_ops.py. fuse.py installs the functions in a model.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -97,24 +96,16 @@ class LinearGroup:
         _, dropout_scale = masks[0]
         return tuple(keep for keep, _ in masks), dropout_scale * linears[0].scaling
 
-    def lora_down(self, x: torch.Tensor, lora_as, dropout) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        """(x as `base` and `outputs` take it, h = s drop(x) A^T [T, r] of each layer)."""
-        return x, lora_down(x, lora_as, *dropout)
-
-    def base(self, x: Any) -> list[torch.Tensor]:
+    def base(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x W^T + bias [T, N] of each layer, without LoRA."""
         return [linear.base(x) for linear in self.linears]
 
-    def outputs(self, x: Any, hs, lora_bs) -> tuple[torch.Tensor, ...]:
-        """y [T, N] of each layer."""
+    def outputs(self, x: torch.Tensor, hs, lora_bs) -> tuple[torch.Tensor, ...]:
+        """y [T, N] of each layer, where each h [T, r] is s drop(x) A^T."""
         return tuple(linear.forward(x, h, b) for linear, h, b in zip(self.linears, hs, lora_bs))
 
-    def grad_h(self, dys, lora_bs) -> tuple[Any, Sequence[torch.Tensor]]:
-        """(the gradients dy [T, N] as `grad_input` takes them, dh = dy B [T, r] of each layer)."""
-        return dys, [dy @ b for dy, b in zip(dys, lora_bs)]
-
-    def grad_input(self, dys: Any, dhs, lora_as, dropout) -> torch.Tensor:
-        """dx [T, K]."""
+    def grad_input(self, dys, dhs, lora_as, dropout) -> torch.Tensor:
+        """dx [T, K] from the gradients dy [T, N] of the outputs and dh = dy B [T, r] of each."""
         dx = lora_grad_input(dhs, lora_as, *dropout)
         for linear, dy in zip(self.linears, dys):
             dx.addmm_(dy, linear.weight(dy.dtype))
@@ -142,17 +133,17 @@ class FusedLinears(torch.autograd.Function):
         ctx.group = group
         ctx.dropout = group.dropout()
         lora_as, lora_bs = lora[::2], lora[1::2]
-        factor, hs = group.lora_down(x, lora_as, ctx.dropout)
+        hs = lora_down(x, lora_as, *ctx.dropout)
         ctx.save_for_backward(x, *hs, *lora)
-        return group.outputs(factor, hs, lora_bs)
+        return group.outputs(x, hs, lora_bs)
 
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
         hs, lora = saved[: len(dys)], saved[len(dys) :]
         lora_as, lora_bs = lora[::2], lora[1::2]
-        factor, dhs = ctx.group.grad_h(dys, lora_bs)
-        dx = ctx.group.grad_input(factor, dhs, lora_as, ctx.dropout)
+        dhs = [dy @ b for dy, b in zip(dys, lora_bs)]
+        dx = ctx.group.grad_input(dys, dhs, lora_as, ctx.dropout)
         return None, dx, *grad_lora(dys, dhs, x, hs, ctx.dropout)
 
 
@@ -171,25 +162,25 @@ class FusedFeedForward(torch.autograd.Function):
         ctx.groups = groups
         ctx.dropout = inputs.dropout()
         ctx.down_dropout = output.dropout()
-        factor, (gate_h, up_h) = inputs.lora_down(x, (gate_a, up_a), ctx.dropout)
-        gate, up = inputs.base(factor)
+        gate_h, up_h = lora_down(x, (gate_a, up_a), *ctx.dropout)
+        gate, up = inputs.base(x)
         hidden = swiglu(gate, up, (gate_h, gate_b), (up_h, up_b))
-        factor, (down_h,) = output.lora_down(hidden, (down_a,), ctx.down_dropout)
+        (down_h,) = lora_down(hidden, (down_a,), *ctx.down_dropout)
         ctx.save_for_backward(x, gate, up, gate_h, up_h, down_h, *lora)
-        return output.outputs(factor, (down_h,), (down_b,))
+        return output.outputs(hidden, (down_h,), (down_b,))
 
     @staticmethod
     def backward(ctx, dy):
         x, gate, up, gate_h, up_h, down_h, *lora = ctx.saved_tensors
         gate_a, gate_b, up_a, up_b, down_a, down_b = lora
         inputs, output = ctx.groups
-        factor, down_dhs = output.grad_h((dy,), (down_b,))
-        d_hidden = output.grad_input(factor, down_dhs, (down_a,), ctx.down_dropout)
+        down_dh = dy @ down_b
+        d_hidden = output.grad_input((dy,), (down_dh,), (down_a,), ctx.down_dropout)
         d_gate, d_up, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, gate_b), (up_h, up_b))
-        down_gradients = grad_lora((dy,), down_dhs, hidden, (down_h,), ctx.down_dropout)
+        down_gradients = grad_lora((dy,), (down_dh,), hidden, (down_h,), ctx.down_dropout)
         dys = (d_gate, d_up)
-        factor, dhs = inputs.grad_h(dys, (gate_b, up_b))
-        dx = inputs.grad_input(factor, dhs, (gate_a, up_a), ctx.dropout)
+        dhs = (d_gate @ gate_b, d_up @ up_b)
+        dx = inputs.grad_input(dys, dhs, (gate_a, up_a), ctx.dropout)
         gradients = grad_lora(dys, dhs, x, (gate_h, up_h), ctx.dropout)
         return None, dx, *gradients, *down_gradients
 

@@ -23,7 +23,7 @@ KINDS = [  # of GPU kernels: the first pattern that is in the name
     ("attention", r"flash|fmha|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("NF4", r"dequant|Dequant|kDequantize"),
-    ("FP8 codes", r"^quantize_"),
+    ("FP8 codes", r"^quantize_rows"),
     ("LoRA with dropout", r"^lora_|^grad_lora_a|dropout|masked_scale|bernoulli|distribution"),
     ("SwiGLU, rotary, norms", r"^swiglu|^rotate_|rms|layer_norm|silu"),
     ("loss", r"softmax|nll"),

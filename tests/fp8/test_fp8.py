@@ -16,7 +16,6 @@ from loop.fp8 import admission, products
 from loop.fp8.admission import admit_fp8, product_problem, require_right_products
 from loop.fp8.layers import fp8_groups
 from loop.fp8.products import CODE, product, quantize_rows
-from loop.kernels import lora_ops
 from loop.kernels.fuse import fuse
 from loop.kernels.patches import restore_rotary
 from loop.model.loading import load_base
@@ -203,35 +202,6 @@ def test_a_cpu_says_so_in_one_line(rows, tiny_base, capsys, monkeypatch):
         train.main(["--config", "loop/configs/embedded.yaml", *args, "compute=fp8"])
     lines = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and "compute=fp8: needs an NVIDIA GPU" in lines[-1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width", [2048, 208])
-def test_rows_are_quantised_beside_their_products_with_lora(width, monkeypatch):
-    """As by themselves, for one, two and three LoRAs."""
-
-    def randn(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    x, keep = uneven(700, width).bfloat16().cuda(), torch.rand(700, width + 32).cuda() < 0.9
-    for n in (1, 2, 3):
-        masks = [keep[:, column : column + width] for column in (0, 16, 32)[:n]]
-        lora_as, sizes = list(randn(n, 8, width)), (width, 48, 16)[:n]
-        dys, lora_bs = [randn(700, size) for size in sizes], [randn(size, 8) for size in sizes]
-        for run in (
-            lambda: products.quantize_with_lora_down(x, lora_as, masks, 1.7),
-            lambda: products.quantize_with_grad_h(dys, lora_bs),
-        ):
-            (rows, thin) = run()
-            with monkeypatch.context() as patch:
-                patch.setattr(products, "on_triton", lambda x: False)
-                patch.setattr(lora_ops, "on_triton", lambda x: False)
-                plain_rows, plain_thin = run()
-            assert torch.equal(rows.scales, plain_rows.scales)
-            apart = (dequantized(rows) - dequantized(plain_rows)).norm()
-            assert apart < 1e-3 * dequantized(plain_rows).norm()
-            for ours, wanted in zip(thin, plain_thin, strict=True):
-                assert (ours.float() - wanted.float()).norm() < 6e-3 * wanted.float().norm()
 
 
 @pytest.mark.gpu
