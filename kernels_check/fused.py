@@ -45,6 +45,8 @@ def inputs(device: str) -> dict[str, tuple]:
     return {
         "lora_down": (x, lora_as, *dropout),
         "grad_lora_a": (dhs, x, *dropout),
+        "grad_lora_b": (x, *lora),
+        "lora_up": (z, *lora),
         "lora_grad_input": (dhs, lora_as, *dropout),
         "swiglu": (x, y, lora, lora),
         "swiglu_backward": (x, y, z, lora, lora),

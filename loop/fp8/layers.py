@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..kernels.fused_layers import LinearGroup, LoraLinear
-from ..kernels.lora_ops import lora_grad_input
+from ..kernels.lora_ops import lora_grad_input, lora_up
 from .products import Quantized, product, quantize_rows
 
 
@@ -49,7 +49,7 @@ class Fp8Group(LinearGroup):
     def outputs(self, x: torch.Tensor, hs, lora_bs) -> tuple[torch.Tensor, ...]:
         if not self.in_fp8:
             return super().outputs(x, hs, lora_bs)
-        return tuple(y.addmm_(h, b.t()) for y, h, b in zip(self.base(x), hs, lora_bs))
+        return tuple(map(lora_up, self.base(x), hs, lora_bs))
 
     def grad_input(self, dys, dhs, lora_as, dropout) -> torch.Tensor:
         """One product for all layers: their gradients side by side, their weights above another."""

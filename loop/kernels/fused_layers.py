@@ -12,7 +12,15 @@ import deepspeed
 import torch
 import torch.nn as nn
 
-from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
+from .lora_ops import (
+    grad_lora_a,
+    grad_lora_b,
+    lora_down,
+    lora_grad_input,
+    rotate,
+    swiglu,
+    swiglu_backward,
+)
 from .quantization import find_quantization
 
 
@@ -112,12 +120,15 @@ class LinearGroup:
         return dx
 
 
-def grad_lora(dys, dhs, x: torch.Tensor, hs, dropout) -> list[torch.Tensor]:
-    """dA [r, K] and dB [N, r] of each layer in turn, for linear layers of one input x."""
-    gradients = []
-    for da, dy, h in zip(grad_lora_a(dhs, x, *dropout), dys, hs):
-        gradients += [da, dy.t() @ h]
-    return gradients
+def grad_lora_bs(dys, hs, lora_bs) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """(dh [T, r] of each layer, dB [N, r] of each)."""
+    dhs, dbs = zip(*map(grad_lora_b, dys, hs, lora_bs))
+    return dhs, dbs
+
+
+def alternate(das, dbs) -> list[torch.Tensor]:
+    """dA and dB of each layer in turn."""
+    return [gradient for pair in zip(das, dbs) for gradient in pair]
 
 
 class FusedLinears(torch.autograd.Function):
@@ -142,9 +153,9 @@ class FusedLinears(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         hs, lora = saved[: len(dys)], saved[len(dys) :]
         lora_as, lora_bs = lora[::2], lora[1::2]
-        dhs = [dy @ b for dy, b in zip(dys, lora_bs)]
+        dhs, dbs = grad_lora_bs(dys, hs, lora_bs)
         dx = ctx.group.grad_input(dys, dhs, lora_as, ctx.dropout)
-        return None, dx, *grad_lora(dys, dhs, x, hs, ctx.dropout)
+        return None, dx, *alternate(grad_lora_a(dhs, x, *ctx.dropout), dbs)
 
 
 class FusedFeedForward(torch.autograd.Function):
@@ -174,15 +185,15 @@ class FusedFeedForward(torch.autograd.Function):
         x, gate, up, gate_h, up_h, down_h, *lora = ctx.saved_tensors
         gate_a, gate_b, up_a, up_b, down_a, down_b = lora
         inputs, output = ctx.groups
-        down_dh = dy @ down_b
-        d_hidden = output.grad_input((dy,), (down_dh,), (down_a,), ctx.down_dropout)
+        down_dhs, down_dbs = grad_lora_bs((dy,), (down_h,), (down_b,))
+        d_hidden = output.grad_input((dy,), down_dhs, (down_a,), ctx.down_dropout)
         d_gate, d_up, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, gate_b), (up_h, up_b))
-        down_gradients = grad_lora((dy,), (down_dh,), hidden, (down_h,), ctx.down_dropout)
+        down_das = grad_lora_a(down_dhs, hidden, *ctx.down_dropout)
         dys = (d_gate, d_up)
-        dhs = (d_gate @ gate_b, d_up @ up_b)
+        dhs, dbs = grad_lora_bs(dys, (gate_h, up_h), (gate_b, up_b))
         dx = inputs.grad_input(dys, dhs, (gate_a, up_a), ctx.dropout)
-        gradients = grad_lora(dys, dhs, x, (gate_h, up_h), ctx.dropout)
-        return None, dx, *gradients, *down_gradients
+        das = grad_lora_a(dhs, x, *ctx.dropout)
+        return None, dx, *alternate((*das, *down_das), (*dbs, *down_dbs))
 
 
 class FusedRotary(torch.autograd.Function):

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from .dropout import apply_dropout_mask
 from .triton_kernels import (
     grad_lora_a_kernel,
+    grad_lora_b_kernel,
+    grad_lora_b_sum,
     lora_down_kernel,
     lora_grad_input_kernel,
+    lora_up_kernel,
     rotate_kernel,
     swiglu_backward_kernel,
     swiglu_kernel,
@@ -32,6 +35,8 @@ from .triton_kernels import (
 FUSED_OPS = (
     "lora_down",
     "grad_lora_a",
+    "grad_lora_b",
+    "lora_up",
     "lora_grad_input",
     "swiglu",
     "swiglu_backward",
@@ -39,6 +44,8 @@ FUSED_OPS = (
 )
 TOKENS = 32  # of a block: the fastest of 16, 32, 64 and 128 for each kernel, on an H200
 MOST_PARTIAL_SUMS, ROWS_OF_A_PARTIAL_SUM = 32, 512
+NUMBERS_SUMMED_AT_ONCE = 8192
+MOST_RANK = 64  # above, products with B are as fast by themselves
 
 
 # ---- how a kernel is launched
@@ -82,7 +89,7 @@ def pad_to_three(tensors) -> tuple:
     return (*tensors, *[tensors[-1]] * missing)
 
 
-# ---- LoRA: down, and the gradients of A and of the input
+# ---- LoRA: down and up, and the gradients of A, of B and of the input
 
 
 def lora_down(x: torch.Tensor, lora_as, keep_masks, scale: float) -> tuple[torch.Tensor, ...]:
@@ -115,6 +122,12 @@ def lora_down(x: torch.Tensor, lora_as, keep_masks, scale: float) -> tuple[torch
     return hs
 
 
+def split_rows(rows: int, multiple: int = TOKENS) -> tuple[int, int]:
+    """(the number of partial sums over this many rows, the rows of each)."""
+    num_partials = max(1, min(MOST_PARTIAL_SUMS, rows // ROWS_OF_A_PARTIAL_SUM))
+    return num_partials, triton.cdiv(triton.cdiv(rows, num_partials), multiple) * multiple
+
+
 def grad_lora_a(dhs, x: torch.Tensor, keep_masks, scale: float) -> tuple[torch.Tensor, ...]:
     """dA = scale dh^T drop(x) [r, width] for each LoRA. dh [T, r], x [T, width].
 
@@ -131,9 +144,8 @@ def grad_lora_a(dhs, x: torch.Tensor, keep_masks, scale: float) -> tuple[torch.T
         separate = (grad_lora_a((dh,), x, (m,), scale) for dh, m in zip(dhs, keep_masks))
         return tuple(da for (da,) in separate)
     sizes = block_sizes(rank, x.dtype)
-    num_partials = max(1, min(MOST_PARTIAL_SUMS, rows // ROWS_OF_A_PARTIAL_SUM))
+    num_partials, rows_per_partial = split_rows(rows)
     partials = torch.empty(num_partials, len(dhs), rank, width, device=x.device)
-    rows_per_partial = triton.cdiv(triton.cdiv(rows, num_partials), TOKENS) * TOKENS
     grad_lora_a_kernel[(triton.cdiv(width, sizes.columns), num_partials)](
         *pad_to_three(dhs),
         x,
@@ -148,6 +160,64 @@ def grad_lora_a(dhs, x: torch.Tensor, keep_masks, scale: float) -> tuple[torch.T
         *sizes,
     )
     return partials.sum(0).to(x.dtype).unbind()
+
+
+def grad_lora_b(
+    dy: torch.Tensor, h: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dh = dy B [T, r], dB = dy^T h [N, r]). dy [T, N], h [T, r], B [N, r].
+
+    The kernel reads dy once for both. Its partial sums are added as in `grad_lora_a`.
+    """
+    rank = b.shape[1]
+    if not on_triton(dy) or rank > MOST_RANK:
+        return dy @ b, dy.t() @ h
+    dy = dy.contiguous()
+    rows, width = dy.shape
+    _, padded_rank, _, columns = block_sizes(rank, dy.dtype)
+    tokens = 2 * TOKENS
+    num_partials, rows_per_partial = split_rows(rows, tokens)
+    num_blocks = triton.cdiv(width, columns)
+    dh_partials = torch.empty(num_blocks, rows, rank, device=dy.device)
+    db_partials = torch.empty(num_partials, width, rank, device=dy.device)
+    grad_lora_b_kernel[(num_blocks, num_partials)](
+        dy,
+        h,
+        b,
+        dh_partials,
+        db_partials,
+        rows,
+        width,
+        rows_per_partial,
+        rank,
+        padded_rank,
+        tokens,
+        columns,
+    )
+    return sum_partials(dh_partials, dy.dtype), sum_partials(db_partials, dy.dtype)
+
+
+def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of fp32 [partials, rows, rank] over partials, in a fixed order: [rows, rank]."""
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    padded = triton.next_power_of_2(len(partials))
+    block = max(16, NUMBERS_SUMMED_AT_ONCE // padded)
+    grad_lora_b_sum[(triton.cdiv(out.numel(), block),)](
+        partials, out, len(partials), out.numel(), padded, block
+    )
+    return out
+
+
+def lora_up(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """y + h B^T in place. y [T, N], h [T, r], B [N, r]."""
+    rank = b.shape[1]
+    if not on_triton(y) or rank > MOST_RANK:
+        return y.addmm_(h, b.t())
+    rows, width = y.shape
+    sizes = block_sizes(rank, y.dtype)
+    grid = triton.cdiv(rows, sizes.tokens), triton.cdiv(width, sizes.columns)
+    lora_up_kernel[grid](y, h, b, rows, width, *sizes)
+    return y
 
 
 def lora_grad_input(

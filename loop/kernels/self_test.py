@@ -8,7 +8,16 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..distributed.progress import track
-from .lora_ops import grad_lora_a, lora_down, lora_grad_input, rotate, swiglu, swiglu_backward
+from .lora_ops import (
+    grad_lora_a,
+    grad_lora_b,
+    lora_down,
+    lora_grad_input,
+    lora_up,
+    rotate,
+    swiglu,
+    swiglu_backward,
+)
 
 SIZES = ((1100, 256), (300, 200))  # (tokens, width): both divide by 16, and not
 DROPOUT_SCALE = 1.7
@@ -64,6 +73,8 @@ def make_cases(
     angle = torch.rand(1, rows, 8, generator=generator).repeat(1, 1, 2)
     lora = dh, a.t().contiguous()
     cases: list[tuple[Callable, tuple]] = [
+        (grad_lora_b, (x, *lora)),
+        (lora_up, (y, *lora)),
         (swiglu, (x, y, lora, lora)),
         (swiglu_backward, (x, y, z, lora, lora)),
         (rotate, (q, angle.cos().to(dtype), angle.sin().to(dtype))),

@@ -21,7 +21,9 @@ def jit(kernel):
         return kernel
     # The number of tokens changes from step to step. Specialising on it would compile a second
     # kernel for each number that divides by 16.
-    return triton.jit(kernel, do_not_specialize=["rows", "rows_per_partial"])
+    return triton.jit(
+        kernel, do_not_specialize=["rows", "rows_per_partial", "num_partials", "size"]
+    )
 
 
 # ---- blocks
@@ -157,6 +159,106 @@ def grad_lora_a_kernel(
         tl.store(partials + 2 * rank * width, sum2 * scale, mask=in_bounds)
 
 
+# ---- grad_lora_b: dh = dy B and dB = dy^T h
+
+
+@jit
+def grad_lora_b_kernel(
+    dy,  # [rows, width]
+    h,  # [rows, rank]
+    b,  # [width, rank]
+    dh_partials,  # fp32 [blocks of columns, rows, rank], written
+    db_partials,  # fp32 [partial sums, width, rank], written
+    rows,
+    width,
+    rows_per_partial,
+    rank: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    first = tl.program_id(1).to(tl.int64) * rows_per_partial
+    b_block = _load_block(b, columns, width, dims, rank)
+    db = tl.zeros([BLOCK_COLUMNS, BLOCK_RANK], tl.float32)
+    dh_partials += tl.program_id(0).to(tl.int64) * rows * rank
+    for start in range(0, rows_per_partial, BLOCK_TOKENS):
+        tokens = first + start + tl.arange(0, BLOCK_TOKENS)
+        values = _load_block(dy, tokens, rows, columns, width)
+        h_block = _load_block(h, tokens, rows, dims, rank)
+        db += tl.dot(tl.trans(values), h_block, input_precision="ieee")
+        dh = tl.dot(values, b_block, input_precision="ieee")
+        in_bounds = (tokens < rows)[:, None] & (dims < rank)[None]
+        tl.store(dh_partials + tokens[:, None] * rank + dims[None], dh, mask=in_bounds)
+    db_partials += tl.program_id(1).to(tl.int64) * width * rank
+    in_bounds = (columns < width)[:, None] & (dims < rank)[None]
+    tl.store(db_partials + columns[:, None] * rank + dims[None], db, mask=in_bounds)
+
+
+@jit
+def grad_lora_b_sum(
+    partials,  # fp32 [num_partials, size]
+    out,  # [size], written
+    num_partials,
+    size,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    partial = tl.arange(0, BLOCK_PARTIALS)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_bounds = (partial < num_partials)[:, None] & (index < size)[None]
+    pointers = partials + partial[:, None].to(tl.int64) * size + index[None]
+    total = tl.sum(tl.load(pointers, mask=in_bounds, other=0.0), 0)
+    tl.store(out + index, total, mask=index < size)
+
+
+# ---- lora_up: y += h B^T
+
+
+@jit
+def _load_with_lora(
+    y,
+    h,
+    b,
+    rows,
+    width,
+    rank: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """(this block of y + h B^T in fp32, the offsets of its elements, which of them exist)."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    dims = tl.arange(0, BLOCK_RANK)
+    offsets = tokens[:, None] * width + columns[None]
+    in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
+    h_block = _load_block(h, tokens, rows, dims, rank)
+    b_block = _load_block(b, columns, width, dims, rank)
+    values = tl.load(y + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    values += tl.dot(h_block, tl.trans(b_block), input_precision="ieee")
+    return values, offsets, in_bounds
+
+
+@jit
+def lora_up_kernel(
+    y,  # [rows, width], added to
+    h,  # [rows, rank]
+    b,  # [width, rank]
+    rows,
+    width,
+    rank: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    values, offsets, in_bounds = _load_with_lora(
+        y, h, b, rows, width, rank, BLOCK_RANK, BLOCK_TOKENS, BLOCK_COLUMNS
+    )
+    tl.store(y + offsets, values, mask=in_bounds)
+
+
 # ---- lora_grad_input: dx (+)= sum of scale drop(dh A)
 
 
@@ -216,31 +318,6 @@ def lora_grad_input_kernel(
 
 
 # ---- swiglu and swiglu_backward: silu(gate') up', where gate' and up' have their LoRA added
-
-
-@jit
-def _load_with_lora(
-    y,
-    h,
-    b,
-    rows,
-    width,
-    rank: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """(this block of y + h B^T in fp32, the offsets of its elements, which of them exist)."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    dims = tl.arange(0, BLOCK_RANK)
-    offsets = tokens[:, None] * width + columns[None]
-    in_bounds = (tokens < rows)[:, None] & (columns < width)[None]
-    h_block = _load_block(h, tokens, rows, dims, rank)
-    b_block = _load_block(b, columns, width, dims, rank)
-    values = tl.load(y + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-    values += tl.dot(h_block, tl.trans(b_block), input_precision="ieee")
-    return values, offsets, in_bounds
 
 
 @jit

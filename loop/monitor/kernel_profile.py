@@ -24,7 +24,7 @@ KINDS = [  # of GPU kernels: the first pattern that is in the name
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("NF4", r"dequant|Dequant|kDequantize"),
     ("FP8 codes", r"^quantize_rows"),
-    ("LoRA with dropout", r"^lora_|^grad_lora_a|dropout|masked_scale|bernoulli|distribution"),
+    ("LoRA with dropout", r"^lora_|^grad_lora_|dropout|masked_scale|bernoulli|distribution"),
     ("SwiGLU, rotary, norms", r"^swiglu|^rotate_|rms|layer_norm|silu"),
     ("loss", r"softmax|nll"),
     ("AdamW, clipping", r"multi_tensor|Adam|norm_kernel|lpnorm|foreach"),

@@ -241,6 +241,8 @@ def op_cases(rows, width, rank, device, dtype) -> list[tuple]:
     q = randn(2, rows, 6, 16).transpose(1, 2)
     angle = torch.randn(2, rows, 8, device=device).repeat(1, 1, 2)
     cases: list[tuple] = [
+        (lora_ops.grad_lora_b, x, *lora),
+        (lora_ops.lora_up, gate, *lora),
         (lora_ops.swiglu, gate, up, lora, lora),
         (lora_ops.swiglu_backward, d_out, gate, up, lora, lora),
         (lora_ops.rotate, q, angle.cos().to(dtype), angle.sin().to(dtype)),
