@@ -19,6 +19,7 @@ from kernels_check import (
     collectives,
     compiled,
     environment,
+    fp8,
     fused,
     leak,
     nf4,
@@ -34,6 +35,7 @@ from kernels_check import (
 from kernels_check.rows import Row, guarded, judge
 from kernels_check.table import table
 from loop.config.device import Card
+from loop.fp8.admission import FP8_ROWS
 from loop.kernels import lora_ops
 from loop.kernels.attention import packed_attention
 
@@ -426,6 +428,30 @@ def test_fused_ops():
         broken = without_the_last_block(getattr(lora_ops, name))
         assert wrong_rows(name, broken) == [f"fused {name}"]
     assert wrong_rows("grad_lora_a", scaled_grad_lora_a) == ["fused grad_lora_a"]
+
+
+def test_fp8(monkeypatch):
+    """A scale that is left out, or that lies along the sum, in one of the products or the rows."""
+    monkeypatch.setattr(fp8, "INPUTS", 128)
+    monkeypatch.setattr(fp8, "OUTPUTS", (128, 64, 64))
+    quantize_rows, product = fp8.quantize_rows, fp8.product
+
+    def wrong_rows() -> list[str]:
+        return wrong(verdicts(fp8.check_products("cpu", 96)))
+
+    assert wrong_rows() == []
+
+    def without_scales(x, weight, dtype):
+        return product(x, weight._replace(scales=torch.ones_like(weight.scales)), dtype)
+
+    def by_columns(*parts):
+        return quantize_rows(*parts)._replace(scales=quantize_rows(*parts).scales.roll(1, 0))
+
+    monkeypatch.setattr(fp8, "product", without_scales)
+    assert wrong_rows() == [*FP8_ROWS]
+    monkeypatch.setattr(fp8, "product", product)
+    monkeypatch.setattr(fp8, "quantize_rows", by_columns)
+    assert set(wrong_rows()) >= {*FP8_ROWS}
 
 
 def test_ceilings():
