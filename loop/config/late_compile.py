@@ -3,8 +3,8 @@
 What: while they are imported, `torch.compile` of a function returns one that compiles when it is
 called.
 Why: bitsandbytes compiles stand-ins for machines without its own kernels as it is imported, and
-DeepSpeed a part of the Muon optimizer as an engine is made. Either loads torch's whole compiler,
-which takes as long as half of a run's other imports, and no run calls these functions.
+DeepSpeed a part of the Muon optimizer as an engine is made. Either loads torch's whole compiler, a
+fifth of a run's imports on a CPU, and no run calls these functions.
 Seen: bitsandbytes 0.50.2, DeepSpeed 0.19.8.
 
 To be imported before whatever imports bitsandbytes; later it does nothing for that.
