@@ -107,6 +107,19 @@ def test_what_can_not_be_swept_is_one_line(config_file, words, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ("a b.json,a-b.json", ["deepspeed=a-b.json", "run-2"]),
+        (f"{'x' * 150}.json,b.json", ["run-1", "deepspeed=b.json"]),
+    ],
+)
+def test_every_run_has_a_folder_of_its_own(config_file, values, names):
+    sweep = plan_sweep(["--config", str(config_file), f"deepspeed={values}"])
+    assert [run.config.run.name for run in sweep.runs] == names
+    assert [f"run.name={name}" in run.args for name, run in zip(names, sweep.runs)] == [True] * 2
+
+
 def test_the_winner_is_the_finished_run_with_the_best_validation(sweep_of):
     sweep = sweep_of("lr=1e-4,2e-4,3e-4,4e-4")
     finish(sweep.runs[0], 3.0, 1.5, 2.0)
