@@ -77,10 +77,11 @@ def on_ranks(body: Callable[..., Iterator[Row]], *args, world_size: int | None =
 def zero3_config(micro_batches: int, **changes) -> dict[str, Any]:
     """The project's `ds_config.json` for steps of so many micro-batches, with `changes`.
 
-    Small tensors are partitioned, too.
+    Small tensors are partitioned, too. It computes in bf16, also where the loop itself would not.
     """
     config = json.loads((Path(__file__).parent.parent / "ds_config.json").read_text()) | changes
     return config | {
+        "bf16": {"enabled": True},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,

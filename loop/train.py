@@ -31,6 +31,7 @@ from .memory.measure import PeakMemory
 from .model.build import build_model
 from .model.engine import prepare_engine
 from .model.loss import summed_cross_entropy
+from .model.quantization import compute_dtype
 from .monitor.run_logger import RunLogger
 from .optim.adamw import build_optimizer, trainable_parameters
 from .optim.schedule import build_lr_schedule, set_lr
@@ -125,7 +126,7 @@ def train(
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
 
         # 2. All ranks, the run directory, and the checkpoint to resume from (step 0 if none).
-        identity = RunIdentity.of(config, tokenizer, examples, plan)
+        identity = RunIdentity.of(config, tokenizer, examples, plan, compute_dtype(ds_config))
         ranks = init_distributed(config.run, stop)
         identity.check_equal_on_all_ranks(ranks)
         memory = PeakMemory(ranks.device)  # before the model: what it takes is measured from here

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.cli import RENAMED
 from ..config.schema import Config, ConfigError
 from ..config.source import source_digest
@@ -55,11 +57,17 @@ class RunIdentity:
 
     @classmethod
     def of(
-        cls, config: Config, tokenizer, examples: list[Example], plan: BatchPlan
+        cls,
+        config: Config,
+        tokenizer,
+        examples: list[Example],
+        plan: BatchPlan,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> "RunIdentity":
         """The identity of a run. It reads samples of the base's weights; downloads them if need be.
 
-        Raises ConfigError where the base cannot be read, or the adapter to go on from does not fit.
+        dtype: what the run computes in. Raises ConfigError where the base cannot be read, or the
+        adapter to go on from does not fit.
         """
         base = base_fingerprint(config.base, config.revision)
         start = {}
@@ -83,6 +91,7 @@ class RunIdentity:
                 **config.model_dump(mode="json", exclude=NOT_SETTINGS),
                 "steps": len(plan),
                 "lora.lora_dropout": dropout,
+                "dtype": str(dtype).removeprefix("torch."),
             },
         }
         facts = json.loads(json.dumps(facts))  # as a manifest gives them back: tuples are lists
@@ -181,7 +190,7 @@ def _under_todays_keys(settings: dict[str, Any]) -> dict[str, Any]:
     renamed = {RENAMED.get(key, key): value for key, value in settings.items()}
     fields = Config.model_fields.items()
     defaults = {key: field.default for key, field in fields if key not in NOT_SETTINGS}
-    return {**json.loads(json.dumps(defaults)), **renamed}
+    return {"dtype": "bfloat16", **json.loads(json.dumps(defaults)), **renamed}
 
 
 def base_fingerprint(base: str, revision: str | None = None) -> str:

@@ -100,7 +100,7 @@ def describe_run(
         gpu_memory: bytes of one GPU; None: unknown.
         tokens_per_second: of the whole run; None: as the last run was.
     """
-    ds_config = build_ds_config(config)
+    ds_config = build_ds_config(config, for_gpus=True)
     tokenizer, model_config = admit_base(config)
     examples, report = load_examples(config, tokenizer, "train")
     check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .cli import describe_first_mistake, printable, short
+from .device import has_fast_bf16
 from .schema import ROOT, Config, ConfigError
 
 OWNED_BY_THE_RUN = {  # DeepSpeed's key -> the keys of the run's configuration
@@ -51,14 +52,17 @@ SWITCHES = {
     "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 DTYPES = ("fp32", "fp16", "bf16")
+AUTO = {"enabled": "auto"}  # of bf16
 MOST_BYTES = 2**20
 QUANTIZED_WEIGHTS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 
 
-def build_ds_config(config: Config) -> dict[str, Any]:
+def build_ds_config(config: Config, for_gpus: bool = False) -> dict[str, Any]:
     """The dict that transformers and `deepspeed.initialize` get: the JSON, completed.
 
-    Raises ConfigError naming the key that does not belong in the JSON, or that can't work.
+    `"bf16": {"enabled": "auto"}` becomes what this machine computes well in, see `has_fast_bf16`;
+    with for_gpus it is true, as on every GPU. Raises ConfigError naming the key that does not
+    belong in the JSON, or that can't work.
     """
     path = ROOT / config.deepspeed  # an absolute path stays as it is
     try:
@@ -70,6 +74,8 @@ def build_ds_config(config: Config) -> dict[str, Any]:
         raise ConfigError(f"deepspeed={printable(config.deepspeed)}: {reason}") from error
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path.name}: must hold one JSON object")
+    if ds_config.get("bf16") == AUTO:
+        ds_config["bf16"] = {"enabled": for_gpus or has_fast_bf16()}
     _check_owners(ds_config, path)
     _check_types(ds_config, path)
     _check_numbers(ds_config, path, config)
@@ -95,7 +101,9 @@ def _check_owners(ds_config: dict[str, Any], path: Path) -> None:
                 "the JSON"
             )
     if '"auto"' in json.dumps(ds_config):
-        raise ConfigError(f'{path.name}: "auto" is not filled in by anybody here; write the value')
+        raise ConfigError(
+            f'{path.name}: "auto" stands for bf16.enabled alone; write the value of this key'
+        )
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

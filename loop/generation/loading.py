@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..config.device import has_fast_bf16
 from ..config.schema import ConfigError, TaskConfig
 from ..data.soap import SOAP, fit_dialogue, soap_messages
 from ..data.tokenization import encode
@@ -16,13 +17,17 @@ from ..model.lora import attach_adapter, read_adapter, trained_quantization
 def load_for_generation(adapter: str | None, base: str | None, device):
     """(model, tokenizer) for generation on one device.
 
-    The base is stored as the adapter's training stored it. Arguments as in `generation_source`.
+    The base is stored as the adapter's training stored it. It computes in fp32 on a CPU that is
+    slow in bf16. Arguments as in `generation_source`.
     """
     trained = generation_source(adapter, base)
+    dtype = getattr(torch, trained["dtype"])
+    if torch.device(device).type == "cpu" and not has_fast_bf16():
+        dtype = torch.float32
     tokenizer = load_tokenizer(trained["base"], trained["revision"])
     model = load_base(
         trained["base"],
-        getattr(torch, trained["dtype"]),
+        dtype,
         device,
         revision=trained["revision"],
         quantization=trained_quantization(trained),

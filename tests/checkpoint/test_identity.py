@@ -1,6 +1,7 @@
 """Which runs are the same one."""
 
 import ast
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -47,6 +48,13 @@ def this(config_file, tiny_base):
         return RunIdentity.of(config, tokenizer, ours, plan), plan
 
     return run
+
+
+def test_another_dtype_is_told_as_a_changed_setting(this):
+    identity, plan = this()
+    narrow = dataclasses.replace(identity, settings=identity.settings | {"dtype": "float32"})
+    notes = compare((identity, plan), (narrow, plan))
+    assert notes == ["changed     dtype was 'bfloat16' and is 'float32' from step 4 on"]
 
 
 def manifest_of(saved: tuple, step: int) -> dict:

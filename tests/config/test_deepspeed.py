@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from helpers import ROOT
 
 from loop.config.deepspeed import build_ds_config
@@ -23,6 +24,8 @@ def load(*overrides: str) -> Config:
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"data_types": {}}, "grad_accum_dtype"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
+        ({"bf16": {"enabled": "auto", "loss_scale": "auto"}}, '"auto"'),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "qwZ"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "qwZ"),
         (
@@ -41,3 +44,29 @@ def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
 
 def test_deepspeed_is_told_not_to_clip():
     assert build_ds_config(load())["gradient_clipping"] == 0.0  # left out, it clips at 1.0
+
+
+@pytest.mark.parametrize(
+    ("instructions", "fast"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"architecture": "aarch64", "bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_auto_computes_in_bf16_where_the_machine_is_fast_in_it(monkeypatch, instructions, fast):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert json.loads((ROOT / "ds_config.json").read_text())["bf16"]["enabled"] == "auto"
+    assert build_ds_config(load())["bf16"] == {"enabled": fast}
+    assert build_ds_config(load(), for_gpus=True)["bf16"] == {"enabled": True}
+
+
+def test_a_precision_that_is_written_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    path = tmp_path / "ds.json"
+    for enabled in (True, False):
+        ds = json.loads((ROOT / "ds_config.json").read_text()) | {"bf16": {"enabled": enabled}}
+        path.write_text(json.dumps(ds))
+        assert build_ds_config(load(f"deepspeed={path}"))["bf16"] == {"enabled": enabled}

@@ -48,7 +48,7 @@ def plan(base: str, gib: str, saving: bool = True) -> MemoryPlan:
         chunked_loss=saving,
     )
     memory = int(int(gib) * USABLE * 2**30)
-    return plan_memory(config, build_ds_config(config), shape, 1, memory, 0.27)
+    return plan_memory(config, build_ds_config(config, for_gpus=True), shape, 1, memory, 0.27)
 
 
 def test_the_table_has_all_cards():

@@ -101,12 +101,14 @@ def test_the_peaks_that_were_seen_on_an_h200(fused, dequantized, seen):
     """
     config = seed_config()
     run = RunShape(1, fused, supervised_fraction=0.27, dequantized=dequantized)
-    parts = estimate_memory(config, build_ds_config(config), tinyllama_shape(), run, 8, False)
+    parts = estimate_memory(
+        config, build_ds_config(config, for_gpus=True), tinyllama_shape(), run, 8, False
+    )
     assert peak_bytes(parts) / 2**30 == pytest.approx(seen, rel=0.02)
 
 
 def test_every_way_to_train_is_estimated():
-    model_config, ds_config = tinyllama_shape(), build_ds_config(seed_config())
+    model_config, ds_config = tinyllama_shape(), build_ds_config(seed_config(), for_gpus=True)
     run = RunShape(world_size=1, fused=True)
 
     def estimate(method: str = "qlora", ds_config: dict = ds_config) -> dict[str, int]:
@@ -131,7 +133,7 @@ def test_every_way_to_train_is_estimated():
 
 def test_cuda_graphs_are_for_layers_that_do_not_recompute():
     config, model_config = seed_config(), tinyllama_shape()
-    ds_config = build_ds_config(config)
+    ds_config = build_ds_config(config, for_gpus=True)
     run = RunShape(world_size=1, fused=True)
     graphs = replace(run, cuda_graphs=True)
 
@@ -311,7 +313,10 @@ def measure_case(
     from loop.optim.adamw import trainable_parameters
     from loop.train import train_step
 
-    model_config, ds_config = load_model_config(base), build_ds_config(seed_config()) | DS
+    model_config, ds_config = (
+        load_model_config(base),
+        build_ds_config(seed_config(), for_gpus=True) | DS,
+    )
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
     config = Config(base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16})
     run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)

@@ -26,7 +26,7 @@ LLAMA_70B = LlamaConfig(
 
 def of_seed(**changes) -> tuple[Config, dict]:
     config = Config(base="x", data={"train": "x"}, **changes)
-    return config, build_ds_config(config)
+    return config, build_ds_config(config, for_gpus=True)
 
 
 def test_auto_takes_the_fewest_micro_batches_that_fit():

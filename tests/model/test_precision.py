@@ -35,7 +35,7 @@ def test_the_base_is_stored_as_the_run_says(config_file, monkeypatch, double_qua
     monkeypatch.setattr(loading.dist, "get_world_size", lambda: 1)
     config = load_config(["--config", str(config_file), f"double_quant={double_quant}"])
     for ds_config, storage in (
-        (build_ds_config(config), torch.bfloat16),
+        (build_ds_config(config, for_gpus=True), torch.bfloat16),
         ({"zero_optimization": {"stage": 3}}, torch.uint8),
     ):
         model = loading.load_sharded_base(config, ds_config, "cpu", "sdpa")

@@ -145,7 +145,9 @@ def test_the_memory_estimate_knows_an_added_optimizer(monkeypatch):
 
     def estimate(optimizer: str) -> dict[str, int]:
         config = Config(**PLAIN, optimizer=optimizer)
-        return estimate_memory(config, build_ds_config(config), model_config, run, 1, False)
+        return estimate_memory(
+            config, build_ds_config(config, for_gpus=True), model_config, run, 1, False
+        )
 
     assert 2 * estimate("momentum")["Adam moments"] == estimate("auto")["Adam moments"]
 

@@ -30,7 +30,8 @@ EXACT = [
     "eps=1e-5",
     "data.cache=false",  # a planted mistake must not find a right run's tokens, nor leave its own
 ]
-BF16 = "deepspeed=ds_config.json"  # elsewhere the proofs compute in fp32
+# Files that Bench writes. Elsewhere the proofs compute in fp32.
+BF16, HPZ = "deepspeed=bf16.json", "deepspeed=hpz.json"
 FULL_WEIGHTS = "replicate_weights=true"
 
 
@@ -90,7 +91,7 @@ PLANTED = [
     for name in MISTAKES
 ]
 FOUR_RANKS = [
-    case("4 ranks, secondary shards in pairs (hpZ)", "deepspeed=HPZ"),
+    case("4 ranks, secondary shards in pairs (hpZ)", HPZ),
     case("4 ranks, weights whole, micro-batches of 1 row", "micro_batch_size=1", FULL_WEIGHTS),
     case(
         "4 ranks, micro-batches of 1 row, checkpointing",
@@ -110,6 +111,7 @@ class Bench:
         zero = fp32["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0  # all of so small a base would stay
         (folder / "fp32.json").write_text(json.dumps(fp32))
+        (folder / "bf16.json").write_text(json.dumps(fp32 | {"bf16": {"enabled": True}}))
         pairs = fp32 | {"zero_optimization": zero | {"zero_hpz_partition_size": 2}}
         (folder / "hpz.json").write_text(json.dumps(pairs))
         config = config | {"deepspeed": str(folder / "fp32.json")}
@@ -118,14 +120,14 @@ class Bench:
         self.args = ["--config", str(folder / "config.yaml"), *EXACT]
 
     def run(self, world_size: int, cases: list[dict]) -> None:
-        hpz = f"deepspeed={self.folder / 'hpz.json'}"
+        files = {arg: arg.replace("=", f"={self.folder}/") for arg in (BF16, HPZ)}
         todo = [
             {
                 "out": str(self.folder / "out"),
                 **c,
                 "args": [
                     *self.args,
-                    *(hpz if arg == "deepspeed=HPZ" else arg for arg in c["args"]),
+                    *(files.get(arg, arg) for arg in c["args"]),
                     f"run.name={c['name']}",
                 ],
             }
