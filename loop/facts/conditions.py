@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from .numerals import Item
-from .phrases import Found, Phrases, read_table
+from .phrases import Found, Phrases, read_table, singular
 
 
 class Condition(NamedTuple):
@@ -82,11 +82,13 @@ _NOTHING = (
     "incision and drainage; tetanus immunization; tetanus vaccination; alcoholic drink;"
     "cut down; cut it down; cut back; fractured sleep; alcoholic beverage; non alcoholic;"
     "hay fever vaccine;clear cut;oxygen saturation;cut off;cut through;head start;broken english;"
-    "high risk;in the fall;last fall;fall of"
+    "high risk;in the fall;last fall;fall of;stable for discharge;for discharge;"
+    "facility discharge"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):
     CONDITIONS.add(_phrase.strip(), Condition("", "", True))
+_LITTLE = frozenset("in my your his her the a an of is are was to with on when i you at".split())
 KIND_OF: dict[str, str] = {}  # migraine: headache
 _ENDINGS = re.compile(
     r"[a-z]{3,}(?:itis|osis|emia|aemia|oma|omas|omata|pathy|pathies|algia|uria|penia|plegia|paresis"
@@ -99,12 +101,23 @@ _NOT_CONDITIONS = frozenset(
     psychosis stoma glioma urinalysis""".split()
 )
 
+SCATTERED: dict[str, list[list[str]]] = {}  # breast lump: [[breast, lump], ...]
+
+
+def _telling_words(phrase: str) -> list[str]:
+    """The stems of a phrase but for "in", "my" and the like."""
+    return [singular(word) for word in phrase.split() if word not in _LITTLE]
+
+
 for _file, _kind in (("diagnoses", "diagnosis"), ("symptoms", "symptom"), ("findings", "finding")):
     for _key, _names in read_table(f"{_file}.txt"):
         _name, _, _whole = (part.strip() for part in _key.partition("<"))
         if _whole:
             KIND_OF[_name] = _whole
         for _other in [_name, *_names]:
+            _told = _telling_words(_other.lstrip("~"))
+            if len(_told) > 1:
+                SCATTERED.setdefault(_name, []).append(_told)
             CONDITIONS.add(_other.lstrip("~"), Condition(_kind, _name, _other[0] == "~"))
 
 

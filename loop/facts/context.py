@@ -5,6 +5,7 @@ A text is cut into clauses, also where speech was written down without punctuati
 asks takes its polarity from the answer in the next turn.
 """
 
+import bisect
 import re
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ _SENTENCE = frozenset(".!?\n\u2022;")
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
 _POSSIBLE_REACH = 12
 _LIST_REACH = 6
+_ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
 
@@ -312,6 +314,8 @@ def _ends_negation(items: list[Item], i: int) -> bool:
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
         return items[i - 1].word not in _NO
+    if word == "as" and following in ("the", "he", "she", "patient"):
+        return True
     return word in _RESETS or (word == "for" and following in _THESE)
 
 
@@ -470,7 +474,8 @@ def _answer_questions(items: list[Item], clauses: list[_Clause], context: Contex
         if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
             asked = turn  # "nausea vomiting", without a question mark
         for clause in asked:
-            own = _answer(items, [c for c in turn if c.start >= clause.end])
+            behind = bisect.bisect_left(turn, clause.end, key=lambda c: c.start)
+            own = _answer(items, turn[behind : behind + _ANSWER_REACH])
             first = items[clause.end].word if own != ASKED else ""
             given = own if first in _ANSWERS else answer
             for i in range(clause.start, clause.end):
@@ -483,7 +488,7 @@ def _answer(items: list[Item], turn: list[_Clause]) -> str:
     if not turn:
         return ASKED
     seen = 0
-    for i in range(turn[0].start, min(turn[-1].end, turn[0].start + 14)):
+    for i in range(turn[0].start, min(turn[-1].end, turn[0].start + _ANSWER_REACH)):
         word = items[i].word
         if word in _NO or word.endswith("n't"):
             return DENIED

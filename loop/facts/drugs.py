@@ -22,7 +22,8 @@ STEMS = re.compile(
     r"pram|giline|peridol|peridone|fenac|oxicam|bactam|penem|ezolid|asteine"
     r")|(?:cef|cephal[eo]|sulfa)[a-z]{3,}"
 )
-NOT_DRUGS = frozenset(("aldosterone", "april", "cholesterol", "cortisone"))  # a stem matches them
+# A stem matches them.
+NOT_DRUGS = frozenset(("aldosterone", "april", "cholesterol", "cortisone", "cocaine"))
 
 
 class Drug(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .body import same_region
 from .claims import Usage, read_claims
-from .conditions import EXAMS_OF, KIND_OF
+from .conditions import EXAMS_OF, KIND_OF, SCATTERED
 from .context import AFFIRMED, DENIED, ENDED, FAMILY, FORMER, NORMAL, PATIENT, POSSIBLE
 from .drugs import same_drug
 from .quantities import TO_MG, UNITS, Amount
@@ -40,6 +40,7 @@ _ACTION_REACH = 14  # items between a drug and what is done with it
 _TAKE = frozenset("take taking takes took use using used more on off".split())
 _SHOWN = {DENIED: "no ", POSSIBLE: "perhaps ", FORMER: "formerly ", ENDED: "formerly "}
 _ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
+_ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
 _OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
 _CONDITIONS = ("diagnosis", "symptom", "finding")
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
@@ -218,7 +219,7 @@ class Index:
             self.surroundings[o.word] = surroundings(self.document, o)
         around = self.surroundings[o.word]
         return sum(
-            own[name] * around[name] / max(1, self.num_places.get(name, 1))
+            min(own[name], around[name]) / max(1, self.num_places.get(name, 1))
             for name in own.keys() & around.keys()
         )
 
@@ -235,6 +236,7 @@ class Index:
             return self._date(s)
         if s.kind == "habit":
             habits = [o for o in self._all("habit") if o.value == s.value]
+            habits += self.conditions.get(_ABUSES.get(s.value, ""), [])
             return self._polarity(s._replace(subject=""), habits)._replace(statement=s)
         if s.kind == "action":
             return self._action(s)
@@ -256,8 +258,26 @@ class Index:
             return self._polarity(s, self.conditions[general])._replace(is_broader=True)
         if s.polarity == DENIED and self._is_normal(s.value):
             return Verdict(s, SUPPORTED, None, is_broader=True)
-        misspelled = self._misspelled(s)
-        return self._polarity(s, [misspelled]) if misspelled else Verdict(s, NOT_SAID, None)
+        otherwise = self._misspelled(s) or self._scattered(s)
+        return self._polarity(s, [otherwise]) if otherwise else Verdict(s, NOT_SAID, None)
+
+    def _scattered(self, s: Statement) -> Statement | None:
+        """What the statement names, with words between: "lumps in her breast"."""
+        clause = self.document.context.clause
+        for words in SCATTERED.get(s.value, ()):
+            places = [self.places_of_word.get(word, [])[:_MOST_RIVALS] for word in words]
+            if not all(places):
+                continue
+            for i in places[0]:
+                if all(any(_beside(clause, i, k) for k in others) for others in places[1:]):
+                    return self._at(s, i)
+        return None
+
+    def _at(self, s: Statement, i: int) -> Statement:
+        """The statement as item i makes it."""
+        context, item = self.document.context, self.document.items[i]
+        s = s._replace(of="", start=item.start, end=item.end, word=i)
+        return s._replace(polarity=context.polarity[i], subject=context.subject[i])
 
     def _misspelled(self, s: Statement) -> Statement | None:
         """What the statement names, where the document has it in a slip of the pen: "carpel"."""
@@ -265,10 +285,7 @@ class Index:
         found = [self._nearly(word) for word in names]
         if not found or None in found or all(name in self.places_of_word for name in names):
             return None
-        i = found[0] or 0
-        context, item = self.document.context, self.document.items[i]
-        s = s._replace(of="", start=item.start, end=item.end, word=i)
-        return s._replace(polarity=context.polarity[i], subject=context.subject[i])
+        return self._at(s, found[0] or 0)
 
     def _nearly(self, name: str) -> int | None:
         """The first item that is the word, or nearly so and no other known word."""
@@ -375,9 +392,19 @@ class Index:
             item = self.document.items[i]
             if self._unit(i) or self.document.padded[i + 1].word in UNITS:
                 continue
+            if self._is_others(i, places):
+                continue
             if _distance(self._in_reach(places, i, reach), i) <= reach:
                 return Verdict(s, SUPPORTED, (item.start, item.end))
         return None
+
+    def _is_others(self, i: int, places: list[int]) -> bool:
+        """Whether another drug stands before item i, closer than any of the places."""
+        drugs = self.document.drugs
+        at = bisect.bisect(drugs, i, key=lambda o: o.word) - 1
+        if at < 0 or drugs[at].word in places:
+            return False
+        return i - drugs[at].word < _distance(places, i)
 
     def _in_reach(self, places: list[int], i: int, reach: int) -> list[int]:
         """The places of a drug that a bare number may mean; in its sentence for a small one."""
@@ -534,17 +561,22 @@ def surroundings(document: Document, s: Statement) -> dict[str, float]:
     """
     reach = _SPOKEN_REACH if document.spoken else _WRITTEN_REACH
     sentence, clause = document.context.sentence, document.context.clause
+    home = {clause[s.word], clause[bisect.bisect_left(document.ends, s.end)]}
     found: dict[str, float] = {}
     for k in range(max(0, s.word - reach), min(len(document.items), s.word + reach + 1)):
         item = document.items[k]
         outside = not document.spoken and sentence[k] != sentence[s.word]
         if outside or s.start <= item.start < s.end:
             continue
-        weight = 1.0 if clause[k] == clause[s.word] else _BEYOND
+        weight = 1.0 if clause[k] in home else _BEYOND
         for name in (document.words[k], document.names.get(k, "")):
             if len(name) > 2 and name not in _TELLS_NOTHING:
                 found[name] = max(weight, found.get(name, 0.0))
     return found
+
+
+def _beside(clause: list[int], i: int, k: int) -> bool:
+    return 0 < abs(k - i) < 6 and clause[k] == clause[i]
 
 
 def _is_slip(name: str, word: str) -> bool:

@@ -27,6 +27,7 @@ _PART_REACH = 6
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
+_HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
 _PADDING = [_END] * 12  # so that matchers can look ahead
@@ -54,7 +55,7 @@ for _habit, _names in {
     "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
     "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
     "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
-    "recreational,illegal drug",
+    "recreational,illegal drug,harder substance,hard drug,illicit substance,substance use",
 }.items():
     for _phrase in _names.split(","):
         HABITS.add(_phrase, _habit)
@@ -134,6 +135,7 @@ class Document:
         self.stems = [_digits(item) for item in self.items] + [""] * 12
         self.spoken = is_speech(text, self.items)
         self.context: Context = read_context(text, self.items, self.spoken)
+        self.ends = [item.end for item in self.items]
         self.drugs: list[Statement] = []
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
         self.statements = self._attach(self._read())
@@ -178,6 +180,8 @@ class Document:
             open_to = context.asks[s.word] and s.kind in _ASKED_KINDS and s.polarity != DENIED
             if open_to and answer and s.value not in answer:
                 s = s._replace(polarity=ASKED if turn + 1 in agreed else DENIED)
+                for k in range(s.word, bisect.bisect_left(self.ends, s.end) + 1):
+                    context.polarity[k] = s.polarity
             done.append(s)
         return done
 
@@ -202,6 +206,9 @@ class Document:
             statement, used = self._at(i)
             if statement:
                 found.append(statement)
+                if statement.amount and statement.amount.unit in _HABIT_UNITS:
+                    habit = self._make("habit", _HABIT_UNITS[statement.amount.unit], i, used)
+                    found.append(habit)
                 if statement.drug:
                     self.drugs.append(statement)
             i += used
@@ -406,7 +413,7 @@ class Document:
             i = statement.word
             if statement.kind in ("dose", "frequency", "action"):
                 of = self._nearest_drug(i, statement.kind)
-                if not of and statement.value == "stop":
+                if not of and statement.value == "stop" and self.items[i].word != "quit":
                     of = self._next_word(i)
                     if HABITS.at(self.padded, self.stems, i + 1):
                         continue  # "quit smoking" is a habit
