@@ -1,6 +1,8 @@
 """An adapter's folder: what it was trained on, and how it is put on a base again."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..config.lora_fields import HIGHEST_RANK
 from ..config.schema import ConfigError
 from ..distributed.files import sha256
 from ..kernels.quantization import QUANTIZATIONS
+from ..untrusted.limits import limited
 
 WEIGHTS = "adapter_model.safetensors"
 # Fields of LoraConfig that decide what an adapter's weights mean.
@@ -32,6 +35,8 @@ SHAPE = (
     "layers_to_transform",
     "target_modules",
 )
+# Of trained.json; each may be missing or null.
+SECTIONS = {"data": dict, "generation": dict, "prompt": dict, "started_from": list}
 # What an adapter from elsewhere does not tell.
 DEFAULTS = {"revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"}
 
@@ -93,8 +98,15 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     wrong = [key for key in texts if not isinstance(trained[key], str)]
     if trained["revision"] is not None and not isinstance(trained["revision"], str):
         wrong.append("revision")
-    if not isinstance(getattr(torch, str(trained["dtype"]), None), torch.dtype):
+    if trained["dtype"] not in ("float32", "bfloat16", "float16"):
         wrong.append("dtype")
+    for key, kind in SECTIONS.items():
+        if not isinstance(trained.get(key) or kind(), kind):
+            wrong.append(key)
+    if "data" not in wrong and not all(
+        isinstance(split, dict) for split in (trained.get("data") or {}).values()
+    ):
+        wrong.append("data")
     if wrong:
         raise ConfigError(
             f"{named}: adapter_config.json or trained.json: "
@@ -123,7 +135,8 @@ def trained_quantization(trained: dict[str, Any]) -> str | None:
 def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
     """The model with the adapter of a folder on it. options: of `PeftModel.from_pretrained`.
 
-    Raises ConfigError when the adapter was made for another base, or is damaged.
+    Raises ConfigError when the adapter was made for another base, lacks weights, holds NaN, or is
+    damaged.
     """
     if not is_as_written(Path(adapter), read_adapter(adapter)):
         raise ConfigError(
@@ -131,7 +144,14 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
             "differs); copy or train it again"
         )
     try:
-        return PeftModel.from_pretrained(model, adapter, **options)
+        _try_patterns(model, json.loads((Path(adapter) / "adapter_config.json").read_text()))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            attached = PeftModel.from_pretrained(model, adapter, **options)
+        own = (weight for name, weight in attached.named_parameters() if ".lora_" in name)
+        if not all(bool(weight.isfinite().all()) for weight in own):
+            raise ValueError("its weights are no finite numbers")
+        return attached
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # PEFT and transformers raise anything at a file that is broken
@@ -139,6 +159,20 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
         raise ConfigError(
             f"--adapter {adapter}: does not fit this base, or is broken ({reason})"
         ) from error
+
+
+def _try_patterns(model: nn.Module, written: dict[str, Any]) -> None:
+    """Matches the regular expressions of an adapter_config.json with the names of the modules.
+
+    Raises LimitError for one that explodes: PEFT would go on for ever.
+    """
+    patterns = [written.get(key) for key in ("target_modules", "exclude_modules")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += written.get(key) or {}
+    with limited():
+        for pattern in patterns:
+            for name, _ in model.named_modules() if isinstance(pattern, str) else ():
+                re.fullmatch(pattern, name)
 
 
 def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> str:
@@ -204,8 +238,8 @@ def describe_start(adapter: str) -> list[dict[str, Any]]:
     facts = {
         "sha256": sha256(Path(adapter) / WEIGHTS),
         "steps": trained.get("steps"),
-        "data": trained.get("data", {}).get("train", {}).get("fingerprint"),
+        "data": (trained.get("data") or {}).get("train", {}).get("fingerprint"),
         "prompt": (trained.get("prompt") or {}).get("sha256"),
     }
     known = {key: value for key, value in facts.items() if value is not None}
-    return [known, *trained.get("started_from", [])]
+    return [known, *(trained.get("started_from") or [])]

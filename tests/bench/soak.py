@@ -8,6 +8,7 @@ save and end, and what it did by then is what counts.
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ MOST = {"MiB resident": 2.0, "open files": 0.01, "threads": 0.01, "ms a step": 2
 
 def start(folder: Path, steps: int) -> subprocess.Popen:
     """Starts the run in a folder, two ranks of a tiny configuration."""
+    rng = random.Random(0)  # for dialogues that don't resemble each other
     rows = [
         {
             "id": str(i),
-            "dialogue": "Doctor: Pain?\n" * (1 + i % 7),
+            "dialogue": "\n".join(f"Doctor: {rng.random()}?" for _ in range(1 + i % 4)),
             "soap": "S: a\nO: b\nA: c\nP: d",
         }
         for i in range(64)

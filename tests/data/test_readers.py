@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tracemalloc
 import zipfile
 
@@ -133,3 +134,11 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_a_bad_row(
     assert peak < 2**25
     if content.startswith(LINE):
         assert [number for number, row in rows if isinstance(row, dict)] == [1, 3]
+
+
+def test_a_pipe_among_the_pairs_is_a_bad_row(tmp_path):
+    (tmp_path / "a.note.txt").write_text("S: x")
+    os.mkfifo(tmp_path / "a.dialogue.txt")
+    columns = {"id": ["id"], "dialogue": ["dialogue"], "note": ["soap"]}
+    [(number, problem)] = readers.read_text_pairs(tmp_path, columns)
+    assert number == 1 and "a.dialogue.txt is missing or unreadable" in str(problem)

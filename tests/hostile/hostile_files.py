@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from hostile_bases import Change, cut, edit, flip, put
+from safetensors.numpy import load_file, save_file
 
 CONFIG, WEIGHTS, TRAINED = "adapter_config.json", "adapter_model.safetensors", "trained.json"
 PICKLE = b"\x80\x04cos\nsystem\n(S'touch CODE_RAN'\ntR."
@@ -22,7 +24,7 @@ ADAPTER_FIELDS = {
     "r": (0, -1, 10**9, 2**40, "8", 1.5, []),
     "lora_alpha": ("x", None, []),
     "lora_dropout": ("x", 5, None),
-    "target_modules": ("(", 5, [5], [], None, "nothing", "(a+a+)+b"),
+    "target_modules": ("(", 5, [5], [], None, "nothing", "(a+a+)+b", "(.*.*.*.*)*!"),
     "modules_to_save": (["lm_head"], 5, "os"),
     "rank_pattern": ({"(": 1}, 5, {".*": 10**9}),
     "layers_to_transform": ("x", [99], -1),
@@ -34,18 +36,33 @@ ADAPTER_FIELDS = {
 TRAINED_FIELDS = {
     "base": (5, "../../etc", None),
     "method": ("x", 5, None),
-    "dtype": ("os", 5, None),
+    "dtype": ("os", 5, None, "int8"),
     "double_quant": ("x",),
     "storage": (5, "x"),
     "sha256": (5, "0" * 64),
     "base_fingerprint": ([], "0"),
     "generation": (5, {"max_new_tokens": "x"}),
     "revision": (5,),
+    "data": (5, {"train": 5}),
+    "prompt": ("x", {"system": 5}),
+    "started_from": (5,),
 }
 
 
 def replace(name: str, data: bytes) -> Change:
     return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def weights(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
+    """A change of an adapter's tensors, which come without a hash, as from elsewhere."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        (folder / TRAINED).unlink()
+
+    return apply
 
 
 def _pickle_in_place_of_weights(folder: Path) -> None:
@@ -57,6 +74,9 @@ def adapters() -> Iterator[tuple[str, Change]]:
     """(name, change of a copy of an adapter) of each hostile adapter."""
     yield "a pickle", _pickle_in_place_of_weights
     yield "a pickle by the weights' name", replace(WEIGHTS, PICKLE)
+    yield "NaN", weights(lambda found: next(iter(found.values())).fill(np.nan))
+    yield "a missing tensor", weights(lambda found: found.popitem())
+    yield "no tensor", weights(lambda found: found.clear())
     for file, fields in ((CONFIG, ADAPTER_FIELDS), (TRAINED, TRAINED_FIELDS)):
         for key, values in fields.items():
             for value in values:

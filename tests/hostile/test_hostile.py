@@ -38,7 +38,7 @@ QUICK_BASES = (
     "an adapter in it",
 )  # fmt: skip
 QUICK_ADAPTERS = (
-    "a pickle", "weights bit 3", "adapter_config.json r=1000000000",
+    "a pickle", "weights bit 3", "NaN", "a missing tensor", "adapter_config.json r=1000000000",
     "adapter_config.json base_model_name_or_path=../../../etc",
 )  # fmt: skip
 QUICK_ROWS = ("id='\\ud800'", "dialogue='a\\udfffb'", "deep, after rows")

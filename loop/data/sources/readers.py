@@ -337,6 +337,8 @@ def read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
         try:
             for kind in ("dialogue", "note"):
                 path = folder / f"{name}.{kind}.txt"
+                if not path.is_file():  # a pipe would be read for ever
+                    raise FileNotFoundError
                 row[columns[kind][0]] = decode_text(path.read_bytes())
             yield number, row
         except OSError:
