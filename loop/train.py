@@ -126,8 +126,7 @@ def train(
         lr_at = build_lr_schedule(config, len(plan))  # a function of the step
 
         # 2. All ranks, the run directory, and the checkpoint to resume from (step 0 if none).
-        dtype = compute_dtype(ds_config)
-        identity = RunIdentity.of(config, tokenizer, examples, plan, dtype)
+        identity = RunIdentity.of(config, tokenizer, examples, plan, compute_dtype(ds_config))
         ranks = init_distributed(config.run, stop)
         identity.check_equal_on_all_ranks(ranks)
         memory = PeakMemory(ranks.device)  # before the model: what it takes is measured from here
