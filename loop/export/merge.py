@@ -28,6 +28,7 @@ from ..distributed.files import atomic_folder
 from ..distributed.progress import track
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import NO_CODE, config_errors_for, resolve_base
+from ..model.lora import try_patterns
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
@@ -205,9 +206,10 @@ def load_adapted_layers(
     }
     stored = stored_names(model, base)
     try:
+        try_patterns(model, lora_config.to_dict())
         model = get_peft_model(model, lora_config)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:160]
+    except Exception as error:  # PEFT raises anything at a configuration that is broken
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise ConfigError(f"--adapter {adapter}: does not fit this base ({reason})") from error
     lora = {
         stored.get(name, name): layer for name, layer in load_lora_weights(adapter, model).items()
@@ -257,11 +259,12 @@ def load_lora_weights(adapter: str, model) -> dict[str, LoraLayer]:
                 "default" in matrices
                 and key in weights
                 and weights[key].shape == matrices["default"].weight.shape
+                and bool(weights[key].isfinite().all())
             )
             if not fits:
                 raise ConfigError(
-                    f"--adapter {adapter}: {key} is missing, not of a linear layer, or of another "
-                    "shape than this base's"
+                    f"--adapter {adapter}: {key} is missing, not of a linear layer, of another "
+                    "shape than this base's, or holds no finite numbers"
                 )
             matrices["default"].weight = torch.nn.Parameter(
                 weights.pop(key).float(), requires_grad=False
