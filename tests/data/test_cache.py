@@ -130,7 +130,7 @@ def test_the_files_used_longest_ago_are_removed(run, monkeypatch):
     config, tokenizer, _ = run
     monkeypatch.setattr(cache, "MAX_FILES", 2)
     keys = []
-    for tokens in (64, 65, 66, 67):
+    for tokens in (1001, 1002, 1003, 1004):
         other = config.model_copy(update={"max_seq_len": tokens})
         load_examples(other, tokenizer, "train")
         keys.append(cache_key(other, tokenizer, "train"))
