@@ -248,11 +248,11 @@ COMMANDS = {
     ),
     "setup": Command(
         "Set up .venv and nothing else; or get an attention kernel, or a base without a hub.",
-        "[--wheels FOLDER [--gpu | --cpu] | --flash-attn-4 | --flash-attn | --smollm2]",
+        "[--wheels FOLDER | --flash-attn-4 | --flash-attn | --smollm2]",
         {
             "--wheels FOLDER": "make a kit of all packages there; where FOLDER is one already, set "
             "up from it, without a network",
-            "--gpu": "a kit with PyTorch's build for GPUs, wherever it is made",
+            "--gpu": "after FOLDER: a kit with PyTorch's build for GPUs, wherever it is made",
             "--cpu": "with its build for CPUs; without either: this machine's",
             "--flash-attn-4": "the fastest attention, for Hopper and newer, in wheels for CUDA 13",
             "--flash-attn": "flash-attn 2, which is built here: needs nvcc, up to an hour",
