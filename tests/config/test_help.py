@@ -32,7 +32,7 @@ SOURCES = {
 }
 IN_LAUNCH_SH = {
     "train": {"--verify-resume"},
-    "setup": {"--flash-attn", "--flash-attn-4", "--smollm2"},
+    "setup": {"--wheels", "--gpu", "--cpu", "--flash-attn", "--flash-attn-4", "--smollm2"},
 }
 NOT_READ = {"--module"}  # passed on to DeepSpeed's launcher
 
