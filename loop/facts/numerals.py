@@ -23,6 +23,7 @@ _NUMBER_STARTS = frozenset(
 )
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
 MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
+_EVERY = re.compile(r"\bq\.(?=\s?\d)")  # of "q.6 h."
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # "[00:12:40]", "00:01,500 --> 00:04,000", "12:40 " or "[740s]" at the start of a line: a recorder's
 # clock says nothing. A clock in brackets is one anywhere.
@@ -91,6 +92,7 @@ def blank_labels(text: str) -> str:
     """
     text = _SPELLED.sub(lambda match: match.group().replace(" ", "."), text)
     text = _lower(text).replace("\u2019", "'").replace("\u2018", "'")
+    text = _EVERY.sub("q ", text)
     for pattern in (_TIMESTAMP, _LIST_NUMBER, _LABEL):
         text = pattern.sub(lambda match: " " * len(match.group()), text)
     return text

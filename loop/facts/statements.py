@@ -461,8 +461,8 @@ class Document:
             cost = abs(drug.word - i) + (4 if behind and kind != "action" else 0)
             if kind == "action" and not behind:
                 cost += 8
-            if kind == "dose" and behind and self.padded[drug.word - 1].word == "of":
-                cost = 0
+            if kind == "dose" and 0 < drug.word - i < 6 and self.padded[drug.word - 1].word == "of":
+                cost = 0  # "ten units of lantus"
             if cost < least and cost < (16 if self.spoken else 14):
                 best, least = drug.value, cost
         return best

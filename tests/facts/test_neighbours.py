@@ -6,6 +6,9 @@ from loop.facts.matching import compare
 
 # (dialogue, note): each statement of the note is supported.
 SAID = [
+    ("take it q. 8 h.", "every 8 hours"),
+    ("q.12 hours", "every 12 hours"),
+    ("you take it every six hours", "q.6 h."),
     ("one hundred micrograms", "100 mcg"),
     ("a hundred micrograms", "100 ug"),
     ("100 micrograms", "0.1 mg"),
@@ -345,6 +348,11 @@ NOT_SAID = [
 ]
 # (dialogue, a right note, a wrong note)
 EITHER = [
+    (
+        "take ibuprofen eight hundred milligrams. I will keep you on that twenty of lisinopril",
+        "Ibuprofen 800 mg. Lisinopril 20 mg.",
+        "Ibuprofen 20 mg. Lisinopril 800 mg.",
+    ),
     ("any chest pain?\nPatient: no", "Denies chest pain.", "Reports chest pain."),
     (
         "Doctor: fevers, chills, night sweats?\nPatient: nope",
