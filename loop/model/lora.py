@@ -170,7 +170,7 @@ def try_patterns(model: nn.Module, written: dict[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns += written.get(key) or {}
     with limited():
-        for pattern in patterns:
+        for pattern in filter(None, patterns):
             for name, _ in model.named_modules() if isinstance(pattern, str) else ():
                 re.fullmatch(pattern, name)
 
