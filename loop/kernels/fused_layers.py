@@ -183,15 +183,14 @@ class FusedFeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, gate, up, gate_h, up_h, down_h, *lora = ctx.saved_tensors
-        gate_a, gate_b, up_a, up_b, down_a, down_b = lora
+        lora_as, lora_bs = lora[::2], lora[1::2]  # of gate, up and down
         inputs, output = ctx.groups
-        down_dhs, down_dbs = grad_lora_bs((dy,), (down_h,), (down_b,))
-        d_hidden = output.grad_input((dy,), down_dhs, (down_a,), ctx.down_dropout)
-        d_gate, d_up, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, gate_b), (up_h, up_b))
+        down_dhs, down_dbs = grad_lora_bs((dy,), (down_h,), lora_bs[2:])
+        d_hidden = output.grad_input((dy,), down_dhs, lora_as[2:], ctx.down_dropout)
+        *dys, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, lora_bs[0]), (up_h, lora_bs[1]))
         down_das = grad_lora_a(down_dhs, hidden, *ctx.down_dropout)
-        dys = (d_gate, d_up)
-        dhs, dbs = grad_lora_bs(dys, (gate_h, up_h), (gate_b, up_b))
-        dx = inputs.grad_input(dys, dhs, (gate_a, up_a), ctx.dropout)
+        dhs, dbs = grad_lora_bs(dys, (gate_h, up_h), lora_bs[:2])
+        dx = inputs.grad_input(dys, dhs, lora_as[:2], ctx.dropout)
         das = grad_lora_a(dhs, x, *ctx.dropout)
         return None, dx, *alternate((*das, *down_das), (*dbs, *down_dbs))
 

@@ -69,8 +69,7 @@ def build_model(
             config.attention, ranks.device, dtype, attention_shape(model_config)
         )
         fused, layers_warning = choose_fused_layers(config, dtype, ranks)
-        if config.compute == "fp8":
-            require_right_products(fused, layers_warning, ranks)
+        require_right_products(config, fused, layers_warning, ranks)
     # Equal on all ranks: LoRA's initial weights are random, and each rank holds a shard of them.
     seed_everything(config.seed)
     model = load_model(config, ds_config, ranks.device, backend, start=config.adapter)
@@ -86,10 +85,9 @@ def build_model(
     )
     run = replace(run, cuda_graphs=can_replay(config, replicated, ranks, backend))
     if fused:
-        run, unfused = fuse_layers(config, ds_config, model_config, model, run, free_bytes(), ranks)
-        if unfused:
-            names = ", ".join(sorted(unfused))
-            layers_warning = f"layers      {names}: computed as in PEFT and transformers, not fused"
+        run, layers_warning = fuse_layers(
+            config, ds_config, model_config, model, run, free_bytes(), ranks
+        )
     rows, checkpointing = choose_micro_batch(config, ds_config, model_config, run, free_bytes())
     if checkpointing:
         use_checkpointing(model)
@@ -122,11 +120,11 @@ def fuse_layers(
     run: RunShape,
     free_bytes: int | None,
     ranks: Ranks,
-) -> tuple[RunShape, set[str]]:
+) -> tuple[RunShape, str]:
     """Fuses the decoder layers where that can be done. Every rank must call it.
 
-    Returns (the run with what was done, the classes and functions that could not be fused). Layers
-    count as fused only where nothing is left.
+    Returns (the run with what was done, a warning with the classes and functions that could not be
+    fused, or ""). Layers count as fused only where nothing is left.
     """
     layers = decoder_layers(model)
     if config.compute == "fp8":
@@ -136,7 +134,11 @@ def fuse_layers(
     else:
         dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
         unfused = fuse(layers, dequantized)
-    return replace(run, dequantized=dequantized, fused=not unfused), unfused
+    warning = ""
+    if unfused:
+        names = ", ".join(sorted(unfused))
+        warning = f"layers      {names}: computed as in PEFT and transformers, not fused"
+    return replace(run, dequantized=dequantized, fused=not unfused), warning
 
 
 def other_warnings(config: Config, model: nn.Module) -> list[str]:

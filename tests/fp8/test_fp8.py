@@ -174,10 +174,12 @@ def test_where_it_is_refused(monkeypatch):
 
 
 def test_products_that_are_wrong_here_are_refused(monkeypatch):
+    config = of(compute="fp8")
     assert product_problem("cpu") is None
-    require_right_products(True, "", OneRank)
+    require_right_products(of(), False, "", OneRank)
+    require_right_products(config, True, "", OneRank)
     with pytest.raises(ConfigError, match="needs fused layers; because"):
-        require_right_products(False, "because", OneRank)
+        require_right_products(config, False, "because", OneRank)
     right = admission.product
 
     def wrong(*args):
@@ -189,7 +191,7 @@ def test_products_that_are_wrong_here_are_refused(monkeypatch):
     for replaced, reason in ((wrong, "a product's error is 1"), (missing, "no such kernel")):
         monkeypatch.setattr(admission, "product", replaced)
         with pytest.raises(ConfigError, match=f"^compute=fp8: .*{reason}"):
-            require_right_products(True, "", OneRank)
+            require_right_products(config, True, "", OneRank)
 
 
 def test_a_cpu_says_so_in_one_line(rows, tiny_base, capsys, monkeypatch):

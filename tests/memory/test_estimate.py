@@ -318,6 +318,16 @@ def make_batch():
     return collate([example], PackingSpec(TOKENS, TOKENS))
 
 
+def add_what_a_cpu_takes(parts: dict, config: Config, model_config, saves_fused: bool) -> None:
+    """Adds to an estimate for GPUs. saves_fused: layers are fused, and save what they need."""
+    if saves_fused:
+        # RMSNorm goes through fp32, and attention a document at a time puts its output together.
+        width = model_config.num_hidden_layers * model_config.hidden_size
+        parts["activations"] += TOKENS * width * (2 * 2 + 2)
+    if config.compute == "fp8":  # the gradients of gate and up are quantised through fp32
+        parts["layer in work"] += TOKENS * 2 * model_config.intermediate_size * 4
+
+
 def measure_case(
     live: Live,
     base: str,
@@ -342,8 +352,9 @@ def measure_case(
         build_ds_config(seed_config(), for_gpus=True) | DS,
     )
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = reuse_distance
-    settings = {"max_seq_len": TOKENS, "lora": {"r": 16}, "compute": compute}
-    config = Config(base=base, data={"train": "x"}, **settings)
+    config = Config(
+        base=base, data={"train": "x"}, max_seq_len=TOKENS, lora={"r": 16}, compute=compute
+    )
     run = RunShape(ranks.world_size, fused, TARGETS / TOKENS, dequantized)
     parts = estimate_memory(config, ds_config, model_config, run, 1, checkpointing)
     gc.collect()
@@ -370,14 +381,7 @@ def measure_case(
     resident = sum(parts[name] for name in (*LOADED, *STATES, "dropout mask"))
     if ranks.world_size == 1:
         seen["activations"] = saved_activations(engine, batch, draw)
-    if fused and not checkpointing:
-        # A CPU's RMSNorm goes through fp32, and attention a document at a time puts its output
-        # together.
-        width = model_config.num_hidden_layers * model_config.hidden_size
-        parts["activations"] += TOKENS * width * (2 * 2 + 2)
-    if compute == "fp8":
-        # A CPU quantises the gradients of gate and up through a copy in fp32.
-        parts["layer in work"] += TOKENS * 2 * model_config.intermediate_size * 4
+    add_what_a_cpu_takes(parts, config, model_config, fused and not checkpointing)
     engine.destroy()
     return [fused, checkpointing, seen, parts, alive, resident, highest]
 
