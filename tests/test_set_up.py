@@ -12,13 +12,16 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
 
-import pip
 import pytest
 from helpers import PYTHON, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+# Found, not imported: setuptools refuses to be imported beside pip.
+PIP = Path(find_spec("pip").origin).parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PINS = (ROOT / "constraints.txt").read_text()
 LOCK = (ROOT / "setup" / "packages.txt").read_text()
@@ -154,7 +157,7 @@ def wheels(tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty") / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
     (site,) = (empty / "lib").glob("python*/site-packages")
-    (site / "pip").symlink_to(pip.__path__[0])  # unpacking another takes seconds
+    (site / "pip").symlink_to(PIP)  # unpacking another takes seconds
     return folder, locks, empty
 
 
