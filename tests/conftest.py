@@ -19,7 +19,7 @@ if "LOOP_TESTS_PYTHON" not in os.environ:  # other workers have the environment 
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="soap-tests-")
     os.environ["LOOP_TESTS_PYTHON"] = start_server()
 
-from helpers import run_ok, tinyllama_shape, write_rows  # noqa: E402
+from helpers import bf16_file, run_ok, tinyllama_shape, write_rows  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +136,7 @@ def trained(tiny_base, rows, tmp_path_factory) -> Path:
         "batch_size": 4,
         "lr": 1e-2,
         "max_steps": 6,
+        "deepspeed": bf16_file(folder),
         "run": {"dir": str(folder), "name": "run", "save_steps": 2},
         "monitor": {"eval_steps": 3, "sample_notes": ["valid-1"]},
         "generation": {"max_new_tokens": 12},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_ok, write_rows
+from helpers import bf16_file, run_ok, write_rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,6 +80,7 @@ def runs(tiny_base, tmp_path_factory) -> Path:
         "batch_size": 4,
         "lr": 1e-2,
         "max_steps": 6,
+        "deepspeed": bf16_file(folder),
         "run": {"dir": str(folder), "save_steps": 100, "keep_checkpoints": 1, "export": "best"},
         "monitor": {"eval_steps": 2},
         "generation": {"max_new_tokens": 6},

@@ -118,7 +118,7 @@ def test_a_broken_section_of_trained_json_is_named(run, tmp_path, capsys):
     for value, words in (
         ({"seed": -1}, "trained.json: generation: seed: Input should be greater"),
         ({"beams": 2}, "trained.json: generation: beams: Extra inputs"),
-        (["x"], "trained.json: generation is not an object"),
+        (["x"], "trained.json: generation=\"['x']\" can't be used"),
     ):
         (adapter / "trained.json").write_text(json.dumps(trained | {"generation": value}))
         with pytest.raises(SystemExit) as end:

@@ -172,3 +172,11 @@ def write_rows(path: Path, prefix: str, count: int, seed: int, longest: int = 8)
 def seed_profile(n: int, seed: int = 0) -> np.ndarray:
     """Lengths as in the seed configuration's data."""
     return np.clip(np.random.default_rng(seed).normal(1463, 350, n), 64, 2048).astype(np.int32)
+
+
+def bf16_file(folder: Path) -> str:
+    """A DeepSpeed file in the folder that computes in bf16, whatever this CPU is fast in."""
+    path = folder / "bf16.json"
+    ds_config = json.loads((ROOT / "ds_config.json").read_text())
+    path.write_text(json.dumps(ds_config | {"bf16": {"enabled": True}}))
+    return str(path)
