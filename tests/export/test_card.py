@@ -109,6 +109,7 @@ def test_the_cards_code_writes_the_notes_of_generate(
 
 def test_the_cards_code_prints_what_the_command_prints(merged, monkeypatch, capsys, tmp_path):
     """In the precision of the card, bf16."""
+    monkeypatch.setattr("loop.generation.loading.has_fast_bf16", lambda: True)
     names = run_code(merged, monkeypatch, "bfloat16")
     (tmp_path / "d.txt").write_text(DIALOGUES[0])
     options = ["--base", str(merged), "--dialogue", str(tmp_path / "d.txt")]
