@@ -12,7 +12,6 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ from helpers import PYTHON, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# Found, not imported: setuptools refuses to be imported beside pip.
-PIP = Path(find_spec("pip").origin).parent
+# By its files: setuptools refuses to be imported where pip was, or was looked for.
+PIP = Path(str(distribution("pip").locate_file("pip")))
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PINS = (ROOT / "constraints.txt").read_text()
 LOCK = (ROOT / "setup" / "packages.txt").read_text()
