@@ -184,9 +184,13 @@ def test_a_stop_is_passed_on_to_the_runs_that_are_on(sweep_of, monkeypatch):
     runner, asked = command.Runner(sweep_of("lr=1e-4,2e-4,3e-4"), ["0", "1"]), []
     monkeypatch.setattr(runner, "_start", lambda *args: asked.append("started"))
     for number, slot in enumerate(runner.slots):
-        process = SimpleNamespace(terminate=lambda slot=slot: asked.append(slot), poll=lambda: 1)
+        process = SimpleNamespace(
+            pid=number,
+            terminate=lambda slot=slot: asked.append(slot),
+            poll=iter([None, 1]).__next__,
+        )
         runner.running[slot] = (number, process)
-    runner._stop(signal.SIGINT, None)
+    runner._count_request(signal.SIGINT, None)
     runner.run()
     assert asked == ["0", "1"] and not runner.running  # the third one does not start
     assert not runner.failed  # they were asked to end
