@@ -64,8 +64,8 @@ setup_extras() {
       # 4 compilers at a time, as each can take more than 8 GiB.
       MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation flash-attn ;;
     --smollm2) "$py" -u -m loop.bases.fetch_smollm2 ;; # into the user's cache
-    *) die "setup takes --wheels FOLDER [--gpu | --cpu], --flash-attn-4, --flash-attn or --smollm2," \
-      "not: $*" ;;
+    *) die "setup takes --wheels FOLDER [--gpu | --cpu], --flash-attn-4, --flash-attn" \
+      "or --smollm2, not: $*" ;;
   esac
 }
 

@@ -32,7 +32,8 @@ install_packages() {
   pip_torch "$build" install
   echo "installing the rest ... (2/3)"
   locked not "$cuda|$built" | pip_locked install
-  echo "building DeepSpeed ... (3/3)" # last: that imports PyTorch. Its kernels are built at first use
+  # Last, as that imports PyTorch. Its kernels are built at first use.
+  echo "building DeepSpeed ... (3/3)"
   locked of "$built" | DS_BUILD_OPS=0 pip_locked install --no-build-isolation
 }
 
