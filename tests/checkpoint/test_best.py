@@ -4,6 +4,7 @@ same after an interruption, to the bit.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loop.commands import audit, export, merge, profile, verify_resume
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
+from loop.export import adapter as adapter_module
 from loop.export.audit import AuditError, check_adapter
 from loop.export.from_checkpoint import export_checkpoint
 
@@ -274,6 +276,15 @@ def test_an_interrupted_run_chooses_by_notes_as_the_whole_one(more_runs):
     reports = [record(more_runs, name)["report"] for name in ("notes", "notes 2")]
     assert reports[0]["best"] == reports[1]["best"]
     assert equal(adapter(more_runs, "notes halves"), adapter(more_runs, "notes"))
+
+
+def test_nothing_is_exported_where_none_is_asked_for(config_file, monkeypatch):
+    """Neither weights nor a state of the optimizer are looked at."""
+    config = load_config(["--config", str(config_file), "run.export=none"])
+    monkeypatch.setattr(adapter_module, "adam_step", lambda engine: pytest.fail("it is exported"))
+    engine, logger = SimpleNamespace(module=torch.nn.Linear(1, 1)), SimpleNamespace(ranks=None)
+    nothing = [None] * 5
+    assert adapter_module.export_result(engine, config, *nothing, False, logger) == {}
 
 
 def test_commands_that_shorten_a_run_need_no_validation(config_file, tmp_path, monkeypatch):

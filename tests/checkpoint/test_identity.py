@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,12 @@ def test_another_model_is_refused_whatever_is_said(this, option, words):
     assert words in str(error.value) and "force" not in str(error.value)
 
 
+def test_another_adapter_to_start_from_is_refused(this, trained):
+    """The run before it is one from new weights."""
+    with pytest.raises(ConfigError, match="adapter was None and is '[0-9a-f]{16}' now"):
+        compare(this(), this(f"adapter={trained / 'adapter'}"), force=True)
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -108,6 +115,26 @@ def test_another_plan_is_refused_unless_forced(this, option, words):
         compare(this(), this(option))
     assert words in str(error.value)
     assert any(words in remark for remark in compare(this(), this(option), force=True))
+
+
+def test_ranks_of_other_code_or_settings_do_not_start_together(this, monkeypatch):
+    told: list[dict] = []
+
+    def join(identity) -> None:
+        ranks = SimpleNamespace(all_gather_json=lambda mine: [*told, mine])
+        identity.check_equal_on_all_ranks(ranks)
+
+    own = this()[0]
+    own.check_equal_on_all_ranks(
+        SimpleNamespace(all_gather_json=lambda mine: told.append(mine) or told)
+    )
+    join(own)
+    join(dataclasses.replace(own, versions=own.versions | {"device": "another"}))
+    with pytest.raises(ConfigError, match="rank 1 has another lr than rank 0: 0.5, not 0.001"):
+        join(this("lr=0.5")[0])
+    monkeypatch.setattr("loop.checkpoint.identity.source_digest", lambda package: 64 * "0")
+    with pytest.raises(ConfigError, match="rank 1 has another code of loop/ than rank 0"):
+        join(own)
 
 
 def test_other_data_and_another_tokenizer_are_told_apart(this):

@@ -14,7 +14,8 @@ from loop.checkpoint import store as store_module
 from loop.checkpoint.checkpointer import Checkpointer
 from loop.checkpoint.store import CheckpointStore
 from loop.checkpoint.train_state import TrainState
-from loop.config.schema import RunConfig
+from loop.config.schema import ConfigError, RunConfig
+from loop.evaluation.choosing import Choice
 
 
 def write(store: CheckpointStore, step: int) -> None:
@@ -56,6 +57,18 @@ def test_steps_are_numbers_and_not_texts(tmp_path):
     assert store.newest()[0].name == "step-1000000"
 
 
+def checkpointer_of(folder, **run) -> Checkpointer:
+    """Of a run of ten steps on one rank. run: what its configuration says of the run."""
+    alone = SimpleNamespace(is_main=True, rank=0, any=bool, all_gather_json=lambda value: [value])
+    config = SimpleNamespace(
+        run=RunConfig(**run), monitor=SimpleNamespace(best="loss"), model_dump=lambda mode: {}
+    )
+    identity = SimpleNamespace(at_step=lambda plan, step: {}, versions={})
+    checkpointer = Checkpointer(folder, alone, config, identity)
+    checkpointer.plan = range(10)
+    return checkpointer
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_so_many_of_the_last_ones_stay(tmp_path, keep):
     store = CheckpointStore(tmp_path, keep)
@@ -79,15 +92,7 @@ def test_a_full_disk_is_said_whoever_finds_it_and_leaves_nothing(tmp_path, monke
     monkeypatch.setattr(module, "gather_full_state", lambda *_: iter([{"w.master": torch.ones(1)}]))
     monkeypatch.setattr(module, "adam_step", lambda engine: 1)
     monkeypatch.setattr(module.dist, "barrier", lambda: None)
-    alone = SimpleNamespace(is_main=True, rank=0, all_gather_json=lambda value: [value])
-    config = SimpleNamespace(
-        run=RunConfig(),
-        monitor=SimpleNamespace(best="loss"),
-        model_dump=lambda mode: {},
-    )
-    identity = SimpleNamespace(at_step=lambda plan, step: {}, versions={})
-    checkpointer = Checkpointer(tmp_path, alone, config, identity)
-    checkpointer.plan, said = None, []
+    checkpointer, said = checkpointer_of(tmp_path), []
     logger = SimpleNamespace(flush=lambda: None, say=said.append, scalars=None)
     checkpointer.save(None, TrainState(RunConfig(), step=5), logger)
     assert said and said[0].startswith("checkpoint of step 5 not written: ")
@@ -107,6 +112,20 @@ def test_a_file_of_another_content_or_size_is_no_checkpoint(tmp_path):
         assert json.loads((path / "manifest.json").read_text()) == manifest
 
 
+@pytest.mark.parametrize("lost", [set(), {"sealed"}, {"sha256"}], ids=str)
+def test_a_manifest_that_says_something_else_is_no_checkpoint(tmp_path, lost):
+    """Also where the change took one of the two keys of its seal away."""
+    store = CheckpointStore(tmp_path, 9)
+    write(store, 1)
+    file = store.folder / "step-000001" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert store.newest()[1] == manifest
+    kept = {key: value for key, value in manifest.items() if key not in lost}
+    file.write_text(json.dumps(kept | {"optimizer_step": 9}))
+    path, _, notes = store.newest()
+    assert path is None and "manifest.json is not what was written" in notes[0]
+
+
 def test_the_runs_sigmas_decide_what_is_a_spike():
     losses = [1.0, 3.0] * 10  # mean 2, deviation 1
     for sigmas, threshold in ((3.0, 5.0), (1.5, 3.5), (None, float("inf"))):
@@ -115,3 +134,56 @@ def test_the_runs_sigmas_decide_what_is_a_spike():
             state.record(loss, applied=True)
             state.record(100.0, applied=False)  # a skipped one is no part of what is usual
         assert state.loss_threshold == pytest.approx(threshold)
+
+
+def test_where_no_checkpoint_is_whole_a_person_decides(tmp_path):
+    checkpointer = checkpointer_of(tmp_path)
+    assert checkpointer.find_latest(range(10)).step == 0  # a new run
+    write(checkpointer.store, 1)
+    (checkpointer.store.folder / "step-000001" / "state-00001.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint is whole .step-000001 passed over"):
+        checkpointer.find_latest(range(10))
+
+
+@pytest.mark.parametrize(
+    ("export", "choice", "saved"),
+    [
+        ("last", Choice(), False),
+        ("best", Choice(), True),
+        ("last", Choice("rouge1", "2 notes"), True),
+    ],
+)
+def test_the_best_validation_is_saved_where_its_weights_may_be_wanted(
+    tmp_path, monkeypatch, export, choice, saved
+):
+    """Between two steps that are saved anyway."""
+    checkpointer, steps = checkpointer_of(tmp_path, export=export, save_steps=100), []
+    checkpointer.choice = choice
+    monkeypatch.setattr(
+        checkpointer, "save", lambda engine, state, logger: steps.append(state.step)
+    )
+    for step, is_best in ((3, True), (4, False), (10, False)):
+        state = SimpleNamespace(step=step, ended=False, is_best=is_best)
+        checkpointer.save_if_due(None, state, False, None)
+    assert steps == [3, 10] if saved else steps == [10]
+
+
+@pytest.mark.parametrize(
+    ("export", "exported", "value"), [("best", 2, 1.0), ("last", 3, None), ("none", 3, None)]
+)
+def test_the_best_weights_are_put_back_where_they_are_exported(
+    tmp_path, monkeypatch, export, exported, value
+):
+    checkpointer, put_back, said = checkpointer_of(tmp_path, export=export), [], []
+    for step, loss in ((2, 1.0), (3, 2.0)):
+        tensors = iter([{"weight.master": torch.full((2, 2), float(step))}])
+        checkpointer.store.write(step, tensors, {"figures": {"eval/loss": loss}})
+    monkeypatch.setattr(
+        module, "scatter_full_tensor", lambda p, kind, full, ranks: put_back.append(full)
+    )
+    engine = SimpleNamespace(module=torch.nn.Linear(2, 2), empty_partition_cache=lambda: None)
+    state = SimpleNamespace(step=3)
+    checkpointer.restore_best(engine, state, SimpleNamespace(say=said.append))
+    assert state.exported_step == exported
+    assert [full.tolist() for full in put_back] == ([[[2.0] * 2] * 2] if value else [])
+    assert (f"best by validation loss: {value:.4f}" in said[0]) if value else not said

@@ -180,6 +180,23 @@ def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
+def test_notes_are_told_by_weights_scale_and_base_as_they_were_trained(trained, tmp_path):
+    """Whatever the configuration says of the base's rounding."""
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    options = evaluate.take_evaluation_options(["--split", "valid", "--adapter", str(adapter)])
+    other = ["--config", str(trained / "config.yaml"), "method=lora", "double_quant=false"]
+    config, options = evaluate.choose_weights(load_config(other), options)
+    assert (config.method, config.double_quant) == ("qlora", True)
+    by = evaluate.written_by(config, options)
+    assert by == evaluate.written_by(config, options) and by["storage"] == "nf4"
+    plain = evaluate.written_by(config.model_copy(update={"method": "lora"}), options)
+    assert by.items() - plain.items() == {("storage", "nf4")}
+    scale = adapter / "adapter_config.json"
+    scale.write_text(json.dumps(json.loads(scale.read_text()) | {"lora_alpha": 1}))
+    rescaled = evaluate.written_by(config, options)
+    assert by.items() - rescaled.items() == {("adapter", by["adapter"])}
+
+
 def test_an_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
     """Its shapes fit, and the metrics would mean nothing."""
     config = load_config(["--config", str(trained / "config.yaml")])

@@ -10,7 +10,7 @@ import pytest
 from helpers import CPU, PYTHON, ROOT
 
 from loop.commands import generate
-from loop.config.schema import ConfigError, GenerationSettings
+from loop.config.schema import ConfigError, GenerationSettings, TaskConfig
 from loop.export.audit import WEIGHTS
 from loop.generation.decode import Note
 from loop.generation.loading import fit_dialogues, prompt_ids
@@ -185,6 +185,8 @@ def test_another_adapters_notes_are_not_mixed_in(trained, files, capsys):
     settings = set(GenerationSettings.model_fields)
     assert by.keys() == settings | {"adapter", "base", "revision"}
     assert by["adapter"] == digest((trained / "adapter" / WEIGHTS).read_bytes())
+    said = json.loads((trained / "adapter" / "trained.json").read_text())
+    assert (by["base"], by["revision"]) == (said["base"], None)
     for key in by:
         lines = [json.loads(line) for line in before.splitlines()]
         lines[0]["by"][key] = "else"
@@ -198,6 +200,27 @@ def test_another_adapters_notes_are_not_mixed_in(trained, files, capsys):
     open(args[3], "w").write(rows)
     out.write_text('{"id": "a", "text": 1}\n')
     assert "row 1: was not written by this command" in refused(capsys, *args)
+
+
+def test_notes_of_another_request_are_not_mixed_in(tmp_path):
+    """Another text that asks for them, or another value in its place."""
+    args = generate.build_parser().parse_args(["--base", "b", "--output", str(tmp_path / "out")])
+    source, task = {"base": "b", "revision": None}, TaskConfig(request="Write {part}.", headings={})
+
+    def open_output(task: TaskConfig, part: str):
+        request = generate.Request(task, {"a": {"part": part}})
+        return generate.open_output(args, {"a": "hi"}, source, GenerationSettings(), request)
+
+    output = open_output(task, "PMH")
+    output.add("a", Note("Asthma.", True), 0)
+    output.close()
+    again = open_output(task, "PMH")
+    assert list(again.done) == ["a"]
+    again.close()
+    with pytest.raises(ConfigError, match="its dialogue is not the input's"):
+        open_output(task, "HPI")
+    with pytest.raises(ConfigError, match="written with prompt"):
+        open_output(task.model_copy(update={"request": "Say {part}."}), "PMH")
 
 
 @pytest.mark.parametrize(

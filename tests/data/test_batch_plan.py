@@ -77,6 +77,9 @@ def test_max_steps_ends_the_plan():
     plan = plan_batches(seed_profile(500), 16384, 1, max_steps=7)
     assert len(plan) == 7 and len(plan.order) == plan.offsets[-1]
     assert plan.tokens == seed_profile(500)[plan.order].sum()
+    for max_steps in range(1, 10):  # two epochs of four steps each
+        plan = plan_batches(np.full(4, 100), 100, 1, epochs=2, max_steps=max_steps)
+        assert len(plan) == min(max_steps, 8)
 
 
 def test_weights_are_visits_an_epoch():

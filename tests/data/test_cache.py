@@ -13,6 +13,7 @@ from loop.config.cli import load_config
 from loop.data import cache
 from loop.data.cache import cache_key, read_cache
 from loop.data.dataset import load_examples, prepare_examples, visit_weights
+from loop.data.soap import SOAP
 from loop.model.loading import load_tokenizer
 
 ROWS = [
@@ -94,6 +95,7 @@ def test_splits_have_keys_of_their_own(run):
     "change",
     [
         {"max_seq_len": 100},
+        {"task": SOAP.model_copy(update={"system": "Be short."})},
         {"data": {"weights": [0.5]}},
         {"data": {"limit": 3}},
         {"data": {"supervise": "all"}},

@@ -21,6 +21,7 @@ def test_a_row_keeps_documents_apart():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 3]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.max_seqlen == 16  # one bound for all rows: a recorded step has it once
     # Position t predicts t + 1 inside its document: 8 does not predict b's first token, which
     # nothing predicts.
     assert batch.target_positions.tolist() == [1, 2, 4, 5]

@@ -106,6 +106,13 @@ def test_the_data_of_a_run_is_loaded_in_one_call(load, tmp_path, tiny_base):
     assert data.valid == data.samples == []
 
 
+def test_with_supervise_all_every_token_is_learned(load):
+    (note, _), (whole, _) = load(ROWS), load(ROWS, "data.supervise=all")
+    for one, other in zip(note, whole, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.num_targets < other.num_targets == len(other) - 1
+
+
 def test_overlong_examples_are_dropped_listed_or_refused(load):
     examples, report = load([*ROWS, LONG])
     assert len(examples) == 6 and report.dropped == ["long"] and report.rows == report.kept + 1 == 7

@@ -34,6 +34,7 @@ def test_a_note_is_taken_apart_at_its_headings():
     [
         "**Subjective:** a\n**Objective:** b\n**Assessment:** c\n**Plan:** d",
         "# S: a\n# O: b\n# A: c\n# P: d",
+        "S\uff1aa\nO\uff1a b\nA \uff1ac\n**P\uff1a** d",  # the wide colon
     ],
 )
 def test_markdown_headings_are_found(note):
@@ -63,6 +64,8 @@ def test_training_and_generation_share_the_prompt():
     assert whole[:2] == prompt
     assert prompt[1]["content"] == SOAP.request + "Doctor: hi"
     assert whole[2] == {"role": "assistant", "content": "S: a"}
+    short = soap_messages("Doctor: hi", task=SOAP.model_copy(update={"system": "Be short."}))
+    assert short == [{"role": "system", "content": "Be short."}, prompt[1]]
 
 
 def test_a_dialogue_loses_as_few_turns_as_make_it_fit():
@@ -75,6 +78,13 @@ def test_a_dialogue_loses_as_few_turns_as_make_it_fit():
             assert len(text) <= limit and text == shorten(dialogue, turns) and turns > 0
             assert len(shorten(dialogue, turns - 1)) > limit
     assert fit_dialogue(dialogue, len, 20) is None
+
+
+def test_the_turns_that_are_left_out_are_those_of_the_middle():
+    turns = [f"turn {i}" for i in range(7)]
+    for count, start in ((1, 3), (2, 3), (3, 2), (5, 1)):
+        shorter = [*turns[:start], f"[{count} turns left out]", *turns[start + count :]]
+        assert shorten("\n".join(turns), count) == "\n".join(shorter)
 
 
 def test_a_section_ends_where_a_line_begins_another():

@@ -68,6 +68,9 @@ FILES = {
     "blanks.csv": table(",").replace('"dialogue"', " dialogue ").encode(),
     "sep.csv": table(";", "sep=;").encode("utf-16"),
     "a.tsv.gz": gzip.compress(table("\t").encode("utf-16")),
+    # A column more, whose name has more commas than the header has separators.
+    "commas.tsv": table("\t").replace('"\r\n', '"\ta,b,c,d,e\r\n').encode(),
+    "quoted_commas.csv": table(";").replace('"\r\n', '";"a,b,c,d,e"\r\n').encode(),
     "a.parquet": parquet(),
     "a.parquet.gz": gzip.compress(parquet()),
 }
@@ -86,8 +89,9 @@ def test_files_of_every_kind_hold_the_same_rows(name, tmp_path):
 def test_a_workbook_is_read_or_names_its_package(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
-    for cells in [list(ROWS[0]), [7, "Doctor: hi", "S: x"], [8.0, "Doctor: ho", "S: y"]]:
-        book.active.append(cells)
+    header = [*ROWS[0], "by"]
+    for cells in [header, [7, "Doctor: hi", "S: x", None], [8.0, "Doctor: ho", "S: y", "me"]]:
+        book.active.append(cells)  # an empty cell is no missing one
     book.save(tmp_path / "a.xlsx")
     assert [c.id for c in read(tmp_path / "a.xlsx")] == ["7", "8"]
 
@@ -154,6 +158,22 @@ def test_the_parts_of_a_hub_id():
     assert at == (None, "owner/name", "v1.0", "sub.set", "train[:10%]")
     assert locate("owner/name:dev", "valid")[1:] == ("owner/name", None, None, "dev")
     assert locate("owner/name:sub:", "valid")[3:] == ("sub", "validation")
+
+
+def test_the_hub_is_asked_for_the_revision_that_is_named(monkeypatch):
+    asked = []
+
+    def load(name, subset, **options):
+        asked.append((name, subset, options["split"], options["revision"]))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("owner/pinned@v1.0:sub:dev", "owner/newest"):
+        assert len(read(source)) == 3
+    assert asked == [
+        ("owner/pinned", "sub", "dev", "v1.0"),
+        ("owner/newest", None, "train", "main"),
+    ]
 
 
 def test_folders_and_patterns(tmp_path):

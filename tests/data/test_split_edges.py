@@ -60,6 +60,17 @@ def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
     assert not problems  # they are no leak of the validation rows
 
 
+def test_a_dialogue_that_is_held_out_is_not_trained_on_under_another_id(tmp_path):
+    """Half of all rows are the validation split; the other copy of some is among the rest."""
+    copies = [row | {"id": f"copy-{row['id']}"} for row in ROWS]
+    train = write(tmp_path / "a.jsonl", [*ROWS, *copies])
+    one = config(train, "data.valid_fraction=0.5", "data.on_error=skip")
+    (found, problems), (held_out, _) = read_split(one, "train"), read_split(one, "valid")
+    learnt, asked = ({c.dialogue for c in split} for split in (found, held_out))
+    assert learnt and asked and not learnt & asked
+    assert problems and len(found) + len(held_out) + len(problems) == 2 * len(ROWS)
+
+
 def test_test_rows_are_not_trained_on_and_weights_are_of_train_alone(tmp_path):
     train = write(tmp_path / "a.jsonl")
     test = write(tmp_path / "t.jsonl", [ROWS[3] | {"id": "t"}])

@@ -68,6 +68,7 @@ def test_a_note_like_the_reference_has_every_metric_at_its_best():
         ("# S: a", "markdown", 1),
         ("a b c d a b c d", "repetition", 1 / 5),
         ("", "length", 0),
+        (NOTE.replace("Cough", "Coughing"), "length", 1),  # words, not characters
         ("", "rouge1", 0),
         ("", "facts/supported", None),
         ("", "facts/kept", 0),
@@ -99,6 +100,12 @@ def test_what_nobody_knows_counts_nothing():
     assert score_note(Row("a", DIALOGUE, "S: Cough.", NOTE))["P/rouge1"] == (0, 0)
 
 
+def test_a_fact_that_is_said_often_counts_once():
+    said = "Patient: I have a cough. A bad cough. And fever.\nDoctor: The cough, since when?"
+    score = score_note(Row("a", said, NOTE, "S: Cough."))
+    assert score["facts/kept"] == (1, 2)
+
+
 def test_flagged_statements_are_given_with_every_mention():
     note = "S: 250 mg of aspirin and 250 mg."
     found = flagged(Row("a", DIALOGUE, NOTE, note))
@@ -121,6 +128,8 @@ def test_a_metric_is_a_ratio_of_sums_and_its_interval_covers_it():
     error = 1.96 * values.std() / math.sqrt(400)
     assert low == pytest.approx(values.mean() - error, abs=0.03)
     assert high == pytest.approx(values.mean() + error, abs=0.03)
+    # Of 0 and 2: the standard error is 1, and Student's t of one degree of freedom 12.7.
+    assert interval(np.array([[0.0, 1.0], [2.0, 1.0]])) == pytest.approx((1 - 12.7062, 1 + 12.7062))
     assert interval(np.zeros((3, 2))) == (None, None)
     assert interval(np.ones((1, 2))) == (None, None)  # one value tells nothing of the spread
 

@@ -142,6 +142,13 @@ def test_each_fault_of_the_configuration_is_found(run, file, changes, words):
         audit_config(folder, run, lora)
 
 
+def test_what_is_noted_of_a_run_is_how_it_was_run(run):
+    changes = {"method": "lora", "double_quant": False, "max_seq_len": 77}
+    noted = audit.provenance(run.model_copy(update=changes), torch.float32, None)
+    assert changes.items() <= noted.items()
+    assert (noted["storage"], noted["dtype"]) == ("float32", "float32")
+
+
 def test_a_finished_run_has_been_audited(trained):
     """The fixture's run asked a new process for the loss: no packing, and NF4 quantised anew."""
     report = json.loads((trained / "report.json").read_text())
@@ -221,9 +228,18 @@ def test_what_keeps_a_fresh_process_from_answering_is_said(run, monkeypatch):
 
 
 def test_the_command_looks_again(run, monkeypatch):
-    fresh = json.loads((run.folder / "report.json").read_text())["audit"]["fresh"]
-    monkeypatch.setattr(audit, "standalone_loss", lambda *a: fresh)
-    assert "fresh process with PEFT alone" in audit_run(run)
+    report = json.loads((run.folder / "report.json").read_text())
+    asked: list[str] = []
+
+    def noted(folder, examples, device, timeout):
+        asked[:] = [example.id for example in examples]
+        return report["audit"]["fresh"]
+
+    monkeypatch.setattr(audit, "standalone_loss", noted)
+    for split in ("train", "valid"):  # the run's loss is of the first ones of one of them
+        rewrite(run.folder / "report.json", audit=report["audit"] | {"split": split})
+        assert "fresh process with PEFT alone" in audit_run(run)
+        assert len(asked) == 5 and all(id.startswith(f"{split}-") for id in asked)
     flip(run.folder / "adapter" / WEIGHTS)
     with pytest.raises(AuditError, match="its hash differs"):
         audit_run(run)

@@ -235,6 +235,14 @@ def test_the_licence_is_the_one_that_the_base_names(tmp_path):
     assert base_license(str(tmp_path / "nowhere"), None) == "other"
 
 
+def test_a_card_names_the_bases_licence(trained, tmp_path):
+    (tmp_path / "config.json").write_text('{"license": "mit"}')
+    says = json.loads((trained / "adapter" / "trained.json").read_text())
+    write_card(tmp_path, says | {"base": str(tmp_path)})
+    text = (tmp_path / "README.md").read_text()
+    assert front_matter(text)["license"] == "mit" and "The licence of the base: mit." in text
+
+
 def test_an_adapter_from_elsewhere_gets_a_card(trained, tmp_path):
     """It names its base only: nothing is claimed of its training."""
     shutil.copytree(trained / "adapter", tmp_path / "adapter")

@@ -48,6 +48,8 @@ SAID = [
     ("a fortnight", "2 weeks"),
     ("blood pressure one forty over ninety", "BP 140/90"),
     ("temperature of ninety eight point six", "98.6 F"),
+    ("I have a migraine", "headache"),
+    ("There is nothing like chest pain", "denies chest pain"),
 ]
 # (dialogue, note): some statement of the note is not.
 NOT_SAID = [
@@ -128,6 +130,8 @@ def test_what_is_not_said_is_flagged(dialogue, note):
         ("I take it twice a day", "lisinopril", "drug", "not said"),
         ("for two months", "for 3 months", "duration", "not said"),
         ("i feel fine", "Allergic to latex.", "allergy", "not said"),
+        # In no table; its ending says what it is.
+        ("my knee hurts", "Pericholangitis.", "diagnosis", "not said"),
         ("i can not have latex, i ca n't have it", "Allergic to latex.", "allergy", "supported"),
     ],
 )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, write_rows
+from transformers.models.llama import modeling_llama
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
@@ -137,6 +138,39 @@ def test_the_last_token_has_an_embedding_and_the_next_has_none():
     check_vocabulary("b", model_config, {"row-1": [0, 4]})
     with pytest.raises(ConfigError, match="id row-2 has token 5"):
         check_vocabulary("b", model_config, {"row-1": [0, 4], "row-2": [5, 0]})
+
+
+class Doubled(torch.nn.Linear):
+    """More than a linear layer."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class MoreThanLinear(modeling_llama.LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.down_proj = Doubled(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class ReadsItsWeight(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return torch.nn.functional.linear(self.up_proj(x), self.down_proj.weight)
+
+
+def test_linear_layers_that_quantisation_would_take_for_others_are_refused(
+    base, tmp_path, monkeypatch
+):
+    """What computes more than a product; what reads a weight that will be a code."""
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", MoreThanLinear)
+    for method in ("qlora", "lora"):
+        config = configure(base(), tmp_path, f"method={method}")
+        with pytest.raises(ConfigError, match="Doubled is more than a linear layer"):
+            isolation.check_isolation(config)
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", ReadsItsWeight)
+    with pytest.raises(ConfigError, match="reads the weights of its linear layers itself"):
+        isolation.check_isolation(configure(base(), tmp_path, "method=qlora"))
+    isolation.check_isolation(configure(base(), tmp_path, "method=lora"))
 
 
 def test_packed_documents_must_agree_within_a_thousandth(tiny_base, monkeypatch):

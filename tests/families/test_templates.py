@@ -105,6 +105,12 @@ def test_training_has_the_prompt_of_generation_and_the_note_alone(tokenizer, nam
     assert not re.search(r"<think>\s*\S+\s*</think>", frame)
 
 
+def test_without_a_system_role_its_text_is_a_paragraph_before_the_users(tokenizer):
+    use(tokenizer, SHAPES["no system role"])
+    text = render(tokenizer, soap_messages(DIALOGUE), True)
+    assert f"<|user|>{SOAP.system}\n\n{SOAP.request}{DIALOGUE}" in text
+
+
 def test_two_turns_of_templates_whose_eos_is_behind_the_last_answer_alone(tokenizer):
     turns = [
         {"role": role, "content": text}

@@ -1,6 +1,7 @@
 """The decode engine writes the notes that transformers' generate writes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,9 +360,54 @@ def test_short_memory_fills_fewer_slots_or_none(model, tokenizer, monkeypatch, c
             engine_choice, "free_bytes", lambda *_: int(2.5 * token * capacity / 0.7)
         )
         assert engine.slots_for(requests).kv.shape[0] == 2
+        monkeypatch.setattr(
+            engine_choice, "free_bytes", lambda *_: int(0.9 * token * capacity / 0.7)
+        )
+        with pytest.raises(engine_choice.EngineError, match="memory is short"):
+            engine.slots_for(requests)  # not even one
     monkeypatch.setattr(engine_choice, "free_bytes", lambda *_: 100)
     assert write_notes(model, tokenizer, requests, generation) == wanted
     assert "memory is short" in capsys.readouterr().err
+
+
+class Scripted:
+    """In the place of a SlotModel: a note is the script whose number its prompt is."""
+
+    def __init__(self, scripts: list[list[int]]) -> None:
+        self.kv, self.ids = SimpleNamespace(shape=(1, 999)), torch.zeros(1, 1, dtype=torch.int64)
+        self.scripts = scripts
+
+    def read_prompts(self, prompts: list[list[int]], slots: list[int]) -> torch.Tensor:
+        self.tokens = iter(self.scripts[prompts[0][0]])
+        return self.step(0)
+
+    def step(self, longest: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(self.tokens)]), 10).float()
+
+    def free(self, slots: list[int]) -> None:
+        self.tokens = iter([])
+
+
+def write_scripts(scripts: list[list[int]], **settings) -> list:
+    """One after the other in one slot, each up to its end."""
+    requests = [NoteRequest(f"{i}", [i], len(script)) for i, script in enumerate(scripts)]
+    written: dict = {}
+    generation = GenerationSettings(**settings)
+    engine.Session(Scripted(scripts), requests, generation, 2, written.__setitem__).run()
+    return [written[i] for i in range(len(scripts))]
+
+
+def test_a_loop_ends_a_note_where_the_settings_say_so():
+    for end_loops, length in ((True, controls.SHORTEST_LOOP), (False, 90)):
+        (note,) = write_scripts([[7] * 90], end_loops=end_loops)
+        assert (note.looped, len(note.tokens)) == (end_loops, length)
+
+
+def test_a_loop_begins_in_its_own_note():
+    """Two notes of one slot, whose tokens are a loop together."""
+    half = [7] * (controls.SHORTEST_LOOP - 9)
+    notes = write_scripts([half, half])
+    assert [(note.looped, note.tokens) for note in notes] == [(False, half)] * 2
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from loop.checkpoint.identity import base_fingerprint
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.model.loading import load_base
+from loop.model.loading import add_lora, load_base
 from loop.model.lora import WEIGHTS, check_start, describe_start, load_start
 
 
@@ -84,6 +84,16 @@ def test_its_weights_are_the_start_and_all_of_them(adapter, lora, tiny_base):
     save_file(weights, adapter / WEIGHTS)
     with pytest.raises(ConfigError, match="has the shape None"):
         load_start(model, str(adapter))
+
+
+def test_new_lora_has_the_runs_fields(trained, tiny_base):
+    fields = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.25, "target_modules": ["q_proj"]}
+    config = load_config(["--config", str(trained / "config.yaml"), f"lora={json.dumps(fields)}"])
+    model = add_lora(load_base(tiny_base, torch.bfloat16, "cpu"), config, None)
+    made = model.peft_config["default"]
+    assert (made.r, made.lora_alpha, made.lora_dropout) == (3, 5, 0.25)
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained_names and all(".q_proj.lora_" in name for name in trained_names)
 
 
 def test_the_chain_is_told_newest_first(adapter):

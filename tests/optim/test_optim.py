@@ -76,10 +76,10 @@ def test_the_curve_starts_at_lr_and_ends_near_min_lr():
 
 def test_the_schedule_of_a_run_is_the_plotted_one():
     options = {"warmup_steps": 3, "min_lr": 1e-5, "restart_steps": 5, "restart_mult": 2}
-    config = Config(**PLAIN, **options)
+    config = Config(**PLAIN, lr=3e-3, **options)
     lr_at = build_lr_schedule(config, 40)
     assert learning_rates(config, 40) == [lr_at(step) for step in range(40)]
-    assert lr_at(17) == cosine_lr(17, 40, config.lr, **options)
+    assert lr_at(17) == cosine_lr(17, 40, 3e-3, **options)
 
 
 def test_a_schedule_can_be_added(monkeypatch):
@@ -105,6 +105,12 @@ def test_adamw_has_several_names(name):
     assert type(optimizer) is torch.optim.AdamW
     assert spec_of(optimizer) is optimizer_spec(name) is OPTIMIZERS["adamw"]
     assert optimizer_spec(name).bytes_per_weight == 8
+
+
+@pytest.mark.parametrize(("name", "fused"), [("fused", True), ("plain", False)])
+def test_the_name_decides_which_kernel_computes_adamw(name, fused):
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), Config(**PLAIN, optimizer=name))
+    assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}
 
 
 class Momentum(torch.optim.SGD):

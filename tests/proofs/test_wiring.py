@@ -7,12 +7,14 @@ not read from the configuration: a wire that is cut between the two would go unn
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_rows
 from reference import reference_model, reference_steps
+from safetensors.torch import load_file
 from test_gradient import Bench, case, distance, numbered
 
 from loop.config.cli import load_config
@@ -20,6 +22,7 @@ from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_examples
 from loop.memory.estimate import LOSS_CHUNK
 from loop.model.loading import load_tokenizer
+from loop.model.lora import WEIGHTS
 
 LR, MIN_LR = 2e-3, 5e-4
 MIDDLE = (LR + MIN_LR) / 2
@@ -93,7 +96,7 @@ RUNS = [
         case("stopped", *LONG, patch={"draw_numbers": 1, "stop_after": 3}),
         case("stopped", *LONG, patch={"draw_numbers": 1}),  # and resumed
     ],
-    [case("asked", *LONG, patch={"stop_after": 1})],
+    [case("asked", *LONG, "adapter={adapter}", patch={"stop_after": 1})],
     [case("given up", "run.max_skipped_in_a_row=2", patch={"nan_step": 1, "nan_times": 9})],
     [case("spike", "method=lora", patch={"spike_at": 2})],
     [case("ways", *WAYS, patch={"other_attention": "other"})],
@@ -104,11 +107,20 @@ RUNS = [
 class Wired(Bench):
     """Runs on two ranks, when they are first asked for."""
 
+    def __init__(self, folder: Path, config: dict, adapter: Path) -> None:
+        """adapter: of another run; an argument may name it as {adapter}."""
+        super().__init__(folder, config)
+        self.adapter = adapter
+
     def record(self, name: str) -> dict:
         """What tests/proofs/worker.py wrote of a run."""
         if name not in self.records:
-            self.run(2, next(cases for cases in RUNS if name in [c["name"] for c in cases]))
+            cases = next(cases for cases in RUNS if name in [c["name"] for c in cases])
+            self.run(2, [c | {"args": [self._fill(arg) for arg in c["args"]]} for c in cases])
         return self.records[name]
+
+    def _fill(self, arg: str) -> str:
+        return arg.replace("{adapter}", str(self.adapter))
 
     def file(self, name: str, path: str) -> str:
         """The text of a file in a run's folder."""
@@ -117,12 +129,12 @@ class Wired(Bench):
 
 
 @pytest.fixture(scope="module")
-def wired(tiny_base, rows, tmp_path_factory):
+def wired(tiny_base, rows, trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wired")
     more = write_rows(folder / "more.jsonl", "more", 12, 3)
     data = {"train": [rows["train"], more], "valid": rows["valid"]}
     config = {"base": tiny_base, "data": data, "max_seq_len": 512, "batch_size": 2}
-    return Wired(folder, config)
+    return Wired(folder, config, adapter=trained / "adapter")
 
 
 def manifest(wired: Wired, name: str, checkpoint: str = "newest") -> dict:
@@ -186,7 +198,9 @@ def test_gradients_below_the_norm_stay_as_they_are(wired):
 
 def test_validations_and_checkpoints_come_when_they_are_due(wired):
     assert list(metrics(wired, "keys", "eval/loss")) == [0, 4, STEPS]  # the last step as well
-    assert wired.record("keys")["report"]["eval/loss"] == metrics(wired, "keys", "eval/loss")[6]
+    figures = wired.record("keys")["report"]
+    assert figures["eval/loss"] == metrics(wired, "keys", "eval/loss")[STEPS]
+    assert figures["eval/perplexity"] == pytest.approx(math.exp(figures["eval/loss"]))
     folder = wired.folder / "runs" / "keys" / "checkpoints"
     assert sorted(path.name for path in folder.glob("step-*")) == [
         f"step-{step:06d}" for step in (4, 5, 6)
@@ -224,6 +238,16 @@ def test_one_rank_that_is_asked_stops_all_with_a_checkpoint_and_the_validation_i
 
 def test_one_rank_that_is_asked_stops_all_at_the_next_step(wired):
     assert manifest(wired, "asked")["step"] == 1 and len(wired.record("asked")["norms"]) == 1
+
+
+def test_a_run_starts_with_the_weights_of_the_adapter_that_it_names(wired):
+    record = wired.record("asked")
+    weights = load_file(wired.adapter / WEIGHTS)
+    for name, ours in zip(record["names"], numbered(record, "0.weight"), strict=True):
+        assert torch.equal(ours, weights.pop(name.replace(".default", "")).float())
+    assert not weights
+    digest = json.loads((wired.adapter / "trained.json").read_text())["sha256"]
+    assert manifest(wired, "asked")["identity"]["state"]["adapter"] == digest[:16]
 
 
 def test_a_resumed_runs_generators_go_on_where_they_were(wired):
