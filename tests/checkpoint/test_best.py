@@ -281,6 +281,7 @@ def test_an_interrupted_run_chooses_by_notes_as_the_whole_one(more_runs):
 def test_nothing_is_exported_where_none_is_asked_for(config_file, monkeypatch):
     """Neither weights nor a state of the optimizer are looked at."""
     config = load_config(["--config", str(config_file), "run.export=none"])
+    monkeypatch.setattr(adapter_module, "release_graphs", lambda model: None)
     monkeypatch.setattr(adapter_module, "adam_step", lambda engine: pytest.fail("it is exported"))
     engine, logger = SimpleNamespace(module=torch.nn.Linear(1, 1)), SimpleNamespace(ranks=None)
     nothing = [None] * 5

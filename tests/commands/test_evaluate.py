@@ -172,12 +172,26 @@ def test_notes_of_a_file_are_scored_against_any_column(trained, tmp_path, capsys
     metrics = report_of(trained)["evaluate/valid/theirs"]["figures"]
     assert metrics["rouge2"]["value"] == metrics["facts/supported"]["value"] == 1
     assert "loss" not in metrics
+    challenged = report_of(trained)["evaluate/valid/theirs"]["challenge"]
+    assert sum(tried for _, tried in challenged.values()) > 0
     predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(SystemExit) as end:
         evaluate.main(args[2:])
     assert end.value.code == 2
     message = f"1 of 6 examples have no note, first id {rows[-1]['id']}"
     assert message in capsys.readouterr().err
+
+
+def test_the_scorer_is_tried_on_reference_notes_alone(trained, capsys):
+    """No model is loaded: the base is nowhere."""
+    args = command(trained, "--challenge", "--split", "valid", "base=nowhere/there")[2:]
+    evaluate.main(args)
+    table = capsys.readouterr().out
+    assert table.startswith("valid, its reference notes\n  made wrong in one place, and noticed:")
+    assert len(table.splitlines()) > 2
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*args, "--html", "x.html"])
+    assert end.value.code == 2 and "--html: --challenge tries" in capsys.readouterr().err
 
 
 def test_notes_are_told_by_weights_scale_and_base_as_they_were_trained(trained, tmp_path):

@@ -245,7 +245,7 @@ def test_options_that_make_no_sense_end_with_2(trained, monkeypatch, capsys, arg
     assert words in refused(capsys, "--adapter", str(trained / "adapter"), *args)
 
 
-def test_a_dialogue_over_the_context_is_shortened_as_in_training(tiny_base):
+def test_a_dialogue_over_the_context_is_shortened_as_in_training(tiny_base, capsys):
     tokenizer = load_tokenizer(tiny_base)
     long = "\n".join(f"Doctor: question {i}?\nPatient: answer {i}." for i in range(40))
     fitted = fit_dialogues(tokenizer, {"long": long, "short": "Patient: x"}, 500, 60)
@@ -254,6 +254,10 @@ def test_a_dialogue_over_the_context_is_shortened_as_in_training(tiny_base):
     assert turns > 0 and f"[{turns} turns left out]" in text
     assert text.startswith("Doctor: question 0?") and text.endswith("Patient: answer 39.")
     assert len(prompt_ids(tokenizer, text)) <= 440 < len(prompt_ids(tokenizer, long))
+    generate.warn_of_shortened(fitted, 500)
+    assert capsys.readouterr().err == (
+        "1 of 2 dialogues had turns left out of their middle to fit 500 tokens: long\n"
+    )
     with pytest.raises(ConfigError, match="id one: does not fit"):
         fit_dialogues(tokenizer, {"one": "Patient: " + "x " * 900}, 500, 60)
     with pytest.raises(ConfigError, match="--max-new-tokens 500"):

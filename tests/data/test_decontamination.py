@@ -50,9 +50,9 @@ def test_the_similarity_is_estimated():
 
 
 def test_a_dialogue_that_goes_on_longer_is_nearly_the_same():
-    """Of the longer one's runs 87 % are common; all of its smallest hashes count."""
+    """Of the longer one's runs 85 % are common, and so are about as many of its smallest hashes."""
     words = text(8, 2000)
-    longer = " ".join([*words, *text(9, 300)])
+    longer = " ".join([*words, *text(9, 350)])
     assert find_near_duplicates([longer], [" ".join(words)])
 
 

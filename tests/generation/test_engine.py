@@ -361,7 +361,7 @@ def test_short_memory_fills_fewer_slots_or_none(model, tokenizer, monkeypatch, c
         )
         assert engine.slots_for(requests).kv.shape[0] == 2
         monkeypatch.setattr(
-            engine_choice, "free_bytes", lambda *_: int(0.9 * token * capacity / 0.7)
+            engine_choice, "free_bytes", lambda *_: int(0.4 * token * capacity / 0.7)
         )
         with pytest.raises(engine_choice.EngineError, match="memory is short"):
             engine.slots_for(requests)  # not even one

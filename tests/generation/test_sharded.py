@@ -36,7 +36,7 @@ def test_in_lockstep_a_rank_without_a_batch_of_its_own_takes_part():
 
 
 def test_prompts_of_like_length_are_a_batch():
-    requests = [NoteRequest(f"{n}", [5] * n, 1) for n in (5, 1, 4, 2, 3)]
+    requests = [NoteRequest(f"{9 - n}", [5] * n, 1) for n in (5, 1, 4, 2, 3)]
     batches = batch_by_length(requests, 2)
     assert [[len(r.prompt) for r in batch] for batch in batches] == [[1, 2], [3, 4], [5]]
 
