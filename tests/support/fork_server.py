@@ -209,7 +209,9 @@ def run(first: str, rest: list[str]) -> None:
 def main() -> None:
     client, what, *rest = sys.argv[1:]
     if what == "-m":  # a true Python whose own processes are clients
-        sys.executable, sys.path[0] = client, os.getcwd()
+        sys.executable = client
+        if not os.environ.get("PYTHONSAFEPATH"):
+            sys.path[0] = os.getcwd()
         return run(what, rest)
     installed = [path for path in sys.path[1:] if path not in python_path(os.environ)]
     request = Server(socket.socket(fileno=int(what)), rest).serve()
