@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -102,11 +103,14 @@ while True:
 def test_a_run_whose_launcher_was_killed_is_asked_to_stop():
     process = python(SHOW_REASON, LOOP_LAUNCHER_PID=str(os.getpid()))
     lost = python(SHOW_REASON, LOOP_LAUNCHER_PID=str(dead_pid()))
-    assert lost.stdout.readline() == "SIGTERM\n"
-    process.send_signal(signal.SIGUSR1)  # its launcher is here
-    assert process.stdout.readline() == "SIGUSR1\n"
-    for each in (process, lost):
-        each.kill()
+    try:
+        wait_until(lambda: select.select([lost.stdout], [], [], 0)[0], 30)
+        assert lost.stdout.readline() == "SIGTERM\n"
+        process.send_signal(signal.SIGUSR1)  # its launcher is here
+        assert process.stdout.readline() == "SIGUSR1\n"
+    finally:
+        for each in (process, lost):
+            each.kill()
 
 
 def test_a_second_signal_stops_at_once():
