@@ -27,14 +27,17 @@ def results_of(names, folder, gpu=False) -> dict[str, dict]:
     return json.loads((folder / "results.json").read_text())
 
 
-def check(name: str, result: dict, tolerance=1e-5) -> None:
-    """Trained right, or refused in one line before anything heavy."""
+def check(name: str, result: dict) -> None:
+    """Trained right, or refused in one line before anything heavy.
+
+    In bf16 the gradient may be half as far again from fp32 as the plain reference is in bf16.
+    """
     if "refused" in result:
         assert "\n" not in result["refused"] and "Error" not in result["refused"][:20], name
         assert not result["read_weights"], (name, result)
         return
-    assert result.keys() == {"gradient", "merged", "generated"}, (name, result)
-    assert result["gradient"] < tolerance, (name, result)
+    assert result.keys() - {"rounding"} == {"gradient", "merged", "generated"}, (name, result)
+    assert result["gradient"] < 1.5 * result.get("rounding", 1e-5 / 1.5), (name, result)
     assert result["generated"], (name, result)
     assert result["merged"] < 0.2, (name, result)
 
@@ -77,5 +80,5 @@ def test_every_family_with_a_gpus_kernels(tmp_path):
     results = results_of(FAMILIES, tmp_path, gpu=True)
     for name, result in results.items():
         print(name, result)
-        check(name, result, tolerance=0.1)  # bf16 beside fp32; a leak is more
+        check(name, result)
     assert sum("gradient" in result for result in results.values()) > 40
