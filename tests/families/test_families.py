@@ -13,12 +13,12 @@ TABLE = ROOT / "tests" / "families" / "README.md"
 HEAD = "| family | what becomes of it |\n|---|---|\n"
 
 
-def results_of(names, folder, gpu=False) -> dict[str, dict]:
+def results_of(names, folder, gpu=False, bf16=False) -> dict[str, dict]:
     run_ok(
         1,
         "tests/families/worker.py",
         str(folder),
-        *(["--bf16"] if gpu else []),
+        *(["--bf16"] if bf16 else []),
         *names,
         seconds=1200,
         gpu=gpu,
@@ -75,9 +75,11 @@ def test_every_family(tmp_path):
     assert table(results) in TABLE.read_text(), f"the table in {TABLE} is not {made}"
 
 
-@pytest.mark.gpu
-def test_every_family_with_a_gpus_kernels(tmp_path):
-    results = results_of(FAMILIES, tmp_path, gpu=True)
+@pytest.mark.parametrize(
+    "gpu", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.gpu)]
+)
+def test_every_family_in_bf16(tmp_path, gpu):
+    results = results_of(FAMILIES, tmp_path, gpu=gpu, bf16=True)
     for name, result in results.items():
         print(name, result)
         check(name, result)
