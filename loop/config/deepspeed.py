@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from .cli import describe_first_mistake, printable, short
 from .device import has_fast_bf16
+from .error_text import first_line
 from .plain_yaml import read_small_file
 from .schema import ROOT, Config, ConfigError
 
@@ -158,7 +159,7 @@ def check_sections(ds_config: dict[str, Any], path: Path) -> None:
         except ValidationError as error:
             mistake = describe_first_mistake(error)
         except Exception as error:  # DeepSpeed raises anything at a value that does not fit
-            mistake = (str(error).splitlines() or [type(error).__name__])[0]
+            mistake = first_line(error)
         else:
             continue
         raise ConfigError(printable(f"{path.name}: {section}.{mistake}"))

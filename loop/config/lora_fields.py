@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from .error_text import first_line
+
 HIGHEST_RANK = 2**14
 # What the loop itself tells PEFT, or what no run can use.
 NOT_FOR_A_RUN = {
@@ -57,8 +59,7 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             LoraConfig(task_type="CAUSAL_LM", **lora)
     except Exception as error:  # PEFT raises anything at a field that does not fit
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"peft.LoraConfig refuses it: {reason[:160]}") from error
+        raise ValueError(f"peft.LoraConfig refuses it: {first_line(error, 160)}") from error
     return lora
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..config.error_text import first_line
 from ..config.schema import ConfigError
 from .card import CARD, TRAINED, base_name
 
@@ -94,8 +95,3 @@ def without_local_paths(path: Path) -> bytes | Path:
     if base_name(base) == base:
         return path
     return json.dumps(content | {key: base_name(base)}, indent=1).encode()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
