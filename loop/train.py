@@ -165,7 +165,7 @@ def train(
             logger.start_step(step)
             ids = plan[step]  # the examples of this step, over all ranks
             mine = split_step(ids, lengths, ranks.world_size, packing)[ranks.rank]
-            micro_batches = [collate([examples[i] for i in part], packing) for part in mine]
+            micro_batches = [collate([examples[i] for i in group], packing) for group in mine]
             num_targets = int(targets[ids].sum())
             lr = lr_at(step)
             set_lr(optimizer, lr)
@@ -184,7 +184,7 @@ def train(
             state.record(result.loss, applied=engine.was_step_applied())  # counts the step
             logger.log_step(state, result, lr, lengths[ids], num_targets, micro_batches)
             if state.last_step_skipped:
-                suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
+                suspects = [examples[i].id for number in result.nonfinite for i in mine[number]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
             prepare_audit(config, ranks, len(plan) - state.step)
