@@ -28,7 +28,7 @@ def utilisation(
     """
     if ranks.device.type == "cpu":
         return lambda lengths, num_targets, seconds: {}
-    teraflops = check_results.measured_speedup("bf16 matrix product")
+    teraflops = check_results.measured_speed("bf16 matrix product")
     if not teraflops:
         teraflops = matrix_rate(ranks.device)
     ceiling = teraflops * 1e12 * ranks.world_size

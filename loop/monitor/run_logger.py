@@ -26,7 +26,7 @@ from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
-from ..generation.engine_choice import bytes_between_notes
+from ..generation.engine_choice import writer_cache_bytes
 from ..generation.sharded import prompt_of
 from ..kernels import check_results
 from ..memory.breakdown import memory_breakdown
@@ -302,7 +302,7 @@ class RunLogger:
             self._write_step(step, values)
         if step == min(self.first_step + 3, self.num_steps):
             estimate = self.execution.estimate_memory(self.largest_micro_batch)
-            estimate["copies for notes"] = bytes_between_notes(self.engine.module)
+            estimate["copies for notes"] = writer_cache_bytes(self.engine.module)
             self.say(self.memory.beside(estimate))
 
     def _write_step(self, step: int, values: dict[str, float]) -> None:

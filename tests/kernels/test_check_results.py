@@ -46,7 +46,7 @@ def test_results_are_the_owners_alone_and_of_this_machine_and_these_versions(
     assert check_results.load() == {}
     path = save_rows(Row("memory copy", speed=2.0, unit="GB/s"))
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
-    assert check_results.measured_speedup("memory copy") == 2.0
+    assert check_results.measured_speed("memory copy") == 2.0
     for change in (("platform.node", lambda: "another"), ("torch.version.cuda", "99.0")):
         with monkeypatch.context() as other:
             other.setattr(*change)
