@@ -1,9 +1,9 @@
 """ROUGE of a note (Lin 2004) and its edit distance, for texts of any length and kind.
 
 Words and n-grams are those of `rouge-score`, and every figure equals its own to the bit, but for
-texts of one word or none. Its
-longest common subsequence fills a table of Python integers: a minute and gigabytes for a note that
-ran in circles. Here a row of the table is the bits of one integer, and few rows are kept.
+texts of one word or none. Its longest common subsequence fills a table of Python integers: a minute
+and gigabytes for a note that ran in circles. Here a row of the table is the bits of one integer,
+and few rows are kept.
 """
 
 import collections

@@ -186,11 +186,8 @@ def write_card(folder: Path, trained: dict[str, Any]) -> None:
 
 def base_name(base: str) -> str:
     """A hub id as it is; of a local folder the last part, as its path is nobody's business."""
-    return (
-        base
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-        else (Path(base).name)
-    )
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    return base if is_hub_id else Path(base).name
 
 
 def base_license(base: str, revision: str | None) -> str:

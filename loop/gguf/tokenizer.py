@@ -145,10 +145,8 @@ def splitting_name(fast: Tokenizer, saved: dict) -> str:
     for sample in (SAMPLE, PLAIN_SAMPLE):
         expected = fast.encode(sample, add_special_tokens=False).ids
         for name, splitting in SPLITTINGS.items():
-            if (
-                as_llama_cpp(saved, splitting).encode(sample, add_special_tokens=False).ids
-                == expected
-            ):
+            candidate = as_llama_cpp(saved, splitting)
+            if candidate.encode(sample, add_special_tokens=False).ids == expected:
                 return name
     raise ConfigError(
         "--gguf: the tokenizer splits a text in a way that is not known here to be one of "

@@ -36,10 +36,10 @@ from .structure import context_length, decoder_layers, switch_off_dropout, with_
 
 # Without it transformers asks on the terminal whether a base's own code may run.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LOCAL = NO_CODE | {"local_files_only": True}
 # Where a regular expression that explodes would do so: runs of the same kind of character.
 TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
 MOST_TRIAL_CHARACTERS = 2**20
-LOCAL = NO_CODE | {"local_files_only": True}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
