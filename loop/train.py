@@ -20,7 +20,7 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
-from .distributed.timeline import part
+from .distributed.timeline import timed
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
@@ -111,7 +111,7 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=part("engine")(deepspeed.initialize),
+    initialize=timed("engine")(deepspeed.initialize),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
@@ -119,7 +119,7 @@ def train(
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
         stop = StopRequest(config.run.max_hours)
         tokenizer, model_config = admit_base(config)
-        data = data or part("data")(load_training_data)(config, tokenizer)
+        data = data or timed("data")(load_training_data)(config, tokenizer)
         check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)

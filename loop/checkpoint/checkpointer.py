@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import BatchPlan
 from ..distributed.seeding import get_rng_state, set_rng_state
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
@@ -168,7 +168,7 @@ class Checkpointer:
             except OSError as error:
                 logger.say(f"{self.path}: its validation is not noted there: {error}")
 
-    @part("checkpoints")
+    @timed("checkpoints")
     def save(self, engine, state: TrainState, logger) -> None:
         """Writes a checkpoint of `state`. A failed write is said, and the run goes on.
 

@@ -149,7 +149,8 @@ class RunIdentity:
 
         Raises ConfigError naming the first difference that matters.
         """
-        step, saved = manifest["step"], manifest.get("identity", {})
+        step = manifest["step"]
+        saved = manifest.get("identity", {})
         if step > len(plan):
             raise ConfigError(
                 f"{path}: the run has made {step} steps already, and is to have {len(plan)} "
@@ -163,7 +164,8 @@ class RunIdentity:
         now = self.at_step(plan, step)
         notes = []
         for kind in KINDS:
-            old, new = saved[kind], now[kind]
+            old = saved[kind]
+            new = now[kind]
             if kind == "settings":
                 old = _under_todays_keys(old)
             for key in {**old, **new}:

@@ -157,7 +157,8 @@ def apply_override(tree: dict[str, Any], arg: str) -> None:
 def describe_first_mistake(error: ValidationError) -> str:
     """One line on the first key that is wrong: its name, its value, and what is allowed."""
     mistakes = error.errors(include_url=False)
-    key, first = key_of(mistakes[0]), mistakes[0]
+    key = key_of(mistakes[0])
+    first = mistakes[0]
     if first["type"] == "extra_forbidden":
         what = f"is {RENAMED[key]} now" if key in RENAMED else "unknown key"
     else:

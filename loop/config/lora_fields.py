@@ -38,7 +38,8 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
     rank = lora.get("r", 8)
     if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
         raise ValueError(f"r must be a whole number of at least 1, and at most {HIGHEST_RANK}")
-    dropout, alpha = lora.get("lora_dropout", 0), lora.get("lora_alpha", 16)
+    dropout = lora.get("lora_dropout", 0)
+    alpha = lora.get("lora_alpha", 16)
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError("lora_dropout must lie in [0, 1)")
     if not _is_number(alpha) or not math.isfinite(alpha):

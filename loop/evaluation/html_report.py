@@ -74,7 +74,8 @@ def note_spans(row: Row) -> list[Span]:
     taken = bytearray(len(row.note))
     spans = []
     for v in sorted(found, key=lambda v: (ranks[v.verdict], v.statement.start)):
-        start, end = v.statement.start, v.statement.end
+        start = v.statement.start
+        end = v.statement.end
         if not any(taken[start:end]):
             taken[start:end] = b"\1" * (end - start)
             spans.append(Span(start, end, v.verdict, v.title, v.place, v.is_critical))

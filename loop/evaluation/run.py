@@ -21,7 +21,7 @@ from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
 from ..distributed.stop import StopRequest
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks, init_distributed
 from ..facts.challenge import challenge
 from ..families.admission import admit_base, check_vocabulary
@@ -78,7 +78,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     """
     check_options(config, options)
     reference_config = with_reference(config, options.reference)
-    with part("data"):
+    with timed("data"):
         conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
         train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
     compared = read_compared(options, conversations)
@@ -144,7 +144,7 @@ def evaluate_model(
     """
     ds_config = build_ds_config(config)
     tokenizer, model_config = admit_base(config)
-    with part("data"):
+    with timed("data"):
         examples, dataset_report = load_examples(config, tokenizer, options.split)
     check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
@@ -162,7 +162,7 @@ def evaluate_model(
             "examples": len(examples),
             "left out": dataset_report.rows - dataset_report.kept,
         }
-        notes = part("notes")(generate_sharded)(
+        notes = timed("notes")(generate_sharded)(
             engine,
             tokenizer,
             sampled,
@@ -255,12 +255,12 @@ def load_engine(
     """
     supervised = sum(e.num_targets for e in examples) / max(1, sum(map(len, examples)))
     model, max_tokens = build_trained(config, ds_config, model_config, adapter, supervised, ranks)
-    with part("engine"):
+    with timed("engine"):
         engine = deepspeed.initialize(model=model, config=ds_config)[0]
     return engine, PackingSpec(max_tokens, config.max_seq_len)
 
 
-@part("evaluation")
+@timed("evaluation")
 def measure_loss(
     engine, examples: list[Example], packing: PackingSpec, ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:

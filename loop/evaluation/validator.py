@@ -7,7 +7,7 @@ from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks
 from ..generation.candidates import read_dialogues
 from ..generation.decode import Note
@@ -55,7 +55,7 @@ class Validator:
         if execution.replicated and config.method != "full":
             keep_writer_cache(engine.module, free_beside_steps(execution, ranks.device) / 2)
 
-    @part("evaluation")
+    @timed("evaluation")
     def run(self, state, skip: bool = False) -> bool:
         """Fills `state.eval_metrics` and returns True; or returns False, and logs nothing.
 
@@ -81,7 +81,7 @@ class Validator:
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
-    @part("sample notes")
+    @timed("sample notes")
     def _write(self, examples: list[Example], rows: int | None) -> dict[str, Note]:
         """Notes of examples by id, cut off when the run is asked to stop.
 

@@ -18,7 +18,7 @@ from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.loss import evaluate_loss
@@ -58,7 +58,7 @@ def prepare_audit(config: Config, ranks: Ranks, steps_left: int) -> None:
         start_standalone_process()
 
 
-@part("export")
+@timed("export")
 def export_result(
     engine,
     config: Config,

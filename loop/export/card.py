@@ -240,7 +240,8 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
     prompt = trained.get("prompt") or prompt_texts()
     settings = settings_of(trained)
     if "gguf" in trained:
-        file, context = f"model-{trained['gguf']}.gguf", trained.get("max_seq_len") or CONTEXT
+        file = f"model-{trained['gguf']}.gguf"
+        context = trained.get("max_seq_len") or CONTEXT
         return LLAMA_CPP.format(file=file, context=context, request=chat_request(prompt, settings))
     libraries = "transformers and PEFT" if is_adapter(folder) else "transformers"
     kind = "model"

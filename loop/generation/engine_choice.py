@@ -54,7 +54,9 @@ class WriterCache:
         """Forgets everything where a weight has moved."""
         addresses = [p.data_ptr() for p in base.parameters()]
         if addresses != self.addresses:
-            self.dense, self.slots, self.addresses = None, None, addresses
+            self.dense = None
+            self.slots = None
+            self.addresses = addresses
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +67,8 @@ class WriterCache:
     def forget_what_is_large(self) -> None:
         """Gives the memory back where it is more than may be kept."""
         if self.num_bytes > self.most_bytes:
-            self.dense, self.slots = None, None
+            self.dense = None
+            self.slots = None
 
 
 def keep_writer_cache(model, most_bytes: float) -> None:
@@ -104,7 +107,8 @@ class Engine:
 
         Raises EngineError where memory is short.
         """
-        device, dtype = self.base.device, self.base.dtype
+        device = self.base.device
+        dtype = self.base.dtype
         capacity = longest + STEPS_A_READING
         _, key_heads, size = self.heads
         per_token = 2 * key_heads * size * dtype.itemsize * len(decoder_layers(self.base))

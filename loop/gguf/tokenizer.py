@@ -94,7 +94,8 @@ def token_list(tokenizer, saved: dict, vocab_size: int) -> tuple[list[str], list
         raise ConfigError(
             f"--gguf: the tokenizer has {max(by_id) + 1} tokens, the model {vocab_size}"
         )
-    tokens, types = [], []
+    tokens = []
+    types = []
     for number in range(vocab_size):
         token = by_id.get(number)
         tokens.append(f"[UNUSED{number}]" if token is None else token)

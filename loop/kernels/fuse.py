@@ -248,9 +248,11 @@ def fuse_rotary(layer: nn.Module) -> set[str]:
     q = seeded_randn(1, 4, 8, 16)
     k = seeded_randn(1, 2, 8, 16)
     angle = seeded_randn(1, 8, 8).repeat(1, 1, 2)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     try:
-        theirs, ours = original(q, k, cos, sin), FusedRotary.apply(q, k, cos, sin)
+        theirs = original(q, k, cos, sin)
+        ours = FusedRotary.apply(q, k, cos, sin)
         same = all(map(torch.allclose, theirs, ours))
     except (TypeError, RuntimeError):
         same = False

@@ -365,7 +365,8 @@ def estimate_memory(
         rows: of a micro-batch, each of max_seq_len tokens.
         checkpointing: layers recompute their activations; such layers are no CUDA graphs.
     """
-    counts, itemsize = count_weights(config, model_config), compute_itemsize(ds_config)
+    counts = count_weights(config, model_config)
+    itemsize = compute_itemsize(ds_config)
     tokens = micro_batch_tokens(config, run.world_size, rows)
     num_logits = tokens * run.supervised_fraction * model_config.vocab_size
 

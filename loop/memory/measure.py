@@ -76,7 +76,8 @@ class PeakMemory:
     def beside(self, parts: dict[str, int]) -> str:
         """One line with the predicted and the measured peak; parts: of `estimate_memory`."""
         if self.on_gpu:
-            measured, what = peak_gpu_bytes(), "allocated on this GPU"
+            measured = peak_gpu_bytes()
+            what = "allocated on this GPU"
         else:
             measured = peak_rss() - self.rss_before
             what = (

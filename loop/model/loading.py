@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE, render
 from ..distributed.progress import Progress
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
@@ -141,7 +141,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
-@part("tokenizer")
+@timed("tokenizer")
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 

@@ -24,7 +24,7 @@ from ..untrusted.limits import limited
 
 WEIGHTS = "adapter_model.safetensors"
 # Fields of LoraConfig that decide what an adapter's weights mean.
-SHAPE = (
+COMPARED_FIELDS = (
     "r",
     "lora_alpha",
     "use_rslora",
@@ -199,7 +199,7 @@ def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> st
     if theirs.get("peft_type") != "LORA":
         raise ConfigError(f"{named}: is of the kind {theirs.get('peft_type')}, not LORA")
     own = LoraConfig(task_type="CAUSAL_LM", **lora).to_dict()
-    for key in SHAPE:
+    for key in COMPARED_FIELDS:
         values = [own[key], theirs.get(key, own[key])]
         if key == "target_modules" and not all(isinstance(v, (list, set)) for v in values):
             continue

@@ -25,7 +25,8 @@ def with_usual_names(model_config):
     Raises ConfigError where there is not one size of heads.
     """
     try:
-        hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+        hidden = model_config.hidden_size
+        heads = model_config.num_attention_heads
         head_dim = getattr(model_config, "head_dim", None)
     except (AttributeError, RuntimeError) as error:  # the latter where layers differ
         raise ConfigError(

@@ -194,7 +194,8 @@ def _operator_table(profiler, ranges: set[str], step_ms: float) -> list[str]:
         if name in ranges:
             name = f"outside of operators, in {name}: Python, waiting for other ranks"
         rows.append((name, event.count, event.self_cpu_time_total / 1e3))
-    slowest, others = rows[:20], rows[20:]
+    slowest = rows[:20]
+    others = rows[20:]
     calls = sum(count for _, count, _ in others)
     others_ms = sum(ms for _, _, ms in others)
     slowest.append((f"{len(others)} others", calls, others_ms))

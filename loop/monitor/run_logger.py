@@ -36,7 +36,7 @@ from ..optim.adamw import trainable_parameters
 from .late_file import LateFile
 from .mfu import utilisation
 from .step_timer import StepTimer
-from .summary import describe_plan
+from .summary import describe_duration, describe_plan
 from .tensorboard import TensorBoardLog
 
 FLUSH_SECONDS = 10  # between two writes to TensorBoard's file
@@ -147,7 +147,8 @@ class RunLogger:
             return
         parameters: list[Any] = [p for _, p in trainable_parameters(self.engine.module)]
         trained = sum(p.ds_numel for p in parameters)  # ZeRO-3 gives each a ds_numel
-        train, valid = data.reports["train"], data.reports["valid"]
+        train = data.reports["train"]
+        valid = data.reports["valid"]
         start = f", on from {self.config.adapter}" if self.config.adapter else ""
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "
@@ -174,7 +175,8 @@ class RunLogger:
 
     def _log_plan(self, data: TrainingData, packing: PackingSpec) -> None:
         """The batch arithmetic, the planned learning rate, and a picture of the first step."""
-        plan, max_tokens = self.plan, self.execution.max_tokens
+        plan = self.plan
+        max_tokens = self.execution.max_tokens
         rows = max_tokens // self.config.max_seq_len
         world_size = self.ranks.world_size
         text = describe_plan(plan, data.lengths, data.num_targets, self.config, world_size, rows)
@@ -281,12 +283,12 @@ class RunLogger:
         self.largest_micro_batch = max(self.largest_micro_batch, largest)
         if step == self.first_step + 1:
             self.start_time = timeline.so_far()
-            self.say(f"start       {timeline.describe(self.start_time)}")
+            self.say(f"first step  done after {timeline.describe(self.start_time)}")
         if step == self.first_step + 3:
             left = self.num_steps - step
             self.say(
                 f"step {step}: {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s; "
-                f"{left:,} steps to go, about {left * seconds / 60:,.0f} min"
+                f"{left:,} steps to go, about {describe_duration(left * seconds)}"
             )
         values = {
             "train/loss": result.loss,
