@@ -17,7 +17,7 @@ from ..config.schema import ConfigError
 from ..distributed import timeline
 from ..distributed.exit import exit_with_config_error
 from ..kernels.attention import AttentionError
-from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write_profile
+from ..monitor.kernel_profile import STEPS, WARM_UP, ProfileFinished, ProfilingLogger, write_profile
 from ..monitor.quiet import quiet_libraries
 from ..train import train
 from .train import FAILED, exit_with_failure
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_config_error(error)
     except FAILED as error:
         exit_with_failure(error)
-    except Finished as finished:
+    except ProfileFinished as finished:
         message = ""
         if main_rank:
             message = write_profile(profiled.folder / "profile", *finished.args)

@@ -168,11 +168,11 @@ def describe_first_mistake(error: ValidationError) -> str:
     if not key:
         return what
     value = first["input"]
-    shown = f"={short(value)}" if isinstance(value, (str, int, float)) else ""
+    shown = f"={shortened(value)}" if isinstance(value, (str, int, float)) else ""
     return f"{key}{shown}: {what}"
 
 
-def short(value) -> str:
+def shortened(value) -> str:
     """A value as Python writes it, 60 characters at most."""
     try:
         text = repr(value)

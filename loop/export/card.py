@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.identity import examples_fingerprint
-from ..checkpoint.run_dir import versions, whole_lines
+from ..checkpoint.run_dir import collect_versions, whole_lines
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
 from ..data.dataset import TrainingData
@@ -92,7 +92,7 @@ def describe_run(config: Config, data: TrainingData, plan: BatchPlan, step: int)
         "tokens": int(data.lengths[visited].sum()),
         "supervised_tokens": int(data.num_targets[visited].sum()),
         "data": described,
-        "versions": versions(),
+        "versions": collect_versions(),
         "figures": {"validation_loss": validation_loss(config.folder, step), "evaluate": {}},
     }
 

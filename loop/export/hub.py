@@ -38,7 +38,7 @@ class Upload(NamedTuple):
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
-def push(folder: Path, repo: str, public: bool = False) -> str:
+def push_to_hub(folder: Path, repo: str, public: bool = False) -> str:
     """Uploads a folder in one commit, and returns the repository's address.
 
     Args:
@@ -69,7 +69,7 @@ def push(folder: Path, repo: str, public: bool = False) -> str:
 
 
 def files_to_push(folder: Path, repo: str) -> list[Upload]:
-    """What `push` would upload. It needs no network. Raises ConfigError."""
+    """What `push_to_hub` would upload. It needs no network. Raises ConfigError."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -73,7 +73,7 @@ class PeakMemory:
             with contextlib.suppress(OSError):  # Linux resets a process's own peak on request
                 Path("/proc/self/clear_refs").write_text("5")
 
-    def beside(self, parts: dict[str, int]) -> str:
+    def describe_beside(self, parts: dict[str, int]) -> str:
         """One line with the predicted and the measured peak; parts: of `estimate_memory`."""
         if self.on_gpu:
             measured = peak_gpu_bytes()

@@ -15,7 +15,7 @@ from ..distributed.timeline import timed
 from ..distributed.world import Ranks
 from ..kernels.attention_backends import choose_backend
 from ..kernels.dropout import DropoutMasks, install_dropout
-from ..kernels.fuse import choose_dequantized, choose_fused_layers, fuse
+from ..kernels.fuse import choose_dequantized, choose_fused_layers, install_fused_parts
 from ..memory.estimate import RunShape, estimate_memory
 from ..memory.planner import choose_micro_batch, choose_weight_placement, free_gpu_bytes
 from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
@@ -148,7 +148,7 @@ def fuse_layers(
     """
     layers = decoder_layers(model)
     dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
-    unfused = fuse(layers, dequantized)
+    unfused = install_fused_parts(layers, dequantized)
     return replace(run, dequantized=dequantized, fused=not unfused), unfused
 
 

@@ -144,7 +144,7 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
             "differs); copy or train it again"
         )
     try:
-        try_patterns(model, json.loads((Path(adapter) / "adapter_config.json").read_text()))
+        check_patterns(model, json.loads((Path(adapter) / "adapter_config.json").read_text()))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             attached = PeftModel.from_pretrained(model, adapter, **options)
@@ -161,7 +161,7 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
         ) from error
 
 
-def try_patterns(model: nn.Module, written: dict[str, Any]) -> None:
+def check_patterns(model: nn.Module, written: dict[str, Any]) -> None:
     """Matches the regular expressions of an adapter_config.json with the names of the modules.
 
     Raises LimitError for one that explodes: PEFT would go on for ever.

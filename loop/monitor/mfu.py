@@ -17,7 +17,7 @@ from ..kernels import check_results
 from ..model.flops import count_step_flops
 
 
-def utilisation(
+def build_mfu(
     model: PreTrainedModel | PeftModel, model_config, ranks: Ranks
 ) -> Callable[[np.ndarray, int, float], dict[str, float]]:
     """A function of a step that returns {"train/mfu": 0..1}.

@@ -15,7 +15,13 @@ import yaml
 from tqdm import tqdm
 
 from ..checkpoint.checkpointer import Checkpointer
-from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, whole_lines, write_report
+from ..checkpoint.run_dir import (
+    as_markdown,
+    collect_versions,
+    lines_to_keep,
+    whole_lines,
+    write_report,
+)
 from ..checkpoint.train_state import TrainState
 from ..config.cli import printable
 from ..config.schema import Config
@@ -34,7 +40,7 @@ from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
 from ..optim.adamw import trainable_parameters
 from .late_file import LateFile
-from .mfu import utilisation
+from .mfu import build_mfu
 from .step_timer import StepTimer
 from .summary import describe_duration, describe_plan
 from .tensorboard import TensorBoardLog
@@ -71,7 +77,7 @@ class RunLogger:
         self.plan = plan
         self.num_steps = len(plan)
         self.memory = memory
-        self.mfu = utilisation(engine.module, model_config, ranks)
+        self.mfu = build_mfu(engine.module, model_config, ranks)
         self.timer = StepTimer(ranks.device)
         self.started = self.step_started = self.last_line = time.perf_counter()
         self.tokens = 0  # of the steps of this process
@@ -103,7 +109,7 @@ class RunLogger:
         write_atomically(self.folder / "config.yaml", settings)
         ds_config = json.dumps(self.execution.ds_config, indent=2)
         write_atomically(self.folder / "ds_config.json", ds_config)
-        self.versions = versions()
+        self.versions = collect_versions()
         write_atomically(self.folder / "versions.json", json.dumps(self.versions, indent=2))
         log = self.folder / "metrics.jsonl"
         lines = lines_to_keep(
@@ -305,7 +311,7 @@ class RunLogger:
         if step == min(self.first_step + 3, self.num_steps):
             estimate = self.execution.estimate_memory(self.largest_micro_batch)
             estimate["copies for notes"] = writer_cache_bytes(self.engine.module)
-            self.say(self.memory.beside(estimate))
+            self.say(self.memory.describe_beside(estimate))
 
     def _write_step(self, step: int, values: dict[str, float]) -> None:
         """A step's values to the logs, and the main ones to the progress bar."""

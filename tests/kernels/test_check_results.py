@@ -13,7 +13,7 @@ from loop.kernels import attention_backends, check_results
 from loop.kernels.attention import ATTENTION_BACKENDS, AttentionError
 from loop.kernels.fuse import choose_fused_layers
 from loop.kernels.lora_ops import FUSED_OPS
-from loop.monitor.mfu import utilisation
+from loop.monitor.mfu import build_mfu
 from loop.optim.adamw import choose_fused_adamw
 
 WRONG = {
@@ -290,7 +290,7 @@ def test_mfu_counts_what_the_model_needs_under_a_measured_ceiling(save_rows, mon
 
     def mfu(device: str) -> dict[str, float]:
         ranks = types.SimpleNamespace(world_size=2, device=torch.device(device))
-        return utilisation(model, model_config, ranks)(np.array([10, 30]), 7, 0.5)
+        return build_mfu(model, model_config, ranks)(np.array([10, 30]), 7, 0.5)
 
     flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
     assert mfu("cuda") == {"train/mfu": pytest.approx(flops / 0.5 / 2e6)}
