@@ -216,59 +216,67 @@ def _visit(
         reference = f'<p class="text">{html.escape(row.reference)}</p>'
         columns.append(f"<div><h3>reference</h3>{reference}</div>")
     dialogue = _mark_dialogue(row.dialogue, missed, sorted(places), anchor)
-    counts = "; ".join(f"{n.label}: " * blinded + _counts(n) for n in notes)
+    counts = [f"{n.label}: {_counts(n)}" if blinded else _counts(n) for n in notes]
     endings = "".join(f", {ending}" for ending in map(_ending, [n.row for n in notes]) if ending)
     neighbours = (("previous", before), ("next", after))
     links = "".join(f' <a href="#v{i}">{word}</a>' for word, i in neighbours if i is not None)
     return (
-        f'<section id="{anchor}"><h2>{html.escape(row.id)}: {counts}{endings}</h2>'
+        f'<section id="{anchor}"><h2>{html.escape(row.id)}: {"; ".join(counts)}{endings}</h2>'
         f'<nav><a href="#index">index</a>{links}</nav><div class="visit">'
         f'<div class="dialogue"><h3>dialogue</h3><p class="text">{dialogue}</p></div>'
         f'<div class="notes">{"".join(columns)}</div></div></section>'
     )
 
 
-def _note(name: str, anchor: str, note: RatedNote) -> str:
-    """A note with its marks, the list of its flags, and its blank ratings."""
+def _note(anchor: str, visit: str, note: RatedNote) -> str:
+    """A note with its marks, the list of its flags, and its blank ratings.
+
+    anchor, visit: the ids of the note and of its dialogue's part of the page.
+    """
+    return (
+        f'<div><h3>{note.label} <a href="#{anchor}-r">rate</a></h3>'
+        f'<p class="text">{_mark_note(anchor, visit, note)}</p>'
+        f'<ul class="flags">{_flags(anchor, visit, note)}</ul>{_rating(f"{anchor}-r", note)}</div>'
+    )
+
+
+def _mark_note(anchor: str, visit: str, note: RatedNote) -> str:
+    """The note as HTML: each statement is marked, and linked to where the dialogue speaks."""
     text = note.row.note
     parts = []
     end = 0
     for i, span in enumerate(note.spans):
-        if span.start < end:  # inside the one before
-            continue
         parts.append(html.escape(text[end : span.start]))
         mention = html.escape(text[span.start : span.end])
         title = html.escape(f"{VERDICTS[span.verdict]}: {span.title}")
-        target = f' href="#{anchor}-p{span.place[0]}"' if span.place else ""
+        target = f' href="#{visit}-p{span.place[0]}"' if span.place else ""
         if span.verdict in FLAGGED:
             mention = f"<a{target}>{mention}</a>" if target else mention
             css = ' class="contradicted"' if span.verdict == "contradicted" else ""
-            parts.append(f'<mark{css} id="{name}-f{i}" title="{title}">{mention}</mark>')
+            parts.append(f'<mark{css} id="{anchor}-f{i}" title="{title}">{mention}</mark>')
         else:
             parts.append(f'<a class="supported"{target} title="{title}">{mention}</a>')
         end = span.end
-    parts.append(html.escape(text[end:]))
-    flags = "".join(
-        f'<li><a href="#{name}-f{i}">{html.escape(span.title)}</a>: '
-        f"{_whereabouts(span, anchor)}{', <b>critical</b>' * span.critical}</li>"
-        for i, span in enumerate(note.spans)
-        if span.verdict in FLAGGED
-    )
-    return (
-        f'<div><h3>{note.label} <a href="#{name}-r">rate</a></h3>'
-        f'<p class="text">{"".join(parts)}</p>'
-        f'<ul class="flags">{flags}</ul>{_rating(f"{name}-r", note)}</div>'
-    )
+    return "".join([*parts, html.escape(text[end:])])
+
+
+def _flags(anchor: str, visit: str, note: RatedNote) -> str:
+    """A line for each flagged statement: its mark in the note, and its place in the dialogue."""
+    lines = []
+    for i, span in enumerate(note.spans):
+        if span.verdict in FLAGGED:
+            said = VERDICTS[span.verdict]
+            if span.place:
+                said = f'<a href="#{visit}-p{span.place[0]}">{said}</a>'
+            critical = ", <b>critical</b>" if span.critical else ""
+            mark = f'<a href="#{anchor}-f{i}">{html.escape(span.title)}</a>'
+            lines.append(f"<li>{mark}: {said}{critical}</li>")
+    return "".join(lines)
 
 
 def _counts(note: RatedNote) -> str:
     contradicted, flagged = note.badness
     return f"{contradicted} contradicted, {flagged - contradicted} not said"
-
-
-def _whereabouts(span: Span, anchor: str) -> str:
-    said = VERDICTS[span.verdict]
-    return f'<a href="#{anchor}-p{span.place[0]}">{said}</a>' if span.place else said
 
 
 def _rating(anchor: str, note: RatedNote) -> str:

@@ -24,6 +24,7 @@ from ..distributed.stop import StopRequest
 from ..distributed.timeline import timed
 from ..distributed.world import Ranks, init_distributed
 from ..facts.challenge import challenge
+from ..facts.matching import CONTRADICTED, Verdict
 from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
@@ -342,14 +343,22 @@ def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list
 def _unsupported(task: TaskConfig, rows: list[Row]) -> dict[str, list[str]]:
     found = {}
     for row in rows:
-        lines = {}
         starts = section_starts(row.note, task)
-        for v in flagged(row):
-            s = v.statement
-            section = section_of(starts, s.start)
-            what = v.title if s.kind != "claim" else f"characters {s.start} to {s.end}"
-            line = f"{v.verdict}, {s.kind}: {what}" + f" [{section}]" * bool(section)
-            lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
+        # Sorted as they stand here: False, a contradiction, comes first.
+        lines = {(v.verdict != CONTRADICTED, _flag_line(v, starts)) for v in flagged(row)}
         if lines:
-            found[row.id] = sorted(lines, key=lambda line: (lines[line], line))
+            found[row.id] = [line for _, line in sorted(lines)]
     return found
+
+
+def _flag_line(flag: Verdict, starts: list[tuple[int, str]]) -> str:
+    """Such as "critical, contradicted, dose: 5 mg [P]". starts: of `section_starts`."""
+    statement = flag.statement
+    what = flag.title
+    if statement.kind == "claim":
+        what = f"characters {statement.start} to {statement.end}"
+    section = section_of(starts, statement.start)
+    line = f"{flag.verdict}, {statement.kind}: {what}"
+    if flag.is_critical:
+        line = f"critical, {line}"
+    return f"{line} [{section}]" if section else line

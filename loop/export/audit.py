@@ -45,7 +45,7 @@ class AuditError(RuntimeError):
     """What was written is not what was trained."""
 
 
-# ------------------------------------------------------------------ weights
+# ---- weights
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,7 +107,7 @@ def audit_weights(folder: Path, trained: dict[str, torch.Tensor]) -> None:
         raise AuditError(f"{missing[0]} is missing{others}")
 
 
-# ------------------------------------------------------------------ what the files say of the run
+# ---- what the files say of the run
 
 
 def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict:
@@ -205,7 +205,7 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
     return trained
 
 
-# ------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 _started: list[subprocess.Popen] = []  # the process that waits for its request, if there is one

@@ -57,7 +57,7 @@ RECIPE_KEYS = (
 COUNTS = ("rows", "skipped", "dropped", "truncated", "without_headings")
 
 
-# ------------------------------------------------------------------ what trained.json says
+# ---- what trained.json says
 
 
 def describe_run(config: Config, data: TrainingData, plan: BatchPlan, step: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def record_evaluation(folder: Path, name: str, report: dict[str, Any]) -> None:
     write_card(folder, trained)
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
 def write_papers(folder: Path, trained: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
     return matter
 
 
-# ------------------------------------------------------------------ the sections
+# ---- the sections
 
 
 def usage(folder: Path, trained: dict[str, Any]) -> str:

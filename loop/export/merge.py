@@ -125,7 +125,7 @@ def merge(
     return Path(out)
 
 
-# ------------------------------------------------------------------ what is read
+# ---- what is read
 
 
 def find_base(base: str, revision: str | None) -> StoredBase:
@@ -289,7 +289,7 @@ def check_names(adapter: str, base: StoredBase, adapted: AdaptedLayers) -> None:
     )
 
 
-# ------------------------------------------------------------------ what is computed
+# ---- what is computed
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def merge_tensor(
     return weight.cpu().contiguous()
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
 def merged_sizes(base: StoredBase, adapted: AdaptedLayers) -> dict[str, int]:

@@ -91,7 +91,7 @@ def import_gguf():
     return gguf
 
 
-# ------------------------------------------------------------------ what is read
+# ---- what is read
 
 
 def find_model(model: str) -> StoredBase:
@@ -205,7 +205,7 @@ def join_rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(out_features, in_features)
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
 def storage_of(source: StoredBase, name: str, kind: str) -> StoredTensor:

@@ -157,8 +157,9 @@ def load_tokenizer(base: str, revision: str | None = None):
             "end; set eos_token in its tokenizer_config.json"
         )
     if not tokenizer.chat_template:
-        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+        begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        start = "{{ bos_token }}" if begins_with_bos else ""
+        tokenizer.chat_template = start + PLAIN_TEMPLATE
     tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     try_tokenizer(base, tokenizer)
     return tokenizer
