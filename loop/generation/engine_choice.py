@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config.error_text import first_line
 from ..kernels.attention_backends import choose_backend
-from ..model.structure import decoder_layers
+from ..model.structure import attention_shape, decoder_layers
 from .dense_weights import DenseWeights, dense_bytes
 from .engine import STEPS_A_READING, NoteRequest, SlotModel
 from .kv_slots import SLOT_ATTENTION, KVSlots, flash_step_works
@@ -93,13 +93,9 @@ class Engine:
     """A model that is ready to write notes; made by `open_engine`."""
 
     def __init__(self, base: PreTrainedModel, cache: WriterCache | None = None) -> None:
-        config = base.config.get_text_config()  # of the language model
-        query_heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or query_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
         self.base = base
         self.cache = cache
-        self.heads = (query_heads, key_heads, size)
+        self.heads = attention_shape(base.config.get_text_config())  # of the language model
         self.backend = prompt_backend(base.device, base.dtype, self.heads)
 
     def make_slots(self, num_slots: int, longest: int) -> SlotModel:
