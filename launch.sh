@@ -9,7 +9,8 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # a symbolic
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
 stamp=$here/.venv/launch.stamp
-commands="train evaluate generate merge export audit preview plan board profile check bench break test setup sweep help"
+commands="train evaluate generate merge export audit preview plan board profile check bench break"
+commands+=" test setup sweep help"
 help="usage: ./launch.sh [COMMAND] [--config FILE] [key=value ...]
        ./launch.sh COMMAND --help        its options, and all keys of the configuration
        ./launch.sh --version             the release, and the commit of this clone
@@ -114,14 +115,16 @@ export PATH PYTHONPATH TOKENIZERS_PARALLELISM
 [[ " test bench break " == *" $command "* ]] || export PYTHONSAFEPATH=1
 
 gpus="" # the numbers of the GPUs to use
-driver_is_silent() { command -v nvidia-smi >/dev/null && grep -qs 0x10de /sys/bus/pci/devices/*/vendor; }
+driver_is_silent() { # though the PCI bus holds a card of NVIDIA's
+  command -v nvidia-smi >/dev/null && grep -qs 0x10de /sys/bus/pci/devices/*/vendor
+}
 if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && count=$(count_gpus); then
   gpus=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}
 fi
 if [[ -z $gpus || $gpus == -1 ]]; then
   gpus=""
-  # The CPU by name, or DeepSpeed would look for GPUs, and warn. Not where a card's driver is silent:
-  # that is a mistake, which loop/config/device.py tells.
+  # The CPU by name, or DeepSpeed would look for GPUs, and warn. Not where a card's driver is
+  # silent: that is a mistake, which loop/config/device.py tells.
   if [[ ${count-} != 0 || -z ${CUDA_VISIBLE_DEVICES-0} ]] || ! driver_is_silent; then
     export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
   fi

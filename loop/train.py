@@ -20,7 +20,7 @@ from .data.collate import PackedBatch, collate
 from .data.dataset import TrainingData, load_training_data
 from .distributed.seeding import seed_everything, use_deterministic_kernels
 from .distributed.stop import StopRequest
-from .distributed.timeline import part
+from .distributed.timeline import timed
 from .distributed.watchdog import Watchdog, set_activity
 from .distributed.world import Ranks, init_distributed
 from .evaluation.validator import Validator
@@ -111,7 +111,7 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=part("engine")(deepspeed.initialize),
+    initialize=timed("engine")(deepspeed.initialize),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""
@@ -119,7 +119,7 @@ def train(
         # 1. Data, and the plan of all steps: pure functions of the configuration. No GPU yet.
         stop = StopRequest(config.run.max_hours)
         tokenizer, model_config = admit_base(config)
-        data = data or part("data")(load_training_data)(config, tokenizer)
+        data = data or timed("data")(load_training_data)(config, tokenizer)
         check_vocabulary(config.base, model_config, data.token_ids())
         examples, lengths, targets = data.train, data.lengths, data.num_targets
         plan = plan_run(config, lengths, data.weights)
@@ -165,7 +165,7 @@ def train(
             logger.start_step(step)
             ids = plan[step]  # the examples of this step, over all ranks
             mine = split_step(ids, lengths, ranks.world_size, packing)[ranks.rank]
-            micro_batches = [collate([examples[i] for i in part], packing) for part in mine]
+            micro_batches = [collate([examples[i] for i in group], packing) for group in mine]
             num_targets = int(targets[ids].sum())
             lr = lr_at(step)
             set_lr(optimizer, lr)
@@ -184,7 +184,7 @@ def train(
             state.record(result.loss, applied=engine.was_step_applied())  # counts the step
             logger.log_step(state, result, lr, lengths[ids], num_targets, micro_batches)
             if state.last_step_skipped:
-                suspects = [examples[i].id for part in result.nonfinite for i in mine[part]]
+                suspects = [examples[i].id for number in result.nonfinite for i in mine[number]]
                 logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
 
             prepare_audit(config, ranks, len(plan) - state.step)

@@ -9,7 +9,8 @@ from helpers import ROOT
 SOURCES = sorted(
     path for folder in ("loop", "kernels_check", "tests") for path in (ROOT / folder).rglob("*.py")
 )
-MOST_LINES, MOST_LOCALS = 60, 25
+SCRIPTS = ["launch.sh", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("setup/*.sh"))]
+MOST_LINES, MOST_LOCALS, MOST_COLUMNS = 60, 25, 100
 # Longer by their nature: the loop itself, and kernels, whose tensors are all arguments and locals.
 LONG_FUNCTIONS = {("loop/train.py", "train"): 95}
 WITHOUT_LIMITS = {"loop/kernels/triton_kernels.py"}
@@ -50,6 +51,13 @@ def test_a_file_keeps_the_layout(path):
             if any(isinstance(n, ast.IfExp) for n in ast.walk(node) if n is not node):
                 wrong.append(f"{name}:{node.lineno}: a conditional expression in another")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_keeps_the_width(name):
+    """The linter sees to Python alone."""
+    lines = (ROOT / name).read_text().splitlines()
+    assert [line for line in lines if len(line) > MOST_COLUMNS] == []
 
 
 def test_the_formatter_is_rarely_switched_off():

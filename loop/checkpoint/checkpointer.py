@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..config.schema import Config, ConfigError
 from ..data.batch_plan import BatchPlan
 from ..distributed.seeding import get_rng_state, set_rng_state
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
@@ -42,9 +42,12 @@ class Checkpointer:
         self.identity = identity
         self.choice = Choice.of(config)
         self.store = CheckpointStore(run_dir, config.run.keep_checkpoints, self.choice)
+        # Set by `find_latest`.
+        self.plan: BatchPlan
         self.path: Path | None = None  # of the checkpoint that the run resumes from
         self.manifest: dict = {}
         self.notes: list[str] = []  # on skipped checkpoints and changed settings
+        self.start_note = ""  # where the run starts
 
     def find_latest(self, plan: BatchPlan) -> TrainState:
         """The state of the newest complete checkpoint on rank 0's disk; a new one without any.
@@ -69,12 +72,14 @@ class Checkpointer:
                 f"{self.store.folder}: no checkpoint is whole ({'; '.join(notes)}); "
                 "repair one, or start over with run.resume=false"
             )
-        self.path, self.manifest, self.notes = path, manifest, notes
+        self.plan = plan
+        self.path = path
+        self.manifest = manifest
+        self.notes = notes
         if path:
             force = self.config.run.resume == "force"
             self.notes += self.identity.check_compatible(path, manifest, plan, force)
         self.start_note = f"resumed from {path}" if path else f"run folder  {self.run_dir}"
-        self.plan = plan
         return TrainState.from_manifest(self.config.run, manifest, self.choice)
 
     def restore(self, engine) -> None:
@@ -154,14 +159,16 @@ class Checkpointer:
 
         So that checkpoint can be the best, as in a run that was not interrupted.
         """
-        path, is_due = self.path, state.validation_due
-        if self.ranks.is_main and path and self.manifest.get("figures") is None and not is_due:
+        if not self.path or not self.ranks.is_main:
+            return
+        lacks_validation = self.manifest.get("figures") is None
+        if lacks_validation and not state.validation_due:
             try:
-                self.store.amend(path, state.to_manifest())
+                self.store.amend(self.path, state.to_manifest())
             except OSError as error:
-                logger.say(f"{path}: its validation is not noted there: {error}")
+                logger.say(f"{self.path}: its validation is not noted there: {error}")
 
-    @part("checkpoints")
+    @timed("checkpoints")
     def save(self, engine, state: TrainState, logger) -> None:
         """Writes a checkpoint of `state`. A failed write is said, and the run goes on.
 

@@ -23,7 +23,7 @@ from ..distributed.world import Ranks
 from ..model.loading import config_errors_for, resolve_base
 from ..model.lora import check_start
 from ..model.streaming import fetch_base
-from .run_dir import versions
+from .run_dir import collect_versions
 
 KINDS = ("state", "plan", "settings")
 # Keys of the configuration by what holds them. All others are settings.
@@ -95,7 +95,7 @@ class RunIdentity:
             },
         }
         facts = json.loads(json.dumps(facts))  # as a manifest gives them back: tuples are lists
-        return cls(**facts, versions=versions())
+        return cls(**facts, versions=collect_versions())
 
     def at_step(self, plan: BatchPlan, step: int) -> dict[str, dict]:
         """The facts as a manifest holds them: with the order of the examples up to `step`.
@@ -149,7 +149,8 @@ class RunIdentity:
 
         Raises ConfigError naming the first difference that matters.
         """
-        step, saved = manifest["step"], manifest.get("identity", {})
+        step = manifest["step"]
+        saved = manifest.get("identity", {})
         if step > len(plan):
             raise ConfigError(
                 f"{path}: the run has made {step} steps already, and is to have {len(plan)} "
@@ -163,7 +164,8 @@ class RunIdentity:
         now = self.at_step(plan, step)
         notes = []
         for kind in KINDS:
-            old, new = saved[kind], now[kind]
+            old = saved[kind]
+            new = now[kind]
             if kind == "settings":
                 old = _under_todays_keys(old)
             for key in {**old, **new}:

@@ -107,7 +107,7 @@ def _is_at(file: TextIO, path: Path) -> bool:
         return False
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Versions of libraries and Python, the GPU, and the repository's commit; for bug reports."""
     found = {name: version(name) for name in PACKAGES}
     found["python"] = platform.python_version()

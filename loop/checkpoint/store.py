@@ -24,9 +24,8 @@ from ..zero3.optimizer_state import MASTER
 # What reading a damaged checkpoint raises.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 SEAL = {"sealed", "sha256"}  # of a manifest
-Manifest = (
-    dict  # of JSON's types; `TrainState.to_manifest` and `Checkpointer.save` say what is in it
-)
+# Of JSON's types; `TrainState.to_manifest` and `Checkpointer.save` say what is in it.
+Manifest = dict
 
 
 class CheckpointStore:
@@ -118,11 +117,13 @@ class CheckpointStore:
 
     def _best_of(self, paths: list[Path]) -> Path | None:
         """The best of some checkpoints, oldest first; None where none was validated."""
-        best, best_value = None, None
+        best = None
+        best_value = None
         for path in paths:
             value = value_of(path, self.choice)
             if self.choice.is_better(value, best_value):
-                best, best_value = path, value
+                best = path
+                best_value = value
         return best
 
     def _temporary(self, step: int) -> Path:

@@ -89,7 +89,9 @@ class TrainState:
             return
         value = self.choice.value(figures)
         if self.choice.is_better(value, self.best):
-            self.best, self.best_step, self.validations_since_best = value, self.step, 0
+            self.best = value
+            self.best_step = self.step
+            self.validations_since_best = 0
         else:
             self.validations_since_best += 1
 

@@ -23,7 +23,7 @@ from ..evaluation.memorization import (
 )
 from ..model.loading import load_tokenizer
 from ..train import train
-from .train import FAILED, leave_failed
+from .train import FAILED, exit_with_failure
 
 NUMBER = r"[1-9]\d{0,3}"
 
@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
     try:
         report = train(config, build_ds_config(config))
     except FAILED as error:
-        leave_failed(error)
+        exit_with_failure(error)
     if report and (report["steps"] == report["planned_steps"] or report["ended_early"]):
         exposures = measure_exposures(config, canaries, tokenizer, ranks.device)
         rows = [

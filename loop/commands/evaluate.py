@@ -17,10 +17,10 @@ from ..checkpoint.run_dir import write_report
 from ..config.cli import load_config, take_options
 from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError
+from ..distributed import timeline
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.files import sha256
 from ..distributed.rendezvous import RendezvousError
-from ..distributed.timeline import begin, describe
 from ..evaluation.run import (
     EvaluationOptions,
     EvaluationStopped,
@@ -39,7 +39,7 @@ from ..model.lora import read_adapter
 from ..model.quantization import compute_dtype
 from ..monitor.quiet import quiet_libraries
 from .canaries import main as measure_canaries
-from .train import leave_failed
+from .train import exit_with_failure
 
 
 def take_evaluation_options(args: list[str]) -> EvaluationOptions:
@@ -160,7 +160,7 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     print(as_table(report["figures"], config.task))
     if "challenge" in report:
         print(challenge_table(report["challenge"]))
-    print(f"time: {describe(report['time'])}")
+    print(f"time: {timeline.describe(report['time'])}")
 
 
 def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:
@@ -192,7 +192,7 @@ def record_in_card(config: Config, options: EvaluationOptions, report: dict) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    begin()  # the account of where the time goes
+    timeline.begin()
     quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except (AuditError, RendezvousError, torch.OutOfMemoryError) as error:
-        leave_failed(error)
+        exit_with_failure(error)
     if report:
         print_report(config, options, report)
         record_report(config, options, report)

@@ -11,7 +11,7 @@ from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
 from ..export.audit import AuditError
 from ..export.from_checkpoint import export_checkpoint
-from ..export.hub import files_to_push, push
+from ..export.hub import files_to_push, push_to_hub
 from ..gguf.writer import KINDS, export_gguf
 from ..monitor.quiet import quiet_libraries
 
@@ -71,7 +71,7 @@ def push_folder(folder: Path, args: argparse.Namespace) -> None:
     if args.dry_run:
         print(f"dry run: nothing was uploaded to {args.push} ({whose})")
     else:
-        print(f"pushed to {push(folder, args.push, args.public)} ({whose})")
+        print(f"pushed to {push_to_hub(folder, args.push, args.public)} ({whose})")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -105,7 +105,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def option(name: str) -> str:
+def as_option(name: str) -> str:
     """How a key of GenerationSettings is typed."""
     return f"--{name.replace('_', '-')}"
 
@@ -118,7 +118,7 @@ def check_settings(values: dict[str, Any], source: str = "") -> GenerationSettin
         mistake = error.errors(include_url=False)[0]
         what = mistake["msg"].removeprefix("Value error, ")
         name = str(mistake["loc"][0]) if mistake["loc"] else ""
-        where = source or (f"{option(name)} {values[name]}" if name else "")
+        where = source or (f"{as_option(name)} {values[name]}" if name else "")
         raise ConfigError(": ".join(filter(None, (where, source and name, what)))) from error
 
 
@@ -135,7 +135,7 @@ def choose_settings(args: argparse.Namespace, source: dict) -> GenerationSetting
     check_settings(trained, f"{named}: trained.json: generation")
     values = trained | given
     if not values.get("temperature"):
-        idle = [option(name) for name, off in OF_SAMPLING.items() if given.get(name, off) != off]
+        idle = [as_option(name) for name, off in OF_SAMPLING.items() if given.get(name, off) != off]
         if idle:
             raise ConfigError(
                 f"{' and '.join(idle)}: means something only with --temperature above 0"

@@ -20,7 +20,7 @@ from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
 from ..families.admission import admit_base, check_vocabulary
 from ..memory.report import describe_memory, read_gpus
 from ..monitor.quiet import quiet_libraries
-from ..monitor.summary import describe_plan, write_plan
+from ..monitor.summary import describe_duration, describe_plan, write_plan
 from ..optim.schedule import learning_rates
 
 TIMING = "--timing"
@@ -64,14 +64,15 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
 
     Without `tokens_per_second` it is the speed of the last finished run of this name.
     """
-    rate, source = tokens_per_second, "as given"
+    rate = tokens_per_second
+    source = "as given"
     if rate is None:
         rate = read_report(config.folder).get("train/tokens_per_second")
         source = f"as measured in {config.folder}"
     if not rate:
         return "time        not known before a first run; give --tokens-per-second N"
     return (
-        f"time        {tokens / rate / 60:,.0f} min at {rate:,.0f} tokens/s ({source}), "
+        f"time        {describe_duration(tokens / rate)} at {rate:,.0f} tokens/s ({source}), "
         "without evaluation and saving"
     )
 
@@ -81,7 +82,8 @@ def describe_parts(config: Config) -> str:
     report = read_report(config.folder)
     if not report.get("time"):
         return "parts       not known before a first run of this name"
-    start, whole = report.get("time_to_first_step", {}), report["time"]
+    start = report.get("time_to_first_step", {})
+    whole = report["time"]
     lines = [
         f"seconds, as measured in {config.folder}",
         f"{'':14}{'to first step':>14}{'in all':>9}",

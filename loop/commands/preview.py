@@ -227,7 +227,8 @@ def preview(args: list[str]) -> None:
     selected = select_examples(examples, options)
     rows: list[list[Example]] = []
     if options["--step"] is not None:
-        selected, rows = [], pack_step(examples, options["--step"], config)
+        selected = []
+        rows = pack_step(examples, options["--step"], config)
     conversations = {c.id: c for c in read_split(config, "train")[0]}
     show(selected, rows, tokenizer)
     if options["--html"]:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
 from ..config.schema import ConfigError
+from ..distributed import timeline
 from ..distributed.exit import exit_with_config_error
-from ..distributed.timeline import begin
 from ..kernels.attention import AttentionError
-from ..monitor.kernel_profile import STEPS, WARM_UP, Finished, ProfilingLogger, write_profile
+from ..monitor.kernel_profile import STEPS, WARM_UP, ProfileFinished, ProfilingLogger, write_profile
 from ..monitor.quiet import quiet_libraries
 from ..train import train
-from .train import FAILED, leave_failed
+from .train import FAILED, exit_with_failure
 
 
 def profiling_options(run_name: str) -> list[str]:
@@ -43,7 +43,7 @@ def profiling_options(run_name: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    begin()  # the account of where the time goes
+    timeline.begin()
     quiet_libraries()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices of its start and end
     args = sys.argv[1:] if argv is None else argv
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except FAILED as error:
-        leave_failed(error)
-    except Finished as finished:
+        exit_with_failure(error)
+    except ProfileFinished as finished:
         message = ""
         if main_rank:
             message = write_profile(profiled.folder / "profile", *finished.args)

@@ -12,9 +12,9 @@ from ..config.cli import load_config
 from ..config.deepspeed import build_ds_config
 from ..config.device import uses_gpu
 from ..config.schema import ConfigError
+from ..distributed import timeline
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
-from ..distributed.timeline import begin
 from ..distributed.watchdog import RankLost
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
@@ -35,7 +35,7 @@ FAILED = (
 )
 
 
-def leave_failed(error: Exception) -> NoReturn:
+def exit_with_failure(error: Exception) -> NoReturn:
     """Ends this rank. What all ranks have in common is said by rank 0 alone."""
     is_main = os.environ.get("RANK", "0") == "0"
     own = isinstance(error, (RendezvousError, RankLost, torch.OutOfMemoryError))
@@ -45,7 +45,7 @@ def leave_failed(error: Exception) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> None:
-    begin()  # the account of where the time goes
+    timeline.begin()
     quiet_libraries()
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, AttentionError) as error:
         exit_with_config_error(error)
     except FAILED as error:
-        leave_failed(error)
+        exit_with_failure(error)
     if "exported" in report:
         with ignore_broken_pipe():
             show_summary(config, report)

@@ -93,7 +93,8 @@ def largest_difference(ours: dict, theirs: dict) -> float:
     """
     largest = 0.0
     for tag in ("train/loss", "train/grad_norm"):
-        ours_curve, theirs_curve = ours["curves"][tag], theirs["curves"][tag]
+        ours_curve = ours["curves"][tag]
+        theirs_curve = theirs["curves"][tag]
         if min(len(ours_curve), len(theirs_curve)) < STEPS:
             return INFINITY
         for (step, value), (their_step, their_value) in zip(ours_curve, theirs_curve):

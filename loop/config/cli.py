@@ -157,7 +157,8 @@ def apply_override(tree: dict[str, Any], arg: str) -> None:
 def describe_first_mistake(error: ValidationError) -> str:
     """One line on the first key that is wrong: its name, its value, and what is allowed."""
     mistakes = error.errors(include_url=False)
-    key, first = key_of(mistakes[0]), mistakes[0]
+    key = key_of(mistakes[0])
+    first = mistakes[0]
     if first["type"] == "extra_forbidden":
         what = f"is {RENAMED[key]} now" if key in RENAMED else "unknown key"
     else:
@@ -167,11 +168,11 @@ def describe_first_mistake(error: ValidationError) -> str:
     if not key:
         return what
     value = first["input"]
-    shown = f"={short(value)}" if isinstance(value, (str, int, float)) else ""
+    shown = f"={shortened(value)}" if isinstance(value, (str, int, float)) else ""
     return f"{key}{shown}: {what}"
 
 
-def short(value) -> str:
+def shortened(value) -> str:
     """A value as Python writes it, 60 characters at most."""
     try:
         text = repr(value)

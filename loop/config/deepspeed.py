@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .cli import describe_first_mistake, printable, short
+from .cli import describe_first_mistake, printable, shortened
 from .device import has_fast_bf16
+from .error_text import first_line
 from .plain_yaml import read_small_file
 from .schema import ROOT, Config, ConfigError
 
@@ -119,29 +120,29 @@ def _check_types(ds_config: dict[str, Any], path: Path) -> None:
             hint = f"; is {near[0]} meant?" if near else ""
             raise ConfigError(printable(f"{path.name}: unknown key {key}{hint}"))
         if key in SECTIONS and not isinstance(value, dict):
-            raise ConfigError(f"{path.name}: {key}={short(value)}: must be an object")
+            raise ConfigError(f"{path.name}: {key}={shortened(value)}: must be an object")
         if key in SWITCHES and not isinstance(value, bool):
-            raise ConfigError(f"{path.name}: {key}={short(value)}: must be true or false")
+            raise ConfigError(f"{path.name}: {key}={shortened(value)}: must be true or false")
     steps = ds_config.get("steps_per_print", 1)
     if steps is not None and (type(steps) is not int or steps < 1):
-        raise ConfigError(f"{path.name}: steps_per_print={short(steps)}: must be 1 or more")
+        raise ConfigError(f"{path.name}: steps_per_print={shortened(steps)}: must be 1 or more")
     for section in ("bf16", "fp16", "torch_autocast"):
         enabled = ds_config.get(section, {}).get("enabled", False)
         if not isinstance(enabled, bool):
             raise ConfigError(
-                f"{path.name}: {section}.enabled={short(enabled)}: must be true or false"
+                f"{path.name}: {section}.enabled={shortened(enabled)}: must be true or false"
             )
     dtype = ds_config.get("communication_data_type")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
-            f"{path.name}: communication_data_type={short(dtype)}: must be one of "
+            f"{path.name}: communication_data_type={shortened(dtype)}: must be one of "
             f"{', '.join(DTYPES)}"
         )
     zero = ds_config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(key) or {}, dict):
             raise ConfigError(
-                f"{path.name}: zero_optimization.{key}={short(zero[key])}: must be an object"
+                f"{path.name}: zero_optimization.{key}={shortened(zero[key])}: must be an object"
             )
 
 
@@ -158,7 +159,7 @@ def check_sections(ds_config: dict[str, Any], path: Path) -> None:
         except ValidationError as error:
             mistake = describe_first_mistake(error)
         except Exception as error:  # DeepSpeed raises anything at a value that does not fit
-            mistake = (str(error).splitlines() or [type(error).__name__])[0]
+            mistake = first_line(error)
         else:
             continue
         raise ConfigError(printable(f"{path.name}: {section}.{mistake}"))

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from .error_text import first_line
 from .schema import ConfigError
 
 # The oldest driver for a CUDA version (NVIDIA, "CUDA Toolkit Release Notes", minor version
@@ -20,8 +21,6 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 LEAST_CAPABILITY = (8, 0)  # for bf16 and varlen attention: Ampere
 NVIDIA = "0x10de"  # as the PCI bus has it
 CPU_BY_NAME = "or compute on the CPU: DS_ACCELERATOR=cpu ./launch.sh ..."
-
-
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and Arm
 
 
@@ -147,7 +146,7 @@ def why_unusable(card: Card) -> str:
         torch.cuda.init()
         reason = "torch sees no GPU"
     except Exception as error:  # RuntimeError, AssertionError, torch's own DeferredCudaCallError
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(" .:")
+        reason = first_line(error).rstrip(" .:")
     return (
         f"{build}, CUDA {torch.version.cuda}, says: {reason}. Look at CUDA_VISIBLE_DEVICES, at who "
         "may open the device, and at the driver"

@@ -293,7 +293,8 @@ def read_keys(source: str) -> list[Key]:
 def _keys_of_section(
     section: str, prefix: str, classes: dict[str, ast.ClassDef], constants: dict[str, ast.expr]
 ) -> list[Key]:
-    keys, inner = [], []
+    keys = []
+    inner = []
     for node in classes[section].body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from .error_text import first_line
+
 HIGHEST_RANK = 2**14
 # What the loop itself tells PEFT, or what no run can use.
 NOT_FOR_A_RUN = {
@@ -36,7 +38,8 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
     rank = lora.get("r", 8)
     if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
         raise ValueError(f"r must be a whole number of at least 1, and at most {HIGHEST_RANK}")
-    dropout, alpha = lora.get("lora_dropout", 0), lora.get("lora_alpha", 16)
+    dropout = lora.get("lora_dropout", 0)
+    alpha = lora.get("lora_alpha", 16)
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError("lora_dropout must lie in [0, 1)")
     if not _is_number(alpha) or not math.isfinite(alpha):
@@ -57,8 +60,7 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             LoraConfig(task_type="CAUSAL_LM", **lora)
     except Exception as error:  # PEFT raises anything at a field that does not fit
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"peft.LoraConfig refuses it: {reason[:160]}") from error
+        raise ValueError(f"peft.LoraConfig refuses it: {first_line(error, 160)}") from error
     return lora
 
 

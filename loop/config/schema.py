@@ -549,14 +549,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self):
         """What no field can check alone."""
-        size, most = self.micro_batch_size, self.batch_size
-        if isinstance(size, int) and not 1 <= size <= most:
-            raise ValueError(f"micro_batch_size={size} must lie between 1 and batch_size={most}")
+        size = self.micro_batch_size
+        if isinstance(size, int) and not 1 <= size <= self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={size} must lie between 1 and batch_size={self.batch_size}"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
         if self.batch_size * self.max_seq_len > MOST_TOKENS_PER_STEP:
             raise ValueError(
-                f"batch_size={most} rows of max_seq_len={self.max_seq_len} are above "
+                f"batch_size={self.batch_size} rows of max_seq_len={self.max_seq_len} are above "
                 f"{MOST_TOKENS_PER_STEP:,} tokens a step"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -575,13 +577,14 @@ class Config(Section):
 
     def _check_choice(self) -> None:
         """What chooses the best validation must be measured."""
-        run, monitor = self.run, self.monitor
-        if run.export == "best" or run.patience or monitor.best != "loss":
-            if not self.data.valid and not self.data.valid_fraction:
-                raise ValueError(
-                    "run.export=best, run.patience and monitor.best need validation examples: set "
-                    "data.valid or data.valid_fraction"
-                )
+        monitor = self.monitor
+        chooses = self.run.export == "best" or self.run.patience or monitor.best != "loss"
+        has_examples = self.data.valid or self.data.valid_fraction
+        if chooses and not has_examples:
+            raise ValueError(
+                "run.export=best, run.patience and monitor.best need validation examples: set "
+                "data.valid or data.valid_fraction"
+            )
         if monitor.best == "loss":
             return
         if self.data.supervise == "all":

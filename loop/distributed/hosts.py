@@ -31,7 +31,8 @@ def read_hostfile(path: Path, gpus: int | None = None) -> Hosts:
         words = line.split("#")[0].split()
         if not words:
             continue
-        name, slots = words[0], _slots(words)
+        name = words[0]
+        slots = _slots(words)
         # ssh would take a name that begins with - for an option.
         if slots is None or name in hosts or not re.fullmatch(r"[A-Za-z0-9_[][\w.:%@[\]-]*", name):
             raise ConfigError(

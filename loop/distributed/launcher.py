@@ -199,7 +199,9 @@ def supervise(nodes: Sequence[LocalNode | RemoteNode], requests: StopSignals, gr
     grace: the seconds that ranks have after a stop. Returns the exit code of the first node that
     ended badly, or 0.
     """
-    deadline, stopping, code = math.inf, False, 0
+    deadline = math.inf
+    stopping = False
+    code = 0
     while running := [node for node in nodes if node.process.poll() is None]:
         failed = next((node for node in nodes if node.process.returncode), None)
         # ssh's own failure: that node's ranks may live. They are told by their end of the line.
@@ -257,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
         grace = read_number("LOOP_GRACE_SECONDS", 120)
         port = read_number("MASTER_PORT", 0, most=65535)
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
-        hostfile, node = options["--hostfile"], options["--node-rank"]
+        hostfile = options["--hostfile"]
+        node = options["--node-rank"]
         if hostfile == "-":
             # Without a buffer: a thread that waits at its lock could not be left behind.
             commands = open(0, "rb", buffering=0, closefd=False)
@@ -281,11 +284,17 @@ def main(argv: list[str] | None = None) -> None:
             address = os.environ.get("MASTER_ADDR") or next(iter(hosts)).split("@")[-1]
         command = [f"loop.commands.{name}", *args]
         local = LocalNode(hosts, int(node or 0), address, port, command)
-        ended_with = supervise([local], requests, grace)
-        code = signal_exit_code(ended_with)
-        if code != ended_with and not requests.stop:
-            print_message(f"signal {code - 128} ended a rank (9 often means: out of memory)")
+        code = run_here(local, requests, grace)
     exit_process(code if code >= 0 else 128 - code)
+
+
+def run_here(local: LocalNode, requests: StopSignals, grace: float) -> int:
+    """The exit code of this machine's ranks, once they have ended; says where a signal did that."""
+    ended_with = supervise([local], requests, grace)
+    code = signal_exit_code(ended_with)
+    if code != ended_with and not requests.stop:
+        print_message(f"signal {code - 128} ended a rank (9 often means: out of memory)")
+    return code
 
 
 if __name__ == "__main__":

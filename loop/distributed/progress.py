@@ -41,7 +41,10 @@ class Progress:
             unit: of `total`, in the plural.
             measure: how far it is, in words, where nothing can be counted.
         """
-        self.what, self.total, self.unit, self.measure = what, total, unit, measure
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.measure = measure
         self.count = 0
         self.shown = False
         self.over = threading.Event()
@@ -81,7 +84,8 @@ class Progress:
         seconds = FIRST_SECONDS
         while not self.over.wait(seconds):
             write_line(f"{self.what}: {self.how_far()}")
-            self.shown, seconds = True, EVERY_SECONDS
+            self.shown = True
+            seconds = EVERY_SECONDS
 
     def _show_bar(self) -> None:
         if self.over.wait(BAR_SECONDS):

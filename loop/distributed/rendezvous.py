@@ -35,8 +35,10 @@ def join_process_group(
 
     Raises RendezvousError.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     started = time.monotonic()
     # torchrun's agent runs the store itself.
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -97,7 +99,8 @@ def _wait_for_all(
     store: dist.Store, started: float, minutes: float, stop: StopRequest | None
 ) -> None:
     """Returns when every rank's name is in the store. started: on the monotonic clock."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     limit = f"run.rendezvous_timeout_minutes={minutes:g}"
     announced = False
     missing = list(range(world_size))

@@ -20,7 +20,8 @@ GRACE_SECONDS = 30  # between SIGTERM and SIGKILL, where a rank ended badly
 def rank_environments(spec: dict) -> list[dict[str, str]]:
     """What each rank of this machine finds in its environment, beside all that is there."""
     hosts = list(spec["hosts"].values())
-    slots, first = hosts[spec["node"]], sum(map(len, hosts[: spec["node"]]))
+    slots = hosts[spec["node"]]
+    first = sum(map(len, hosts[: spec["node"]]))  # rank of this machine
     shared = {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)),
         "MASTER_ADDR": spec["address"],

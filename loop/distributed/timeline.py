@@ -1,6 +1,6 @@
 """Where the time of a run goes: every second since the command belongs to one part.
 
-`part("base")` is a context, or a decorator, for what loads the base. Parts nest: a second counts
+`timed("base")` is a context, or a decorator, for what loads the base. Parts nest: a second counts
 for the innermost. `begin` starts a run's account.
 """
 
@@ -41,13 +41,16 @@ class Timeline:
 
     def __init__(self, started: float, current: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._current, self._since = current, started
+        self._current = current
+        self._since = started
 
     def enter(self, name: str) -> str:
         """From now on time counts for `name`. Returns the part that it counted for."""
-        now, before = time.time(), self._current
+        now = time.time()
+        before = self._current
         self.seconds[before] = self.seconds.get(before, 0.0) + now - self._since
-        self._current, self._since = name, now
+        self._current = name
+        self._since = now
         return before
 
     def so_far(self) -> dict[str, float]:
@@ -64,7 +67,8 @@ _timeline = Timeline(time.time(), OTHER)
 def begin() -> None:
     """Starts the account of a run at the command itself; until now launcher and imports ran."""
     global _timeline
-    process, launched = psutil.Process(), os.environ.get("LOOP_LAUNCHER_PID")
+    process = psutil.Process()
+    launched = os.environ.get("LOOP_LAUNCHER_PID")
     own_start = command_start = process.create_time()
     if launched:
         with contextlib.suppress(psutil.Error):
@@ -80,7 +84,7 @@ def enter(name: str) -> str:
 
 
 @contextlib.contextmanager
-def part(name: str) -> Iterator[None]:
+def timed(name: str) -> Iterator[None]:
     """A context or decorator whose time counts for `name`."""
     account = _timeline
     before = account.enter(name)

@@ -154,7 +154,8 @@ class Watchdog:
         now = time.monotonic()
         # One that ended with an error may have done so for one that just died: look at it last.
         for beat in sorted(beats, key=lambda beat: "ended" in beat):
-            rank, host = beat["rank"], beat["host"]
+            rank = beat["rank"]
+            host = beat["host"]
             if beat["written"] != self.last_beats.get(rank, (0, 0))[0]:
                 self.last_beats[rank] = beat["written"], now
             if "lost" in beat:

@@ -21,7 +21,7 @@ from ..config.device import uses_gpu
 from ..config.schema import RunConfig
 from .rendezvous import join_process_group, keep_to_this_machine
 from .stop import StopRequest
-from .timeline import part
+from .timeline import timed
 
 COLLECTIVE_TIMEOUT_MINUTES = 30  # where no watchdog looks on
 # Without a launcher, as in `python -m loop.train`, this process is a world of one.
@@ -98,7 +98,7 @@ class Ranks:
         return [json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(texts, sizes)]
 
 
-@part("ranks")
+@timed("ranks")
 def init_distributed(run: RunConfig | None = None, stop: StopRequest | None = None) -> Ranks:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and returns this process's `Ranks`.
 

@@ -284,7 +284,7 @@ def _draw_visit(rng: random.Random, condition: Condition) -> Visit:
     )
 
 
-def visit(rng: random.Random | int, split: str = "train") -> Visit:
+def invent_visit(rng: random.Random | int, split: str = "train") -> Visit:
     """An invented visit of the split, from a seed or a running generator.
 
     All conditions are equally frequent in train, however many of their combinations are held out.
@@ -505,7 +505,9 @@ def _seed(*parts: str | int) -> int:
 
 def visits(split: str) -> list[Visit]:
     """The visits behind one file of the dataset."""
-    return [visit(_seed(split, "visit", number), split) for number in range(1, SPLITS[split] + 1)]
+    return [
+        invent_visit(_seed(split, "visit", number), split) for number in range(1, SPLITS[split] + 1)
+    ]
 
 
 def rows(split: str) -> list[dict[str, str]]:

@@ -524,7 +524,7 @@ class Scribe:
 
     def __init__(self, rng: random.Random):
         self.rng = rng
-        self.visit = clinic.visit(rng)
+        self.visit = clinic.invent_visit(rng)
         self.facts = template_facts(self.visit)
 
     def fill(self, templates: Sequence[str]) -> str:
@@ -624,7 +624,7 @@ class Scribe:
         answer = "\n".join(f"{label}: {value}" for label, value in fields)
         return pick(self.rng, ASK_FIELDS).format(labels=labels), answer
 
-    def json(self) -> tuple[str, str]:
+    def json_object(self) -> tuple[str, str]:
         """Some fields as a JSON object."""
         fields = self._draw_fields()
         labels = listed([label for label, _ in fields])
@@ -649,7 +649,7 @@ DOCUMENTS: tuple[Callable[[Scribe], tuple[str, str]], ...] = (
     Scribe.drugs,
     Scribe.fields,
     Scribe.fields,
-    Scribe.json,
+    Scribe.json_object,
 )
 
 

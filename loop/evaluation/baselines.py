@@ -80,38 +80,50 @@ def rows_of(conversations: list[Conversation], notes: dict[str, Note]) -> list[R
 def most_similar(queries: list[str], corpus: list[str]) -> list[int]:
     """For each query, the index of the text of the corpus with the highest TF-IDF cosine.
 
-    The weight of a word is (1 + log tf) log(n / df), for n texts in the corpus. Of equal texts it
-    is the first.
+    Of equal texts it is the first.
     """
-    number: dict[str, int] = {}  # of each word, as it first occurs
-    words: list[int] = []  # of one text after the other, each once
-    counts: list[int] = []  # how often the text has it
-    sizes = []  # of texts, in distinct words
-    for text in corpus:
-        count = _count_words(text)
-        words += [number.setdefault(word, len(number)) for word in count]
-        counts += count.values()
-        sizes.append(len(count))
-    word, text_of = np.array(words, np.int64), np.repeat(np.arange(len(corpus)), sizes)
-    frequency = np.bincount(word, minlength=len(number))  # texts that hold the word
-    idf = np.array([math.log(len(corpus) / n) for n in frequency.tolist()])
-    log = np.array([0.0, *(1 + math.log(n) for n in range(1, max(counts, default=0) + 1))])
-    weights = log[np.array(counts, np.int64)] * idf[word]
-    norms = np.sqrt(np.bincount(text_of, weights * weights, len(corpus)))
-    norms[norms == 0] = 1.0
-    by_word = np.argsort(word, kind="stable")
-    ends = np.cumsum(frequency)
-    text_of, weights = text_of[by_word], weights[by_word]
-    best = []
-    for query in queries:
-        dots = np.zeros(len(corpus))  # the query's own norm changes no order
-        for name, n in _count_words(query).items():
-            i = number.get(name)
-            if i is not None and idf[i]:
-                postings = slice(ends[i] - frequency[i], ends[i])
-                dots[text_of[postings]] += (1 + math.log(n)) * idf[i] * weights[postings]
-        best.append(int((dots / norms).argmax()))
-    return best
+    index = TfIdfIndex(corpus)
+    return [index.most_similar(query) for query in queries]
+
+
+class TfIdfIndex:
+    """The words of a corpus of n texts. A word weighs (1 + log tf) log(n / df) in a text."""
+
+    def __init__(self, corpus: list[str]) -> None:
+        self.num_texts = len(corpus)
+        self.numbers: dict[str, int] = {}  # of each word, as it first occurs
+        words: list[int] = []  # of one text after the other, each once
+        counts: list[int] = []  # how often the text has it
+        sizes = []  # of texts, in distinct words
+        for text in corpus:
+            count = _count_words(text)
+            words += [self.numbers.setdefault(word, len(self.numbers)) for word in count]
+            counts += count.values()
+            sizes.append(len(count))
+        word = np.array(words, np.int64)
+        text_of = np.repeat(np.arange(len(corpus)), sizes)
+        self.frequency = np.bincount(word, minlength=len(self.numbers))  # texts that hold a word
+        self.idf = np.array([math.log(len(corpus) / n) for n in self.frequency.tolist()])
+        log = np.array([0.0, *(1 + math.log(n) for n in range(1, max(counts, default=0) + 1))])
+        weights = log[np.array(counts, np.int64)] * self.idf[word]
+        self.norms = np.sqrt(np.bincount(text_of, weights * weights, len(corpus)))
+        self.norms[self.norms == 0] = 1.0
+        # The postings of word i, its texts and weights there, end at ends[i].
+        by_word = np.argsort(word, kind="stable")
+        self.ends = np.cumsum(self.frequency)
+        self.text_of = text_of[by_word]
+        self.weights = weights[by_word]
+
+    def most_similar(self, query: str) -> int:
+        """The index of the text with the highest cosine; of equal texts the first."""
+        dots = np.zeros(self.num_texts)  # the query's own norm changes no order
+        for word, n in _count_words(query).items():
+            i = self.numbers.get(word)
+            if i is not None and self.idf[i]:
+                postings = slice(self.ends[i] - self.frequency[i], self.ends[i])
+                weight = (1 + math.log(n)) * self.idf[i]
+                dots[self.text_of[postings]] += weight * self.weights[postings]
+        return int((dots / self.norms).argmax())
 
 
 def _count_words(text: str) -> collections.Counter:

@@ -17,11 +17,19 @@ from typing import NamedTuple
 from ..facts.matching import SUPPORTED, compare
 from .scoring import Row
 
-# PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070), each from 1 to 5.
-RATINGS = (
-    *("up-to-date", "accurate", "thorough", "useful", "organized"),
-    *("comprehensible", "succinct", "synthesized", "internally consistent"),
-)
+# PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070): each item and what it asks.
+RATINGS = {
+    "up-to-date": "it has the newest results and plans of the conversation",
+    "accurate": "what it says is true",
+    "thorough": "it has all that matters for this patient",
+    "useful": "it is relevant, and helps whoever reads it next",
+    "organized": "its parts stand where one looks for them",
+    "comprehensible": "it is clear, without doubt about what is meant",
+    "succinct": "it is brief, and says nothing twice",
+    "synthesized": "it shows that the patient's state was understood and what follows from it",
+    "internally consistent": "no part of it contradicts or ignores another one",
+}
+SCALE = "1: not at all, 5: extremely"
 VERDICTS = {
     "supported": "the dialogue says it",
     "contradicted": "the dialogue says otherwise",
@@ -30,10 +38,16 @@ VERDICTS = {
 }
 FLAGGED = ("contradicted", "not said")
 LEGEND = (
-    '<p>In the note: <mark class="contradicted">contradicted by the dialogue</mark>, <mark>not '
-    'said in it</mark>, <a class="supported">said</a> (each leads to its place). In the dialogue: '
-    '<mark class="missed">missing from the note</mark>. Only what the scorer knows is checked. '
-    "A clinician must review each note.</p>"
+    '<p>In a note: <mark class="contradicted">contradicted by the dialogue</mark>, <mark>not said '
+    'in it</mark>, <a class="supported">said</a>; each leads to its place in the dialogue. '
+)
+LEGEND_OF_DIALOGUE = 'In a dialogue: <mark class="missed">missing from the note</mark>. '
+LEGEND_END = "Only what the scorer knows is checked. A clinician must review each note.</p>"
+TOOLS = (
+    '<p class="tools"><label>Rater <input id="rater"></label> '
+    '<button type="button" id="save">Save the ratings as CSV</button> '
+    '<label class="file">or go on from saved ones <input type="file" id="load" accept=".csv">'
+    '</label> <output id="status"></output></p>'
 )
 
 
@@ -45,6 +59,7 @@ class Span(NamedTuple):
     verdict: str  # a key of VERDICTS
     title: str  # what was understood, such as "5 mg"
     place: tuple[int, int] | None = None  # where the dialogue speaks of it: dialogue[start:end]
+    critical: bool = False  # it may harm the patient
 
 
 def note_spans(row: Row) -> list[Span]:
@@ -59,10 +74,11 @@ def note_spans(row: Row) -> list[Span]:
     taken = bytearray(len(row.note))
     spans = []
     for v in sorted(found, key=lambda v: (ranks[v.verdict], v.statement.start)):
-        start, end = v.statement.start, v.statement.end
+        start = v.statement.start
+        end = v.statement.end
         if not any(taken[start:end]):
             taken[start:end] = b"\1" * (end - start)
-            spans.append(Span(start, end, v.verdict, v.title, v.place))
+            spans.append(Span(start, end, v.verdict, v.title, v.place, v.is_critical))
     return sorted(spans)
 
 
@@ -124,20 +140,25 @@ def as_page(
         visits.append(notes)
     order = sorted(range(len(rows)), key=lambda i: [-n for n in max(v.badness for v in visits[i])])
     body = [f"<h1>{html.escape(title)}</h1>"]
-    if not others:
-        settings = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in (about or {}).items()
-        )
-        body += [f"<table>{settings}</table>"]
-        body.append(f"<details><summary>figures</summary><pre>{html.escape(table)}</pre></details>")
-    body += [LEGEND, _index(visits, order)]
-    body += [_visit(f"v{i}", visits[i], blinded=bool(others)) for i in order]
-    body.append(
-        '<p class="tools"><label>Rater <input id="rater"></label> '
-        '<button type="button" id="save">Save the ratings as CSV</button></p>'
-    )
+    if others:
+        body += [LEGEND, LEGEND_END]
+    else:
+        body += [_about(about or {}, table), LEGEND, LEGEND_OF_DIALOGUE, LEGEND_END]
+    body.append(_index(visits, order))
+    for before, i, after in zip([None, *order], order, [*order[1:], None]):
+        body.append(_visit(i, visits[i], before, after, blinded=bool(others)))
+    body.append(TOOLS)
     return _frame(title, "\n".join(body))
+
+
+def _about(about: dict[str, str], table: str) -> str:
+    """What wrote the notes and how, and the metrics, which are shown on request."""
+    settings = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in about.items()
+    )
+    figures = f"<details><summary>figures</summary><pre>{html.escape(table)}</pre></details>"
+    return f'<table class="about">{settings}</table>{figures}'
 
 
 def _frame(title: str, body: str) -> str:
@@ -159,18 +180,19 @@ def _frame(title: str, body: str) -> str:
 
 
 def _index(visits: list[list[RatedNote]], order: list[int]) -> str:
-    """A table that links to every note, in this order."""
+    """A table that links to every note, in this order. The script fills in what is rated."""
     lines = []
     for i in order:
         name = html.escape(visits[i][0].row.id)
-        for note in visits[i]:
+        for number, note in enumerate(visits[i]):
             contradicted, flagged = note.badness
             lines.append(
                 f'<tr><td><a href="#v{i}">{name}</a></td><td>{note.label}</td>'
                 f"<td>{contradicted}</td><td>{flagged - contradicted}</td>"
-                f"<td>{len(note.row.note.split()):,}</td><td>{_ending(note.row)}</td></tr>"
+                f"<td>{len(note.row.note.split()):,}</td>"
+                f'<td data-rated="v{i}-{number}-r"></td><td>{_ending(note.row)}</td></tr>'
             )
-    heads = ("visit", "note", "contradicted", "not said", "words", "")
+    heads = ("visit", "note", "contradicted", "not said", "words", "rated", "")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f'<table id="index"><tr>{head}</tr>{"".join(lines)}</table>'
 
@@ -181,8 +203,11 @@ def _ending(row: Row) -> str:
     return ", ".join(filter(None, (looped, cut_off)))
 
 
-def _visit(anchor: str, notes: list[RatedNote], blinded: bool) -> str:
-    """The part of the page about one dialogue. anchor: its id in the page."""
+def _visit(
+    number: int, notes: list[RatedNote], before: int | None, after: int | None, blinded: bool
+) -> str:
+    """The part of the page about one dialogue. before, after: the visits beside it on the page."""
+    anchor = f"v{number}"
     row = notes[0].row
     places = {span.place for note in notes for span in note.spans if span.place}
     missed = [] if blinded else dialogue_spans(row)
@@ -191,62 +216,80 @@ def _visit(anchor: str, notes: list[RatedNote], blinded: bool) -> str:
         reference = f'<p class="text">{html.escape(row.reference)}</p>'
         columns.append(f"<div><h3>reference</h3>{reference}</div>")
     dialogue = _mark_dialogue(row.dialogue, missed, sorted(places), anchor)
-    counts = ", ".join(f"{note.label}: {len(note.flags)} flagged" for note in notes)
+    counts = [f"{n.label}: {_counts(n)}" if blinded else _counts(n) for n in notes]
     endings = "".join(f", {ending}" for ending in map(_ending, [n.row for n in notes]) if ending)
+    neighbours = (("previous", before), ("next", after))
+    links = "".join(f' <a href="#v{i}">{word}</a>' for word, i in neighbours if i is not None)
     return (
-        f'<section id="{anchor}"><h2>{html.escape(row.id)}: {counts}{endings} '
-        '<a href="#index">index</a></h2><div class="visit">'
+        f'<section id="{anchor}"><h2>{html.escape(row.id)}: {"; ".join(counts)}{endings}</h2>'
+        f'<nav><a href="#index">index</a>{links}</nav><div class="visit">'
         f'<div class="dialogue"><h3>dialogue</h3><p class="text">{dialogue}</p></div>'
         f'<div class="notes">{"".join(columns)}</div></div></section>'
     )
 
 
-def _note(name: str, anchor: str, note: RatedNote) -> str:
-    """A note with its marks, the list of its flags, and its blank ratings."""
+def _note(anchor: str, visit: str, note: RatedNote) -> str:
+    """A note with its marks, the list of its flags, and its blank ratings.
+
+    anchor, visit: the ids of the note and of its dialogue's part of the page.
+    """
+    return (
+        f'<div><h3>{note.label} <a href="#{anchor}-r">rate</a></h3>'
+        f'<p class="text">{_mark_note(anchor, visit, note)}</p>'
+        f'<ul class="flags">{_flags(anchor, visit, note)}</ul>{_rating(f"{anchor}-r", note)}</div>'
+    )
+
+
+def _mark_note(anchor: str, visit: str, note: RatedNote) -> str:
+    """The note as HTML: each statement is marked, and linked to where the dialogue speaks."""
     text = note.row.note
     parts = []
     end = 0
     for i, span in enumerate(note.spans):
-        if span.start < end:  # inside the one before
-            continue
         parts.append(html.escape(text[end : span.start]))
         mention = html.escape(text[span.start : span.end])
         title = html.escape(f"{VERDICTS[span.verdict]}: {span.title}")
-        target = f' href="#{anchor}-p{span.place[0]}"' if span.place else ""
+        target = f' href="#{visit}-p{span.place[0]}"' if span.place else ""
         if span.verdict in FLAGGED:
             mention = f"<a{target}>{mention}</a>" if target else mention
             css = ' class="contradicted"' if span.verdict == "contradicted" else ""
-            parts.append(f'<mark{css} id="{name}-f{i}" title="{title}">{mention}</mark>')
+            parts.append(f'<mark{css} id="{anchor}-f{i}" title="{title}">{mention}</mark>')
         else:
             parts.append(f'<a class="supported"{target} title="{title}">{mention}</a>')
         end = span.end
-    parts.append(html.escape(text[end:]))
-    flags = "".join(
-        f'<li><a href="#{name}-f{i}">{html.escape(span.title)}</a>: '
-        f"{_whereabouts(span, anchor)}</li>"
-        for i, span in enumerate(note.spans)
-        if span.verdict in FLAGGED
-    )
-    return (
-        f'<div><h3>{note.label}</h3><p class="text">{"".join(parts)}</p>'
-        f'<ul class="flags">{flags}</ul>{_rating(note)}</div>'
-    )
+    return "".join([*parts, html.escape(text[end:])])
 
 
-def _whereabouts(span: Span, anchor: str) -> str:
-    said = VERDICTS[span.verdict]
-    return f'<a href="#{anchor}-p{span.place[0]}">{said}</a>' if span.place else said
+def _flags(anchor: str, visit: str, note: RatedNote) -> str:
+    """A line for each flagged statement: its mark in the note, and its place in the dialogue."""
+    lines = []
+    for i, span in enumerate(note.spans):
+        if span.verdict in FLAGGED:
+            said = VERDICTS[span.verdict]
+            if span.place:
+                said = f'<a href="#{visit}-p{span.place[0]}">{said}</a>'
+            critical = ", <b>critical</b>" if span.critical else ""
+            mark = f'<a href="#{anchor}-f{i}">{html.escape(span.title)}</a>'
+            lines.append(f"<li>{mark}: {said}{critical}</li>")
+    return "".join(lines)
 
 
-def _rating(note: RatedNote) -> str:
+def _counts(note: RatedNote) -> str:
+    contradicted, flagged = note.badness
+    return f"{contradicted} contradicted, {flagged - contradicted} not said"
+
+
+def _rating(anchor: str, note: RatedNote) -> str:
     """Blank fields: PDQI-9's items and a remark."""
     points = "".join(f"<option>{i}</option>" for i in ("", *range(1, 6)))
     fields = "".join(
-        f'<label>{item} <select data-item="{item}">{points}</select></label>' for item in RATINGS
+        f'<label title="{meaning}">{item} <select data-item="{item}">{points}</select></label>'
+        for item, meaning in RATINGS.items()
     )
     return (
-        f'<div class="rating" data-id="{html.escape(note.row.id)}" data-note="{note.label}">'
-        f'{fields}<label>remark <input data-item="remark"></label></div>'
+        f'<fieldset class="rating" id="{anchor}" data-id="{html.escape(note.row.id)}" '
+        f'data-note="{note.label}"><legend>{note.label}, rated ({SCALE})</legend>{fields}'
+        '<label class="remark">remark <input data-item="remark"></label></fieldset>'
     )
 
 

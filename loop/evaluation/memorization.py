@@ -96,7 +96,7 @@ def _made_up_patient(rng: random.Random, names: set[str], text: str) -> tuple[st
             return name, number
 
 
-def plant(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
+def plant_canaries(rows: list[Conversation], canaries: list[Canary]) -> list[dict]:
     """The rows with id, dialogue, soap and the request's columns, canaries ending their notes.
 
     The dialogues stay as they are. What only the note holds can't be copied from the dialogue, so
@@ -136,7 +136,10 @@ def prepare_canary_run(
     problem = None
     if ranks.is_main:
         try:
-            _write_rows(folder, {"train": plant(train, canaries), "valid": plant(valid, [])})
+            _write_rows(
+                folder,
+                {"train": plant_canaries(train, canaries), "valid": plant_canaries(valid, [])},
+            )
         except OSError as error:
             problem = f"run.dir, run.name: {folder} cannot be written ({error.strerror})"
     problem = ranks.all_gather_json(problem)[0]

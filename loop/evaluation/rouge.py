@@ -1,9 +1,9 @@
 """ROUGE of a note (Lin 2004) and its edit distance, for texts of any length and kind.
 
 Words and n-grams are those of `rouge-score`, and every figure equals its own to the bit, but for
-texts of one word or none. Its
-longest common subsequence fills a table of Python integers: a minute and gigabytes for a note that
-ran in circles. Here a row of the table is the bits of one integer, and few rows are kept.
+texts of one word or none. Its longest common subsequence fills a table of Python integers: a minute
+and gigabytes for a note that ran in circles. Here a row of the table is the bits of one integer,
+and few rows are kept.
 """
 
 import collections
@@ -43,7 +43,8 @@ def rouge_scores(reference: str, note: str) -> dict[str, float]:
     """
     tokenize = _tokenizer()
     scores = {name: s.fmeasure for name, s in _ngram_scorer().score(reference, note).items()}
-    words, note_words = tokenize(reference), tokenize(note)
+    words = tokenize(reference)
+    note_words = tokenize(note)
     if not words and reference.strip() and reference.strip() == note.strip():
         return dict.fromkeys(ROUGE, 1.0)
     if len(words) == 1 and words == note_words:
@@ -186,7 +187,8 @@ def lcs_indices(words: list[str], others: tuple[str, ...]) -> list[int]:
             first = (i - 1) // stride * stride
             rows = table.rows(first, kept[first // stride])
             block = [kept[first // stride], *(row for row, _ in zip(rows, range(stride)))]
-        row, above = block[i - first], block[i - 1 - first]
+        row = block[i - first]
+        above = block[i - 1 - first]
         j, matched = _walk_left(row, above, words[i - 1], others, j)
         if matched:
             found.append(i - 1)
@@ -242,7 +244,8 @@ def edit_distance(text: str, other: str) -> int:
     mask = LcsTable(list(text), tuple(other)).mask
     columns = (1 << len(other)) - 1
     last = 1 << (len(other) - 1)
-    more, less = columns, 0
+    more = columns
+    less = 0
     distance = len(other)
     for character in text:
         match = mask(character)

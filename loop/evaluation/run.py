@@ -21,9 +21,10 @@ from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
 from ..distributed.stop import StopRequest
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks, init_distributed
 from ..facts.challenge import challenge
+from ..facts.matching import CONTRADICTED, Verdict
 from ..families.admission import admit_base, check_vocabulary
 from ..generation.decode import Note
 from ..generation.notes_file import KeptNotes, digest, read_predictions
@@ -78,7 +79,7 @@ def evaluate_split(config: Config, options: EvaluationOptions) -> dict:
     """
     check_options(config, options)
     reference_config = with_reference(config, options.reference)
-    with part("data"):
+    with timed("data"):
         conversations = {c.id: c for c in read_split(reference_config, options.split)[0]}
         train = read_split(reference_config, "train")[0] if options.num_notes != 0 else []
     compared = read_compared(options, conversations)
@@ -144,7 +145,7 @@ def evaluate_model(
     """
     ds_config = build_ds_config(config)
     tokenizer, model_config = admit_base(config)
-    with part("data"):
+    with timed("data"):
         examples, dataset_report = load_examples(config, tokenizer, options.split)
     check_vocabulary(config.base, model_config, {e.id: e.input_ids for e in examples})
     # The reference column may lack some.
@@ -162,7 +163,7 @@ def evaluate_model(
             "examples": len(examples),
             "left out": dataset_report.rows - dataset_report.kept,
         }
-        notes = part("notes")(generate_sharded)(
+        notes = timed("notes")(generate_sharded)(
             engine,
             tokenizer,
             sampled,
@@ -255,12 +256,12 @@ def load_engine(
     """
     supervised = sum(e.num_targets for e in examples) / max(1, sum(map(len, examples)))
     model, max_tokens = build_trained(config, ds_config, model_config, adapter, supervised, ranks)
-    with part("engine"):
+    with timed("engine"):
         engine = deepspeed.initialize(model=model, config=ds_config)[0]
     return engine, PackingSpec(max_tokens, config.max_seq_len)
 
 
-@part("evaluation")
+@timed("evaluation")
 def measure_loss(
     engine, examples: list[Example], packing: PackingSpec, ranks: Ranks, stop: StopRequest
 ) -> dict[str, float | None]:
@@ -342,14 +343,22 @@ def list_unsupported(rows: list[Row], task: TaskConfig = SOAP) -> dict[str, list
 def _unsupported(task: TaskConfig, rows: list[Row]) -> dict[str, list[str]]:
     found = {}
     for row in rows:
-        lines = {}
         starts = section_starts(row.note, task)
-        for v in flagged(row):
-            s = v.statement
-            section = section_of(starts, s.start)
-            what = v.title if s.kind != "claim" else f"characters {s.start} to {s.end}"
-            line = f"{v.verdict}, {s.kind}: {what}" + f" [{section}]" * bool(section)
-            lines[f"critical, {line}" if v.is_critical else line] = v.verdict != "contradicted"
+        # Sorted as they stand here: False, a contradiction, comes first.
+        lines = {(v.verdict != CONTRADICTED, _flag_line(v, starts)) for v in flagged(row)}
         if lines:
-            found[row.id] = sorted(lines, key=lambda line: (lines[line], line))
+            found[row.id] = [line for _, line in sorted(lines)]
     return found
+
+
+def _flag_line(flag: Verdict, starts: list[tuple[int, str]]) -> str:
+    """Such as "critical, contradicted, dose: 5 mg [P]". starts: of `section_starts`."""
+    statement = flag.statement
+    what = flag.title
+    if statement.kind == "claim":
+        what = f"characters {statement.start} to {statement.end}"
+    section = section_of(starts, statement.start)
+    line = f"{flag.verdict}, {statement.kind}: {what}"
+    if flag.is_critical:
+        line = f"critical, {line}"
+    return f"{line} [{section}]" if section else line

@@ -27,7 +27,7 @@ from ..facts.matching import (
 )
 from .rouge import ROUGE, edit_similarity, rouge_scores
 
-TITLE_WIDTH = 28  # of the table's first column
+TITLE_WIDTH = 28  # of the table's first column, at least
 # Of white space without line breaks: many empty lines would be read again from each of them.
 _MARKDOWN = re.compile(r"\*\*|__|`|^[^\S\n]*(#{1,6}|[*+]) ", re.MULTILINE)
 
@@ -384,7 +384,8 @@ def as_table(report: dict[str, dict], task: TaskConfig = SOAP) -> str:
     metrics = metrics_of(task)
     columns = dict.fromkeys(key for values in report.values() for key in values)
     others = [key for key in columns if key not in ("value", "low", "high", "of")]
-    header = f"  {'':{TITLE_WIDTH}}{'notes':>8}  {'95 % interval':^17}"
+    width = max([TITLE_WIDTH, *(len(metrics[name].title) for name in report)])
+    header = f"  {'':{width}}{'notes':>8}  {'95 % interval':^17}"
     lines = [header + "".join(f"{other:>14}" for other in others)]
     for name, values in report.items():
         metric = metrics[name]
@@ -394,7 +395,7 @@ def as_table(report: dict[str, dict], task: TaskConfig = SOAP) -> str:
             if key != "of"
         }
         span = f"{cells['low']} to {cells['high']}" if cells["low"] else ""
-        line = f"  {metric.title:{TITLE_WIDTH}}{cells['value']:>8}  {span:^17}"
+        line = f"  {metric.title:{width}}{cells['value']:>8}  {span:^17}"
         lines.append(line + "".join(f"{cells.get(other, ''):>14}" for other in others))
     if any(values.get("of", FEW_NOTES) < FEW_NOTES for values in report.values()):
         lines.append(f"  Figures of fewer than {FEW_NOTES} notes say little: read the intervals.")

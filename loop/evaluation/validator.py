@@ -7,18 +7,18 @@ from ..data.batch_plan import PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
 from ..distributed.stop import StopRequest
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks
 from ..generation.candidates import read_dialogues
 from ..generation.decode import Note
-from ..generation.engine_choice import free_bytes, keep_between_notes
+from ..generation.engine_choice import free_bytes, keep_writer_cache
 from ..generation.sharded import generate_sharded
 from ..model.build import Execution
 from .choosing import chosen_examples, read_references, score_notes
 from .loss import evaluate_loss
 
 
-def room_beside_steps(execution: Execution, device: torch.device) -> float:
+def free_beside_steps(execution: Execution, device: torch.device) -> float:
     """Bytes of memory that this process could have and that its steps leave, by the estimate."""
     own = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
     steps = sum(execution.estimate_memory(execution.max_tokens).values())
@@ -53,9 +53,9 @@ class Validator:
         self.dialogues = read_dialogues(config, "valid")
         self.references = read_references(config, self.chosen)
         if execution.replicated and config.method != "full":
-            keep_between_notes(engine.module, room_beside_steps(execution, ranks.device) / 2)
+            keep_writer_cache(engine.module, free_beside_steps(execution, ranks.device) / 2)
 
-    @part("evaluation")
+    @timed("evaluation")
     def run(self, state, skip: bool = False) -> bool:
         """Fills `state.eval_metrics` and returns True; or returns False, and logs nothing.
 
@@ -81,7 +81,7 @@ class Validator:
         self.logger.log_validation(step, metrics, {key: note.text for key, note in notes.items()})
         return metrics
 
-    @part("sample notes")
+    @timed("sample notes")
     def _write(self, examples: list[Example], rows: int | None) -> dict[str, Note]:
         """Notes of examples by id, cut off when the run is asked to stop.
 

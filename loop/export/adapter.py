@@ -18,11 +18,11 @@ from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
 from ..data.dataset import TrainingData
 from ..data.tokenization import Example
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.watchdog import set_activity
 from ..distributed.world import Ranks
 from ..evaluation.loss import evaluate_loss
-from ..generation.engine_choice import forget_between_notes
+from ..generation.engine_choice import drop_writer_cache
 from ..model.build import Execution
 from ..model.replay import release_graphs
 from ..optim.adamw import trainable_parameters
@@ -58,7 +58,7 @@ def prepare_audit(config: Config, ranks: Ranks, steps_left: int) -> None:
         start_standalone_process()
 
 
-@part("export")
+@timed("export")
 def export_result(
     engine,
     config: Config,
@@ -82,7 +82,7 @@ def export_result(
     """
     ranks = logger.ranks
     release_graphs(engine.module)  # the audit's process needs their memory
-    forget_between_notes(engine.module)
+    drop_writer_cache(engine.module)
     if config.run.export == "none":
         return {}
     if not adam_step(engine):  # the adapter is still the random one from the start

@@ -26,7 +26,7 @@ from ..data.dataset import load_examples
 from ..data.tokenization import Example
 from ..distributed.files import sha256
 from ..distributed.progress import Progress
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import on_gpu
 from ..generation.prompt import describe_prompt
 from ..model.loading import load_tokenizer, resolve_base
@@ -45,7 +45,7 @@ class AuditError(RuntimeError):
     """What was written is not what was trained."""
 
 
-# ------------------------------------------------------------------ weights
+# ---- weights
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,7 +107,7 @@ def audit_weights(folder: Path, trained: dict[str, torch.Tensor]) -> None:
         raise AuditError(f"{missing[0]} is missing{others}")
 
 
-# ------------------------------------------------------------------ what the files say of the run
+# ---- what the files say of the run
 
 
 def provenance(config: Config, dtype: torch.dtype, weights: Path | None) -> dict:
@@ -155,7 +155,8 @@ def audit_config(folder: Path, config: Config, lora: PeftConfig) -> None:
             f"adapter_config.json names the base {written.base_model_name_or_path}, revision "
             f"{written.revision}; trained was on {config.base}, revision {config.revision}"
         )
-    fields, trained_fields = written.to_dict(), lora.to_dict()
+    fields = written.to_dict()
+    trained_fields = lora.to_dict()
     if key := first_difference(fields, trained_fields):
         raise AuditError(
             f"adapter_config.json says {key}={fields.get(key)}, trained was {trained_fields[key]}"
@@ -204,7 +205,7 @@ def check_adapter(adapter: str, base: str | None = None) -> dict:
     return trained
 
 
-# ------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 _started: list[subprocess.Popen] = []  # the process that waits for its request, if there is one
@@ -271,7 +272,7 @@ def standalone_loss(folder: Path, examples: list[Example], device, timeout: floa
     raise AuditError(f"transformers and PEFT cannot load it ({last_line[:160]})")
 
 
-@part("audit")
+@timed("audit")
 def audit_loss(
     folder: Path, examples: list[Example], loss: float, device, timeout: float = 300
 ) -> dict:

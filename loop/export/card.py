@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.identity import examples_fingerprint
-from ..checkpoint.run_dir import versions, whole_lines
+from ..checkpoint.run_dir import collect_versions, whole_lines
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
 from ..data.dataset import TrainingData
@@ -57,7 +57,7 @@ RECIPE_KEYS = (
 COUNTS = ("rows", "skipped", "dropped", "truncated", "without_headings")
 
 
-# ------------------------------------------------------------------ what trained.json says
+# ---- what trained.json says
 
 
 def describe_run(config: Config, data: TrainingData, plan: BatchPlan, step: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def describe_run(config: Config, data: TrainingData, plan: BatchPlan, step: int)
         "tokens": int(data.lengths[visited].sum()),
         "supervised_tokens": int(data.num_targets[visited].sum()),
         "data": described,
-        "versions": versions(),
+        "versions": collect_versions(),
         "figures": {"validation_loss": validation_loss(config.folder, step), "evaluate": {}},
     }
 
@@ -126,7 +126,7 @@ def record_evaluation(folder: Path, name: str, report: dict[str, Any]) -> None:
     write_card(folder, trained)
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
 def write_papers(folder: Path, trained: dict[str, Any]) -> None:
@@ -186,11 +186,8 @@ def write_card(folder: Path, trained: dict[str, Any]) -> None:
 
 def base_name(base: str) -> str:
     """A hub id as it is; of a local folder the last part, as its path is nobody's business."""
-    return (
-        base
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-        else (Path(base).name)
-    )
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    return base if is_hub_id else Path(base).name
 
 
 def base_license(base: str, revision: str | None) -> str:
@@ -235,7 +232,7 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
     return matter
 
 
-# ------------------------------------------------------------------ the sections
+# ---- the sections
 
 
 def usage(folder: Path, trained: dict[str, Any]) -> str:
@@ -243,7 +240,8 @@ def usage(folder: Path, trained: dict[str, Any]) -> str:
     prompt = trained.get("prompt") or prompt_texts()
     settings = settings_of(trained)
     if "gguf" in trained:
-        file, context = f"model-{trained['gguf']}.gguf", trained.get("max_seq_len") or CONTEXT
+        file = f"model-{trained['gguf']}.gguf"
+        context = trained.get("max_seq_len") or CONTEXT
         return LLAMA_CPP.format(file=file, context=context, request=chat_request(prompt, settings))
     libraries = "transformers and PEFT" if is_adapter(folder) else "transformers"
     kind = "model"

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..config.error_text import first_line
 from ..config.schema import ConfigError
 from .card import CARD, TRAINED, base_name
 
@@ -37,7 +38,7 @@ class Upload(NamedTuple):
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
-def push(folder: Path, repo: str, public: bool = False) -> str:
+def push_to_hub(folder: Path, repo: str, public: bool = False) -> str:
     """Uploads a folder in one commit, and returns the repository's address.
 
     Args:
@@ -68,7 +69,7 @@ def push(folder: Path, repo: str, public: bool = False) -> str:
 
 
 def files_to_push(folder: Path, repo: str) -> list[Upload]:
-    """What `push` would upload. It needs no network. Raises ConfigError."""
+    """What `push_to_hub` would upload. It needs no network. Raises ConfigError."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -94,8 +95,3 @@ def without_local_paths(path: Path) -> bytes | Path:
     if base_name(base) == base:
         return path
     return json.dumps(content | {key: base_name(base)}, indent=1).encode()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -28,7 +28,7 @@ from ..distributed.files import atomic_folder
 from ..distributed.progress import track
 from ..kernels.quantization import QUANTIZATIONS, Quantization
 from ..model.loading import NO_CODE, config_errors_for, resolve_base
-from ..model.lora import try_patterns
+from ..model.lora import check_patterns
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
@@ -125,7 +125,7 @@ def merge(
     return Path(out)
 
 
-# ------------------------------------------------------------------ what is read
+# ---- what is read
 
 
 def find_base(base: str, revision: str | None) -> StoredBase:
@@ -206,7 +206,7 @@ def load_adapted_layers(
     }
     stored = stored_names(model, base)
     try:
-        try_patterns(model, lora_config.to_dict())
+        check_patterns(model, lora_config.to_dict())
         model = get_peft_model(model, lora_config)
     except Exception as error:  # PEFT raises anything at a configuration that is broken
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -289,7 +289,7 @@ def check_names(adapter: str, base: StoredBase, adapted: AdaptedLayers) -> None:
     )
 
 
-# ------------------------------------------------------------------ what is computed
+# ---- what is computed
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def merge_tensor(
     return weight.cpu().contiguous()
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
 def merged_sizes(base: StoredBase, adapted: AdaptedLayers) -> dict[str, int]:

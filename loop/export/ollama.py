@@ -76,7 +76,9 @@ def go_template(tokenizer, prompt: dict) -> str | None:
         text = render(tokenizer, messages, True)
     except (ConfigError, jinja2.TemplateError):
         return None
-    before, found_system, rest = "", "none", text
+    before = ""
+    found_system = "none"
+    rest = text
     if prompt["system"]:
         before, found_system, rest = text.partition(SYSTEM_MARK)
     between, found_dialogue, after = rest.partition(DIALOGUE_MARK)

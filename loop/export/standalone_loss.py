@@ -48,7 +48,8 @@ def load(folder: str, device: str):
 def loss_of(folder: str, device: str, rows: list[tuple[list[int], list[int]]]) -> float:
     """The mean cross-entropy over all labels that count, in nats. rows: (input_ids, labels)."""
     model = load(folder, device)
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for ids, labels in rows:
         input_ids = torch.tensor([ids], device=device)
         logits = model(input_ids=input_ids, use_cache=False).logits[0, :-1].float()  # [L - 1, V]

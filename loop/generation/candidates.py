@@ -72,7 +72,8 @@ def agreement(dialogue: str, note: str) -> float:
     """
     found = compare(dialogue, note)
     stated = [v for v in distinct(found.note) if v.statement.kind != "claim"]
-    right, kept = share_supported(stated), share_supported(distinct(found.dialogue))
+    right = share_supported(stated)
+    kept = share_supported(distinct(found.dialogue))
     return 3 * right * kept / (right + 2 * kept) if right and kept else 0.0
 
 

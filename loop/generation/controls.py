@@ -171,7 +171,7 @@ class LoopDetector:
         return (self.equal >= self.needed).any(1)
 
 
-def warpers(temperature: float, top_p: float, min_p: float = 0.0) -> LogitsProcessorList:
+def sampling_warpers(temperature: float, top_p: float, min_p: float = 0.0) -> LogitsProcessorList:
     """What makes logits those to draw from; empty for greedy notes.
 
     top_p: of Holtzman et al., arXiv 1904.09751. min_p: of Nguyen et al., arXiv 2407.01082.
@@ -185,11 +185,13 @@ def warpers(temperature: float, top_p: float, min_p: float = 0.0) -> LogitsProce
     return processors
 
 
-def sampling(
+def sampling_processors(
     temperature: float, top_p: float, seed: int, keys: list[str], min_p: float = 0.0
 ) -> LogitsProcessorList:
     """The logits processors with which `generate_notes` samples instead of being greedy."""
-    return LogitsProcessorList([*warpers(temperature, top_p, min_p), GumbelSampler(seed, keys)])
+    return LogitsProcessorList(
+        [*sampling_warpers(temperature, top_p, min_p), GumbelSampler(seed, keys)]
+    )
 
 
 class SlotChoice:
@@ -197,7 +199,7 @@ class SlotChoice:
 
     def __init__(self, generation: GenerationSettings, num_slots: int, device) -> None:
         self.generation = generation
-        self.warpers = warpers(generation.temperature, generation.top_p, generation.min_p)
+        self.warpers = sampling_warpers(generation.temperature, generation.top_p, generation.min_p)
         self.keys = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.places = torch.zeros_like(self.keys)  # tokens that each note has
         self.bans: list[NgramBan | None] = [None] * num_slots
@@ -254,7 +256,7 @@ def logits_processors(
         processors.append(NoRepeatNgram(generation.no_repeat_ngram, beginnings))
     if generation.temperature:
         keys = [f"{id} {section}" for id in ids]
-        processors += sampling(
+        processors += sampling_processors(
             generation.temperature, generation.top_p, generation.seed, keys, generation.min_p
         )
     return processors

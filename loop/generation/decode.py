@@ -17,7 +17,7 @@ from ..data.tokenization import IGNORE, encode_examples
 from ..distributed.watchdog import set_activity
 from ..model.structure import context_length
 from .controls import LoopDetector, logits_processors
-from .engine import NoteRequest, Session, Writing, say_once
+from .engine import NoteRequest, Session, SlotNote, say_once
 from .engine_choice import Engine, EngineError, open_engine
 from .model_mode import generation_mode
 
@@ -202,23 +202,23 @@ def write_notes(
         task: names the headings that are forced.
     """
     forced = task if generation.forced_headings else None
-    written = Written(tokenizer, requests, forced, stop, done)
+    queue = NoteQueue(tokenizer, requests, forced, stop, done)
     reason = "the weights are partitioned" if partitioned else ""
     if requests and not partitioned:
         try:
             with open_engine(model, requests[0].prompt) as engine:
-                return written.complete(engine_writer(engine, tokenizer, generation, stop, rows))
+                return queue.complete(engine_writer(engine, tokenizer, generation, stop, rows))
         except EngineError as error:
             reason = str(error)
         except torch.OutOfMemoryError:
             reason = "memory is short"
     if reason:
         say_once(f"notes       written by transformers' generate, which takes longer: {reason}")
-    return written.complete(plain_writer(model, tokenizer, generation, synced, stop, rows or ROWS))
+    return queue.complete(plain_writer(model, tokenizer, generation, synced, stop, rows or ROWS))
 
 
-class Written:
-    """The notes of some requests so far; another writer can go on with those that are missing."""
+class NoteQueue:
+    """Requests and the notes on them so far. One writer can go on where another one failed."""
 
     def __init__(self, tokenizer, requests, forced: TaskConfig | None, stop, done) -> None:
         """forced: the task whose headings are forced, if any. The rest as in `write_notes`."""
@@ -257,12 +257,12 @@ def engine_writer(
     def write(requests, section, until, done) -> list[Note]:
         notes = [Note("", False)] * len(requests)  # of those that `stop` keeps from beginning
 
-        def end(number: int, writing: Writing) -> None:
-            text = tokenizer.decode(writing.tokens, skip_special_tokens=True)
-            has_eos = writing.tokens[-1] == tokenizer.eos_token_id
+        def end(number: int, written: SlotNote) -> None:
+            text = tokenizer.decode(written.tokens, skip_special_tokens=True)
+            has_eos = written.tokens[-1] == tokenizer.eos_token_id
             text = text if until else text.strip()
-            notes[number] = Note(text, has_eos, writing.looped)
-            if done and (has_eos or not writing.stopped):
+            notes[number] = Note(text, has_eos, written.looped)
+            if done and (has_eos or not written.stopped):
                 done(number, notes[number])
 
         def meets_until(tokens: list[int]) -> bool:

@@ -45,7 +45,8 @@ def read_linear(module: Any) -> Linear | None:
     """What a module computes where it is a linear layer, plain, quantised or with a plain LoRA."""
     if is_plain_lora(module) and not module.disable_adapters:
         (name,) = module.active_adapters
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        a = module.lora_A[name].weight
+        b = module.lora_B[name].weight
         return Linear(module.base_layer, (a, b, module.scaling[name]))
     if find_quantization(module) or type(module) is nn.Linear:
         return Linear(module, None)
@@ -117,7 +118,8 @@ class JointProduct:
     def fetch(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The output of layer `number`. Layers are called in turn with the same tensor object."""
         if self.input is not x or self.outputs[number] is None:
-            self.input, self.outputs = x, list(self.compute(x))
+            self.input = x
+            self.outputs = list(self.compute(x))
         output = self.outputs[number]
         assert output is not None
         self.outputs[number] = None

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from ..config.error_text import first_line
 from ..config.schema import GenerationSettings
 from ..distributed.watchdog import set_activity
 from ..kernels.cuda_graphs import undo_failed_capture
@@ -45,7 +46,7 @@ class NoteRequest:
 
 
 @dataclass
-class Writing:
+class SlotNote:
     """A note that is being written in a slot."""
 
     number: int  # of its request
@@ -134,8 +135,8 @@ class SlotModel:
             self.graph = graph
         except RuntimeError as problem:  # a kernel that waits for the GPU or refuses
             undo_failed_capture(stream)
-            lines = str(problem).strip().splitlines() or [type(problem).__name__]
-            say_once(f"notes       steps are launched kernel by kernel: {lines[0][:120]}")
+            reason = first_line(problem, 120)
+            say_once(f"notes       steps are launched kernel by kernel: {reason}")
         self.can_capture = False
 
 
@@ -148,7 +149,7 @@ class Session:
         requests: list[NoteRequest],
         generation: GenerationSettings,
         eos_token: int | None,
-        done: Callable[[int, Writing], None],
+        done: Callable[[int, SlotNote], None],
         stop=None,
         until: Callable[[list[int]], bool] | None = None,
     ) -> None:
@@ -175,7 +176,7 @@ class Session:
         self.loops = LoopDetector(num_slots) if generation.end_loops else None
         # Of each slot the last tokens, -1 where there are none yet.
         self.recent = torch.full((num_slots, LONGEST_PERIOD + 1), -1)
-        self.writings: dict[int, Writing] = {}  # by slot
+        self.notes: dict[int, SlotNote] = {}  # by slot
         self.idle = list(range(num_slots))
         self.pending = deque(sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)))
 
@@ -183,12 +184,12 @@ class Session:
     def run(self) -> None:
         num_slots = self.model.kv.shape[0]
         enough = max(1, num_slots // 16)  # idle slots that are worth a row of prompts
-        while self.pending or self.writings:
+        while self.pending or self.notes:
             if self.stop and self.stop.requested:
                 self.pending.clear()
-            if self.pending and (len(self.idle) >= enough or not self.writings):
+            if self.pending and (len(self.idle) >= enough or not self.notes):
                 self._fill()
-            if self.writings:
+            if self.notes:
                 self._steps()
 
     def _fill(self) -> None:
@@ -200,13 +201,13 @@ class Session:
             if prompts and sum(map(len, prompts)) + len(request.prompt) > PROMPT_TOKENS:
                 break
             slot = self.idle.pop(0)
-            self.writings[slot] = Writing(self.pending.popleft(), request.max_new_tokens)
+            self.notes[slot] = SlotNote(self.pending.popleft(), request.max_new_tokens)
             slots.append(slot)
             prompts.append(request.prompt)
             self.recent[slot] = -1
             if self.loops:
                 self.loops.forget(slot)
-        chosen = [self.requests[self.writings[slot].number] for slot in slots]
+        chosen = [self.requests[self.notes[slot].number] for slot in slots]
         self.choice.begin(slots, [r.key for r in chosen], [r.begun for r in chosen])
         tokens = self.choice.choose(self.model.read_prompts(prompts, slots), slots)
         self.model.ids[slots, 0] = tokens
@@ -216,7 +217,7 @@ class Session:
 
     def _steps(self) -> None:
         """Some steps for all slots, then what came of them is read at once."""
-        left = max(w.limit - len(w.tokens) for w in self.writings.values())
+        left = max(w.limit - len(w.tokens) for w in self.notes.values())
         longest = self._longest()
         chosen = []
         for number in range(min(left, self.steps_a_reading)):
@@ -227,7 +228,7 @@ class Session:
         steps = torch.stack(chosen, 1).cpu()  # [slots, steps]
         looping = self._find_loops(steps) if self.loops else {}
         values = steps.tolist()
-        self._take({slot: values[slot] for slot in self.writings}, looping)
+        self._take({slot: values[slot] for slot in self.notes}, looping)
 
     def _find_loops(self, steps: torch.Tensor) -> dict[int, int]:
         """Of slots whose tokens, [slots, steps], run in circles: after how many steps."""
@@ -244,7 +245,7 @@ class Session:
     def _longest(self) -> int:
         """Tokens of the longest note with its prompt, before the one that is computed next."""
         return max(
-            len(self.requests[w.number].prompt) + len(w.tokens) - 1 for w in self.writings.values()
+            len(self.requests[w.number].prompt) + len(w.tokens) - 1 for w in self.notes.values()
         )
 
     def _take(self, tokens: dict[int, list[int]], looping: dict[int, int]) -> None:
@@ -255,34 +256,34 @@ class Session:
         stopped = bool(self.stop and self.stop.requested)
         ended = []
         for slot, new in tokens.items():
-            writing = self.writings[slot]
-            before = len(writing.tokens)
-            new = new[: writing.limit - before]
+            note = self.notes[slot]
+            before = len(note.tokens)
+            new = new[: note.limit - before]
             if self.eos_token in new:
                 new = new[: new.index(self.eos_token) + 1]
-            met = self._append(slot, writing, new[: looping.get(slot)])
-            has_eos = writing.tokens[-1] == self.eos_token
-            writing.looped = len(writing.tokens) - before == looping.get(slot) and not has_eos
-            writing.stopped = stopped
-            full = len(writing.tokens) >= writing.limit
-            if has_eos or full or met or stopped or writing.looped:
+            met = self._append(slot, note, new[: looping.get(slot)])
+            has_eos = note.tokens[-1] == self.eos_token
+            note.looped = len(note.tokens) - before == looping.get(slot) and not has_eos
+            note.stopped = stopped
+            full = len(note.tokens) >= note.limit
+            if has_eos or full or met or stopped or note.looped:
                 ended.append(slot)
-        set_activity(f"writing notes, {len(self.writings)} at a time")
+        set_activity(f"writing notes, {len(self.notes)} at a time")
         for slot in ended:
-            writing = self.writings.pop(slot)
+            note = self.notes.pop(slot)
             self.idle.append(slot)
-            self.done(writing.number, writing)
+            self.done(note.number, note)
         if ended:
             self.model.free(ended)
 
-    def _append(self, slot: int, writing: Writing, new: list[int]) -> bool:
+    def _append(self, slot: int, note: SlotNote, new: list[int]) -> bool:
         """Appends tokens to a note; True, and no more of them, where `until` is met."""
         if not (self.until or self.choice.needs_each_token):
-            writing.tokens += new
+            note.tokens += new
             return False
         for token in new:
-            writing.tokens.append(token)
+            note.tokens.append(token)
             self.choice.append(slot, token)
-            if self.until and self.until(writing.tokens):
+            if self.until and self.until(note.tokens):
                 return True
         return False

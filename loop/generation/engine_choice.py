@@ -15,8 +15,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..config.error_text import first_line
 from ..kernels.attention_backends import choose_backend
-from ..model.structure import decoder_layers
+from ..model.structure import attention_shape, decoder_layers
 from .dense_weights import DenseWeights, dense_bytes
 from .engine import STEPS_A_READING, NoteRequest, SlotModel
 from .kv_slots import SLOT_ATTENTION, KVSlots, flash_step_works
@@ -30,14 +31,14 @@ BOUND = 1e-3  # of the logits' relative error in that comparison
 BOUND_OF_16_BITS = 0.1  # rounding is some 0.02; a wrong mask or position is 0.5 and more
 
 _checked: WeakKeyDictionary = WeakKeyDictionary()  # a model: why it can't be used, or ""
-_kept: WeakKeyDictionary = WeakKeyDictionary()  # a model: its Kept
+_caches: WeakKeyDictionary = WeakKeyDictionary()  # a model: its WriterCache
 
 
 class EngineError(RuntimeError):
     """Why notes can't be written by the engine, in a few words."""
 
 
-class Kept:
+class WriterCache:
     """What the next notes of a model can use again: copies of its weights, and a recorded step.
 
     Its base is frozen, and its weights stay where they are. LoRA is read anew each time.
@@ -53,7 +54,9 @@ class Kept:
         """Forgets everything where a weight has moved."""
         addresses = [p.data_ptr() for p in base.parameters()]
         if addresses != self.addresses:
-            self.dense, self.slots, self.addresses = None, None, addresses
+            self.dense = None
+            self.slots = None
+            self.addresses = addresses
 
     @property
     def num_bytes(self) -> int:
@@ -64,38 +67,35 @@ class Kept:
     def forget_what_is_large(self) -> None:
         """Gives the memory back where it is more than may be kept."""
         if self.num_bytes > self.most_bytes:
-            self.dense, self.slots = None, None
+            self.dense = None
+            self.slots = None
 
 
-def keep_between_notes(model, most_bytes: float) -> None:
+def keep_writer_cache(model, most_bytes: float) -> None:
     """Lets notes of this model, whose base is frozen, begin with what the ones before have made.
 
     most_bytes: of memory that may be kept between them.
     """
-    _kept[model] = Kept(most_bytes)
+    _caches[model] = WriterCache(most_bytes)
 
 
-def bytes_between_notes(model) -> int:
+def writer_cache_bytes(model) -> int:
     """Bytes that are kept for the next notes of this model."""
-    return _kept[model].num_bytes if model in _kept else 0
+    return _caches[model].num_bytes if model in _caches else 0
 
 
-def forget_between_notes(model) -> None:
-    """Gives the memory back that `keep_between_notes` has taken."""
-    _kept.pop(model, None)
+def drop_writer_cache(model) -> None:
+    """Gives the memory back that `keep_writer_cache` has taken."""
+    _caches.pop(model, None)
 
 
 class Engine:
     """A model that is ready to write notes; made by `open_engine`."""
 
-    def __init__(self, base: PreTrainedModel, kept: Kept | None = None) -> None:
-        config = base.config.get_text_config()  # of the language model
-        query_heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or query_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    def __init__(self, base: PreTrainedModel, cache: WriterCache | None = None) -> None:
         self.base = base
-        self.kept = kept
-        self.heads = (query_heads, key_heads, size)
+        self.cache = cache
+        self.heads = attention_shape(base.config.get_text_config())  # of the language model
         self.backend = prompt_backend(base.device, base.dtype, self.heads)
 
     def make_slots(self, num_slots: int, longest: int) -> SlotModel:
@@ -103,7 +103,8 @@ class Engine:
 
         Raises EngineError where memory is short.
         """
-        device, dtype = self.base.device, self.base.dtype
+        device = self.base.device
+        dtype = self.base.dtype
         capacity = longest + STEPS_A_READING
         _, key_heads, size = self.heads
         per_token = 2 * key_heads * size * dtype.itemsize * len(decoder_layers(self.base))
@@ -121,11 +122,11 @@ class Engine:
         """Slots for these notes, `most` at a time."""
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         count = min(most or MOST_SLOTS, len(requests))
-        slots = self.kept.slots if self.kept else None
+        slots = self.cache.slots if self.cache else None
         if slots is None or not slots.serves(count, longest):
             slots = self.make_slots(count, longest)
-            if self.kept:
-                self.kept.slots = slots
+            if self.cache:
+                self.cache.slots = slots
         slots.free_all()
         return slots
 
@@ -206,14 +207,14 @@ def open_engine(model, prompt: list[int]) -> Iterator[Engine]:
         raise EngineError(_checked[model])
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = (prompt * (1 + CHECKED_STEPS))[:CHECKED_TOKENS]
-    kept = _kept.get(model)
+    cache = _caches.get(model)
     with contextlib.ExitStack() as stack:
         try:
-            dense = ready_weights(base, kept)
+            dense = ready_weights(base, cache)
             theirs = None if model in _checked else plain_logits(model, base, ids)
             stack.enter_context(generation_mode(model, SLOT_ATTENTION))
             stack.enter_context(dense.installed())
-            engine = Engine(base, kept)
+            engine = Engine(base, cache)
             if theirs is not None:
                 error = logits_error(engine.logits(ids), theirs)
                 if not error < (BOUND if base.dtype == torch.float32 else BOUND_OF_16_BITS):
@@ -224,23 +225,22 @@ def open_engine(model, prompt: list[int]) -> Iterator[Engine]:
         except EngineError:
             raise
         except Exception as error:  # whatever the model or a kernel can't do
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            _checked[model] = lines[0][:160]
+            _checked[model] = first_line(error, 160)
             raise EngineError(_checked[model]) from error
         yield engine
-    if kept:
-        kept.forget_what_is_large()
+    if cache:
+        cache.forget_what_is_large()
 
 
-def ready_weights(base: PreTrainedModel, kept: Kept | None) -> DenseWeights:
+def ready_weights(base: PreTrainedModel, cache: WriterCache | None) -> DenseWeights:
     """The weights of a model that writes now; what was kept is used. Raises EngineError."""
-    if kept:
-        kept.check(base)
-        if kept.dense:
-            kept.dense.read_lora()
-            return kept.dense
+    if cache:
+        cache.check(base)
+        if cache.dense:
+            cache.dense.read_lora()
+            return cache.dense
     refuse_unfit(base)
     dense = DenseWeights(decoder_layers(base))
-    if kept:
-        kept.dense = dense
+    if cache:
+        cache.dense = dense
     return dense

@@ -70,16 +70,20 @@ class KVSlots:
         keys, values = self.layers[module]
         key, value = key.transpose(1, 2), value.transpose(1, 2)  # [B, T, Hkv, D]
         if self.prompts:
-            slots, places = self.prompts.slots, self.prompts.places
-            keys[slots, places], values[slots, places] = key[0], value[0]
-            q, bounds = query[0].transpose(0, 1), self.prompts.cu_seqlens
+            slots = self.prompts.slots
+            places = self.prompts.places
+            keys[slots, places] = key[0]
+            values[slots, places] = value[0]
+            q = query[0].transpose(0, 1)
+            bounds = self.prompts.cu_seqlens
             longest = self.prompts.max_seqlen
             out = packed_attention(q, key[0], value[0], bounds, longest, self.backend, scale)
             return out.unsqueeze(0)
         if self.flash:
             return flash_step(query, key, value, keys, values, self.lengths, scale)
         places = self.lengths.long()
-        keys[self.all_slots, places], values[self.all_slots, places] = key[:, 0], value[:, 0]
+        keys[self.all_slots, places] = key[:, 0]
+        values[self.all_slots, places] = value[:, 0]
         return masked_step(query, keys, values, self.mask, scale)
 
 
@@ -155,7 +159,8 @@ def flash_step_works(dtype: torch.dtype, heads: tuple[int, int, int], device) ->
     slots.layers[module] = keys.clone(), values.clone()
     wanted = slots.attend(module, query, key, value, None)
     try:
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
         out = flash_step(query, key, value, keys, values, slots.lengths, None)
     except FLASH_REFUSES:
         return False

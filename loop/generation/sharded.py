@@ -46,31 +46,31 @@ def fits_unsharded(model, ranks: Ranks) -> bool:
     return not ranks.any(full_bytes > free_bytes / 2)
 
 
-class Way(NamedTuple):
-    """How the weights are where notes are written."""
+class WeightAccess(NamedTuple):
+    """How a rank reaches all weights of a ZeRO-3 engine while it writes notes."""
 
     gathered: bool  # once, for all notes
     partitioned: bool  # they come and go by layers
     lockstep: bool  # the ranks, as each takes part in all gathers of a layer
 
 
-def choose_way(engine, ranks: Ranks) -> Way:
+def choose_access(engine, ranks: Ranks) -> WeightAccess:
     """What the memory allows. Every rank must call it, and gets the same answer."""
     # A GPU may be prefetching for a step to come; what is in flight can't be gathered.
     engine.empty_partition_cache()
     replicated = is_replicated(engine)
     gathered = not replicated and fits_unsharded(engine.module, ranks)
     partitioned = not replicated and not gathered
-    return Way(gathered, partitioned, partitioned and ranks.world_size > 1)
+    return WeightAccess(gathered, partitioned, partitioned and ranks.world_size > 1)
 
 
-def batch_rows(rows: int | None, ranks: Ranks, way: Way, candidates: int = 1) -> int:
+def batch_rows(rows: int | None, ranks: Ranks, access: WeightAccess, candidates: int = 1) -> int:
     """Dialogues of a batch: `rows`, but no more than are good here; None: so many.
 
     candidates: notes drawn on each, which in lockstep are written one after the other.
     """
-    most = GPU_ROWS if ranks.device.type == "cuda" and not way.partitioned else ROWS
-    if not way.lockstep:
+    most = GPU_ROWS if ranks.device.type == "cuda" and not access.partitioned else ROWS
+    if not access.lockstep:
         most = max(1, most // candidates)
     return min(rows or most, most)
 
@@ -80,7 +80,7 @@ def write_batches(
     tokenizer,
     batches: list[list[NoteRequest]],
     generation: GenerationSettings,
-    way: Way,
+    access: WeightAccess,
     ranks: Ranks,
     stop,
     task: TaskConfig,
@@ -88,15 +88,15 @@ def write_batches(
     """Gives the notes of one batch after the other by their keys, until `stop` is set."""
     for batch in batches:
         # In lockstep all of them stop, before the same batch.
-        if stop and (ranks.any(stop.requested) if way.lockstep else stop.requested):
+        if stop and (ranks.any(stop.requested) if access.lockstep else stop.requested):
             return
         notes = write_best_notes(
             model,
             tokenizer,
             batch,
             generation,
-            partitioned=way.partitioned,
-            synced=way.lockstep,
+            partitioned=access.partitioned,
+            synced=access.lockstep,
             stop=stop,
             task=task,
         )
@@ -137,15 +137,17 @@ def generate_sharded(
     found = dict(kept.found) if kept else {}
     if found.keys() >= {e.id for e in examples}:
         return {e.id: found[e.id] for e in examples}
-    way = choose_way(engine, ranks)
-    rows = batch_rows(rows, ranks, way, generation.candidates)
+    access = choose_access(engine, ranks)
+    rows = batch_rows(rows, ranks, access, generation.candidates)
     batches = batch_by_length(make_requests(examples, dialogues, generation), rows)
-    mine, num_own = share_of(batches, found, way, ranks)
+    mine, num_own = share_of(batches, found, access, ranks)
     set_activity("writing sample notes")  # of a rank without a batch as well
     written: dict[str, Note] = {}
-    gathered = without_zero3_hooks(engine) if way.gathered else contextlib.nullcontext()
+    gathered = without_zero3_hooks(engine) if access.gathered else contextlib.nullcontext()
     with gathered, Progress("writing notes", len(mine), "batches") as progress:
-        writing = write_batches(engine.module, tokenizer, mine, generation, way, ranks, stop, task)
+        writing = write_batches(
+            engine.module, tokenizer, mine, generation, access, ranks, stop, task
+        )
         for number, notes in enumerate(writing):
             progress.advance()
             if kept:
@@ -159,7 +161,7 @@ def generate_sharded(
 
 
 def share_of(
-    batches: list[list[NoteRequest]], found: dict[str, Note], way: Way, ranks: Ranks
+    batches: list[list[NoteRequest]], found: dict[str, Note], access: WeightAccess, ranks: Ranks
 ) -> tuple[list[list[NoteRequest]], int]:
     """(the batches that this rank writes, how many of them, the first ones, are its own).
 
@@ -168,7 +170,7 @@ def share_of(
     batches = [b for b in batches if not found.keys() >= {request.key for request in b}]
     mine = batches[ranks.rank :: ranks.world_size]
     num_own = len(mine)
-    if way.lockstep:
+    if access.lockstep:
         # A rank that has one batch less writes another's, to take part in its all-gathers.
         mine += batches[:1] * (-(-len(batches) // ranks.world_size) - num_own)
     return mine, num_own
@@ -178,12 +180,12 @@ def make_requests(
     examples: list[Example], dialogues: dict[str, str], generation: GenerationSettings
 ) -> list[NoteRequest]:
     """What is asked for on each example; arguments as in `generate_sharded`."""
-    longest, compared = generation.max_new_tokens, generation.candidates > 1
-    return [
-        NoteRequest(e.id, prompt_of(e).tolist(), longest, dialogue=text)
-        for e in examples
-        for text in [dialogues[e.id] if compared else ""]
-    ]
+    requests = []
+    for e in examples:
+        dialogue = dialogues[e.id] if generation.candidates > 1 else ""
+        prompt = prompt_of(e).tolist()
+        requests.append(NoteRequest(e.id, prompt, generation.max_new_tokens, dialogue=dialogue))
+    return requests
 
 
 def batch_by_length(requests: list[NoteRequest], rows: int) -> list[list[NoteRequest]]:

@@ -57,7 +57,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     build_tokenizer(metadata).save_pretrained(folder)
 
 
-# ------------------------------------------------------------------ the file
+# ---- the file
 
 
 def read_gguf(path: Path) -> tuple[Metadata, Iterator[tuple[str, torch.Tensor]]]:
@@ -73,7 +73,7 @@ def read_gguf(path: Path) -> tuple[Metadata, Iterator[tuple[str, torch.Tensor]]]
     return metadata, tensors
 
 
-# ------------------------------------------------------------------ weights
+# ---- weights
 
 
 def build_model(
@@ -156,7 +156,7 @@ def split_rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return by_pair.transpose(1, 2).reshape(out_features, in_features)
 
 
-# ------------------------------------------------------------------ tokenizer
+# ---- tokenizer
 
 
 def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:

@@ -94,7 +94,8 @@ def token_list(tokenizer, saved: dict, vocab_size: int) -> tuple[list[str], list
         raise ConfigError(
             f"--gguf: the tokenizer has {max(by_id) + 1} tokens, the model {vocab_size}"
         )
-    tokens, types = [], []
+    tokens = []
+    types = []
     for number in range(vocab_size):
         token = by_id.get(number)
         tokens.append(f"[UNUSED{number}]" if token is None else token)
@@ -145,10 +146,8 @@ def splitting_name(fast: Tokenizer, saved: dict) -> str:
     for sample in (SAMPLE, PLAIN_SAMPLE):
         expected = fast.encode(sample, add_special_tokens=False).ids
         for name, splitting in SPLITTINGS.items():
-            if (
-                as_llama_cpp(saved, splitting).encode(sample, add_special_tokens=False).ids
-                == expected
-            ):
+            candidate = as_llama_cpp(saved, splitting)
+            if candidate.encode(sample, add_special_tokens=False).ids == expected:
                 return name
     raise ConfigError(
         "--gguf: the tokenizer splits a text in a way that is not known here to be one of "

@@ -35,7 +35,7 @@ LARGEST_F16 = 65504.0
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """How a weight lies in the file."""
 
     name: str  # there
@@ -62,7 +62,7 @@ def export_gguf(model: str, out: str, kind: str) -> Path:
     prompt = trained.get("prompt") or prompt_texts()
     metadata = shape_metadata(source, config) | tokenizer_metadata(tokenizer, config.vocab_size)
     context = trained.get("max_seq_len") or config.max_position_embeddings
-    weights = {name: how_stored(source, name, kind) for name in source.files}
+    weights = {name: storage_of(source, name, kind) for name in source.files}
     with atomic_folder(Path(out)) as folder:
         name = f"model-{kind}.gguf"
         check_free_space(out, folder, sum(num_bytes(gguf, w) for w in weights.values()))
@@ -91,7 +91,7 @@ def import_gguf():
     return gguf
 
 
-# ------------------------------------------------------------------ what is read
+# ---- what is read
 
 
 def find_model(model: str) -> StoredBase:
@@ -205,21 +205,21 @@ def join_rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(out_features, in_features)
 
 
-# ------------------------------------------------------------------ what is written
+# ---- what is written
 
 
-def how_stored(source: StoredBase, name: str, kind: str) -> Stored:
+def storage_of(source: StoredBase, name: str, kind: str) -> StoredTensor:
     """Vectors are fp32, and a row that blocks of Q8_0 do not fill is f16."""
     with safe_open(source.folder / source.files[name], "pt") as file:
         shape = tuple(file.get_slice(name).get_shape())
     if len(shape) == 1:
-        return Stored(tensor_name(name), "F32", shape)
+        return StoredTensor(tensor_name(name), "F32", shape)
     if kind == "q8_0" and shape[-1] % Q8_BLOCK == 0:
-        return Stored(tensor_name(name), "Q8_0", shape)
-    return Stored(tensor_name(name), "F16", shape)
+        return StoredTensor(tensor_name(name), "Q8_0", shape)
+    return StoredTensor(tensor_name(name), "F16", shape)
 
 
-def num_bytes(gguf, weight: Stored) -> int:
+def num_bytes(gguf, weight: StoredTensor) -> int:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[weight.kind]]
     return torch.Size(weight.shape).numel() // block * size
 
@@ -230,7 +230,7 @@ def write_file(
     metadata: dict[str, Any],
     factors: torch.Tensor | None,
     source: StoredBase,
-    weights: dict[str, Stored],
+    weights: dict[str, StoredTensor],
 ) -> None:
     """Writes a GGUF file. weights: by their names in `source`; the others as computed above."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -274,7 +274,7 @@ def add_metadata(writer, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def check_file(gguf, path: Path, source: StoredBase, weights: dict[str, Stored]) -> None:
+def check_file(gguf, path: Path, source: StoredBase, weights: dict[str, StoredTensor]) -> None:
     """Reads a file again, and compares it with the weights.
 
     Raises ConfigError where a number is further off than rounding puts it.

@@ -11,15 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ..config.error_text import first_line
 from ..distributed.progress import Progress
 from . import check_results
 from .attention import ATTENTION_BACKENDS, AttentionBackend, AttentionError, packed_attention
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0]
 
 
 def installed_version(backend: AttentionBackend, device: torch.device | str) -> str:
@@ -37,7 +32,7 @@ def installed_version(backend: AttentionBackend, device: torch.device | str) -> 
         return importlib.metadata.version(backend.package)
     # Not installed, built for another torch (undefined symbol), or a compiler of another version.
     except Exception as error:
-        return f"missing: {first_line(error)[-120:]}"
+        return f"missing: {first_line(error, most=10_000)[-120:]}"  # its end names the symbol
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
@@ -98,7 +93,7 @@ def refusal_reason(
                 return None
             return "wrong: it leaks between documents on this machine"
         except Exception as error:  # each kernel has its own way to refuse what it can't do
-            return f"wrong: {first_line(error)[:120]}"
+            return f"wrong: {first_line(error, 120)}"
 
     source = source_of(backend) if backend else None
     if source is None:  # it could change unseen

@@ -32,8 +32,6 @@ PACKAGES = (
     "flash_attn",
     "flash_attn_4",
 )
-
-
 DRIVER = Path("/proc/driver/nvidia/version")
 
 outcomes: dict[str, str] = {}  # self-tests of this process: "passed now", "passed earlier"
@@ -144,8 +142,11 @@ def load() -> dict[str, dict]:
         return {}
 
 
-def measured_speedup(what: str) -> float | None:
-    """The speed of a row in its unit; None where it was not measured or the result was wrong."""
+def measured_speed(what: str) -> float | None:
+    """The speed of a row of the check; None where it was not measured or the result was wrong.
+
+    It is in the row's unit: TFLOP/s of a matrix product, "x" of a kernel beside plain torch.
+    """
     row = load().get(what, {})
     return row.get("speed") if row.get("verdict") in ("ok", "slow") else None
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..config.error_text import first_line
 from ..data.batch_plan import PackingSpec
 from ..data.collate import collate
 from ..distributed.progress import Progress
@@ -169,8 +170,7 @@ def graph_layers(
     # A kernel that waits for the GPU or refuses, too little memory, another signature.
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as problem:
         undo_failed_capture(stream)
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        return lines[0][:120]
+        return first_line(problem, 120)
     for error in errors:
         if not error < BOUND:  # some 1e-3 is usual; a NaN is not
             return f"a replay is {error:.1e} from the layer itself"

@@ -36,7 +36,8 @@ class _ApplyMask(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, keep, scale):
-        ctx.keep, ctx.scale = keep, scale
+        ctx.keep = keep
+        ctx.scale = scale
         return apply_dropout_mask(x, keep, scale)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Whether decoder layers are fused, and the installation of the fused parts in a model.
 
-`fuse` runs each part against the one that it replaces, and leaves alone what computes something
-else. The parts themselves are in fused_layers.py.
+`install_fused_parts` runs each part against the one that it replaces, and leaves alone what
+computes something else. The parts themselves are in fused_layers.py.
 """
 
 import functools
@@ -86,7 +86,7 @@ def choose_dequantized(
 # ---- the installation
 
 
-def fuse(layers: nn.ModuleList, cache_dequantized: bool) -> set[str]:
+def install_fused_parts(layers: nn.ModuleList, cache_dequantized: bool) -> set[str]:
     """Installs the fused parts in the decoder layers, before the engine gets the model.
 
     Norms, feed-forward blocks and rotary positions that compute something else stay as they are,
@@ -248,9 +248,11 @@ def fuse_rotary(layer: nn.Module) -> set[str]:
     q = seeded_randn(1, 4, 8, 16)
     k = seeded_randn(1, 2, 8, 16)
     angle = seeded_randn(1, 8, 8).repeat(1, 1, 2)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     try:
-        theirs, ours = original(q, k, cos, sin), FusedRotary.apply(q, k, cos, sin)
+        theirs = original(q, k, cos, sin)
+        ours = FusedRotary.apply(q, k, cos, sin)
         same = all(map(torch.allclose, theirs, ours))
     except (TypeError, RuntimeError):
         same = False

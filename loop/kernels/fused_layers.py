@@ -91,7 +91,8 @@ def grad_input(
     dys: the gradients [T, N] of their outputs; lora: A and B of each in turn; dropout:
     (keep_masks, scale).
     """
-    lora_as, lora_bs = lora[::2], lora[1::2]
+    lora_as = lora[::2]
+    lora_bs = lora[1::2]
     dhs = [dy @ b for dy, b in zip(dys, lora_bs)]
     dx = lora_grad_input(dhs, lora_as, *dropout)
     for linear, dy in zip(linears, dys):
@@ -117,7 +118,8 @@ class FusedLinears(torch.autograd.Function):
     def forward(ctx, linears: list[LoraLinear], x, *lora):
         ctx.linears = linears
         ctx.dropout = dropout_of_input(linears)
-        lora_as, lora_bs = lora[::2], lora[1::2]
+        lora_as = lora[::2]
+        lora_bs = lora[1::2]
         hs = lora_down(x, lora_as, *ctx.dropout)
         ctx.save_for_backward(x, *hs, *lora)
         return tuple(linear.forward(x, h, b) for linear, h, b in zip(linears, hs, lora_bs))
@@ -125,7 +127,8 @@ class FusedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
-        hs, lora = saved[: len(dys)], saved[len(dys) :]
+        hs = saved[: len(dys)]
+        lora = saved[len(dys) :]
         dx, dhs = grad_input(ctx.linears, dys, lora, ctx.dropout)
         return None, dx, *grad_lora(dys, dhs, x, hs, ctx.dropout)
 
@@ -146,7 +149,8 @@ class FusedFeedForward(torch.autograd.Function):
         ctx.dropout = dropout_of_input([gate_linear, up_linear])
         ctx.down_dropout = dropout_of_input([down_linear])
         gate_h, up_h = lora_down(x, (gate_a, up_a), *ctx.dropout)
-        gate, up = gate_linear.base(x), up_linear.base(x)
+        gate = gate_linear.base(x)
+        up = up_linear.base(x)
         hidden = swiglu(gate, up, (gate_h, gate_b), (up_h, up_b))
         (down_h,) = lora_down(hidden, (down_a,), *ctx.down_dropout)
         ctx.save_for_backward(x, gate, up, gate_h, up_h, down_h, *lora)
@@ -156,7 +160,8 @@ class FusedFeedForward(torch.autograd.Function):
     def backward(ctx, dy):
         x, gate, up, gate_h, up_h, down_h, *lora = ctx.saved_tensors
         _, gate_b, _, up_b, _, _ = lora
-        inputs, output = ctx.linears[:2], ctx.linears[2:]
+        inputs = ctx.linears[:2]
+        output = ctx.linears[2:]
         d_hidden, down_dh = grad_input(output, (dy,), lora[4:], ctx.down_dropout)
         d_gate, d_up, hidden = swiglu_backward(d_hidden, gate, up, (gate_h, gate_b), (up_h, up_b))
         down_gradients = grad_lora((dy,), down_dh, hidden, (down_h,), ctx.down_dropout)

@@ -216,7 +216,8 @@ def swiglu_backward(
     All are [T, N]. gate_lora and up_lora are as in `swiglu`.
     """
     if not on_triton(gate):
-        gate, up = add_lora(gate, *gate_lora), add_lora(up, *up_lora)
+        gate = add_lora(gate, *gate_lora)
+        up = add_lora(up, *up_lora)
         silu = F.silu(gate)
         return torch.ops.aten.silu_backward(d_out * up, gate), d_out * silu, silu * up
     rows, width = gate.shape

@@ -122,7 +122,8 @@ def saved_bytes_per_token(config: Config, model_config, fused: bool, itemsize: i
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     head_dim = getattr(model_config, "head_dim", None) or hidden // heads
-    q, kv = heads * head_dim, kv_heads * head_dim
+    q = heads * head_dim
+    kv = kv_heads * head_dim
     attention = (2 * q + 2 * kv) * itemsize + 4 * heads  # and logsumexp in fp32
     if config.method == "full":
         inputs = 4 * hidden + inner  # of the linear layers and of the norms
@@ -259,7 +260,8 @@ def gathered_bytes(
     """Bytes of the weights that ZeRO-3 holds in full beside the shards, at most."""
     if run.world_size == 1 and not offloads_parameters(ds_config):
         return 0
-    zero, itemsize = ds_config["zero_optimization"], compute_itemsize(ds_config)
+    zero = ds_config["zero_optimization"]
+    itemsize = compute_itemsize(ds_config)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # ZeRO-3 counts numbers as they are stored: in bf16 a number holds four NF4 weights.
     code_itemsize = storage_itemsize(config, ds_config)
@@ -300,7 +302,8 @@ def activation_bytes(
     config: Config, ds_config: dict, model_config, run: RunShape, tokens: int, checkpointing: bool
 ) -> int:
     """Bytes of what all layers save for the backward pass of a micro-batch."""
-    itemsize, hidden = compute_itemsize(ds_config), model_config.hidden_size
+    itemsize = compute_itemsize(ds_config)
+    hidden = model_config.hidden_size
     if checkpointing:
         per_layer = tokens * hidden * itemsize  # its input
     else:
@@ -362,7 +365,8 @@ def estimate_memory(
         rows: of a micro-batch, each of max_seq_len tokens.
         checkpointing: layers recompute their activations; such layers are no CUDA graphs.
     """
-    counts, itemsize = count_weights(config, model_config), compute_itemsize(ds_config)
+    counts = count_weights(config, model_config)
+    itemsize = compute_itemsize(ds_config)
     tokens = micro_batch_tokens(config, run.world_size, rows)
     num_logits = tokens * run.supervised_fraction * model_config.vocab_size
 

@@ -9,6 +9,11 @@ import torch
 
 from .estimate import peak_bytes
 
+# What helps a run whose GPU is full.
+TAKE_LESS = (
+    "set micro_batch_size lower or gradient_checkpointing=true; ./launch.sh plan says what fits"
+)
+
 
 class GraphPools:
     """The memory of this process's CUDA graphs that torch's own statistics miss.
@@ -35,11 +40,6 @@ graph_pools = GraphPools()  # the allocator is the process's, and so are the poo
 def peak_gpu_bytes() -> int:
     """Bytes of this GPU that tensors took at most since the last reset, CUDA graphs included."""
     return torch.cuda.max_memory_allocated() + graph_pools.uncounted_bytes
-
-
-TAKE_LESS = (
-    "set micro_batch_size lower or gradient_checkpointing=true; ./launch.sh plan says what fits"
-)
 
 
 def describe_full_gpu(remedy: str = TAKE_LESS) -> str:
@@ -73,10 +73,11 @@ class PeakMemory:
             with contextlib.suppress(OSError):  # Linux resets a process's own peak on request
                 Path("/proc/self/clear_refs").write_text("5")
 
-    def beside(self, parts: dict[str, int]) -> str:
+    def describe_beside(self, parts: dict[str, int]) -> str:
         """One line with the predicted and the measured peak; parts: of `estimate_memory`."""
         if self.on_gpu:
-            measured, what = peak_gpu_bytes(), "allocated on this GPU"
+            measured = peak_gpu_bytes()
+            what = "allocated on this GPU"
         else:
             measured = peak_rss() - self.rss_before
             what = (

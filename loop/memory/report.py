@@ -71,7 +71,7 @@ def settings_that_fit(
         return []
 
     current = plan(Proposal())
-    slower = slower_settings(current) | smaller_ends(config, model_config, gpus)
+    slower = slower_settings(current) | embedding_and_loss_settings(config, model_config, gpus)
     found = []
     for name, value in slower.items():
         found += first_that_fits([Proposal({name: value})])
@@ -93,7 +93,7 @@ def settings_that_fit(
     return found + first_that_fits(Proposal(base, offload=True) for base in bases)
 
 
-def smaller_ends(config: Config, model_config, gpus: int) -> dict[str, Any]:
+def embedding_and_loss_settings(config: Config, model_config, gpus: int) -> dict[str, Any]:
     """Settings that need less memory for the embedding and for the loss."""
     smaller: dict[str, Any] = {}
     untied = count_weights(config, model_config).embedding

@@ -11,11 +11,11 @@ import torch.nn as nn
 from ..config.schema import Config
 from ..data.dataset import TrainingData
 from ..distributed.seeding import seed_everything
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks
 from ..kernels.attention_backends import choose_backend
 from ..kernels.dropout import DropoutMasks, install_dropout
-from ..kernels.fuse import choose_dequantized, choose_fused_layers, fuse
+from ..kernels.fuse import choose_dequantized, choose_fused_layers, install_fused_parts
 from ..memory.estimate import RunShape, estimate_memory
 from ..memory.planner import choose_micro_batch, choose_weight_placement, free_gpu_bytes
 from ..optim.adamw import optimizer_spec, optimizer_warning, trainable_parameters
@@ -42,7 +42,7 @@ class Execution:
     warnings: list[str]  # what was asked for or expected and is not used, and why
 
 
-@part("base")
+@timed("base")
 def build_model(
     config: Config, ds_config: dict, model_config, data: TrainingData, ranks: Ranks
 ) -> tuple[nn.Module, Execution]:
@@ -57,7 +57,7 @@ def build_model(
     """
     optimizer = optimizer_spec(config.optimizer)
     dtype = compute_dtype(ds_config)
-    with part("kernel tests"):
+    with timed("kernel tests"):
         backend, attention = choose_backend(
             config.attention, ranks.device, dtype, attention_shape(model_config)
         )
@@ -105,7 +105,7 @@ def build_model(
     )
 
 
-@part("base")
+@timed("base")
 def build_trained(
     config: Config,
     ds_config: dict,
@@ -123,7 +123,7 @@ def build_trained(
         supervised_fraction: of the tokens that will be evaluated.
     """
     dtype = compute_dtype(ds_config)
-    with part("kernel tests"):
+    with timed("kernel tests"):
         shape = attention_shape(model_config)
         backend, _ = choose_backend(config.attention, ranks.device, dtype, shape)
         fused, _ = choose_fused_layers(config, dtype, ranks)
@@ -148,7 +148,7 @@ def fuse_layers(
     """
     layers = decoder_layers(model)
     dequantized = ranks.all(choose_dequantized(config, layers, free_bytes, run.cuda_graphs))
-    unfused = fuse(layers, dequantized)
+    unfused = install_fused_parts(layers, dequantized)
     return replace(run, dequantized=dequantized, fused=not unfused), unfused
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..distributed.world import Ranks
 from ..zero3.hooks import cache_module_parameters
 from ..zero3.replicated import replicate_weights
@@ -14,7 +14,7 @@ from .replay import replay_layers
 from .structure import context_length
 
 
-@part("CUDA graphs")
+@timed("CUDA graphs")
 def prepare_engine(
     engine,
     execution: Execution,
@@ -38,7 +38,8 @@ def prepare_engine(
     cache_module_parameters()
     if execution.replicated:
         replicate_weights(engine, ranks)
-    max_tokens, padded_shape = execution.max_tokens, None
+    max_tokens = execution.max_tokens
+    padded_shape = None
     warnings = list(execution.warnings)
     if execution.use_cuda_graphs:
         max_tokens, padded_shape, warning = replay_layers(

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ..config.schema import ROOT, Config, ConfigError
 from ..data.tokenization import PLAIN_TEMPLATE, render
 from ..distributed.progress import Progress
-from ..distributed.timeline import part
+from ..distributed.timeline import timed
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
@@ -36,10 +36,10 @@ from .structure import context_length, decoder_layers, switch_off_dropout, with_
 
 # Without it transformers asks on the terminal whether a base's own code may run.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+LOCAL = NO_CODE | {"local_files_only": True}
 # Where a regular expression that explodes would do so: runs of the same kind of character.
 TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
 MOST_TRIAL_CHARACTERS = 2**20
-LOCAL = NO_CODE | {"local_files_only": True}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
@@ -141,7 +141,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
-@part("tokenizer")
+@timed("tokenizer")
 def load_tokenizer(base: str, revision: str | None = None):
     """The base's tokenizer, with a plain chat template if it has none. Raises ConfigError.
 
@@ -157,8 +157,9 @@ def load_tokenizer(base: str, revision: str | None = None):
             "end; set eos_token in its tokenizer_config.json"
         )
     if not tokenizer.chat_template:
-        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+        begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        start = "{{ bos_token }}" if begins_with_bos else ""
+        tokenizer.chat_template = start + PLAIN_TEMPLATE
     tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     try_tokenizer(base, tokenizer)
     return tokenizer

@@ -24,7 +24,7 @@ from ..untrusted.limits import limited
 
 WEIGHTS = "adapter_model.safetensors"
 # Fields of LoraConfig that decide what an adapter's weights mean.
-SHAPE = (
+COMPARED_FIELDS = (
     "r",
     "lora_alpha",
     "use_rslora",
@@ -144,7 +144,7 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
             "differs); copy or train it again"
         )
     try:
-        try_patterns(model, json.loads((Path(adapter) / "adapter_config.json").read_text()))
+        check_patterns(model, json.loads((Path(adapter) / "adapter_config.json").read_text()))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             attached = PeftModel.from_pretrained(model, adapter, **options)
@@ -161,7 +161,7 @@ def attach_adapter(model: nn.Module, adapter: str, **options) -> PeftModel:
         ) from error
 
 
-def try_patterns(model: nn.Module, written: dict[str, Any]) -> None:
+def check_patterns(model: nn.Module, written: dict[str, Any]) -> None:
     """Matches the regular expressions of an adapter_config.json with the names of the modules.
 
     Raises LimitError for one that explodes: PEFT would go on for ever.
@@ -199,7 +199,7 @@ def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> st
     if theirs.get("peft_type") != "LORA":
         raise ConfigError(f"{named}: is of the kind {theirs.get('peft_type')}, not LORA")
     own = LoraConfig(task_type="CAUSAL_LM", **lora).to_dict()
-    for key in SHAPE:
+    for key in COMPARED_FIELDS:
         values = [own[key], theirs.get(key, own[key])]
         if key == "target_modules" and not all(isinstance(v, (list, set)) for v in values):
             continue

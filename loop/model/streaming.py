@@ -64,12 +64,12 @@ def fetch_base(base: str, revision: str | None) -> Path:
     if Path(base).is_dir():
         return Path(base)
     patterns = ["*.json", "*.safetensors", "README.md"]  # the last names the licence
-    with Progress(f"downloading {base}", measure=lambda: downloaded(base)):
+    with Progress(f"downloading {base}", measure=lambda: downloaded_size(base)):
         folder = snapshot_download(base, revision=revision, allow_patterns=patterns)
     return Path(folder)
 
 
-def downloaded(base: str) -> str:
+def downloaded_size(base: str) -> str:
     """What the hub's cache holds of a base, unfinished files included, in GiB."""
     blobs = Path(HF_HUB_CACHE) / f"models--{base.replace('/', '--')}" / "blobs"
     size = 0

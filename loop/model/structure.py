@@ -12,11 +12,12 @@ from ..config.schema import ConfigError
 def attention_shape(model_config) -> tuple[int, int, int]:
     """(query heads, key and value heads, size of a head).
 
-    model_config: of `load_model_config`.
+    model_config: of a language model, as transformers has it; it need not name the last two.
     """
     query_heads = model_config.num_attention_heads
     key_value_heads = getattr(model_config, "num_key_value_heads", None) or query_heads
-    return query_heads, key_value_heads, model_config.head_dim
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // query_heads
+    return query_heads, key_value_heads, head_dim
 
 
 def with_usual_names(model_config):
@@ -25,7 +26,8 @@ def with_usual_names(model_config):
     Raises ConfigError where there is not one size of heads.
     """
     try:
-        hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+        hidden = model_config.hidden_size
+        heads = model_config.num_attention_heads
         head_dim = getattr(model_config, "head_dim", None)
     except (AttributeError, RuntimeError) as error:  # the latter where layers differ
         raise ConfigError(

@@ -2,7 +2,8 @@
 
 `ProfilingLogger` takes the logger's place in the loop, so the loop runs as `train` runs it. The
 first steps compile kernels and find allocations; they pass unrecorded. After the last recorded step
-the logger ends the run by raising `Finished`, and `write_profile` writes a trace and a table.
+the logger ends the run by raising `ProfileFinished`, and `write_profile` writes a trace and a
+table.
 """
 
 import re
@@ -43,7 +44,7 @@ def kernel_kind(kernel: str) -> str:
     return "other"
 
 
-def by_kind(kernels: list) -> Counter[str]:
+def milliseconds_by_kind(kernels: list) -> Counter[str]:
     """Milliseconds of the profiler's GPU events by kind of kernel."""
     milliseconds: Counter = Counter()
     for event in kernels:
@@ -61,7 +62,7 @@ def busy_time(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-class Finished(Exception):
+class ProfileFinished(Exception):
     """The recorded steps are done. All ranks raise it after the same step.
 
     Its arguments are the profiler and the seconds of the phases of every step, see `StepTimer`.
@@ -123,7 +124,7 @@ class ProfilingLogger(RunLogger):
                 self.profiler.stop()
             self.close({})
             dist.barrier()  # rank 0 takes its time
-            raise Finished(self.profiler, self.timer.steps)
+            raise ProfileFinished(self.profiler, self.timer.steps)
 
 
 def profile_table(profiler, steps: list[dict[str, float]]) -> str:
@@ -159,7 +160,9 @@ def _gpu_kernels(profiler, ranges: set[str]) -> list:
 def _kernel_tables(kernels: list, step_ms: float) -> list[str]:
     """Time by kind of kernel, time without a kernel, and the 15 slowest kernels."""
     calls_of_kind = Counter(kernel_kind(e.name) for e in kernels)
-    kinds = [(kind, calls_of_kind[kind], ms) for kind, ms in by_kind(kernels).most_common()]
+    kinds = [
+        (kind, calls_of_kind[kind], ms) for kind, ms in milliseconds_by_kind(kernels).most_common()
+    ]
 
     working = [e for e in kernels if kernel_kind(e.name) != "communication"]
     any_ms = _busy_milliseconds(kernels)
@@ -194,7 +197,8 @@ def _operator_table(profiler, ranges: set[str], step_ms: float) -> list[str]:
         if name in ranges:
             name = f"outside of operators, in {name}: Python, waiting for other ranks"
         rows.append((name, event.count, event.self_cpu_time_total / 1e3))
-    slowest, others = rows[:20], rows[20:]
+    slowest = rows[:20]
+    others = rows[20:]
     calls = sum(count for _, count, _ in others)
     others_ms = sum(ms for _, _, ms in others)
     slowest.append((f"{len(others)} others", calls, others_ms))

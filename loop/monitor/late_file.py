@@ -97,5 +97,6 @@ class EventLog(SummaryWriter):
 
     def _get_file_writer(self):
         writers: Any = {self.log_dir: self.events}
-        self.file_writer, self.all_writers = writers[self.log_dir], writers
+        self.file_writer = writers[self.log_dir]
+        self.all_writers = writers
         return self.events

@@ -17,7 +17,7 @@ from ..kernels import check_results
 from ..model.flops import count_step_flops
 
 
-def utilisation(
+def build_mfu(
     model: PreTrainedModel | PeftModel, model_config, ranks: Ranks
 ) -> Callable[[np.ndarray, int, float], dict[str, float]]:
     """A function of a step that returns {"train/mfu": 0..1}.
@@ -28,7 +28,7 @@ def utilisation(
     """
     if ranks.device.type == "cpu":
         return lambda lengths, num_targets, seconds: {}
-    teraflops = check_results.measured_speedup("bf16 matrix product")
+    teraflops = check_results.measured_speed("bf16 matrix product")
     if not teraflops:
         teraflops = matrix_rate(ranks.device)
     ceiling = teraflops * 1e12 * ranks.world_size

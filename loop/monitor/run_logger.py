@@ -15,7 +15,13 @@ import yaml
 from tqdm import tqdm
 
 from ..checkpoint.checkpointer import Checkpointer
-from ..checkpoint.run_dir import as_markdown, lines_to_keep, versions, whole_lines, write_report
+from ..checkpoint.run_dir import (
+    as_markdown,
+    collect_versions,
+    lines_to_keep,
+    whole_lines,
+    write_report,
+)
 from ..checkpoint.train_state import TrainState
 from ..config.cli import printable
 from ..config.schema import Config
@@ -26,7 +32,7 @@ from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
 from ..distributed.world import Ranks
 from ..evaluation.choosing import Choice
-from ..generation.engine_choice import bytes_between_notes
+from ..generation.engine_choice import writer_cache_bytes
 from ..generation.sharded import prompt_of
 from ..kernels import check_results
 from ..memory.breakdown import memory_breakdown
@@ -34,9 +40,9 @@ from ..memory.measure import PeakMemory, peak_gpu_bytes
 from ..model.build import Execution
 from ..optim.adamw import trainable_parameters
 from .late_file import LateFile
-from .mfu import utilisation
+from .mfu import build_mfu
 from .step_timer import StepTimer
-from .summary import describe_plan
+from .summary import describe_duration, describe_plan
 from .tensorboard import TensorBoardLog
 
 FLUSH_SECONDS = 10  # between two writes to TensorBoard's file
@@ -71,7 +77,7 @@ class RunLogger:
         self.plan = plan
         self.num_steps = len(plan)
         self.memory = memory
-        self.mfu = utilisation(engine.module, model_config, ranks)
+        self.mfu = build_mfu(engine.module, model_config, ranks)
         self.timer = StepTimer(ranks.device)
         self.started = self.step_started = self.last_line = time.perf_counter()
         self.tokens = 0  # of the steps of this process
@@ -103,7 +109,7 @@ class RunLogger:
         write_atomically(self.folder / "config.yaml", settings)
         ds_config = json.dumps(self.execution.ds_config, indent=2)
         write_atomically(self.folder / "ds_config.json", ds_config)
-        self.versions = versions()
+        self.versions = collect_versions()
         write_atomically(self.folder / "versions.json", json.dumps(self.versions, indent=2))
         log = self.folder / "metrics.jsonl"
         lines = lines_to_keep(
@@ -147,7 +153,8 @@ class RunLogger:
             return
         parameters: list[Any] = [p for _, p in trainable_parameters(self.engine.module)]
         trained = sum(p.ds_numel for p in parameters)  # ZeRO-3 gives each a ds_numel
-        train, valid = data.reports["train"], data.reports["valid"]
+        train = data.reports["train"]
+        valid = data.reports["valid"]
         start = f", on from {self.config.adapter}" if self.config.adapter else ""
         self.say(
             f"machine     {self.ranks.world_size} rank(s) on {self.versions['device']}, "
@@ -174,7 +181,8 @@ class RunLogger:
 
     def _log_plan(self, data: TrainingData, packing: PackingSpec) -> None:
         """The batch arithmetic, the planned learning rate, and a picture of the first step."""
-        plan, max_tokens = self.plan, self.execution.max_tokens
+        plan = self.plan
+        max_tokens = self.execution.max_tokens
         rows = max_tokens // self.config.max_seq_len
         world_size = self.ranks.world_size
         text = describe_plan(plan, data.lengths, data.num_targets, self.config, world_size, rows)
@@ -281,12 +289,12 @@ class RunLogger:
         self.largest_micro_batch = max(self.largest_micro_batch, largest)
         if step == self.first_step + 1:
             self.start_time = timeline.so_far()
-            self.say(f"start       {timeline.describe(self.start_time)}")
+            self.say(f"first step  done after {timeline.describe(self.start_time)}")
         if step == self.first_step + 3:
             left = self.num_steps - step
             self.say(
                 f"step {step}: {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s; "
-                f"{left:,} steps to go, about {left * seconds / 60:,.0f} min"
+                f"{left:,} steps to go, about {describe_duration(left * seconds)}"
             )
         values = {
             "train/loss": result.loss,
@@ -302,8 +310,8 @@ class RunLogger:
             self._write_step(step, values)
         if step == min(self.first_step + 3, self.num_steps):
             estimate = self.execution.estimate_memory(self.largest_micro_batch)
-            estimate["copies for notes"] = bytes_between_notes(self.engine.module)
-            self.say(self.memory.beside(estimate))
+            estimate["copies for notes"] = writer_cache_bytes(self.engine.module)
+            self.say(self.memory.describe_beside(estimate))
 
     def _write_step(self, step: int, values: dict[str, float]) -> None:
         """A step's values to the logs, and the main ones to the progress bar."""

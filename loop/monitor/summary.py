@@ -47,6 +47,15 @@ def describe_plan(
     )
 
 
+def describe_duration(seconds: float) -> str:
+    """`8 s`, `35 min` or `7.5 h`: in the unit in which a person waits for so long."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 120 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
 def write_plan(
     board: SummaryWriter, text: str, lengths: np.ndarray, lr: list[float], first_step: int = 0
 ) -> None:

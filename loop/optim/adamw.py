@@ -46,7 +46,7 @@ def choose_fused_adamw(wanted: str) -> tuple[bool, str]:
     Raises ConfigError when the fused kernel is asked for and was found wrong.
     """
     wrong = check_results.failure_reason("optimizers", "optimizer AdamW fused")
-    speedup = check_results.measured_speedup("optimizer AdamW fused")
+    speedup = check_results.measured_speed("optimizer AdamW fused")
     if wanted == "plain":
         return False, ""
     if wrong and wanted == "fused":

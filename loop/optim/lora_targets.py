@@ -7,6 +7,7 @@ import torch.nn as nn
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+from ..config.error_text import first_line
 from ..config.schema import ConfigError
 
 
@@ -26,8 +27,7 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # PEFT raises anything at a field that does not fit
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"lora: {reason}") from error
+        raise ConfigError(f"lora: {first_line(error)}") from error
     if lora_config.target_parameters:
         raise ConfigError(
             "lora.target_modules: names experts that are stored as one tensor, which get no LoRA "

@@ -68,7 +68,8 @@ def full_tensors(
 
     slices: [world_size, kinds * sum of slices], each parameter's kinds one behind the other.
     """
-    tensors, start = {}, 0
+    tensors = {}
+    start = 0  # of a parameter's slice
     for name, p in parameters:
         size = p.ds_tensor.ds_numel
         for kind in kinds:
@@ -89,7 +90,8 @@ def file_groups(parameters: list[tuple], num_kinds: int) -> Iterator[list[tuple]
         size = 4 * num_kinds * p.ds_numel
         if group and used + size > FILE_BYTES:
             yield group
-            group, used = [], 0
+            group = []
+            used = 0
         group.append((name, p))
         used += size
     yield group

@@ -146,7 +146,8 @@ class ReplicatedStep:
         self.all_gather_updates = prepare_all_gather(optimizer, world_size)
 
     def __call__(self, closure=None) -> None:
-        optimizer, inner = self.optimizer, self.optimizer.optimizer
+        optimizer = self.optimizer
+        inner = self.optimizer.optimizer
         optimizer._pre_step()
         gradients = optimizer.averaged_gradients  # {group: this rank's slices, fp32}, clipped
         nonfinite = has_nonfinite(gradients)
@@ -184,7 +185,9 @@ def prepare_all_gather(optimizer, world_size: int) -> Callable[[], None]:
     """
     if world_size == 1:
         return lambda: None
-    weights, updates, buffers = [], [], []
+    weights = []
+    updates = []
+    buffers = []
     groups = zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat)
     for parameters, shard in groups:  # shard: this rank's, of all parameters of the group
         buffer = shard.new_empty(world_size * shard.numel())

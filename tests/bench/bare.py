@@ -8,7 +8,7 @@ import torch
 from loop.checkpoint.checkpointer import Checkpointer
 from loop.data.dataset import TrainingData
 from loop.data.report import DatasetReport
-from loop.monitor.kernel_profile import by_kind
+from loop.monitor.kernel_profile import milliseconds_by_kind
 from loop.monitor.run_logger import RunLogger
 
 
@@ -115,7 +115,7 @@ def profile_a_step(train, at: int, spec: dict) -> None:
             result = train_step(*args, **kwargs)
             torch.cuda.synchronize()
         kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        kinds = by_kind(kernels)
+        kinds = milliseconds_by_kind(kernels)
         begin = min(e.time_range.start for e in kernels)
         span = (max(e.time_range.end for e in kernels) - begin) / 1e3
         slowest = Counter()

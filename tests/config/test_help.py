@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, run
+from helpers import LAUNCH_COMMANDS, ROOT, run
 
 from loop.config.help import COMMANDS, REQUIRED, SCHEMA, Key, help_text, read_keys
 from loop.config.schema import Config, Section
 
-NAMES = re.search(r'commands="(.*)"', (ROOT / "launch.sh").read_text())[1].split()
 # Where the options of a command are read.
 SOURCES = {
     "train": ["loop/distributed/launcher.py"],
@@ -58,7 +57,7 @@ def ask(folder, *args: str) -> subprocess.CompletedProcess:
     return run(command, 20, env=env, cwd=folder)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "help"])
+@pytest.mark.parametrize("name", [name for name in LAUNCH_COMMANDS if name != "help"])
 def test_help_is_answered_before_anything_is_installed(bare, name):
     files = sorted(bare.rglob("*"))
     done = ask(bare, name, "--help")
@@ -139,7 +138,9 @@ def options_in(path: str) -> set[str]:
     return {value for value in constants if re.fullmatch(r"--[a-z][a-z-]*", value)} - NOT_READ
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("help", "board", "test")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAUNCH_COMMANDS if name not in ("help", "board", "test")]
+)
 def test_the_help_names_the_options_that_the_command_reads(name):
     options = {option.split()[0] for option in COMMANDS[name].options}
     read = IN_LAUNCH_SH.get(name, set())

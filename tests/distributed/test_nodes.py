@@ -87,23 +87,17 @@ def test_a_host_that_starts_late_is_waited_for(hosts):
 
 
 @pytest.mark.slow
-def test_a_host_that_never_starts_is_named(hosts):
-    code, output = ends(hosts.start(0, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 60)
-    assert (
-        code == 1
-        and "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1" in output
-        and "Traceback" not in output
-    )
-
-
-@pytest.mark.slow
-def test_rank_0_that_cannot_be_reached_is_named(hosts):
-    code, output = ends(hosts.start(1, "max_steps=2", "run.rendezvous_timeout_minutes=0.1"), 120)
-    assert (
-        code == 1
-        and "gave no answer within run.rendezvous_timeout_minutes=0.1; is rank 0 started" in output
-        and "Traceback" not in output
-    )
+@pytest.mark.parametrize(
+    "started, says",
+    [
+        (0, "error: rank 1 of 2 did not come within run.rendezvous_timeout_minutes=0.1"),
+        (1, "gave no answer within run.rendezvous_timeout_minutes=0.1; is rank 0 started"),
+    ],
+)
+def test_the_machine_that_never_starts_is_named(hosts, started, says):
+    process = hosts.start(started, "max_steps=2", "run.rendezvous_timeout_minutes=0.1")
+    code, output = ends(process, 120)
+    assert code == 1 and says in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

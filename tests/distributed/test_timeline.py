@@ -13,9 +13,9 @@ def test_seconds_count_for_the_innermost_part(monkeypatch):
     monkeypatch.setattr(timeline, "_timeline", timeline.Timeline(8.0, "imports"))
     timeline.enter(timeline.OTHER)  # at 10
 
-    @timeline.part("base")
+    @timeline.timed("base")
     def load():  # at 13
-        with timeline.part("kernel tests"):  # from 14 to 16
+        with timeline.timed("kernel tests"):  # from 14 to 16
             pass
 
     load()  # until 20
@@ -28,7 +28,7 @@ def test_seconds_count_for_the_innermost_part(monkeypatch):
 
 def test_a_part_that_raises_is_left(monkeypatch):
     monkeypatch.setattr(timeline, "_timeline", timeline.Timeline(0.0, timeline.OTHER))
-    with pytest.raises(ValueError), timeline.part("base"):
+    with pytest.raises(ValueError), timeline.timed("base"):
         raise ValueError
     assert timeline.enter("steps") == timeline.OTHER
 
@@ -41,4 +41,5 @@ def test_a_run_accounts_for_all_its_seconds(trained):
     for name in ("steps", "checkpoints", "export", "audit"):
         assert name not in start and whole[name] > 0, name
     assert report["seconds"] < sum(whole.values())  # that begins later, with the observers
-    assert f"start       {sum(start.values()):.1f} s: " in (trained.parent / "stdout").read_text()
+    said = (trained.parent / "stdout").read_text()
+    assert f"first step  done after {sum(start.values()):.1f} s: " in said

@@ -57,11 +57,11 @@ def test_what_is_unsupported_or_missed_is_marked_in_its_place():
 
 def test_the_worst_note_comes_first_and_a_cut_off_one_is_named():
     page = as_page("t", ROWS, "figures")
-    worst = page.index("bad: note: 2 flagged, cut off before its end")
+    worst = page.index("bad: 0 contradicted, 2 not said, cut off before its end")
     assert page.index('href="#v1">bad') < page.index('href="#v0">good') < worst
-    assert worst < page.index("good: note: 0 flagged ")
+    assert worst < page.index("good: 0 contradicted, 0 not said<")
     looped = as_page("t", [ROWS[0]._replace(ended=False, looped=True)], "figures")
-    assert "flagged, ran in circles, cut off before its end" in looped
+    assert "not said, ran in circles, cut off before its end" in looped
 
 
 def test_a_contradiction_leads_to_its_place_and_comes_before_what_nobody_said(monkeypatch):
@@ -73,6 +73,28 @@ def test_a_contradiction_leads_to_its_place_and_comes_before_what_nobody_said(mo
     assert page.index('<section id="v1"') < page.index('<section id="v0"')
     assert '<a href="#v1-p9">5 mg</a></mark>' in page and 'id="v1-p9"' in page
     assert '5 mg</a>: <a href="#v1-p9">the dialogue says otherwise</a>' in page
+
+
+def test_what_may_harm_is_called_critical():
+    row = Row("1", "Patient: I take aspirin 81 mg", "S: ref", "S: aspirin 810 mg. Has diarrhea.")
+    flags = re.findall(r"<li>.*?</li>", as_page("t", [row], ""))
+    assert any("810 mg" in flag and "<b>critical</b>" in flag for flag in flags)
+    unharmful = [flag for flag in flags if "diarrhea" in flag]
+    assert unharmful and not any("critical" in flag for flag in unharmful)
+
+
+def test_each_visit_leads_to_the_ones_beside_it():
+    rows = [ROWS[0]._replace(id=f"{i}", note=f"S: {'5 mg, ' * i}") for i in range(3)]
+    page = as_page("t", rows, "")
+    links = re.findall(r'<section id="(v\d)">.*?<nav>(.*?)</nav>', page)
+    beside = [(name, re.findall(r'href="#(v\d)">(previous|next)', nav)) for name, nav in links]
+    names = [name for name, _ in beside]
+    assert len(names) == 3
+    assert beside == [
+        (names[0], [(names[1], "next")]),
+        (names[1], [(names[0], "previous"), (names[2], "next")]),
+        (names[2], [(names[1], "previous")]),
+    ]
 
 
 def test_hostile_texts_stay_texts_and_every_link_has_its_end():
@@ -96,6 +118,8 @@ def test_each_note_has_blank_ratings():
     elements = Elements(as_page("t", ROWS, ""))
     assert elements.values("data-item") == [*RATINGS, "remark"] * 2
     assert "selected" not in dict(elements.attributes) and len(RATINGS) == 9
+    assert elements.text.count("1: not at all, 5: extremely") == 2
+    assert elements.values("data-rated") == [i for i in elements.values("id") if i.endswith("-r")]
 
 
 def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
@@ -104,6 +128,7 @@ def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
     path = tmp_path / "page.html"
     write_page(path, "t", rows, "figures", {"notes by": "adapter-x"}, others)
     page = path.read_text()
+    assert "missing from the note" not in page and "missing from the note" in as_page("t", rows, "")
     assert not any(word in page for word in ("adapter-x", "figures", "reference<"))
     key = (tmp_path / "page.key.csv").read_bytes().decode()
     assert key == blinding_key(rows, ["adapter-x", "reference"])
@@ -113,7 +138,8 @@ def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
     for entry in entries[:4]:
         text = {"adapter-x": "mine", "reference": "gold"}[entry["system"]]
         section = page.split(f"<h2>{entry['id']}:")[1].split("</section>")[0]
-        assert f'<h3>{entry["note"]}</h3><p class="text">{text}' in section
+        note = section.split(f"<h3>{entry['note']} ")[1].split("</p>")[0]
+        assert f'<p class="text">{text}' in note
 
 
 def test_the_page_needs_nothing_else_and_is_its_owners(tmp_path):

@@ -23,7 +23,7 @@ from loop.evaluation.memorization import (
     exposure_table,
     log_probs,
     make_canaries,
-    plant,
+    plant_canaries,
     times_seen,
 )
 from loop.model.loading import load_tokenizer
@@ -46,7 +46,7 @@ def test_each_canary_is_planted_as_often_as_it_says(conversations):
     canaries = make_canaries(conversations, 2, [1, 4], seed=3)
     assert sorted(c.repeats for c in canaries) == [0, 0, 1, 1, 4, 4]
     assert all(len(set(c.rows)) == c.repeats for c in canaries)
-    planted = plant(conversations, canaries)
+    planted = plant_canaries(conversations, canaries)
     for canary in canaries:
         holders = [row["id"] for row in planted if canary.sentence() in row["soap"]]
         assert sorted(holders) == sorted(canary.rows)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import SHARED
 
+from loop.config.schema import TaskConfig
 from loop.data.soap import SOAP
 from loop.evaluation import scoring
 from loop.evaluation.run import list_unsupported
@@ -181,6 +182,14 @@ def test_the_summary_puts_the_others_beside_the_notes():
     assert "fewer than 10 notes" in table and len(table.splitlines()) == len(report) + 2
     enough = as_table(summarise({"notes": [good] * 10}))
     assert "fewer than" not in enough
+
+
+def test_a_long_title_keeps_the_columns():
+    task = TaskConfig(request="Write the note.", headings=["Assessment and plan", "Exam"])
+    report = {name: {"value": 0.5, "low": 0.25, "high": 0.75} for name in metrics_of(task)}
+    _, *lines = as_table(report, task).splitlines()
+    figures = [line for line in lines if "50.0" in line]
+    assert len(figures) > 20 and len({line.index("50.0") for line in figures}) == 1
 
 
 def test_a_metric_added_from_outside_stands_in_report_and_table(monkeypatch):

@@ -18,7 +18,7 @@ from loop.generation.candidates import agreement, choose, read_dialogues, write_
 from loop.generation.decode import Note, write_notes
 from loop.generation.engine import NoteRequest
 from loop.generation.notes_file import KeptNotes
-from loop.generation.sharded import Way, generate_sharded, make_requests, prompt_of
+from loop.generation.sharded import WeightAccess, generate_sharded, make_requests, prompt_of
 from loop.model.loading import load_tokenizer
 
 DIALOGUE = (
@@ -147,8 +147,8 @@ class OneOfSeveral:
 
 def test_any_number_of_ranks_keeps_the_same_chosen_notes(model, tokenizer, monkeypatch, tmp_path):
     """And no other candidate, each under the id of its dialogue."""
-    way = Way(gathered=False, partitioned=False, lockstep=False)
-    monkeypatch.setattr(sharded, "choose_way", lambda *_: way)
+    access = WeightAccess(gathered=False, partitioned=False, lockstep=False)
+    monkeypatch.setattr(sharded, "choose_access", lambda *_: access)
     monkeypatch.setattr(candidates, "choose", lambda dialogue, notes: notes[len(dialogue)])
     examples = [
         Example(key, np.array([5 + i] * (9 + 7 * i) + [2]), np.array([-100] * (9 + 7 * i) + [2]))

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 
 from loop.config.schema import GenerationSettings
 from loop.data.soap import SOAP, parse_note
-from loop.generation.controls import GumbelSampler, sampling
+from loop.generation.controls import GumbelSampler, sampling_processors
 from loop.generation.decode import Note, generate_notes, generate_with_headings, write_notes
 from loop.generation.engine import NoteRequest
 from loop.generation.loading import load_for_generation, prompt_ids
@@ -275,7 +275,7 @@ def test_a_sampled_note_depends_on_seed_and_id_alone(loaded):
             tokenizer,
             [prompts[int(k)] for k in keys],
             3,
-            logits_processor=sampling(temperature, top_p, seed, keys),
+            logits_processor=sampling_processors(temperature, top_p, seed, keys),
         )
 
     keys = ["0", "1", "2"]

@@ -198,7 +198,7 @@ def kept(monkeypatch):
     model, made = make_model(LlamaConfig(**SHAPE)), []
     make = DenseWeights.__init__
     monkeypatch.setattr(DenseWeights, "__init__", lambda *args: made.append(1) or make(*args))
-    engine_choice.keep_between_notes(model, 1e9)
+    engine_choice.keep_writer_cache(model, 1e9)
     return model, made
 
 
@@ -213,14 +213,14 @@ def test_what_is_kept_between_notes_follows_lora(kept, tokenizer, by_engine):
         notes = write_notes(model, tokenizer, requests, generation)
         assert notes == plain_notes(model, tokenizer, requests, generation)
         texts.add(notes[0].text)
-        slots.add(engine_choice._kept[model].slots)
+        slots.add(engine_choice._caches[model].slots)
     assert len(texts) == 3 and len(slots) == 1 and len(made) == 1
     shorter = make_requests(LENGTHS, 10)  # the same slots are long enough
     more = make_requests([*LENGTHS, 9], 50)
     for requests in (shorter, more):
         wanted = plain_notes(model, tokenizer, requests, generation)
         assert write_notes(model, tokenizer, requests, generation) == wanted
-    assert engine_choice._kept[model].slots not in slots and len(made) == 1
+    assert engine_choice._caches[model].slots not in slots and len(made) == 1
 
 
 def test_slots_that_a_stop_left_full_are_free_again(kept, tokenizer, by_engine):
@@ -248,13 +248,13 @@ def test_nothing_is_kept_of_weights_that_move_or_are_large(kept, tokenizer, monk
         p.data = 1.1 * p.data
     wanted = plain_notes(model, tokenizer, requests, generation)
     assert write_notes(model, tokenizer, requests, generation) == wanted and len(made) == 2
-    size = engine_choice.bytes_between_notes(model)
-    slots = engine_choice._kept[model].slots
+    size = engine_choice.writer_cache_bytes(model)
+    slots = engine_choice._caches[model].slots
     weights = sum(p.nbytes for name, p in model.named_parameters() if "layers" in name)
     assert weights < size - slots.kv.num_bytes < 1.2 * weights and slots.kv.num_bytes > 0
-    engine_choice.keep_between_notes(model, size - 1)
+    engine_choice.keep_writer_cache(model, size - 1)
     assert write_notes(model, tokenizer, requests, generation) == wanted
-    assert engine_choice.bytes_between_notes(model) == 0
+    assert engine_choice.writer_cache_bytes(model) == 0
 
 
 def test_a_stop_request_cuts_notes_off_and_begins_no_other(model, tokenizer, by_engine):

@@ -13,7 +13,7 @@ from loop.kernels import attention_backends, check_results
 from loop.kernels.attention import ATTENTION_BACKENDS, AttentionError
 from loop.kernels.fuse import choose_fused_layers
 from loop.kernels.lora_ops import FUSED_OPS
-from loop.monitor.mfu import utilisation
+from loop.monitor.mfu import build_mfu
 from loop.optim.adamw import choose_fused_adamw
 
 WRONG = {
@@ -46,7 +46,7 @@ def test_results_are_the_owners_alone_and_of_this_machine_and_these_versions(
     assert check_results.load() == {}
     path = save_rows(Row("memory copy", speed=2.0, unit="GB/s"))
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
-    assert check_results.measured_speedup("memory copy") == 2.0
+    assert check_results.measured_speed("memory copy") == 2.0
     for change in (("platform.node", lambda: "another"), ("torch.version.cuda", "99.0")):
         with monkeypatch.context() as other:
             other.setattr(*change)
@@ -290,7 +290,7 @@ def test_mfu_counts_what_the_model_needs_under_a_measured_ceiling(save_rows, mon
 
     def mfu(device: str) -> dict[str, float]:
         ranks = types.SimpleNamespace(world_size=2, device=torch.device(device))
-        return utilisation(model, model_config, ranks)(np.array([10, 30]), 7, 0.5)
+        return build_mfu(model, model_config, ranks)(np.array([10, 30]), 7, 0.5)
 
     flops = (4 * 32 + 6 * 8) * 40 + 4 * 400 * 7 + 6 * 3 * 2 * 4 * (100 + 900)
     assert mfu("cuda") == {"train/mfu": pytest.approx(flops / 0.5 / 2e6)}

@@ -21,7 +21,7 @@ from loop.data.tokenization import Example
 from loop.kernels.attention import ATTENTION_BACKENDS
 from loop.kernels.attention_backends import available_backends
 from loop.kernels.cuda_graphs import GraphedLayer, graph_layers, release_graphs
-from loop.kernels.fuse import fuse
+from loop.kernels.fuse import install_fused_parts
 from loop.model import replay
 from loop.model.loss import summed_cross_entropy
 from loop.model.replay import can_replay, padded_shape_of
@@ -309,7 +309,7 @@ def on_gpu():
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation=attention))
         model, masks = with_lora(base, torch.bfloat16, device="cuda")
-        fuse(decoder_layers(model), False)
+        install_fused_parts(decoder_layers(model), False)
         return model, masks
 
     return make

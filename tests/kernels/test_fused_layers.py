@@ -15,7 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from loop.config.schema import Config
 from loop.kernels import lora_ops, self_test, triton_kernels
 from loop.kernels.dropout import install_dropout
-from loop.kernels.fuse import choose_dequantized, fuse, fuse_norm, is_plain_lora, is_swiglu
+from loop.kernels.fuse import (
+    choose_dequantized,
+    fuse_norm,
+    install_fused_parts,
+    is_plain_lora,
+    is_swiglu,
+)
 from loop.kernels.fused_layers import SharedForward
 from loop.kernels.patches import is_rotary_patched, restore_rotary
 from loop.model.activation_checkpointing import use_checkpointing
@@ -85,7 +91,7 @@ def test_fused_layers_compute_what_peft_computes(tmp_path, quantization, cache_d
         base = load_base(str(tmp_path), torch.float32, "cpu", quantization=quantization)
         model, masks = with_lora(base)
         if fused:
-            assert fuse(decoder_layers(model), cache_dequantized) == set()
+            assert install_fused_parts(decoder_layers(model), cache_dequantized) == set()
         results = [loss_and_gradients(model, masks)]
         use_checkpointing(model)
         results.append(loss_and_gradients(model, masks))
@@ -105,7 +111,7 @@ def test_fewer_roundings_than_peft_in_bf16():
     for fused in (False, True):
         model, masks = with_lora(copy.deepcopy(base), torch.bfloat16)
         if fused:
-            assert fuse(decoder_layers(model), False) == set()
+            assert install_fused_parts(decoder_layers(model), False) == set()
         seen = loss_and_gradients(model, masks)
         squares = [(seen[n].float() - exact[n]).square().sum().item() for n in seen]
         distances.append(sum(squares) ** 0.5)
@@ -145,7 +151,7 @@ def test_what_computes_something_else_is_left_alone():
         assert not fuse_norm(norm)
     model, _ = with_lora(LlamaForCausalLM(gelu), use_rslora=True)
     assert all(is_plain_lora(m) for m in model.modules() if hasattr(m, "lora_A"))
-    assert fuse(decoder_layers(model), False) == {"LlamaMLP"}
+    assert install_fused_parts(decoder_layers(model), False) == {"LlamaMLP"}
     with_bias = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True))
     biased, _ = with_lora(with_bias, bias="lora_only")
     loras = {n.split(".")[-1]: m for n, m in biased.named_modules() if hasattr(m, "lora_A")}
@@ -153,7 +159,7 @@ def test_what_computes_something_else_is_left_alone():
     assert others == {"q_proj", "k_proj", "v_proj", "o_proj"}
     model, _ = with_lora(LlamaForCausalLM(config), use_dora=True)
     assert not any(map(is_plain_lora, model.modules()))
-    assert fuse(decoder_layers(model), False) == {"LlamaMLP", "Linear"}
+    assert install_fused_parts(decoder_layers(model), False) == {"LlamaMLP", "Linear"}
 
 
 def test_rotary_positions_that_differ_are_left_alone(monkeypatch):
@@ -164,7 +170,7 @@ def test_rotary_positions_that_differ_are_left_alone(monkeypatch):
         return original(q, k, sin, cos)
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", swapped)
-    assert fuse(decoder_layers(model), False) == {"apply_rotary_pos_emb"}
+    assert install_fused_parts(decoder_layers(model), False) == {"apply_rotary_pos_emb"}
     assert not is_rotary_patched(modeling_llama)
 
 

@@ -266,7 +266,7 @@ def make_engine(config: Config, ds_config: dict, run: RunShape, checkpointing: b
 
     from loop.distributed.seeding import seed_everything
     from loop.kernels.dropout import install_dropout
-    from loop.kernels.fuse import fuse
+    from loop.kernels.fuse import install_fused_parts
     from loop.model.activation_checkpointing import use_checkpointing
     from loop.model.loading import load_model
     from loop.model.structure import decoder_layers
@@ -276,7 +276,7 @@ def make_engine(config: Config, ds_config: dict, run: RunShape, checkpointing: b
     seed_everything(0)
     model = load_model(config, ds_config, "cpu", "sdpa")
     masks = install_dropout(model, config.lora["lora_dropout"], 0, "cpu")
-    assert not (run.fused and fuse(decoder_layers(model), run.dequantized))
+    assert not (run.fused and install_fused_parts(decoder_layers(model), run.dequantized))
     if checkpointing:
         use_checkpointing(model)
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -392,12 +392,13 @@ def test_what_is_alive_is_what_was_estimated(world_size, tiny_base, tmp_path):
 
 
 def test_a_cpu_run_says_how_far_its_rss_rose():
+    gc.collect()  # what earlier tests left must not be handed back in between
     memory = PeakMemory(torch.device("cpu"))
     first = torch.ones(32 * 2**20)  # 128 MiB that are gone when the steps begin
     del first
     memory.begin()
     second = torch.ones(16 * 2**20)  # 64 MiB
-    line = memory.beside(dict.fromkeys(LOADED, 2**30) | {"allocator slack": 7})
+    line = memory.describe_beside(dict.fromkeys(LOADED, 2**30) | {"allocator slack": 7})
     assert "predicted 5.00 GiB at the peak" in line
     assert "RSS rose" in line
     assert len(second)

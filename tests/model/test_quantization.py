@@ -22,7 +22,7 @@ from loop.config.schema import Config
 from loop.export.audit import provenance
 from loop.export.merge import merge
 from loop.generation.loading import load_for_generation
-from loop.kernels.fuse import choose_dequantized, fuse
+from loop.kernels.fuse import choose_dequantized, install_fused_parts
 from loop.kernels.quantization import QUANTIZATIONS, Quantization, find_quantization
 from loop.memory.breakdown import memory_breakdown
 from loop.memory.estimate import RunShape, estimate_memory
@@ -201,7 +201,7 @@ def test_fused_layers_dequantise_by_it(model, cached):
     assert choose_dequantized(
         ByteRun(base="x", data={"train": "x"}), decoder_layers(model), 10**9, False
     )
-    assert fuse(decoder_layers(model), cached) == set()
+    assert install_fused_parts(decoder_layers(model), cached) == set()
     fused = outputs()
     assert all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, fused, strict=True)

@@ -293,7 +293,11 @@ class Recorder:
         train.clip_grad_norm = self.clip_and_record
         self.watch(train, "StopRequest", lambda max_hours: {"max hours": max_hours})
         self.watch(train, "train_step", lambda *_, **options: {"chunk": options["loss_chunk"]})
-        self.watch(loop.model.build, "fuse", lambda _, cached: {"fused": True, "copies": cached})
+        self.watch(
+            loop.model.build,
+            "install_fused_parts",
+            lambda _, cached: {"fused": True, "copies": cached},
+        )
 
     def watch(self, module, name: str, what) -> None:
         """Takes what a function of the loop is called with into `seen`."""

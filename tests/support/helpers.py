@@ -5,6 +5,7 @@ length.
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,10 @@ import numpy as np
 from fork_server import CPU
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = (ROOT / "launch.sh").read_text()
+LAUNCH_COMMANDS = " ".join(
+    re.findall(r'^commands\+?="(.*)"$', LAUNCH, re.M)
+).split()  # of launch.sh
 SHARED = ROOT.parent / "shared"  # real dialogues, where the machine has them
 # Starts fast, with the libraries imported: fork_server.py. sys.executable is a true Python.
 PYTHON = os.environ.get("LOOP_TESTS_PYTHON", sys.executable)
