@@ -2,7 +2,7 @@
 
 import pytest
 
-from loop.generation.decode import Note, Written, write_with_headings
+from loop.generation.decode import Note, NoteQueue, write_with_headings
 from loop.generation.engine import NoteRequest
 from loop.model.loading import load_tokenizer
 
@@ -50,7 +50,7 @@ def test_another_writer_goes_on_with_the_notes_that_are_missing():
     """As after the engine has run out of memory: each note is that of its request."""
     said: dict[int, Note] = {}
     requests = [NoteRequest(key, [5], 9) for key in "abcd"]
-    notes = Written(None, requests, None, None, said.__setitem__)
+    notes = NoteQueue(None, requests, None, None, said.__setitem__)
     notes.finish(1, Note("b", True))
 
     def write(missing, section, until, done) -> list[Note]:

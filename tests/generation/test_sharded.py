@@ -11,9 +11,9 @@ from loop.data.tokenization import Example
 from loop.generation import sharded
 from loop.generation.decode import Note
 from loop.generation.engine import NoteRequest
-from loop.generation.sharded import Way, batch_by_length, generate_sharded, share_of
+from loop.generation.sharded import WeightAccess, batch_by_length, generate_sharded, share_of
 
-LOCKSTEP, ALONE = Way(False, True, True), Way(True, False, False)
+LOCKSTEP, ALONE = WeightAccess(False, True, True), WeightAccess(True, False, False)
 
 
 def one_of_ranks(rank: int, world_size: int):
@@ -50,7 +50,7 @@ def test_a_batch_that_was_cut_off_is_not_kept(monkeypatch, stops):
         stop.requested = stops and batch[0].key == "1"
         return [Note(request.key, True) for request in batch]
 
-    monkeypatch.setattr(sharded, "choose_way", lambda *_: Way(False, False, False))
+    monkeypatch.setattr(sharded, "choose_access", lambda *_: WeightAccess(False, False, False))
     monkeypatch.setattr(sharded, "write_best_notes", write)
     ids = np.arange(4, dtype=np.int32)
     labels = np.array([-100, -100, 2, 3], np.int32)
