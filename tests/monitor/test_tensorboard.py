@@ -123,7 +123,7 @@ def make_logger(config_file):
     execution = SimpleNamespace(
         ds_config={}, description="", max_tokens=4096, estimate_memory=lambda tokens: {}
     )
-    memory = SimpleNamespace(begin=lambda: None, beside=lambda estimate: "")
+    memory = SimpleNamespace(begin=lambda: None, describe_beside=lambda estimate: "")
     checkpointer = SimpleNamespace(notes=[], start_note="")
     row = SimpleNamespace(input_ids=torch.zeros(1, 3500))
 
