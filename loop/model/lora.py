@@ -17,7 +17,7 @@ from peft import (
 )
 
 from ..config.lora_fields import HIGHEST_RANK
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, check_path
 from ..distributed.files import sha256
 from ..kernels.quantization import QUANTIZATIONS
 from ..untrusted.limits import limited
@@ -50,6 +50,7 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     adapter, or one of another kind than LoRA for a language model; option: how it was named, for
     the message.
     """
+    check_path(option.strip(" ="), adapter)
     folder = Path(adapter)
     # PEFT would take a pickle instead of the second.
     for name in ("adapter_config.json", WEIGHTS):
