@@ -6,6 +6,7 @@ torch's meta device tells PEFT and transformers all that they write.
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def read_checkpoint(checkpoint: str) -> SavedStep:
     Raises ConfigError where it is no checkpoint in a run's folder, AuditError where it is torn.
     """
     check_path("--checkpoint", checkpoint)
-    path = Path(checkpoint).resolve()
+    path = Path(os.path.realpath(checkpoint))  # of a link to itself, it is what it was
     if not (path / "manifest.json").is_file() or not path.name[5:].isdigit():
         raise ConfigError(
             f"--checkpoint {checkpoint}: is no checkpoint; give runs/NAME/checkpoints/step-000200, "

@@ -99,6 +99,8 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     wrong = [key for key in texts if not isinstance(trained[key], str)]
     if trained["revision"] is not None and not isinstance(trained["revision"], str):
         wrong.append("revision")
+    if not isinstance(trained["double_quant"], bool):
+        wrong.append("double_quant")
     if trained["dtype"] not in ("float32", "bfloat16", "float16"):
         wrong.append("dtype")
     for key, kind in SECTIONS.items():
