@@ -18,7 +18,7 @@ from peft import (
 from pydantic import ValidationError
 
 from ..config.lora_fields import HIGHEST_RANK
-from ..config.schema import ConfigError, GenerationSettings
+from ..config.schema import ConfigError, GenerationSettings, check_path
 from ..distributed.files import sha256
 from ..kernels.quantization import QUANTIZATIONS
 from ..untrusted.limits import limited
@@ -51,6 +51,7 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     adapter, or one of another kind than LoRA for a language model; option: how it was named, for
     the message.
     """
+    check_path(option.strip(" ="), adapter)
     folder = Path(adapter)
     # PEFT would take a pickle instead of the second.
     for name in ("adapter_config.json", WEIGHTS):
@@ -101,10 +102,10 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     wrong = [key for key in texts if not isinstance(trained[key], str)]
     if trained["revision"] is not None and not isinstance(trained["revision"], str):
         wrong.append("revision")
-    if trained["dtype"] not in ("float32", "bfloat16", "float16"):
-        wrong.append("dtype")
     if not isinstance(trained["double_quant"], bool):
         wrong.append("double_quant")
+    if trained["dtype"] not in ("float32", "bfloat16", "float16"):
+        wrong.append("dtype")
     for key, kind in SECTIONS.items():
         if not isinstance(trained.get(key) or kind(), kind):
             wrong.append(key)

@@ -213,6 +213,12 @@ def test_another_adapters_notes_are_not_mixed_in(trained, files, capsys):
         (["--seed", "1", "--temperature", "0"], "--seed: means something only with --temperature"),
         (["--no-repeat-ngram", "-1"], "--no-repeat-ngram -1"),
         (["--batch-size", "0"], "--batch-size 0"),
+        (
+            ["--input", "x", "--output", "y", "data.columns={dialogue: 2024-13-45, &a x: *a"],
+            "write '",
+        ),
+        (["--dialogue", "x" * 300], "--dialogue: 300 characters"),
+        (["--dialogue", "/dev/zero"], "--dialogue /dev/zero: larger than"),
         (["--strict"], "--strict is --forced-headings now"),
     ],
 )
