@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .context import AFFIRMED, DENIED, Context
+from .context import Context
 from .numerals import Item
+from .polarity import AFFIRMED, DENIED
 
 _MIN_LETTERS = 4
 _MOST_PLACES = 30  # of a word with one polarity, so that the time stays linear

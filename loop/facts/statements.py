@@ -1,82 +1,34 @@
 """What a text states: doses, durations, drugs, sides, conditions, habits and what is done."""
 
 import bisect
-from typing import NamedTuple
 
+from .belonging import Belonging
 from .body import PARTS
-from .conditions import EXAMINED, LOCAL, NORMAL_WORDS, PAINS, Condition, condition_at
-from .context import (
-    AFFIRMED,
-    ASKED,
-    DENIED,
-    ENDED,
-    FORMER,
-    NORMAL,
-    Context,
-    is_speech,
-    read_context,
-)
+from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .dates import DAY_WORDS, date_at
-from .drugs import Drug, drug_at
-from .numerals import Item, parse_items
-from .phrases import Found, Phrases, singular
+from .drugs import drug_at
+from .parsed import Parsed, Statement
+from .phrases import Found
+from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL
 from .quantities import Amount, amount_at, describe
+from .vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
-_END = Item("", None, 0, 0, "\n")
-_PART_REACH = 6
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
 _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
-_PADDING = [_END] * 12  # so that matchers can look ahead
 _AMOUNT_WORDS = frozenset(
     """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
     qds qd qam qpm qhs hs mane nocte qod qday""".split()
 )
-SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
-SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
-SIDES |= {"left-sided": "left", "right-sided": "right"}
-ACTIONS = {
-    "stop": "stop stopped stopping discontinue discontinued discontinuing hold holding quit cease",
-    "continue": "continue continued continuing continues maintain keep keeping refill resume stay",
-    "start": "start started starting initiate begin began prescribe prescribed add initiated",
-    "increase": "increase increased increasing double raise",
-    "decrease": "decrease decreased reduce reduced lower taper wean",
-}
-_ACTION_OF = {word: action for action, words in ACTIONS.items() for word in words.split()}
-HABITS: Phrases[str] = Phrases()
-for _habit, _names in {
-    "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
-    "chewing tobacco,nonsmoker,non smoker,pack year,cigarette smoking",
-    "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
-    "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
-    "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
-    "recreational,illegal drug,harder substance,hard drug,illicit substance,substance use",
-}.items():
-    for _phrase in _names.split(","):
-        HABITS.add(_phrase, _habit)
 _NO_ALCOHOL = frozenset(
     """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
     pedialyte bottle breastmilk smoothie broth""".split()
 )
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
-# What numbers below 10 measure; in speech, most others are "one of them".
-MEASURES = {
-    name: names.split()[0]
-    for names in (
-        """a1c hba1c glycohemoglobin; inr; potassium k; creatinine cr; gleason; apgar; gcs; psa;
-        stage; grade; hemoglobin hgb hb; calcium ca; albumin; tsh; score; dilated; ph"""
-    ).split(";")
-    for name in names.split()
-}
-_NO_OBJECT = frozenset(
-    """taking with using this that these those their your until when after before immediately
-    having completely about from currently present been prior very really just then""".split()
-)
 _BEFORE = frozenset("history prior previous previously".split())
 _NO_MORE = frozenset("still anymore more longer gone".split())
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
@@ -98,47 +50,15 @@ _AFTER_EXACTLY = frozenset(
 _NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
 
 
-# What people are allergic to, besides drugs.
-ALLERGENS: Phrases[str] = Phrases()
-for _phrase in (
-    "latex,iodine,contrast,contrast dye,shellfish,peanut,tree nut,nut,egg,milk,dairy,soy,wheat,"
-    "gluten,pollen,grass,dust,dust mite,mold,cat,dog,pet dander,bee,bee sting,wasp,strawberry,"
-    "adhesive,tape,nickel,ragweed,fish,shrimp,horse serum,bandage,perfume,cockroach"
-).split(","):
-    ALLERGENS.add(_phrase, _phrase)
-
-
-class Statement(NamedTuple):
-    """One thing that a text says, at text[start:end]."""
-
-    kind: str  # dose, duration, age, frequency, ratio, number, date, drug, side, diagnosis,
-    # symptom, finding, allergy, habit or action
-    value: str  # as a report shows it
-    of: str  # what it belongs to: the drug of a dose, the part of a side; "" for nothing
-    polarity: str  # affirmed, denied, possible, or asked
-    subject: str  # patient or family
-    start: int
-    end: int
-    word: int  # the index of its first item
-    amount: Amount | None = None
-    drug: Drug | None = None
-
-
-class Document:
+class Document(Parsed):
     """A text that was read once: its items, their context, and its statements in order."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.items = parse_items(text)
-        self.padded = self.items + _PADDING
-        self.words = [singular(item.word) or str(item.number) for item in self.items]
-        self.stems = [_digits(item) for item in self.items] + [""] * 12
-        self.spoken = is_speech(text, self.items)
-        self.context: Context = read_context(text, self.items, self.spoken)
-        self.ends = [item.end for item in self.items]
+        super().__init__(text)
         self.drugs: list[Statement] = []
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
-        self.statements = self._attach(self._read())
+        self._belonging = Belonging(self, self.drugs, self.parts)
+        self.statements = self._belonging.attach(self._read())
         if self.spoken:
             self.statements = self._answered_in_part(self.statements)
         self.names = {i: f"{part} (part)" for i, part, _ in self.parts}
@@ -251,8 +171,8 @@ class Document:
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
             return self._side(i), 1
-        if item.word in _ACTION_OF:
-            return self._make("action", _ACTION_OF[item.word], i, 1), 1
+        if item.word in ACTION_OF:
+            return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
 
     def _add_part(self, found: Found[str], i: int) -> None:
@@ -276,13 +196,13 @@ class Document:
             return None  # it is none, or a heading
         kind = "weak" if meaning.is_weak else meaning.kind
         made = self._make(kind, meaning.name, i, count)
-        if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):
+        if kind == "weak" and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
-        if made.polarity == AFFIRMED and self._near(i, _OVER, 8):
+        if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
             made = made._replace(polarity=ENDED)
-        if made.polarity == AFFIRMED and not self.spoken and self._near(i, _BEFORE, 6):
+        if made.polarity == AFFIRMED and not self.spoken and self.near(i, _BEFORE, 6):
             made = made._replace(polarity=FORMER)
-        if made.polarity == DENIED and self.spoken and self._near(i, _NO_MORE, 8):
+        if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
@@ -295,23 +215,17 @@ class Document:
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:
             return made._replace(polarity=DENIED)
-        if word.startswith("drink") and self._near(i, _NO_ALCOHOL, 6):
+        if word.startswith("drink") and self.near(i, _NO_ALCOHOL, 6):
             return None
-        former = made.polarity == AFFIRMED and self._near(i, _FORMERLY, 4)
+        former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
         return made._replace(polarity=FORMER) if former else made
-
-    def _near(self, i: int, words: frozenset[str], reach: int) -> bool:
-        """Whether one of the words stands in the clause of item i, so many items away at most."""
-        clause = self.context.clause
-        around = range(max(0, i - reach), min(len(self.items), i + reach + 1))
-        return any(clause[k] == clause[i] and self.items[k].word in words for k in around)
 
     def normal_exams(self) -> set[str]:
         """What the text says is normal: keys of EXAMS, or "all"."""
         return {
             EXAMINED[item.word]
             for i, item in enumerate(self.items)
-            if item.word in EXAMINED and self._near(i, NORMAL_WORDS, 9)
+            if item.word in EXAMINED and self.near(i, NORMAL_WORDS, 9)
         }
 
     def _amount(self, amount: Amount, i: int) -> Statement | None:
@@ -335,7 +249,7 @@ class Document:
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
         vague = self.items[i].word in ("at", "in", "before")
-        return vague and not self.spoken and not self._nearest_drug(i, "dose")
+        return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
     def _measure(self, i: int) -> str:
         """What the number at item i measures, such as "a1c"; "" for nothing that is known."""
@@ -404,106 +318,3 @@ class Document:
             if context.sentence[k] >= context.sentence[i] - 2
         ]
         return "which" in asked or ("or" in asked and bool(SIDES.keys() & set(asked)))
-
-    def _attach(self, found: list[Statement]) -> list[Statement]:
-        """The statements with what they belong to."""
-        sentence = self.context.sentence
-        done, last_part = [], 0
-        for statement in found:
-            i = statement.word
-            if statement.kind in ("dose", "frequency", "action"):
-                of = self._nearest_drug(i, statement.kind)
-                if not of and statement.value == "stop" and self.items[i].word != "quit":
-                    of = self._next_word(i)
-                    if HABITS.at(self.padded, self.stems, i + 1):
-                        continue  # "quit smoking" is a habit
-                statement = statement._replace(of=of)
-            elif statement.kind == "side" and not statement.of:
-                while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
-                    last_part += 1
-                if self.parts and self.parts[last_part][0] < i:
-                    at, part, _ = self.parts[last_part]
-                    near = i - at < (60 if self.spoken else 12)
-                    if near and (self.spoken or sentence[at] == sentence[i]):
-                        statement = statement._replace(of=part)
-            elif statement.value in LOCAL and not statement.of:
-                statement = statement._replace(of=self._nearest_part(i))
-            done.append(self._allergy(statement))
-        return done
-
-    def _nearest_part(self, i: int) -> str:
-        """The part of the body in the clause of item i, close to it; "" where none is."""
-        clause = self.context.clause
-        at = bisect.bisect(self.parts, i, key=lambda part: part[0])
-        near = [
-            (self._part_cost(i, k), part)
-            for k, part, _ in self.parts[max(0, at - 1) : at + 2]
-            if clause[k] == clause[i] and abs(k - i) <= _PART_REACH
-        ]
-        return min(near)[1] if near else ""
-
-    def _part_cost(self, i: int, k: int) -> int:
-        """How far the part at item k is from a condition at item i."""
-        between = self.items[min(i, k) + 1 : max(i, k) + 1]
-        parted = any(  # "no ankle edema or calf pain"
-            item.gap == "," or item.word in ("or", "and") for item in between
-        )
-        return abs(k - i) + 3 * parted + (2 if k < i - 1 else 0)
-
-    def _nearest_drug(self, i: int, kind: str) -> str:
-        """The name of the drug of the dose, frequency or action at item i."""
-        sentence = self.context.sentence
-        best, least = "", 1000
-        for drug in self._drugs_around(i):
-            if not self.spoken and sentence[drug.word] != sentence[i]:
-                continue
-            behind = drug.word > i
-            cost = abs(drug.word - i) + (4 if behind and kind != "action" else 0)
-            if kind == "action" and not behind:
-                cost += 8
-            if kind == "dose" and 0 < drug.word - i < 6 and self.padded[drug.word - 1].word == "of":
-                cost = 0  # "ten units of lantus"
-            if cost < least and cost < (16 if self.spoken else 14):
-                best, least = drug.value, cost
-        return best
-
-    def _next_word(self, i: int) -> str:
-        """What is stopped at item i, where it is no known drug; "" where nothing follows."""
-        for k in range(i + 1, min(i + 5, len(self.items))):
-            if self.context.clause[k] != self.context.clause[i] or self.items[k].gap in (",", ":"):
-                break
-            if len(self.items[k].word) > 3 and self.items[k].word not in _NO_OBJECT:
-                return self.words[k]
-        return ""
-
-    def _drugs_around(self, i: int) -> list[Statement]:
-        at = bisect.bisect(self.drugs, i, key=lambda drug: drug.word)
-        return self.drugs[max(0, at - 2) : at + 2]
-
-    def _is_forbidden(self, i: int) -> bool:
-        before = [item.word for item in self.items[max(0, i - 5) : i]]
-        verbs = [k for k, word in enumerate(before) if word in ("have", "take", "tolerate")]
-        return bool(verbs) and any(
-            word in ("cannot", "can't")
-            or (word in ("n't", "not") and before[k - 1] in ("ca", "can"))
-            for k, word in enumerate(before[: verbs[-1]])
-        )
-
-    def _allergy(self, statement: Statement) -> Statement:
-        """A drug behind "allergic to" or "allergies:" is an allergy."""
-        if statement.kind not in ("drug", "allergen"):
-            return statement
-        if self._is_forbidden(statement.word):  # "I cannot have codeine"
-            return statement._replace(kind="allergy", polarity=AFFIRMED)
-        start = max(0, statement.word - 12)
-        sentence = self.context.sentence
-        for k in range(statement.word - 1, start - 1, -1):
-            if sentence[k] != sentence[statement.word] and not self.spoken:
-                break
-            if self.items[k].word.startswith("allerg"):
-                return statement._replace(kind="allergy")
-        return statement
-
-
-def _digits(item: Item) -> str:
-    return f"{item.number:g}" if item.number is not None else singular(item.word)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import SHARED
 
-from loop.facts.matching import check, distinct
+from loop.facts.matching import check
+from loop.facts.verdicts import distinct
 
 CORPORA = {"aci_bench": "aci-", "mts_dialog": "mts-"}
 

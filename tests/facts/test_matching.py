@@ -2,7 +2,7 @@
 
 import pytest
 
-from loop.facts.context import is_speech
+from loop.facts.clauses import is_speech
 from loop.facts.matching import compare
 from loop.facts.numerals import parse_items
 

@@ -1,0 +1,118 @@
+"""Whether what a word names is affirmed, denied or possible, by the words before and behind it."""
+
+from .clauses import FOUND_WORDS, NO_WORDS, POSSIBLE_WORDS, SUBJECT_WORDS, Clause
+from .numerals import Item
+
+AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
+FORMER = "former"  # "history of", "quit"
+ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
+NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
+# They end a negation: "no cough due to asthma", "no medicine for her asthma".
+_RESETS = frozenset(
+    """due secondary despite since until during after before when while following upon because
+    prompting""".split()
+)
+_TESTS = frozenset("test tests result screen swab hiv covid strep flu mono".split())
+_THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
+_BEHIND_NO = frozenset(
+    """change changes only doubt problem problems matter further sure worries idea just
+    necessarily""".split()
+)
+_THESE = frozenset("her his my this your the".split())
+# "It did not relieve the pain" and "risks are not limited to pain" deny no pain.
+_LEFT_AS_IT_IS = frozenset(
+    """relieve relieved relieving help helped helping improve improved improving improvement
+    alleviate alleviated resolve resolved control controlled limited relief touch ease eased know
+    knows sure certain remember tolerate tolerated tolerating manage managed worked work clear
+    explain""".split()
+)
+_SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
+_MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
+_POSSIBLE_REACH = 12
+_LIST_REACH = 6
+
+
+def read_polarity(
+    items: list[Item], clause: Clause, spoken: bool, carried: str, polarities: list[str]
+) -> str:
+    """Sets the polarity of the clause's items; returns what the next clause begins with."""
+    polarity = carried if not clause.new_turn else AFFIRMED
+    reach = clause.start + (6 if carried != AFFIRMED else 0)
+    limit = _MAX_SPOKEN_REACH if spoken else _MAX_WRITTEN_REACH
+    start = clause.start
+    for i in range(clause.start, clause.end):
+        word = items[i].word
+        if i >= reach or (polarity == DENIED and _ends_negation(items, i)):
+            polarity = AFFIRMED
+        if i and items[i - 1].word == "non":  # "non-tender"
+            polarities[i] = DENIED
+            continue
+        if word in NO_WORDS or word.endswith("n't"):
+            if _is_behind(items, i, clause):
+                for k in range(start, i):
+                    polarities[k] = DENIED
+            elif not _negates_nothing(items, i, clause, spoken):
+                polarity, reach = DENIED, min(clause.end, i + limit)
+                if i + 1 < clause.end and items[i + 1].word == "longer":
+                    polarity = FORMER
+        elif (word in POSSIBLE_WORDS or _is_if_needed(items, i)) and polarity != DENIED:
+            polarity, reach = POSSIBLE, min(clause.end, i + _POSSIBLE_REACH)
+        if items[i].gap == "," and (spoken or word != "and"):
+            start = i
+        if polarity == DENIED and (items[i].gap == "," or word in ("or", "any")):
+            reach = min(clause.end, max(reach, i + _LIST_REACH))  # a list goes on
+        polarities[i] = polarity
+    last = [item.word for item in items[max(clause.start, clause.end - 3) : clause.end]]
+    if spoken and polarity != AFFIRMED and (_THOUGHTS & set(last) or last[-1:] == ["if"]):
+        return polarity
+    return AFFIRMED
+
+
+def _is_if_needed(items: list[Item], i: int) -> bool:
+    """Whether what follows is what something is taken for: "as needed for pain"."""
+    return items[i].word in ("needed", "prn") and i + 1 < len(items) and items[i + 1].word == "for"
+
+
+def _ends_negation(items: list[Item], i: int) -> bool:
+    word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
+    if word in _SOME:
+        return items[i - 1].word not in NO_WORDS
+    if word == "as" and following in ("the", "he", "she", "patient"):
+        return True
+    return word in _RESETS or (word == "for" and following in _THESE)
+
+
+def _is_behind(items: list[Item], i: int, clause: Clause) -> bool:
+    """Whether the negation at item i denies what stands before it: "rebound is absent"."""
+    word = items[i].word
+    following = items[i + 1].word if i + 1 < clause.end else ""
+    if word == "not":
+        later = items[i + 2].word if i + 2 < clause.end else ""
+        return following in FOUND_WORDS and later not in ("prior", "before", "until")
+    if word == "ruled":
+        return following == "out"
+    if word in ("negative", "absent", "none", "denies", "denied", "never"):
+        return not following or following in ("bilaterally", "today", "in", "on", "and", "at")
+    return False
+
+
+def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) -> bool:
+    """Whether the word at item i is an answer, or belongs to "no longer" and the like."""
+    word = items[i].word
+    following = items[i + 1] if i + 1 < clause.end else None
+    if following is None:
+        return word != "n't"
+    if following.word == "more":
+        return i + 2 < clause.end and items[i + 2].word == "than"
+    if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
+        return True
+    if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
+        return i + 2 < clause.end and items[i + 2].word in _LEFT_AS_IT_IS
+    if word == "free":
+        return following.word != "of"
+    if word == "negative" and spoken:
+        tested = {item.word for item in items[i + 1 : i + 4]} & _TESTS
+        return following.word not in ("for", "any") and not tested
+    if word == "no" and spoken:  # an answer: "no , i have pain"
+        return following.gap == "," or following.word in SUBJECT_WORDS | {"no", "not"}
+    return word in ("none", "ruled", "nope")
