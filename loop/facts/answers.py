@@ -4,7 +4,7 @@ import bisect
 
 from .clauses import BEHIND_ANSWER, NO_WORDS, Clause
 from .numerals import Item
-from .polarity import AFFIRMED, ASKED, DENIED
+from .polarity import AFFIRMED, ASKED, DENIED, ENDED
 from .subjects import SELF_OR_YOU
 
 _YES = frozenset(
@@ -16,6 +16,7 @@ _FILLERS = frozenset(
     """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
     ma'am just it's think that it really""".split()
 )
+_THE_KNOWN = frozenset("your his her their the that those this".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
@@ -41,9 +42,22 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             own = _answer(items, turn[behind : behind + _ANSWER_REACH])
             first = items[clause.end].word if own != ASKED else ""
             given = own if first in _ANSWERS else answer
+            if given == DENIED and _presupposes(items, clause):
+                given = ENDED
             for i in range(clause.start, clause.end):
                 if polarities[i] == AFFIRMED or given == AFFIRMED:
                     polarities[i] = given
+
+
+def _presupposes(items: list[Item], clause: Clause) -> bool:
+    """Whether a question takes for granted what it asks of: "how is your back pain?"."""
+    words = [item.word for item in items[clause.start : clause.end]]
+    for k, word in enumerate(words[:4]):
+        behind = k + 1 + (word == "how")
+        asks = word == "how's" or (word == "how" and words[k + 1 : k + 2] != ["about"])
+        if asks and words[behind : behind + 1] and words[behind] in _THE_KNOWN:
+            return True
+    return False
 
 
 def _answer(items: list[Item], turn: list[Clause]) -> str:
@@ -58,7 +72,7 @@ def _answer(items: list[Item], turn: list[Clause]) -> str:
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER
-        if word in _YES and following in ("not", "n't"):
+        if word in _YES and following in ("not", "n't") and items[i + 1].gap == "":
             return DENIED
         if word in _YES or (own and ends and following != "not"):
             return AFFIRMED

@@ -11,7 +11,8 @@ NO_WORDS = frozenset(
 POSSIBLE_WORDS = frozenset(
     """possible possibly probable probably likely suspect suspected suspicion may might maybe
     could perhaps if concern concerning concerned rule consider considering questionable versus vs
-    whether worried risk risks prevent should watch unlikely unless in-case avoid""".split()
+    whether worried risk risks prevent should watch unlikely unless in-case avoid wish
+    suspicious""".split()
 )
 SUBJECT_WORDS = frozenset(
     """i you he she we they it there i'm i've i'd you're you've he's she's it's there's we're
@@ -44,6 +45,7 @@ _AUXILIARIES = frozenset(
     """do does did have has had are is was were can could would will should am have-n't
     don't doesn't didn't haven't hasn't aren't isn't wasn't""".split()
 )
+_DO, _SHOWN_THINGS = ("does", "did"), ("that", "this")  # "does this hurt"
 _COPULAS = frozenset("is are was were looks look sounds sound feels".split())
 # What a noun's clause goes on from.
 _BEFORE_NOUN = frozenset(
@@ -111,7 +113,8 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     if word in ("no", "yes", "yeah", "nope") and _answers_itself(items, i):
         return True
     following = items[i + 1].word if i + 1 < len(items) else ""
-    if word in _AUXILIARIES and following in SUBJECT_WORDS and previous not in _LINKS:
+    asks = following in SUBJECT_WORDS or (word in _DO and following in _SHOWN_THINGS)
+    if word in _AUXILIARIES and asks and previous not in _LINKS:
         return previous not in SUBJECT_WORDS
     if previous in _LINKS:
         return False
@@ -143,7 +146,7 @@ def _asks(text: str, items: list[Item], start: int, end: int) -> bool:
     for k, word in enumerate(words[:4]):
         following = words[k + 1] if k + 1 < len(words) else ""
         if word in _AUXILIARIES and following in _ASKERS:
-            return k == 0 or words[k - 1] not in SUBJECT_WORDS
+            return k == 0 or words[k - 1] not in SUBJECT_WORDS | _AUXILIARIES
         if (word, following) in (("how", "about"), ("what", "about"), ("how", "is")):
             return True
         if word in ("any", "anything") and not NO_WORDS & set(words[:k]):

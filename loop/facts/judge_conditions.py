@@ -27,6 +27,7 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
         general
         and general in index.conditions
         and (general not in _GENERAL or s.value == "malignancy")
+        and (s.polarity != DENIED or any(o.polarity != AFFIRMED for o in index.conditions[general]))
     ):
         return by_polarity(index, s, index.conditions[general])._replace(is_broader=True)
     if s.polarity == DENIED and _is_normal(index, s.value):
@@ -54,7 +55,8 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     if not s.subject and not (s.polarity == DENIED and mentions_of):
         mentions_of = mentions
     if not mentions_of:
-        return Verdict(s, CONTRADICTED, place_of(mentions[0]))
+        denied = s.polarity == DENIED and any(o.polarity == DENIED for o in mentions)
+        return Verdict(s, SUPPORTED if denied else CONTRADICTED, place_of(mentions[0]), denied)
     mentions = mentions_of
     is_broader = False
     if s.of:
@@ -69,7 +71,11 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     if s.polarity == DENIED and not same:
         same = [o for o in mentions if o.polarity == NORMAL]
     opposite = _OPPOSITE.get(s.polarity, ())
-    against = [o for o in mentions if o.polarity in opposite and o.kind != "weak"]
+    against = [
+        o
+        for o in mentions
+        if o.polarity in opposite and o.kind != "weak" and _denies_as_much(s, o, mentions)
+    ]
     if same:
         index.keep_rivals(s, same, against)
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)
@@ -78,6 +84,21 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     if all(o.polarity == NORMAL for o in mentions):
         return Verdict(s, NOT_SAID, place_of(mentions[0]))
     return Verdict(s, SUPPORTED, place_of(mentions[0]), is_broader)
+
+
+def _denies_as_much(s: Statement, o: Statement, mentions: list[Statement]) -> bool:
+    """Whether a mention of the opposite polarity is about all that a statement is about.
+
+    "No pain in your jaw" denies no pain elsewhere, and "no migraine" no headache. Tenderness is
+    pain, but contradicts "no pain" only where pain itself is not spoken of.
+    """
+    if s.polarity == DENIED:
+        if o.value == s.value:
+            return True
+        return KIND_OF.get(s.value) != o.value and all(m.value != s.value for m in mentions)
+    if s.polarity == AFFIRMED and o.of and not s.of:
+        return False
+    return o.value == s.value or KIND_OF.get(s.value) == o.value or o.kind == "habit"
 
 
 def _scattered(index: Index, s: Statement) -> Statement | None:

@@ -5,6 +5,7 @@ from .numerals import Item
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 FORMER = "former"  # "history of", "quit"
+QUIET = "quiet"  # of an illness that a note says makes no trouble now
 ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
 # They end a negation: "no cough due to asthma", "no medicine for her asthma".
@@ -18,13 +19,18 @@ _BEHIND_NO = frozenset(
     """change changes only doubt problem problems matter further sure worries idea just
     necessarily""".split()
 )
+_SEEKING = frozenset(
+    """needed prn look looks looking looked check checks checking checked test testing screen
+    screening screened evaluate evaluating""".split()
+)
+_RESULTS = frozenset("margin margins node nodes".split())  # that are negative: nothing is denied
 _THESE = frozenset("her his my this your the".split())
 # "It did not relieve the pain" and "risks are not limited to pain" deny no pain.
 _LEFT_AS_IT_IS = frozenset(
     """relieve relieved relieving help helped helping improve improved improving improvement
     alleviate alleviated resolve resolved control controlled limited relief touch ease eased know
-    knows sure certain remember tolerate tolerated tolerating manage managed worked work clear
-    explain""".split()
+    knows sure certain tolerate tolerated tolerating manage managed worked work clear
+    explain always every only just""".split()
 )
 _SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
@@ -47,6 +53,8 @@ def read_polarity(
         if i and items[i - 1].word == "non":  # "non-tender"
             polarities[i] = DENIED
             continue
+        if word == "free" and i > clause.start and items[i].gap == "":  # "pain free"
+            polarities[i - 1] = DENIED
         if word in NO_WORDS or word.endswith("n't"):
             if _is_behind(items, i, clause):
                 for k in range(start, i):
@@ -54,12 +62,12 @@ def read_polarity(
             elif not _negates_nothing(items, i, clause, spoken):
                 polarity, reach = DENIED, min(clause.end, i + limit)
                 if i + 1 < clause.end and items[i + 1].word == "longer":
-                    polarity = FORMER
-        elif (word in POSSIBLE_WORDS or _is_if_needed(items, i)) and polarity != DENIED:
+                    polarity = ENDED
+        elif (word in POSSIBLE_WORDS or _is_sought(items, i)) and polarity != DENIED:
             polarity, reach = POSSIBLE, min(clause.end, i + _POSSIBLE_REACH)
         if items[i].gap == "," and (spoken or word != "and"):
             start = i
-        if polarity == DENIED and (items[i].gap == "," or word in ("or", "any")):
+        if polarity != AFFIRMED and (items[i].gap == "," or word in ("or", "any")):
             reach = min(clause.end, max(reach, i + _LIST_REACH))  # a list goes on
         polarities[i] = polarity
     last = [item.word for item in items[max(clause.start, clause.end - 3) : clause.end]]
@@ -68,9 +76,9 @@ def read_polarity(
     return AFFIRMED
 
 
-def _is_if_needed(items: list[Item], i: int) -> bool:
-    """Whether what follows is what something is taken for: "as needed for pain"."""
-    return items[i].word in ("needed", "prn") and i + 1 < len(items) and items[i + 1].word == "for"
+def _is_sought(items: list[Item], i: int) -> bool:
+    """Whether what follows is looked for, or what something is taken for: "as needed for pain"."""
+    return items[i].word in _SEEKING and i + 1 < len(items) and items[i + 1].word == "for"
 
 
 def _ends_negation(items: list[Item], i: int) -> bool:
@@ -88,12 +96,21 @@ def _is_behind(items: list[Item], i: int, clause: Clause) -> bool:
     following = items[i + 1].word if i + 1 < clause.end else ""
     if word == "not":
         later = items[i + 2].word if i + 2 < clause.end else ""
+        if following in ("a", "an"):
+            return later in ("issue", "problem", "concern")
         return following in FOUND_WORDS and later not in ("prior", "before", "until")
     if word == "ruled":
         return following == "out"
+    if word in ("negative", "absent") and items[i - 1].word in ("is", "are", "was", "were"):
+        return following != "for" and not _is_of_result(items, i)
     if word in ("negative", "absent", "none", "denies", "denied", "never"):
         return not following or following in ("bilaterally", "today", "in", "on", "and", "at")
     return False
+
+
+def _is_of_result(items: list[Item], i: int) -> bool:
+    """Whether the "negative" at item i is said of margins or lymph nodes: it denies no illness."""
+    return any(item.word in _RESULTS for item in items[max(0, i - 2) : i])
 
 
 def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) -> bool:
@@ -109,7 +126,9 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
         return i + 2 < clause.end and items[i + 2].word in _LEFT_AS_IT_IS
     if word == "free":
-        return following.word != "of"
+        return following.word not in ("of", "from")
+    if word == "negative" and (following.word in _RESULTS or _is_of_result(items, i)):
+        return True
     if word == "negative" and spoken:
         tested = {item.word for item in items[i + 1 : i + 4]} & _TESTS
         return following.word not in ("for", "any") and not tested

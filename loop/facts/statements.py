@@ -4,12 +4,13 @@ import bisect
 
 from .belonging import Belonging
 from .body import PARTS
+from .clauses import NO_WORDS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .dates import DAY_WORDS, date_at
 from .drugs import drug_at
 from .parsed import Parsed, Statement
 from .phrases import Found
-from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL
+from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
 from .quantities import Amount, amount_at, describe
 from .vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
@@ -32,6 +33,12 @@ _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 _BEFORE = frozenset("history prior previous previously".split())
 _NO_MORE = frozenset("still anymore more longer gone".split())
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
+# Behind a condition, they make it one that is looked for or prevented.
+_TESTED = frozenset(
+    """test tests testing tested screen screens screening vaccine vaccines vaccination
+    vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
+)
+_RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -39,7 +46,7 @@ _TROUBLE = frozenset(
     decreased decrease reduced low lower high higher elevated up bad worse poor blurry any issues
     issue weak weaker weird abnormal uncontrolled medication medications medicine pill pills
     disease history increased increase losing lose gained gain unable trying feels felt positive
-    affecting affects hurt hurts wakes waking keeps better
+    affecting affects hurt hurts enlarged swollen large big wakes waking keeps better
     more off like get getting got started really very so feel""".split()
 )
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
@@ -190,12 +197,12 @@ class Document(Parsed):
 
     def _condition(self, found: Found[Condition], i: int) -> Statement | None:
         meaning, count = found
-        if not meaning.kind or (
-            meaning.name == "any allergy" and self.padded[i + count].gap == ":"
-        ):
-            return None  # it is none, or a heading
-        kind = "weak" if meaning.is_weak else meaning.kind
+        if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
+            return None
+        kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
+        if self._denies_within(i, count):  # "can't breathe"
+            made = made._replace(polarity=self._polarity_before(i))
         if kind == "weak" and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
         if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
@@ -204,9 +211,38 @@ class Document(Parsed):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
+        if made.polarity == DENIED and kind == "diagnosis" and self._denies_trouble(i):
+            made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
         return made
+
+    def _is_heading(self, i: int, count: int) -> bool:
+        """Whether a colon stands behind the words from item i on."""
+        return self.text[self.items[i + count - 1].end :].lstrip(" *")[:1] == ":"
+
+    def _is_tested(self, i: int, count: int) -> bool:
+        """Whether the words from item i on name a test or a vaccine: "HIV test", "flu shot"."""
+        following = self.padded[i + count]
+        return following.gap == "" and following.word in _TESTED
+
+    def _denies_within(self, i: int, count: int) -> bool:
+        words = [item.word for item in self.items[i : i + count]]
+        return any(word in NO_WORDS or word.endswith("n't") for word in words)
+
+    def _polarity_before(self, i: int) -> str:
+        """The polarity of what stands before item i in its clause, or of the answer to it."""
+        context = self.context
+        if i and context.clause[i - 1] == context.clause[i]:
+            return context.polarity[i - 1]
+        return context.polarity[i] if context.asks[i] else AFFIRMED
+
+    def _denies_trouble(self, i: int) -> bool:
+        """Whether a note denies trouble with an illness alone: "denies recent issues with"."""
+        if self.spoken:
+            return False
+        before = {item.word for item in self.items[max(0, i - 5) : i]}
+        return bool(before & _RECENT) and ("with" in before or "from" in before)
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:
         word, following = self.padded[i].word, self.padded[i + found.num_items].word

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from .parsed import Statement
-from .polarity import DENIED, ENDED, FORMER, POSSIBLE
+from .polarity import DENIED, ENDED, FORMER, POSSIBLE, QUIET
 from .subjects import FAMILY
 
 SUPPORTED, CONTRADICTED, NOT_SAID = "supported", "contradicted", "not said"
@@ -27,6 +27,7 @@ KINDS = {
     "claim": "affirmed or denied in other words",
 }
 _SHOWN = {DENIED: "no ", POSSIBLE: "perhaps ", FORMER: "formerly ", ENDED: "formerly "}
+_SHOWN |= {QUIET: "no trouble with "}
 
 Key = tuple[str, str, str, str, str]
 
