@@ -5,7 +5,6 @@ digits lose the positions in the text, which the marks of a report need, and the
 "one twenty" as 1 and 20 (text2num 3.1).
 """
 
-import itertools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -53,7 +52,7 @@ _TOKEN = re.compile(
     r"covid-\d+"
     r"|[a-z\u00b5\u03bc]+\d\w*"
     r"|\d+:\d\d"
-    r"|\d+s\b"
+    r"|\d+'?s\b"
     r"|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])"
     r"|\d+,\d{1,2}(?![\d,])"
     r"|\d+(?:\.\d+)?"
@@ -256,8 +255,18 @@ def _decimal_digits(words: list[str]) -> list[str]:
     """The digits that follow a "point" at words[0]; one word may hold several."""
     if words[:1] != ["point"]:
         return []
-    spoken = itertools.takewhile(lambda word: word in DIGITS or word.isdigit(), words[1:])
-    return [str(DIGITS.get(word, word)) for word in spoken]
+    digits: list[str] = []
+    for word, previous in zip(words[1:], words):
+        if word in TEENS_AND_TENS:
+            digits.append(str(TEENS_AND_TENS[word]))
+        elif word in ONES and digits and TEENS_AND_TENS.get(previous, 0) >= 20:
+            digits[-1] = str(TEENS_AND_TENS[previous] + ONES[word])
+            digits.append("")  # one for each word
+        elif word in DIGITS or word.isdigit():
+            digits.append(str(DIGITS.get(word, word)))
+        else:
+            break
+    return digits
 
 
 def _spoken_number(words: list[str], start: int) -> tuple[float, int] | None:
@@ -306,7 +315,8 @@ def _read_cardinal(words: list[str], start: int, found: Cardinals) -> tuple[int,
         word = words[i]
         after_hundreds = current % 100 == 0
         after_tens = current % 100 >= 20 and current % 10 == 0
-        if word in ONES and (after_hundreds or after_tens):
+        hundreds_follow = current >= 100 and words[i + 1 : i + 2] == ["hundred"]
+        if word in ONES and (after_hundreds or after_tens) and not hundreds_follow:
             current += ONES[word]
         elif word in TEENS_AND_TENS and after_hundreds:
             current += TEENS_AND_TENS[word]

@@ -57,9 +57,16 @@ _AS_THEY_ARE = frozenset(
     tetanus lupus pancreas feces""".split()
 )
 
+_CONTRACTED = frozenset(
+    """it's he's she's that's there's here's what's who's how's where's let's one's when's
+    everything's""".split()
+)
+
 
 def singular(word: str) -> str:
-    """A word without the "s" of a plural or of "hurts"."""
+    """A word without the "s" of a plural, of "hurts" or of "the thyroid's"."""
+    if word.endswith("'s") and word not in _CONTRACTED:
+        word = word[:-2]
     if len(word) < 4 or word[-1] != "s" or word in _AS_THEY_ARE:
         return word
     if word[-2] in "sui":  # illness, virus, arthritis
