@@ -29,8 +29,8 @@ PAINS = {
 EXAMS = {
     "lung": "wheezing; rales; rhonchi; decreased breath sounds; stridor; rub; infiltrate",
     "heart": "heart murmur; gallop; rub; arrhythmia; jugular venous distention",
-    "abdomen": "pain; tenderness; lump; bloating; guarding; rebound; hepatomegaly; splenomegaly; ascites; "
-    "hernia",
+    "abdomen": "pain; tenderness; lump; bloating; guarding; rebound; hepatomegaly; splenomegaly; "
+    "ascites; hernia",
     "neck": "goiter; lymphadenopathy; bruit; jugular venous distention; stiffness; lump",
     "leg": "edema; cyanosis; clubbing; deformity; leg swelling",
     "skin": "rash; lump; wound; erythema; contusion; jaundice; cyanosis; pallor",
@@ -43,7 +43,8 @@ EXAMS = {
 LOCAL = frozenset(
     name.strip()
     for name in (
-        """pain; tenderness; numbness; tingling; weakness; stiffness; edema; erythema; lump; wound; trauma; cramp;
+        """pain; tenderness; numbness; tingling; weakness; stiffness; edema; erythema; lump; wound;
+        trauma; cramp;
         itching; rash; tremor; twitching; clicking; instability; deformity; contusion; fracture;
         warmth; discharge; reduced range of motion; muscle atrophy; laceration; scar; bleeding;
         muscle ache; leg swelling; sprain; dislocation; infection"""

@@ -5,11 +5,13 @@ from .index import Index
 from .parsed import Statement
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
+_HANDED = frozenset("dominant write everything handedness".split())
+
 
 def judge_side(index: Index, s: Statement) -> Verdict:
     """By the sides of the same part; both also by "my feet", or by left and right together."""
     same_part = [o for o in index.all("side") if _may_be_of(s, o)]
-    if s.of == "handedness" and not same_part and "dominant" in index.places_of_word:
+    if s.of == "handedness" and not same_part and _HANDED & index.places_of_word.keys():
         same_part = [o for o in index.all("side") if o.of == "hand"]
     agreeing = [
         o

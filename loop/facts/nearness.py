@@ -2,6 +2,7 @@
 
 import bisect
 
+from .conditions import NORMAL_WORDS
 from .index import Index
 from .parsed import Statement
 from .statements import Document
@@ -17,6 +18,7 @@ _SPOKEN_REACH, _WRITTEN_REACH = 12, 8  # items around a mention that tell which 
 # splits; a word that stands once in the text counts 1.
 _MARGINS = {"side": 0.1, "duration": 1.0, "frequency": 1.0}
 _MARGIN = 0.5
+_IN_QUESTION = 0.3
 _SAME_PART = 0.3  # for a mention of the same part, not of one that it belongs to
 
 
@@ -29,7 +31,7 @@ def weigh(index: Index, verdict: Verdict, document: Document) -> Verdict:
     own = _surroundings(document, s)
     same, against = (
         max(
-            (_nearness(index, own, o) + _SAME_PART * (o.of == s.of != ""), -k)
+            (_nearness(index, own, o) + _SAME_PART * (o.of == s.of != "") - _asks(index, o), -k)
             for k, o in enumerate(side)
         )
         for side in rivals
@@ -37,6 +39,11 @@ def weigh(index: Index, verdict: Verdict, document: Document) -> Verdict:
     if against[0] > same[0] + _MARGINS.get(s.kind, _MARGIN):
         return Verdict(s, CONTRADICTED, place_of(rivals[1][-against[1]]))
     return verdict._replace(place=place_of(rivals[0][-same[1]]))
+
+
+def _asks(index: Index, o: Statement) -> float:
+    """What a mention loses that stands in a question."""
+    return _IN_QUESTION if index.document.context.asks[o.word] else 0.0
 
 
 def _nearness(index: Index, own: dict[str, float], o: Statement) -> float:
@@ -65,7 +72,8 @@ def _surroundings(document: Document, s: Statement) -> dict[str, float]:
         if outside or s.start <= item.start < s.end:
             continue
         weight = 1.0 if clause[k] in home else _BEYOND
-        for name in (document.words[k], document.names.get(k, "")):
+        word = "normal" if item.word in NORMAL_WORDS else document.words[k]
+        for name in (word, document.names.get(k, "")):
             if len(name) > 2 and name not in _TELLS_NOTHING:
                 found[name] = max(weight, found.get(name, 0.0))
     return found

@@ -12,6 +12,7 @@ from .parsed import Parsed, Statement
 from .phrases import Found
 from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
 from .quantities import Amount, amount_at, describe
+from .sides import side_at
 from .vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
@@ -50,11 +51,6 @@ _TROUBLE = frozenset(
     more off like get getting got started really very so feel""".split()
 )
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
-# "right" before these is no side: "right at the shoulder".
-_AFTER_EXACTLY = frozenset(
-    "at in on over around above below under behind next by where when".split()
-)
-_NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
 
 
 class Document(Parsed):
@@ -177,7 +173,11 @@ class Document(Parsed):
                     self._add_part(inner, k)
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
-            return self._side(i), 1
+            side = side_at(self, i)
+            if side is None:
+                return None, 1
+            made = self._make("side", side.side, i, side.num_items)
+            return made._replace(of=side.part), 1
         if item.word in ACTION_OF:
             return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
@@ -295,62 +295,3 @@ class Document(Parsed):
             if self.words[k] in MEASURES:
                 return MEASURES[self.words[k]]
         return ""
-
-    def _side(self, i: int) -> Statement | None:
-        """A side with its part; None for "all right", "right now" and "I left"."""
-        word, items = self.items[i].word, self.padded
-        before, after = items[i - 1].word if i else "", items[i + 1]
-        if self.spoken and (
-            self._is_choice(i) or (word == "right" and after.word in _AFTER_EXACTLY)
-        ):
-            return None
-        if len(word) == 1 and (self.spoken or before in ("", "'")):
-            return None
-        part, count = "", 1
-        if after.word == "handed" or (after.word, items[i + 2].word) == ("hand", "dominant"):
-            return self._make("side", SIDES[word], i, 2)._replace(of="handedness")
-        for k in range(i + 1, min(i + 5, len(self.items))):
-            if items[k].gap not in ("", ",", "(", ")"):
-                break
-            found = PARTS.at(self.padded, self.stems, k)
-            if found:
-                part, count = found.meaning, k + found.num_items - i
-                break
-        if (
-            not part
-            and not self._answers_which(i)
-            and (
-                before in ("all", "that's", "i", "is", "she", "he", "was", "have", "has")
-                or after.word in _NOT_A_SIDE
-            )
-        ):
-            return None
-        bilateral = word.startswith("bi")
-        if not part and not bilateral:
-            on_the = before in ("the", "my", "your", "his", "her") or self._answers_which(i)
-            if not on_the and after.word not in ("side", "sided"):
-                return None
-        made = self._make("side", SIDES[word], i, count)
-        return made._replace(of=part)
-
-    def _is_choice(self, i: int) -> bool:
-        """Whether the side at item i is one of "left or right", as a question asks."""
-        around = [item.word for item in self.items[max(0, i - 4) : i + 5]]
-        at = i - max(0, i - 4)
-        return any(
-            around[k] == "or" and around[k + 1 :] and SIDES.keys() & set(around[other])
-            for k in range(len(around))
-            for other in (slice(0, at) if k < at else slice(at + 1, None),)
-        )
-
-    def _answers_which(self, i: int) -> bool:
-        """Whether the side at item i answers "which knee?" or "left or right?"."""
-        item, context = self.items[i], self.context
-        if not self.spoken or item.gap not in ("\n", "?"):
-            return False
-        asked = [
-            other.word
-            for k, other in enumerate(self.items[max(0, i - 14) : i], max(0, i - 14))
-            if context.sentence[k] >= context.sentence[i] - 2
-        ]
-        return "which" in asked or ("or" in asked and bool(SIDES.keys() & set(asked)))
