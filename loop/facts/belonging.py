@@ -37,7 +37,7 @@ class Belonging:
                     if HABITS.at(self.parsed.padded, self.parsed.stems, i + 1):
                         continue  # "quit smoking" is a habit
                 statement = statement._replace(of=of)
-            elif statement.kind == "side" and not statement.of:
+            elif statement.kind == "side" and not statement.of and "than" not in statement.value:
                 while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
                     last_part += 1
                 if self.parts and self.parts[last_part][0] < i:

@@ -20,6 +20,8 @@ _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem"
 def judge_condition(index: Index, s: Statement) -> Verdict:
     """By its name or a broader one, a normal examination, a slip of the pen, or in two words."""
     mentions = index.conditions.get(s.value, [])
+    if s.value == "tenderness" and s.of:  # that of another part says nothing
+        mentions = [o for o in mentions if o.of and same_region(s.of, o.of)]
     if mentions:
         return by_polarity(index, s, mentions)
     general = KIND_OF.get(s.value)

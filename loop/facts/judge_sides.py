@@ -5,12 +5,15 @@ from .index import Index
 from .parsed import Statement
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
+COMPARES = " more than "  # of the value of "left more than right"
 _HANDED = frozenset("dominant write everything handedness".split())
 
 
 def judge_side(index: Index, s: Statement) -> Verdict:
     """By the sides of the same part; both also by "my feet", or by left and right together."""
-    same_part = [o for o in index.all("side") if _may_be_of(s, o)]
+    if COMPARES in s.value:
+        return _judge_comparison(index, s)
+    same_part = [o for o in index.all("side") if COMPARES not in o.value and _may_be_of(s, o)]
     if s.of == "handedness" and not same_part and _HANDED & index.places_of_word.keys():
         same_part = [o for o in index.all("side") if o.of == "hand"]
     agreeing = [
@@ -37,6 +40,18 @@ def judge_side(index: Index, s: Statement) -> Verdict:
     if same_part:
         return Verdict(s, CONTRADICTED, place_of(same_part[0]))
     return Verdict(s, NOT_SAID, None)
+
+
+def _judge_comparison(index: Index, s: Statement) -> Verdict:
+    """ "Left worse than right": contradicted where the other text says the reverse alone."""
+    first, _, other = s.value.partition(COMPARES)
+    compared = [o for o in index.all("side") if COMPARES in o.value]
+    same = [o for o in compared if o.value == s.value]
+    if same:
+        return Verdict(s, SUPPORTED, place_of(same[0]))
+    if compared:
+        return Verdict(s, CONTRADICTED, place_of(compared[0]))
+    return Verdict(s, NOT_SAID if first == other else SUPPORTED, None, is_broader=True)
 
 
 def _may_be_of(s: Statement, o: Statement) -> bool:

@@ -2,7 +2,6 @@
 
 import bisect
 
-from .conditions import NORMAL_WORDS
 from .index import Index
 from .parsed import Statement
 from .statements import Document
@@ -42,8 +41,9 @@ def weigh(index: Index, verdict: Verdict, document: Document) -> Verdict:
 
 
 def _asks(index: Index, o: Statement) -> float:
-    """What a mention loses that stands in a question."""
-    return _IN_QUESTION if index.document.context.asks[o.word] else 0.0
+    """What a side loses that stands in a question."""
+    asked = o.kind == "side" and index.document.context.asks[o.word]
+    return _IN_QUESTION if asked else 0.0
 
 
 def _nearness(index: Index, own: dict[str, float], o: Statement) -> float:
@@ -72,8 +72,7 @@ def _surroundings(document: Document, s: Statement) -> dict[str, float]:
         if outside or s.start <= item.start < s.end:
             continue
         weight = 1.0 if clause[k] in home else _BEYOND
-        word = "normal" if item.word in NORMAL_WORDS else document.words[k]
-        for name in (word, document.names.get(k, "")):
+        for name in (document.words[k], document.names.get(k, "")):
             if len(name) > 2 and name not in _TELLS_NOTHING:
                 found[name] = max(weight, found.get(name, 0.0))
     return found

@@ -11,11 +11,14 @@ _AFTER_EXACTLY = frozenset(
     "at in on over around above below under behind next by where when".split()
 )
 _NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
-_SAYS = frozenset("all that's i is she he was have has".split())
+_SAYS = frozenset("all that's you're okay i is she he was have has".split())
 _OWN = frozenset("the my your his her".split())
 _SPOKEN_REACH, _WRITTEN_REACH = 7, 5  # items in which the part follows
 _ANSWER_REACH = 6  # items of a turn in which "which side?" is answered
 _QUESTION_REACH = 20
+
+_MORE = frozenset("worse greater more bigger larger weaker stronger stiffer less better".split())
+_COMPARED_REACH, _THAN_REACH = 8, 5
 
 
 class Side(NamedTuple):
@@ -47,6 +50,22 @@ def side_at(parsed: Parsed, i: int) -> Side | None:
     if before in _SAYS or after in _NOT_A_SIDE:
         return None
     return Side(SIDES[word], "", 1) if before in _OWN or before in ("on", "to") else None
+
+
+def compared_at(parsed: Parsed, i: int) -> str:
+    """ "left more than right" of "left worse than right" at item i; "" for no comparison."""
+    items, first = parsed.padded, SIDES[parsed.items[i].word]
+    for k in range(i + 1, min(i + _COMPARED_REACH, len(parsed.items))):
+        if items[k].gap in (".", "\n", ";", "?") or items[k].word in SIDES:
+            break
+        if items[k].word in _MORE and items[k + 1].word == "than":
+            behind = [items[m].word for m in range(k + 2, k + 2 + _THAN_REACH)]
+            other = next((SIDES[word] for word in behind if word in SIDES), "")
+            if "both" in (first, other) or not other:
+                break
+            less = items[k].word in ("less", "better")
+            return f"{other} more than {first}" if less else f"{first} more than {other}"
+    return ""
 
 
 def _is_exactly(parsed: Parsed, i: int) -> bool:
@@ -102,9 +121,15 @@ def _answers_which(parsed: Parsed, i: int) -> bool:
         start -= 1
     if not parsed.spoken or (items[start].gap not in ("\n", "?") and items[i].gap != "?"):
         return False
-    asked = [
-        other.word
-        for k, other in enumerate(items[max(0, start - _QUESTION_REACH) : start])
-        if turn[max(0, start - _QUESTION_REACH) + k] >= turn[i] - 1
-    ]
-    return "which" in asked or ("or" in asked and bool(SIDES.keys() & set(asked)))
+    first = max(0, start - _QUESTION_REACH)
+    asked = [k for k in range(first, start) if turn[k] >= turn[i] - 1]
+    words = {items[k].word for k in asked}
+    which = any(items[k].word == "which" and _is_sided(parsed, k + 1) for k in asked)
+    return which or ("or" in words and bool(SIDES.keys() & words))
+
+
+def _is_sided(parsed: Parsed, i: int) -> bool:
+    """Whether item i is "side", "one" or a part of the body."""
+    if parsed.stems[i] in ("side", "one") or parsed.items[i].number == 1:
+        return True
+    return PARTS.at(parsed.padded, parsed.stems, i) is not None

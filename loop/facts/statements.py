@@ -12,7 +12,7 @@ from .parsed import Parsed, Statement
 from .phrases import Found
 from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
 from .quantities import Amount, amount_at, describe
-from .sides import side_at
+from .sides import compared_at, side_at
 from .vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
@@ -127,6 +127,10 @@ class Document(Parsed):
         i = 0
         while i < len(self.items):
             statement, used = self._at(i)
+            if self.items[i].word in SIDES:
+                compared = compared_at(self, i)
+                if compared:
+                    found.append(self._make("side", compared, i, 1))
             if statement:
                 found.append(statement)
                 if statement.amount and statement.amount.unit in _HABIT_UNITS:
