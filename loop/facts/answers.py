@@ -17,6 +17,8 @@ _FILLERS = frozenset(
     ma'am just it's think that it really""".split()
 )
 _THE_KNOWN = frozenset("your his her their the that those this".split())
+_HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
+_HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
@@ -74,7 +76,8 @@ def _answer(items: list[Item], turn: list[Clause]) -> str:
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER
         if word in _YES and following in ("not", "n't") and items[i + 1].gap == "":
             return DENIED
-        if word in _YES or (own and ends and following != "not"):
+        agrees = word in _YES and (word not in _HOW_MUCH or not seen or items[i - 2].word in _HAVE)
+        if agrees or (own and ends and following != "not"):
             return AFFIRMED
         seen += word not in _FILLERS
         if seen > 4:

@@ -33,6 +33,7 @@ _WRITTEN_BREAKS = frozenset(
     explains positive remarkable significant believes continues describes confirms
     acknowledges mentions exception""".split()
 )
+_NO_BREAK_BEHIND = frozenset("no not any without was were been be is".split())  # "was admitted"
 # Behind a comma, they begin another clause of a note.
 _AFTER_COMMA = frozenset("he she they the his her it smokes drinks uses lives works takes".split())
 _SPOKEN_BREAKS = frozenset("so okay ok alright well now then and-then anyway".split())
@@ -98,13 +99,15 @@ def read_clauses(text: str, items: list[Item], spoken: bool) -> list[Clause]:
 
 def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
     word, previous = items[i].word, items[i - 1].word
+    if word == "however" and items[i].gap == "," and i + 1 < len(items):
+        return items[i + 1].gap != ","  # "denies, however, any cough"
     if word in _BREAKS:
         return not (word == "but" and i + 2 < len(items) and items[i + 2].word == "limited")
     if not spoken:
         if word in ("denies", "denied"):
             return i + 1 < len(items) and items[i + 1].gap not in _SENTENCE  # "alcohol, denies."
         if word in _WRITTEN_BREAKS:
-            return previous not in ("no", "not", "any", "without")
+            return previous not in _NO_BREAK_BEHIND
         if previous == "and" and word in ("he", "she", "they"):
             return True
         return items[i].gap == "," and word in _AFTER_COMMA

@@ -45,10 +45,10 @@ def read_polarity(
     polarity = carried if not clause.new_turn else AFFIRMED
     reach = clause.start + (6 if carried != AFFIRMED else 0)
     limit = _MAX_SPOKEN_REACH if spoken else _MAX_WRITTEN_REACH
-    start = clause.start
+    start, trigger = clause.start, ""
     for i in range(clause.start, clause.end):
         word = items[i].word
-        if i >= reach or (polarity == DENIED and _ends_negation(items, i)):
+        if i >= reach or (polarity == DENIED and _ends_negation(items, i, trigger)):
             polarity = AFFIRMED
         if i and items[i - 1].word == "non":  # "non-tender"
             polarities[i] = DENIED
@@ -60,7 +60,7 @@ def read_polarity(
                 for k in range(start, i):
                     polarities[k] = DENIED
             elif not _negates_nothing(items, i, clause, spoken):
-                polarity, reach = DENIED, min(clause.end, i + limit)
+                polarity, reach, trigger = DENIED, min(clause.end, i + limit), word
                 if i + 1 < clause.end and items[i + 1].word == "longer":
                     polarity = ENDED
         elif (word in POSSIBLE_WORDS or _is_sought(items, i)) and polarity != DENIED:
@@ -81,10 +81,11 @@ def _is_sought(items: list[Item], i: int) -> bool:
     return items[i].word in _SEEKING and i + 1 < len(items) and items[i + 1].word == "for"
 
 
-def _ends_negation(items: list[Item], i: int) -> bool:
+def _ends_negation(items: list[Item], i: int, trigger: str) -> bool:
+    """Whether what a word such as "no" or "denies" denies ends before item i."""
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
-        return items[i - 1].word not in NO_WORDS
+        return items[i - 1].word not in NO_WORDS and trigger not in ("denies", "denied", "deny")
     if word == "as" and following in ("the", "he", "she", "patient"):
         return True
     return word in _RESETS or (word == "for" and following in _THESE)

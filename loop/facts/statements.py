@@ -39,6 +39,7 @@ _TESTED = frozenset(
     """test tests testing tested screen screens screening vaccine vaccines vaccination
     vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
 )
+_PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
@@ -219,6 +220,8 @@ class Document(Parsed):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
+        if meaning.name == "pain" and self.context.asks[i] and self.near(i, _PRESSING, 6):
+            return made._replace(value="tenderness")  # "does that hurt?"
         return made
 
     def _is_heading(self, i: int, count: int) -> bool:
