@@ -46,9 +46,18 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             given = own if first in _ANSWERS else answer
             if given == DENIED and _presupposes(items, clause):
                 given = ENDED
+            stays = _says_no(items, clause)
             for i in range(clause.start, clause.end):
-                if polarities[i] == AFFIRMED or given == AFFIRMED:
+                is_denied = polarities[i] == DENIED and not stays
+                if polarities[i] == AFFIRMED or (given == AFFIRMED and is_denied):
                     polarities[i] = given
+
+
+def _says_no(items: list[Item], clause: Clause) -> bool:
+    """Whether a question denies: "no fever, right?"; a "yes" or a "no" agrees with it."""
+    return any(item.word == "no" for item in items[clause.start + 1 : clause.end - 1]) or (
+        items[clause.start].word == "no" and clause.end - clause.start > 1
+    )
 
 
 def _presupposes(items: list[Item], clause: Clause) -> bool:

@@ -5,7 +5,7 @@ from .numerals import Item
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 FORMER = "former"  # "history of", "quit"
-QUIET = "quiet"  # of an illness that a note says makes no trouble now
+QUIET = "quiet"  # of what a note says is there, but no other and no trouble
 ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
 # They end a negation: "no cough due to asthma", "no medicine for her asthma".
@@ -30,7 +30,7 @@ _LEFT_AS_IT_IS = frozenset(
     """relieve relieved relieving help helped helping improve improved improving improvement
     alleviate alleviated resolve resolved control controlled limited relief touch ease eased know
     knows sure certain tolerate tolerated tolerating manage managed worked work clear
-    explain always every only just""".split()
+    explain always every only just stop""".split()
 )
 _SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60

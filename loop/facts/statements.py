@@ -40,6 +40,8 @@ _TESTED = frozenset(
     vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
 )
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
+_OTHER = frozenset("other further additional new".split())
+_NEVER_NORMAL = ("trauma",)  # whoever fell, or was hit, was hurt
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
@@ -208,7 +210,8 @@ class Document(Parsed):
         made = self._make(kind, meaning.name, i, count)
         if self._denies_within(i, count):  # "can't breathe"
             made = made._replace(polarity=self._polarity_before(i))
-        if kind == "weak" and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
+        normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
+        if normal and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
         if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
             made = made._replace(polarity=ENDED)
@@ -216,7 +219,7 @@ class Document(Parsed):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
-        if made.polarity == DENIED and kind == "diagnosis" and self._denies_trouble(i):
+        if made.polarity == DENIED and self._denies_more(i, kind == "diagnosis"):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
@@ -244,12 +247,14 @@ class Document(Parsed):
             return context.polarity[i - 1]
         return context.polarity[i] if context.asks[i] else AFFIRMED
 
-    def _denies_trouble(self, i: int) -> bool:
-        """Whether a note denies trouble with an illness alone: "denies recent issues with"."""
+    def _denies_more(self, i: int, is_diagnosis: bool) -> bool:
+        """Whether a note denies more of a thing alone: "no other pain", "no issues with asthma"."""
         if self.spoken:
             return False
-        before = {item.word for item in self.items[max(0, i - 5) : i]}
-        return bool(before & _RECENT) and ("with" in before or "from" in before)
+        before = [item.word for item in self.items[max(0, i - 5) : i]]
+        if _OTHER & set(before[-2:]):
+            return True
+        return is_diagnosis and bool(_RECENT & set(before)) and bool({"with", "from"} & set(before))
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:
         word, following = self.padded[i].word, self.padded[i + found.num_items].word
@@ -260,8 +265,16 @@ class Document(Parsed):
             return made._replace(polarity=DENIED)
         if word.startswith("drink") and self.near(i, _NO_ALCOHOL, 6):
             return None
+        if made.polarity == DENIED and self.spoken and self._quit_behind(i):
+            return made._replace(polarity=ENDED)
         former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
         return made._replace(polarity=FORMER) if former else made
+
+    def _quit_behind(self, i: int) -> bool:
+        """Whether "quit" or "used to" follows in this turn or in the answer: "no, I quit"."""
+        turn = self.context.turn
+        behind = [k for k in range(i, min(i + 20, len(self.items))) if turn[k] <= turn[i] + 1]
+        return any(self.items[k].word in ("quit", "used", "stopped") for k in behind)
 
     def normal_exams(self) -> set[str]:
         """What the text says is normal: keys of EXAMS, or "all"."""

@@ -20,7 +20,8 @@ _ASKS_ON = frozenset("what how any and anyone anybody about".split())
 _CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
-    half grand other only older younger twin oldest youngest late great little big""".split()
+    half grand other only older younger twin oldest youngest late great little big another
+    have has""".split()
 )
 _NOT_FAMILY_NEXT = frozenset("doctor physician medicine practice practitioner planning".split())
 _SELF = frozenset("i i'm i've i'd you're you've you'd myself yourself patient".split())

@@ -27,7 +27,7 @@ KINDS = {
     "claim": "affirmed or denied in other words",
 }
 _SHOWN = {DENIED: "no ", POSSIBLE: "perhaps ", FORMER: "formerly ", ENDED: "formerly "}
-_SHOWN |= {QUIET: "no trouble with "}
+_SHOWN |= {QUIET: "no more "}
 
 Key = tuple[str, str, str, str, str]
 
