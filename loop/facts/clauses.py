@@ -6,12 +6,12 @@ from .numerals import Item, count_speakers
 
 NO_WORDS = frozenset(
     """no denies denied deny denying without not never neither nor negative absent absence cannot
-    n't nt free lacks nope ruled none nothing nobody""".split()
+    n't nt free lacks nope ruled none nothing nobody wish""".split()
 )
 POSSIBLE_WORDS = frozenset(
     """possible possibly probable probably likely suspect suspected suspicion may might maybe
     could perhaps if concern concerning concerned rule consider considering questionable versus vs
-    whether worried risk risks prevent should watch unlikely unless in-case avoid wish
+    whether worried risk risks prevent should watch unlikely unless in-case avoid
     suspicious""".split()
 )
 SUBJECT_WORDS = frozenset(
@@ -40,7 +40,7 @@ _SPOKEN_BREAKS = frozenset("so okay ok alright well now then and-then anyway".sp
 # Behind these a subject belongs to the same clause.
 _LINKS = frozenset(
     """if when whether that think thought believe say says said know where how why who as than
-    while after before until unless since like what see sure""".split()
+    while after before until unless since like what see sure wish""".split()
 )
 _AUXILIARIES = frozenset(
     """do does did have has had are is was were can could would will should am have-n't

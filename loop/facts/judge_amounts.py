@@ -8,6 +8,7 @@ from .quantities import TO_MG, UNITS, Amount
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 from .vocabulary import MEASURES
 
+_BEFORE_AGE = frozenset("i'm he's she's am turned turning age aged".split())
 _MEASURE_REACH = 8  # items between a number and what it measures
 
 
@@ -40,7 +41,7 @@ def _bare(index: Index, s: Statement, places: list[int]) -> Verdict | None:
         item = index.document.items[i]
         if index.unit_at(i) or index.document.padded[i + 1].word in UNITS:
             continue
-        if _is_others(index, i, places):
+        if _is_others(index, i, places) or _is_age(index, i):
             continue
         if distance(_in_reach(index, places, i, reach), i) <= reach:
             return Verdict(s, SUPPORTED, (item.start, item.end))
@@ -54,6 +55,12 @@ def _is_others(index: Index, i: int, places: list[int]) -> bool:
     if at < 0 or drugs[at].word in places:
         return False
     return i - drugs[at].word < distance(places, i)
+
+
+def _is_age(index: Index, i: int) -> bool:
+    """Whether the number at item i is how old someone is: "I'm 40"."""
+    before = index.document.items[i - 1].word if i else ""
+    return before in _BEFORE_AGE and index.document.padded[i + 1].word not in ("on", "of")
 
 
 def _in_reach(index: Index, places: list[int], i: int, reach: int) -> list[int]:

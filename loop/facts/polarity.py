@@ -19,6 +19,7 @@ _BEHIND_NO = frozenset(
     """change changes only doubt problem problems matter further sure worries idea just
     necessarily""".split()
 )
+_DENIES = ("denies", "denied", "deny", "wish")  # with "some" behind, too
 _SEEKING = frozenset(
     """needed prn look looks looking looked check checks checking checked test testing screen
     screening screened evaluate evaluating""".split()
@@ -85,7 +86,7 @@ def _ends_negation(items: list[Item], i: int, trigger: str) -> bool:
     """Whether what a word such as "no" or "denies" denies ends before item i."""
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
-        return items[i - 1].word not in NO_WORDS and trigger not in ("denies", "denied", "deny")
+        return items[i - 1].word not in NO_WORDS and trigger not in _DENIES
     if word == "as" and following in ("the", "he", "she", "patient"):
         return True
     return word in _RESETS or (word == "for" and following in _THESE)

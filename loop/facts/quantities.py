@@ -52,7 +52,7 @@ _AFTER_ARTICLE = frozenset(
 )
 # "a couple of", "a few", and where they lie at most
 _VAGUE = {"couple": (2.0, 2.0), "few": (2.0, 4.0), "several": (3.0, 9.0), "dozen": (12.0, 12.0)}
-_PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25}
+_PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25, "third": 1 / 3}
 _TIMES = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
 _PERIODS = {unit: unit for unit in ("hour", "day", "week", "month", "year")}
 _PERIODS |= {"daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}
@@ -122,6 +122,8 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _every_so_many(items, i)
     if word in ("every", "each", "q") and _together(items, i, i + 1):
         return _every(items, i)
+    if word == "alternate" and following in ("day", "days", "night", "nights"):
+        return _often(0.5, 2)
     if word in ("at", "before", "in") and following in ("bedtime", "night"):
         return _often(1, 2)
     if (word, following) == ("in", "the") and items[i + 2].word in ("morning", "evening"):
@@ -329,6 +331,11 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS and _together(items, i, end):
             return part, part, end
+    if number < 1 or (number == 2 and items[i + 1].word == "thirds"):  # "\u00be of a tablet"
+        end = i + 1 + (number == 2)
+        part = number if number < 1 else 2 / 3
+        if items[end].word == "of" and items[end + 1].word in ("a", "an"):
+            return part, part, end + 2
     other, end = None, i + 1
     if i and items[i - 1].word == "from":  # what changes is no range
         return number, number, end
@@ -359,7 +366,7 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
     if word in _VAGUE:
         low, high = _VAGUE[word]
         return low, high, i + 1 + (following == "of")
-    if word in _PARTS_OF_ONE:
+    if word in _PARTS_OF_ONE or (word == "third" and following == "of"):
         end = i + 1 + (following == "of")
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS:

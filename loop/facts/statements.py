@@ -24,7 +24,7 @@ _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays 
 _AMOUNT_WORDS = frozenset(
     """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
-    qds qd qam qpm qhs hs mane nocte qod qday""".split()
+    qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
 _NO_ALCOHOL = frozenset(
     """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
