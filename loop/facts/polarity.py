@@ -51,7 +51,7 @@ def read_polarity(
         word = items[i].word
         if i >= reach or (polarity == DENIED and _ends_negation(items, i, trigger)):
             polarity = AFFIRMED
-        if i and items[i - 1].word == "non":  # "non-tender"
+        if "non" in (items[i - 1].word if i else "", _two_before_habit(items, i)):  # "non-tender"
             polarities[i] = DENIED
             continue
         if word == "free" and i > clause.start and items[i].gap == "":  # "pain free"
@@ -75,6 +75,11 @@ def read_polarity(
     if spoken and polarity != AFFIRMED and (_THOUGHTS & set(last) or last[-1:] == ["if"]):
         return polarity
     return AFFIRMED
+
+
+def _two_before_habit(items: list[Item], i: int) -> str:
+    """The word two before that at item i, where that is a habit: "non-cigarette smoker"."""
+    return items[i - 2].word if i > 1 and items[i].word in ("smoker", "user", "drinker") else ""
 
 
 def _is_sought(items: list[Item], i: int) -> bool:

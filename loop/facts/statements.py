@@ -208,6 +208,8 @@ class Document(Parsed):
             return None
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
+        if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
+            made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
         if self._denies_within(i, count):  # "can't breathe"
             made = made._replace(polarity=self._polarity_before(i))
         normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
@@ -258,7 +260,7 @@ class Document(Parsed):
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:
         word, following = self.padded[i].word, self.padded[i + found.num_items].word
-        if following.startswith("allerg"):
+        if following.startswith(("allerg", "intoleran", "reaction", "sensitivit")):
             return None
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:

@@ -31,6 +31,8 @@ _PATIENT_WORDS = frozenset(
     """he she patient his her mr mrs ms i you personal medical past gentleman lady
     woman man male female boy girl""".split()
 )
+_HE_OR_SHE = frozenset("he she they he's she's".split())
+_RELATIVE_REACH = 3
 _RELATIVE_SPEAKS = re.compile(
     r"^[^A-Za-z\n]*(?:guest[ _])?"
     r"(?:family|parent|mother|father|wife|husband|daughter|son|caregiver)\b[^:\n]{0,20}:",
@@ -49,6 +51,7 @@ def read_spoken_subjects(text: str, items: list[Item], clauses: list[Clause]) ->
     subject = PATIENT
     asked_of_family = ""
     topic = was_asked = False  # whether the family is what is asked about, turn after turn
+    since = _RELATIVE_REACH  # turns since a relative was named
     answers = False  # what runs in the family: then "i have diabetes" says who has it of none
     for clause in clauses:
         if clause.new_turn:
@@ -60,13 +63,16 @@ def read_spoken_subjects(text: str, items: list[Item], clauses: list[Clause]) ->
                 subject = PATIENT
             elif asked_of_family:
                 subject = FAMILY
+            since += 1
+            if since < _RELATIVE_REACH and first & _HE_OR_SHE and not first & SELF_OR_YOU:
+                subject = FAMILY  # "how did she pass? - She had lung cancer"
             answers = asked_of_family == "runs"
             asked_of_family = ""
         for i in range(clause.start, clause.end):
             word = items[i].word
             topic = topic or word in _RELATIVES
             if _is_relative(items, i):
-                subject = FAMILY
+                subject, since = FAMILY, 0
                 if clause.asks:
                     topic = True
                     asked_of_family = "runs" if _runs_in_family(items, clause) else "asks"

@@ -80,6 +80,21 @@ EITHER = [
         "Bilateral knee pain, right worse than left.",
         "Bilateral knee pain, left worse than right.",
     ),
+    (
+        "Patient: my mother died.\nDoctor: how did she pass?\nPatient: She had lung cancer",
+        "Mother died of lung cancer.",
+        "The patient has lung cancer.",
+    ),
+    (
+        "Doctor: do you smoke?\nPatient: no",
+        "He is a non-cigarette smoker.",
+        "He is a cigarette smoker.",
+    ),
+    (
+        "Doctor: any change in your bowel habits?\nPatient: no",
+        "No changes in bowel habits.",
+        "Changes in bowel habits.",
+    ),
     ("Patient: I don't garden", "Denies gardening.", "Reports gardening."),
     (
         "Patient: I have another sister. She is a diabetic",
