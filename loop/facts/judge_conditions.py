@@ -21,7 +21,11 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
     """By its name or a broader one, a normal examination, a slip of the pen, or in two words."""
     mentions = index.conditions.get(s.value, [])
     if s.value == "tenderness" and s.of:  # that of another part says nothing
-        mentions = [o for o in mentions if o.of and same_region(s.of, o.of)]
+        mentions = [
+            o
+            for o in mentions
+            if (o.of and same_region(s.of, o.of)) or (not o.of and o.polarity == s.polarity)
+        ]
     if mentions:
         return by_polarity(index, s, mentions)
     general = KIND_OF.get(s.value)

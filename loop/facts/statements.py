@@ -41,7 +41,7 @@ _TESTED = frozenset(
 )
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
 _OTHER = frozenset("other further additional new".split())
-_NEVER_NORMAL = ("trauma",)  # whoever fell, or was hit, was hurt
+_NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
