@@ -154,7 +154,9 @@ def is_equal(s: Statement, o: Statement) -> bool:
             return False
         low, high = low * TO_MG[a.unit], high * TO_MG[a.unit]
         other_low, other_high = other_low * TO_MG[b.unit], other_high * TO_MG[b.unit]
-    if s.kind in ("dose", "ratio", "frequency"):
+    if s.kind in ("dose", "ratio"):
+        return _close(low, other_low, 1e-6) and _close(high, other_high, 1e-6)
+    if s.kind == "frequency":
         return _close(low, other_low, 1e-3) and _close(high, other_high, 1e-3)
     slack = 0.08 if s.kind == "duration" and low >= 27 else 1e-3
     if _close(low, other_low, slack) and _close(high, other_high, slack):
