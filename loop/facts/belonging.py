@@ -9,7 +9,7 @@ from .vocabulary import HABITS
 
 _PART_REACH = 6
 _NO_OBJECT = frozenset(
-    """taking with using this that these those their your until when after before immediately
+    """taking with use using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
 )
 
@@ -90,6 +90,8 @@ class Belonging:
         """What is stopped at item i, where it is no known drug; "" where nothing follows."""
         for k in range(i + 1, min(i + 5, len(self.items))):
             if self.context.clause[k] != self.context.clause[i] or self.items[k].gap in (",", ":"):
+                break
+            if self.items[k].word in ("and", "if", "but", "or"):
                 break
             if len(self.items[k].word) > 3 and self.items[k].word not in _NO_OBJECT:
                 return self.parsed.words[k]

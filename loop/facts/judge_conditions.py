@@ -20,12 +20,10 @@ _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem"
 def judge_condition(index: Index, s: Statement) -> Verdict:
     """By its name or a broader one, a normal examination, a slip of the pen, or in two words."""
     mentions = index.conditions.get(s.value, [])
-    if s.value == "tenderness" and s.of:  # that of another part says nothing
-        mentions = [
-            o
-            for o in mentions
-            if (o.of and same_region(s.of, o.of)) or (not o.of and o.polarity == s.polarity)
-        ]
+    if s.value == "any allergy":
+        mentions = mentions + index.all("allergy") + index.conditions.get("rhinitis", [])
+    if s.value == "tenderness":
+        mentions = _tender(index, s, mentions)
     if mentions:
         return by_polarity(index, s, mentions)
     general = KIND_OF.get(s.value)
@@ -40,6 +38,19 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
         return Verdict(s, SUPPORTED, None, is_broader=True)
     otherwise = misspelled(index, s) or _scattered(index, s)
     return by_polarity(index, s, [otherwise]) if otherwise else Verdict(s, NOT_SAID, None)
+
+
+def _tender(index: Index, s: Statement, mentions: list[Statement]) -> list[Statement]:
+    """The mentions of tenderness, and of pain where it is affirmed; none of another part."""
+    if s.polarity == AFFIRMED:
+        mentions = mentions + [o for o in index.conditions.get("pain", []) if o.value == "pain"]
+    if not s.of:
+        return mentions
+    return [
+        o
+        for o in mentions
+        if (o.of and same_region(s.of, o.of)) or (not o.of and o.polarity == s.polarity)
+    ]
 
 
 def judge_habit(index: Index, s: Statement) -> Verdict:

@@ -23,6 +23,11 @@ _NUMBER_STARTS = frozenset(
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
 MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
 _EVERY = re.compile(r"\bq\.(?=\s?\d)")  # of "q.6 h."
+# What speakers say twice.
+_STUTTERED = frozenset(
+    """a an the i you he she we they it it's i'm my your his her our of to in on at for with and or
+    is are was were have has had that this if so""".split()
+)
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # "[00:12:40]", "00:01,500 --> 00:04,000", "12:40 " or "[740s]" at the start of a line: a recorder's
 # clock says nothing. A clock in brackets is one anywhere.
@@ -123,7 +128,9 @@ def parse_items(text: str) -> list[Item]:
         parsed = None
         if word[0].isdigit() or word[0] == "." or word in _NUMBER_STARTS:
             parsed = _parse_number(text, tokens, i)
-        if parsed is None:
+        if parsed is None and word in _STUTTERED and items and items[-1].word == word and not gap:
+            i += 1  # "a a day"
+        elif parsed is None:
             items.append(Item(word.replace(",", ""), None, start, end, gap))
             i += 1
         else:

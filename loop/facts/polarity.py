@@ -92,6 +92,8 @@ def _ends_negation(items: list[Item], i: int, trigger: str) -> bool:
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
         return items[i - 1].word not in NO_WORDS and trigger not in _DENIES
+    if [item.word for item in items[i : i + 3]] in (["at", "the", "time"], ["at", "that", "time"]):
+        return True
     if word == "as" and following in ("the", "he", "she", "patient"):
         return True
     return word in _RESETS or (word == "for" and following in _THESE)
