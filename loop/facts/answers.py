@@ -2,7 +2,7 @@
 
 import bisect
 
-from .clauses import BEHIND_ANSWER, NO_WORDS, Clause
+from .clauses import BEHIND_ANSWER, NO_WORDS, SUBJECT_WORDS, Clause
 from .numerals import Item
 from .polarity import AFFIRMED, ASKED, DENIED, ENDED
 from .subjects import SELF_OR_YOU
@@ -55,9 +55,13 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
 
 def _says_no(items: list[Item], clause: Clause) -> bool:
     """Whether a question denies: "no fever, right?"; a "yes" or a "no" agrees with it."""
-    return any(item.word == "no" for item in items[clause.start + 1 : clause.end - 1]) or (
-        items[clause.start].word == "no" and clause.end - clause.start > 1
-    )
+    for i in range(clause.start, clause.end - 1):
+        word, following = items[i].word, items[i + 1].word
+        if word in ("no", "without"):
+            return True
+        if (word == "not" or word.endswith("n't")) and following not in SUBJECT_WORDS:
+            return True  # "you don't smoke?", but not "don't you smoke?"
+    return False
 
 
 def _presupposes(items: list[Item], clause: Clause) -> bool:

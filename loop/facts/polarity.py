@@ -31,7 +31,7 @@ _LEFT_AS_IT_IS = frozenset(
     """relieve relieved relieving help helped helping improve improved improving improvement
     alleviate alleviated resolve resolved control controlled limited relief touch ease eased know
     knows sure certain tolerate tolerated tolerating manage managed worked work clear
-    explain always every only just stop""".split()
+    explain always every only just stop treated treating need needs""".split()
 )
 _SOME = frozenset("some slight slightly mild mildly minimal positive just only occasional".split())
 _MAX_SPOKEN_REACH, _MAX_WRITTEN_REACH = 16, 60
@@ -56,7 +56,9 @@ def read_polarity(
             continue
         if word == "free" and i > clause.start and items[i].gap == "":  # "pain free"
             polarities[i - 1] = DENIED
-        if word in NO_WORDS or word.endswith("n't"):
+        if word == "without" and polarity == DENIED and trigger in ("n't", "not", "cannot"):
+            polarity = AFFIRMED  # "can't walk without pain"
+        elif word in NO_WORDS or word.endswith("n't"):
             if _is_behind(items, i, clause):
                 for k in range(start, i):
                     polarities[k] = DENIED

@@ -42,8 +42,9 @@ _TESTED = frozenset(
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
+_SCALE = frozenset("being scale imaginable".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
-_FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
+_FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
     """trouble problem problems difficulty difficulties hard change changes changed loss less lost
@@ -206,10 +207,15 @@ class Document(Parsed):
         meaning, count = found
         if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
             return None
+        if self.items[i - 1].word in ("no", "worst") and self.near(i, _SCALE, 6):
+            return None  # "zero being no pain"
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
             made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
+        if made.polarity == DENIED and self.padded[i + count].word == "like":
+            if self.padded[i + count + 1].word in ("this", "that"):
+                made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
         if self._denies_within(i, count):  # "can't breathe"
             made = made._replace(polarity=self._polarity_before(i))
         normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
@@ -250,12 +256,12 @@ class Document(Parsed):
         return context.polarity[i] if context.asks[i] else AFFIRMED
 
     def _denies_more(self, i: int, is_diagnosis: bool) -> bool:
-        """Whether a note denies more of a thing alone: "no other pain", "no issues with asthma"."""
-        if self.spoken:
-            return False
+        """Whether more of a thing alone is denied: "no other pain", "no issues with asthma"."""
         before = [item.word for item in self.items[max(0, i - 5) : i]]
         if _OTHER & set(before[-2:]):
             return True
+        if self.spoken:
+            return False
         return is_diagnosis and bool(_RECENT & set(before)) and bool({"with", "from"} & set(before))
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:
