@@ -56,7 +56,8 @@ def read_polarity(
             continue
         if word == "free" and i > clause.start and items[i].gap == "":  # "pain free"
             polarities[i - 1] = DENIED
-        if word == "without" and polarity == DENIED and trigger in ("n't", "not", "cannot"):
+        cannot = trigger.endswith("n't") or trigger in ("not", "cannot")
+        if word == "without" and polarity == DENIED and cannot:
             polarity = AFFIRMED  # "can't walk without pain"
         elif word in NO_WORDS or word.endswith("n't"):
             if _is_behind(items, i, clause):

@@ -256,12 +256,12 @@ class Document(Parsed):
         return context.polarity[i] if context.asks[i] else AFFIRMED
 
     def _denies_more(self, i: int, is_diagnosis: bool) -> bool:
-        """Whether more of a thing alone is denied: "no other pain", "no issues with asthma"."""
+        """Whether a note denies more of a thing alone: "no other pain", "no issues with asthma"."""
+        if self.spoken:
+            return False
         before = [item.word for item in self.items[max(0, i - 5) : i]]
         if _OTHER & set(before[-2:]):
             return True
-        if self.spoken:
-            return False
         return is_diagnosis and bool(_RECENT & set(before)) and bool({"with", "from"} & set(before))
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:

@@ -38,6 +38,11 @@ SAID = [
     ("Doctor: any cough?\nPatient: no", "He denies, however, any cough."),
     ("Doctor: any of this run in the family, diabetes?\nPatient: no", "No diabetes in relatives."),
     ("Patient: I fell off a ladder", "Fall with injury."),
+    ("lower your salt to twenty three hundred milligrams a a day", "2300 mg daily"),
+    ("my seasonal allergies, congestion", "congestion from allergies"),
+    ("zero being no pain and ten being the worst pain, it's six out of ten", "Rated 6/10."),
+    ("Doctor: I don't see any wounds\nPatient: yeah", "No wounds."),
+    ("Patient: I had a fall but no injury", "Denied injury at the time of the fall."),
     ("seasonal allergies, sneezing", "Allergies:\nNone stated."),
 ]
 # (dialogue, note): some statement of the note is not.
@@ -100,6 +105,13 @@ EITHER = [
         "Patient: I have another sister. She is a diabetic",
         "Sister with diabetes.",
         "The patient has diabetes.",
+    ),
+    ("Patient: I can't walk without pain", "Reports pain.", "Denies pain."),
+    ("Patient: I never felt palpitations like this", "Palpitations.", "No palpitations."),
+    (
+        "Doctor: do you have tenderness here?\nPatient: no\nPatient: my knee hurts there",
+        "Reports knee pain.",
+        "Denies knee pain.",
     ),
     ("Patient: I feel pain free now", "Pain free.", "Reports pain."),
 ]
