@@ -14,8 +14,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from ..facts.judges.verdicts import SUPPORTED
 from ..facts.matching import compare
-from ..facts.verdicts import SUPPORTED
 from .scoring import Row
 
 # PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070), each from 1 to 5.

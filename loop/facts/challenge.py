@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from .judges.verdicts import SUPPORTED, distinct
 from .matching import check
-from .verdicts import SUPPORTED, distinct
 
 _NUMBERS = "two three four five six seven eight nine ten".split()
 _FAMILY = "mother|father|sister|brother|aunt|uncle|grandmother|grandfather|son|daughter"

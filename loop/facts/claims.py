@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .context import Context
 from .numerals import Item
-from .polarity import AFFIRMED, DENIED
+from .reading.polarity import AFFIRMED, DENIED
 
 _ENDING = re.compile(
     r"(?<=[a-z]{4})(?:ations?|itions?|ions?|ments?|ings?|ers?|ed|ies|ally|ly|ness|ity|al|es|e|y)$"

@@ -6,11 +6,11 @@ it in its clause. What a question asks takes its polarity from the answer in the
 
 from typing import NamedTuple
 
-from .answers import answer_questions
-from .clauses import read_clauses
 from .numerals import Item
-from .polarity import AFFIRMED, read_polarity
-from .subjects import read_spoken_subjects, read_written_subjects
+from .reading.answers import answer_questions
+from .reading.clauses import read_clauses
+from .reading.polarity import AFFIRMED, read_polarity
+from .reading.subjects import read_spoken_subjects, read_written_subjects
 
 
 class Context(NamedTuple):

@@ -4,15 +4,15 @@ import functools
 from typing import NamedTuple
 
 from .claims import read_claims
-from .index import Index
-from .judge_amounts import judge_amount, judge_date, judge_of_drug
-from .judge_conditions import judge_condition, judge_habit
-from .judge_drugs import judge_action, judge_drug
-from .judge_sides import judge_side
-from .nearness import weigh
-from .parsed import Statement
+from .judges.index import Index
+from .judges.judge_amounts import judge_amount, judge_date, judge_of_drug
+from .judges.judge_conditions import judge_condition, judge_habit
+from .judges.judge_drugs import judge_action, judge_drug
+from .judges.judge_sides import judge_side
+from .judges.nearness import weigh
+from .judges.verdicts import CONTRADICTED, SUPPORTED, Verdict, key_of
+from .reading.parsed import Statement
 from .statements import Document
-from .verdicts import CONTRADICTED, SUPPORTED, Verdict, key_of
 
 _JUDGES = {
     "diagnosis": judge_condition,

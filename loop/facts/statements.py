@@ -2,18 +2,18 @@
 
 import bisect
 
-from .belonging import Belonging
 from .body import PARTS
-from .clauses import NO_WORDS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .dates import DAY_WORDS, date_at
 from .drugs import drug_at
-from .parsed import Parsed, Statement
 from .phrases import Found
-from .polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
 from .quantities import Amount, amount_at, describe
-from .sides import compared_at, side_at
-from .vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
+from .reading.belonging import Belonging
+from .reading.clauses import NO_WORDS
+from .reading.parsed import Parsed, Statement
+from .reading.polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
+from .reading.sides import compared_at, side_at
+from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)

@@ -8,8 +8,8 @@ import functools
 
 from ..config.schema import Config, GenerationSettings
 from ..data.conversations import dialogue_text, read_split
+from ..facts.judges.verdicts import SUPPORTED, Verdict, distinct
 from ..facts.matching import compare
-from ..facts.verdicts import SUPPORTED, Verdict, distinct
 from .decode import Note, write_notes
 from .engine import NoteRequest
 

@@ -32,7 +32,7 @@ def test_a_scorer_that_flags_everything_or_nothing_notices_nothing(monkeypatch):
 
 
 def made(statement, verdict):
-    from loop.facts.verdicts import Verdict
+    from loop.facts.judges.verdicts import Verdict
 
     return Verdict(statement, verdict, None)
 

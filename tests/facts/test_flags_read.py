@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from helpers import SHARED
 
+from loop.facts.judges.verdicts import distinct
 from loop.facts.matching import check
-from loop.facts.verdicts import distinct
 
 CORPORA = {"aci_bench": "aci-", "mts_dialog": "mts-"}
 

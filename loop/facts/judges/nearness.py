@@ -2,9 +2,9 @@
 
 import bisect
 
+from ..reading.parsed import Statement
+from ..statements import Document
 from .index import Index
-from .parsed import Statement
-from .statements import Document
 from .verdicts import CONTRADICTED, Verdict, key_of, place_of
 
 _BEYOND = 0.4  # what a word counts beyond the clause, where one within counts 1

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
+from ..context import Context, read_context
+from ..drugs import Drug
+from ..numerals import Item, parse_items
+from ..phrases import singular
+from ..quantities import Amount
 from .clauses import is_speech
-from .context import Context, read_context
-from .drugs import Drug
-from .numerals import Item, parse_items
-from .phrases import singular
-from .quantities import Amount
 
 _END = Item("", None, 0, 0, "\n")
 _PADDING = [_END] * 12  # so that matchers can look ahead

@@ -1,6 +1,6 @@
 """The words for sides, actions, habits, allergens, and for what small numbers measure."""
 
-from .phrases import Phrases
+from ..phrases import Phrases
 
 SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
 SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")

@@ -1,7 +1,7 @@
 """Whether what a word names is affirmed, denied or possible, by the words before and behind it."""
 
+from ..numerals import Item
 from .clauses import FOUND_WORDS, NO_WORDS, POSSIBLE_WORDS, SUBJECT_WORDS, Clause
-from .numerals import Item
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 FORMER = "former"  # "history of", "quit"

@@ -2,11 +2,11 @@
 
 import bisect
 
+from ..quantities import TO_MG, UNITS, Amount
+from ..reading.parsed import Statement
+from ..reading.vocabulary import MEASURES
 from .index import Index, distance, same_name
-from .parsed import Statement
-from .quantities import TO_MG, UNITS, Amount
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
-from .vocabulary import MEASURES
 
 _BEFORE_AGE = frozenset("i'm he's she's am turned turning age aged".split())
 _MEASURE_REACH = 8  # items between a number and what it measures

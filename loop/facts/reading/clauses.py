@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .numerals import Item, count_speakers
+from ..numerals import Item, count_speakers
 
 NO_WORDS = frozenset(
     """no denies denied deny denying without not never neither nor negative absent absence cannot

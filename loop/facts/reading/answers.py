@@ -2,8 +2,8 @@
 
 import bisect
 
+from ..numerals import Item
 from .clauses import BEHIND_ANSWER, NO_WORDS, SUBJECT_WORDS, Clause
-from .numerals import Item
 from .polarity import AFFIRMED, ASKED, DENIED, ENDED
 from .subjects import SELF_OR_YOU
 

@@ -3,14 +3,14 @@
 import bisect
 from collections import Counter
 
-from .claims import Usage
-from .conditions import EXAMS_OF, KIND_OF
-from .parsed import Statement
-from .polarity import DENIED
-from .statements import Document
-from .subjects import FAMILY
+from ..claims import Usage
+from ..conditions import EXAMS_OF, KIND_OF
+from ..reading.parsed import Statement
+from ..reading.polarity import DENIED
+from ..reading.subjects import FAMILY
+from ..reading.vocabulary import MEASURES
+from ..statements import Document
 from .verdicts import Key, Verdict, key_of
-from .vocabulary import MEASURES
 
 CONDITION_KINDS = ("diagnosis", "symptom", "finding")
 MOST_RIVALS = 40  # mentions of one thing that are weighed, so that the time stays linear

@@ -1,10 +1,10 @@
 """Whether a text has the drugs and allergies of another, and does the same with them."""
 
-from .drugs import same_drug
+from ..drugs import same_drug
+from ..reading.parsed import Statement
+from ..reading.polarity import DENIED
 from .index import Index, distance
 from .judge_conditions import by_polarity, misspelled
-from .parsed import Statement
-from .polarity import DENIED
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _ACTION_REACH = 14  # items between a drug and what is done with it

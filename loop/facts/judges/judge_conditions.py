@@ -2,12 +2,12 @@
 
 import os.path
 
-from .body import same_region
-from .conditions import EXAMS_OF, KIND_OF, SCATTERED
+from ..body import same_region
+from ..conditions import EXAMS_OF, KIND_OF, SCATTERED
+from ..reading.parsed import Statement
+from ..reading.polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
+from ..reading.subjects import PATIENT
 from .index import MOST_RIVALS, Index
-from .parsed import Statement
-from .polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
-from .subjects import PATIENT
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _GENERAL = ("cancer", "tumor")  # they support no special one

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .body import PARTS
+from ..body import PARTS
 from .parsed import Parsed
 from .vocabulary import SIDES
 

@@ -2,7 +2,7 @@
 
 import bisect
 
-from .conditions import LOCAL
+from ..conditions import LOCAL
 from .parsed import Parsed, Statement
 from .polarity import AFFIRMED
 from .vocabulary import HABITS

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from .parsed import Statement
-from .polarity import DENIED, ENDED, FORMER, POSSIBLE, QUIET
-from .subjects import FAMILY
+from ..reading.parsed import Statement
+from ..reading.polarity import DENIED, ENDED, FORMER, POSSIBLE, QUIET
+from ..reading.subjects import FAMILY
 
 SUPPORTED, CONTRADICTED, NOT_SAID = "supported", "contradicted", "not said"
 CRITICAL = frozenset(("dose", "drug", "allergy", "side", "diagnosis"))

@@ -2,8 +2,8 @@
 
 import re
 
+from ..numerals import Item
 from .clauses import Clause
-from .numerals import Item
 
 PATIENT, FAMILY = "patient", "family"
 _FAMILY_WORDS = frozenset(

@@ -1,8 +1,8 @@
 """Whether a text has the sides of another, of the same parts of the body."""
 
-from .body import same_region
+from ..body import same_region
+from ..reading.parsed import Statement
 from .index import Index
-from .parsed import Statement
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 COMPARES = " more than "  # of the value of "left more than right"
