@@ -44,9 +44,13 @@ SAID = [
     ("Doctor: I don't see any wounds\nPatient: yeah", "No wounds."),
     ("Patient: I had a fall but no injury", "Denied injury at the time of the fall."),
     ("seasonal allergies, sneezing", "Allergies:\nNone stated."),
+    ("I have chest pain", "FAMILY HISTORY\n\nNone.\n\nREVIEW OF SYSTEMS\n\nReports chest pain."),
+    ("I have chest pain", "Family History\nNone.\nPhysical Exam\nChest pain."),
+    ("my mother had a stroke", "FAMILY HISTORY\nStroke"),
 ]
 # (dialogue, note): some statement of the note is not.
 NOT_SAID = [
+    ("I had a stroke", "FAMILY HISTORY\nStroke"),
     ("take ibuprofen every four to eight hours", "ibuprofen q4-6h"),
     ("take ibuprofen every six hours", "ibuprofen q4-6h"),
     ("take ibuprofen every four to six hours", "ibuprofen every 6 hours"),

@@ -31,6 +31,13 @@ _PATIENT_WORDS = frozenset(
     """he she patient his her mr mrs ms i you personal medical past gentleman lady
     woman man male female boy girl""".split()
 )
+# How the lines begin that head a section of a note without a colon.
+_HEADINGS = frozenset(
+    """allergies assessment chief current diagnoses diagnosis exam examination hpi imaging impression
+    instructions laboratory labs medication medications objective orders physical plan procedure
+    procedures recommendations results review ros social subjective surgical vital vitals""".split()
+)
+_LONGEST_HEADING = 5  # words
 _HE_OR_SHE = frozenset("he she they he's she's".split())
 _RELATIVE_REACH = 3
 _RELATIVE_SPEAKS = re.compile(
@@ -150,5 +157,13 @@ def _is_family_section(text: str, items: list[Item], clause: Clause, before: boo
     if words[:2] == ["family", "history"] or words[:3] == ["family", "medical", "history"]:
         return True
     line = text[items[clause.start].start :].partition("\n")[0] if before else ""
-    is_header = ":" in line or "history" in words
-    return before and not is_header
+    return before and not ("history" in words or _is_heading(line))
+
+
+def _is_heading(line: str) -> bool:
+    """Whether a line heads a section: with a colon, or as "PHYSICAL EXAM" does."""
+    words = line.lower().split()
+    if ":" in line or not words:
+        return ":" in line
+    is_short = len(words) <= _LONGEST_HEADING and line.rstrip()[-1] not in ".,;"
+    return is_short and words[0] in _HEADINGS
