@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..config.cli import printable
 from ..config.plain_yaml import read_yaml
 from ..config.schema import ConfigError, GenerationSettings, TaskConfig, check_path
-from ..data.conversations import Question
+from ..data.conversations import Question, has_words
 from ..data.soap import SOAP
 from ..data.sources.readers import MAX_ROW_BYTES, decode_text
 from ..distributed.exit import exit_process, exit_with_config_error
@@ -164,7 +164,7 @@ def read_dialogue(path: str) -> str:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--dialogue {path}: {reason}") from error
-    if not dialogue.strip():
+    if not has_words(dialogue):
         raise ConfigError(f"--dialogue {path}: the dialogue is empty")
     return dialogue
 

@@ -376,7 +376,7 @@ def _check_text(value: Any, name: str) -> str:
     """The value, which must be a text with a word in it, in UTF-8 and not huge. Raises BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is {type(value).__name__}, not a text")
-    if not any(_is_visible(character) for character in value):
+    if not has_words(value):
         raise BadRow(f"{name} is empty: fill it or remove the row")
     try:
         size = len(value.encode("utf-8"))
@@ -392,8 +392,11 @@ def _check_text(value: Any, name: str) -> str:
     return clean_text(value)
 
 
-def _is_visible(character: str) -> bool:
-    """Whether it is more than a blank, a control sign, or one of width zero."""
-    if character.isspace() or character in INVISIBLE:
-        return False
-    return unicodedata.category(character) not in ("Cc", "Cf")
+def has_words(text: str) -> bool:
+    """Whether a text is more than blanks, control signs and signs of width zero."""
+    return any(
+        not character.isspace()
+        and character not in INVISIBLE
+        and unicodedata.category(character) not in ("Cc", "Cf")
+        for character in text
+    )

@@ -73,6 +73,7 @@ def test_the_command_reads_a_file_or_standard_input(trained, tmp_path, capsys, f
         (["--dialogue", "nowhere.txt"], "", "nowhere.txt: No such file"),
         ([], "Doctor: hi", "--adapter DIR or --base"),
         (["--adapter", "x"], "  \n", "the dialogue is empty"),
+        (["--adapter", "x"], "\u200b\u2060\n", "the dialogue is empty"),
     ],
 )
 def test_wrong_arguments_end_with_2(monkeypatch, capsys, args, stdin, words):

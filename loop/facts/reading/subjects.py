@@ -33,9 +33,9 @@ _PATIENT_WORDS = frozenset(
 )
 # How the lines begin that head a section of a note without a colon.
 _HEADINGS = frozenset(
-    """allergies assessment chief current diagnoses diagnosis exam examination hpi imaging impression
-    instructions laboratory labs medication medications objective orders physical plan procedure
-    procedures recommendations results review ros social subjective surgical vital vitals""".split()
+    """allergies assessment chief current diagnoses diagnosis exam examination hpi imaging
+    impression instructions laboratory labs medication medications objective orders physical
+    plan procedure procedures recommendations results review ros social subjective surgical vital vitals""".split()
 )
 _LONGEST_HEADING = 5  # words
 _HE_OR_SHE = frozenset("he she they he's she's".split())
