@@ -35,7 +35,8 @@ _PATIENT_WORDS = frozenset(
 _HEADINGS = frozenset(
     """allergies assessment chief current diagnoses diagnosis exam examination hpi imaging
     impression instructions laboratory labs medication medications objective orders physical
-    plan procedure procedures recommendations results review ros social subjective surgical vital vitals""".split()
+    plan procedure procedures recommendations results review ros social subjective surgical vital
+    vitals""".split()
 )
 _LONGEST_HEADING = 5  # words
 _HE_OR_SHE = frozenset("he she they he's she's".split())
