@@ -110,6 +110,7 @@ is_set_up || setup
 PATH=$(dirname "$(command -v "$py")"):$PATH # DeepSpeed looks for ninja there
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
+export PYTHONUTF8=1 # files are UTF-8, whatever the locale says
 export PATH PYTHONPATH TOKENIZERS_PARALLELISM
 # From Python 3.11 on, no module is imported from the folder where one stands.
 [[ " test bench break " == *" $command "* ]] || export PYTHONSAFEPATH=1

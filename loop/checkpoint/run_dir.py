@@ -120,13 +120,14 @@ def collect_versions() -> dict[str, str]:
 
 
 def whole_lines(log: str) -> list[dict]:
-    """The lines of metrics.jsonl that are whole: a crash may have torn some."""
+    """The lines of metrics.jsonl that are whole, so of numbers: a crash may have torn some."""
     lines = []
     for text in log.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+                if all(isinstance(value, (int, float)) for value in line.values()):
+                    lines.append(line)
     return lines
 
 

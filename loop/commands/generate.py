@@ -15,10 +15,12 @@ import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..config.schema import ConfigError, GenerationSettings, TaskConfig
-from ..data.conversations import Question
+from ..config.cli import printable
+from ..config.plain_yaml import read_yaml
+from ..config.schema import ConfigError, GenerationSettings, TaskConfig, check_path
+from ..data.conversations import Question, has_words
 from ..data.soap import SOAP
-from ..data.sources.readers import clean_text, decode_text
+from ..data.sources.readers import MAX_ROW_BYTES, decode_text
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.world import on_gpu
 from ..families.admission import check_vocabulary
@@ -74,6 +76,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         if f"--{old}" in (sys.argv if argv is None else argv):
             raise ConfigError(f"--{old} is --{new} now")
     args = build_parser().parse_args(argv)
+    for name in ("dialogue", "input", "output"):
+        check_path(f"--{name}", getattr(args, name) or "")
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: must be 1 or more")
     # The run's temperature is not known yet.
@@ -91,11 +95,13 @@ def parse_columns(option: str | None) -> dict | None:
         return None
     key, _, value = option.partition("=")
     try:
-        columns = yaml.safe_load(value)
+        columns = read_yaml(value)
     except yaml.YAMLError:
         columns = None
     if key != "data.columns" or not isinstance(columns, dict):
-        raise ConfigError(f"{option}: write 'data.columns={{id: NAME, dialogue: NAME}}'")
+        raise ConfigError(
+            f"{printable(option, 80)}: write 'data.columns={{id: NAME, dialogue: NAME}}'"
+        )
     return columns
 
 
@@ -148,13 +154,17 @@ def read_dialogue(path: str) -> str:
     """The dialogue of a text file, or of standard input for "-". Raises ConfigError."""
     try:
         if path == "-":
-            dialogue = clean_text(sys.stdin.read())
+            content = sys.stdin.read(MAX_ROW_BYTES + 1).encode()
         else:
-            dialogue = decode_text(Path(path).read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
+            with Path(path).open("rb") as file:  # it may be a pipe, or never end
+                content = file.read(MAX_ROW_BYTES + 1)
+        if len(content) > MAX_ROW_BYTES:
+            raise ConfigError(f"--dialogue {path}: larger than {MAX_ROW_BYTES:,} bytes; split it")
+        dialogue = decode_text(content)
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--dialogue {path}: {reason}") from error
-    if not dialogue.strip():
+    if not has_words(dialogue):
         raise ConfigError(f"--dialogue {path}: the dialogue is empty")
     return dialogue
 

@@ -4,16 +4,18 @@ It shows what is left out, steps, tokens, fill, time, whether the run fits the G
 lengths of the examples and the learning rate.
 """
 
+import math
+import re
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ..checkpoint.run_dir import read_report
-from ..config.cli import load_config, take_options
+from ..config.cli import load_config, printable, take_options
 from ..config.deepspeed import build_ds_config
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, check_path
 from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
 from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
@@ -54,9 +56,18 @@ def read_rate(text: str | None) -> float | None:
     """The tokens per second that were typed. Raises ConfigError."""
     if text is None:
         return None
-    if not (text.replace(".", "", 1).isdigit() and float(text) > 0):
-        raise ConfigError(f"--tokens-per-second {text}: must be a number above 0")
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text) or not float(text):
+        raise ConfigError(f"--tokens-per-second {printable(text)}: must be a number above 0")
     return float(text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _values(part: Any) -> list[Any]:
+    """The values of an object; [None] of anything else."""
+    return list(part.values()) if isinstance(part, dict) else [None]
 
 
 def describe_time(tokens: int, tokens_per_second: float | None, config: Config) -> str:
@@ -69,7 +80,7 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
     if rate is None:
         rate = read_report(config.folder).get("train/tokens_per_second")
         source = f"as measured in {config.folder}"
-    if not rate:
+    if rate is None or not _is_number(rate) or rate <= 0:  # a report may be damaged
         return "time        not known before a first run; give --tokens-per-second N"
     return (
         f"time        {describe_duration(tokens / rate)} at {rate:,.0f} tokens/s ({source}), "
@@ -80,10 +91,9 @@ def describe_time(tokens: int, tokens_per_second: float | None, config: Config) 
 def describe_parts(config: Config) -> str:
     """Where the seconds of the last run of this name went, a line for each part."""
     report = read_report(config.folder)
-    if not report.get("time"):
+    start, whole = report.get("time_to_first_step") or {}, report.get("time")
+    if not whole or not all(map(_is_number, [*_values(start), *_values(whole)])):
         return "parts       not known before a first run of this name"
-    start = report.get("time_to_first_step", {})
-    whole = report["time"]
     lines = [
         f"seconds, as measured in {config.folder}",
         f"{'':14}{'to first step':>14}{'in all':>9}",
@@ -126,6 +136,16 @@ def describe_run(
     return "\n".join(lines), plan, lengths
 
 
+def write_board(folder: str, text: str, lengths: np.ndarray, lr: list[float]) -> None:
+    """The plan for TensorBoard. Raises ConfigError where the folder can't be written."""
+    check_path("--tensorboard", folder)
+    try:
+        with SummaryWriter(folder) as board:
+            write_plan(board, text, lengths, lr)
+    except OSError as error:
+        raise ConfigError(f"--tensorboard {folder}: {error.strerror or error}") from error
+
+
 @ignore_broken_pipe()
 def main(argv: list[str] | None = None) -> None:
     """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR] [--timing]`
@@ -147,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             text += "\n\n" + describe_parts(config)
         print(text, f"\nlearning rate over {len(plan):,} steps", plot(lr), sep="\n")
         if options["--tensorboard"]:
-            with SummaryWriter(str(Path(options["--tensorboard"]))) as board:
-                write_plan(board, text, lengths, lr)
+            write_board(options["--tensorboard"], text, lengths, lr)
     except ConfigError as error:
         exit_with_config_error(error)
 

@@ -101,6 +101,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         # YAML's own message quotes the text, and the file may be one of dialogues.
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1} ({getattr(error, 'problem', '')})" if mark else ""
+        if isinstance(error, UnicodeDecodeError):
+            where = ", as it is not UTF-8: save it so"
         raise ConfigError(f"--config {path}: not YAML{where}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold `key: value` lines")

@@ -5,10 +5,12 @@ thousandth of the speed, of another configuration, and exit code 0. torch is imp
 launcher does without it.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,21 @@ LEAST_CAPABILITY = (8, 0)  # for bf16 and varlen attention: Ampere
 NVIDIA = "0x10de"  # as the PCI bus has it
 CPU_BY_NAME = "or compute on the CPU: DS_ACCELERATOR=cpu ./launch.sh ..."
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and Arm
+
+
+def user_cache() -> Path:
+    """The user's folder of caches; where the user has no home, as in a container, a new one."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return _new_cache()
+
+
+@functools.cache
+def _new_cache() -> Path:
+    return Path(tempfile.mkdtemp(prefix="soap-loop-"))
 
 
 class Card(NamedTuple):

@@ -16,6 +16,7 @@ import yaml
 MOST_NODES = 10_000  # with every alias written out
 MOST_BYTES = 2**20
 MOST_DIGITS = 300
+MERGE = "tag:yaml.org,2002:merge"  # of a key `<<`
 OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+$|[0-9_]+:)")  # octal, and base 60, as in times of day
 
 
@@ -28,16 +29,20 @@ class PlainLoader(yaml.SafeLoader):
         )
 
     def construct_mapping(self, node, deep=False):
-        self.flatten_mapping(node)
-        mapping: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if key_node.tag == MERGE:
+                for source in reversed(_merge_sources(value_node)):  # the first one counts
+                    merged |= self.construct_object(source, deep=True)
+                continue
             if key_node.tag != "tag:yaml.org,2002:str":
                 raise _error(key_node, "a key is not a text; put it into quotes")
             key = self.construct_object(key_node)
-            if key in mapping:
+            if key in own:
                 raise _error(key_node, f"the key {key[:60]!r} is there twice")
-            mapping[key] = self.construct_object(value_node, deep=True)
-        return mapping
+            own[key] = self.construct_object(value_node, deep=True)
+        return merged | own
 
     def construct_yaml_int(self, node):
         _check_digits(node)
@@ -70,7 +75,7 @@ def read_small_file(path: Path) -> str:
         raise OSError(errno.EINVAL, "is not a file")
     if about.st_size > MOST_BYTES:
         raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes")
-    return path.read_text("utf-8")
+    return path.read_text("utf-8-sig")
 
 
 def read_yaml(text: str) -> Any:
@@ -109,6 +114,14 @@ def _count(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
         if size > MOST_NODES:
             raise _error(node, f"more than {MOST_NODES:,} values, aliases written out")
     return sizes[id(node)]
+
+
+def _merge_sources(node: yaml.Node) -> list[yaml.Node]:
+    """The mappings of `<<: *other` or `<<: [*one, *other]`. Raises YAMLError for anything else."""
+    sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(source, yaml.MappingNode) for source in sources):
+        raise _error(node, "<< takes a mapping, or a list of them")
+    return sources
 
 
 def _check_digits(node: yaml.ScalarNode) -> None:

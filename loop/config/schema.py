@@ -23,6 +23,15 @@ class ConfigError(ValueError):
     """
 
 
+def check_path(key: str, text: str) -> None:
+    """Raises ConfigError for a text that can be no path: pasted words, which are not shown."""
+    longest = max(len(part.encode("utf-8", "replace")) for part in text.split("/"))
+    if len(text) > 4000 or longest > 255:
+        raise ConfigError(f"{key}: {len(text):,} characters, more than a path can have: shorten it")
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ConfigError(f"{key}: holds a control character, which no path may: rename it")
+
+
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are refused, and values can't be reassigned."""
 
@@ -568,12 +577,29 @@ class Config(Section):
                 f"adapter={self.adapter}: method=full trains no adapter; merge it into the base "
                 "first"
             )
+        self._check_paths()
         name = Path(self.run.name)
         if name.name == "" or ".." in name.parts or name.is_absolute() or len(name.name) > 200:
             raise ValueError(f"run.name={self.run.name}: must be the name of a folder in run.dir")
         self._check_sources()
         self._check_choice()
         return self
+
+    def _check_paths(self) -> None:
+        """Every text that is used as a path must be one."""
+        paths = {
+            "base": self.base,
+            "adapter": self.adapter or "",
+            "deepspeed": self.deepspeed,
+            "run.dir": self.run.dir,
+            "run.name": self.run.name,
+        }
+        for key, text in paths.items():
+            check_path(key, text)
+        for split in ("train", "valid", "test"):
+            sources = getattr(self.data, split) or []
+            for source in [sources] if isinstance(sources, str) else sources:
+                check_path(f"data.{split}", source)
 
     def _check_choice(self) -> None:
         """What chooses the best validation must be measured."""
@@ -615,6 +641,9 @@ class Config(Section):
             raise ValueError(
                 "data.columns must map either messages, or conversations, or dialogue and note"
             )
+        listed = {kind: [n] if isinstance(n, str) else n for kind, n in data.columns.items()}
+        if empty := [kind for kind, names in listed.items() if not all(names) or not names]:
+            raise ValueError(f"data.columns.{empty[0]}: names no column; write its name")
         if unknown := sorted(data.columns.keys() - self.task.columns - set(COLUMNS)):
             raise ValueError(
                 f"data.columns.{unknown[0]}: is none of {', '.join(COLUMNS)}, and task.request has "

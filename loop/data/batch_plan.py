@@ -14,6 +14,8 @@ import numpy as np
 from ..config.schema import Config, ConfigError
 from .bin_packing import best_fit_decreasing, ceil_div, lpt_partition
 
+MOST_VISITS = 10**8  # of examples in an epoch: planning it takes a minute
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
@@ -71,11 +73,13 @@ def plan_batches(
             part is a probability, drawn anew in every epoch.
 
     Raises ValueError for no lengths, for a length outside 1..budget, and for weights so small that
-    no example is visited.
+    no example is visited, or too large.
     """
     lengths = np.asarray(lengths)
     if len(lengths) == 0 or lengths.max() > budget or lengths.min() < 1:
         raise ValueError(f"lengths must lie in 1..{budget} and not be empty")
+    if weights is not None and weights.sum() > MOST_VISITS:
+        raise ValueError(f"an epoch would visit more than {MOST_VISITS:,} examples; give less")
     orders = []
     counts = []
     for epoch in range(epochs):

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
+from pyarrow import ArrowException
+
 from ..config.schema import Config, ConfigError, DataConfig, TaskConfig
 from .decontamination import find_near_duplicates
 from .soap import SOAP, has_all_sections, heading_list, normalize_headings, soap_messages
@@ -19,11 +21,13 @@ from .sources.readers import MAX_ROW_BYTES, BadRow, clean_text
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED_COLUMNS = 12
-# ShareGPT's names of the roles.
+# ShareGPT's names of the roles, in any case.
 SPEAKERS = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
@@ -223,9 +227,9 @@ def _readable(rows: Iterator, source: str) -> Iterator:
         yield from rows
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError(f"{source}: cannot be read ({reason})") from error
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ConfigError(f"{source}: cannot be read ({reason}); copy it again") from error
 
 
 def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
@@ -255,6 +259,8 @@ def check_id(key: Any) -> str:
     number = isinstance(key, (int, float)) and not isinstance(key, bool) and key == key
     if not number and not (isinstance(key, str) and re.fullmatch(r"[^\s\ud800-\udfff]+", key)):
         what = "has blanks" if isinstance(key, str) and key.strip() else "is empty or no text"
+        if isinstance(key, str) and re.search("[\ud800-\udfff]", key):
+            raise BadRow("its id is not UTF-8, or holds half a surrogate pair: save as UTF-8")
         raise BadRow(
             f"its id must be a number, or 1 to 100 characters without a blank, and {what}: "
             "write _ for blanks, or map another column as data.columns.id"
@@ -316,11 +322,16 @@ def check_dialogue(row: dict, data: DataConfig) -> str:
 def _check_sharegpt(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages of ShareGPT's `from` and `value`. Raises BadRow."""
     turns = _pick(row, names)
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and turn.get("from") in SPEAKERS for turn in turns
-    ):
-        raise BadRow(f"{names[0]} must be a list of from ({', '.join(SPEAKERS)}) and value")
-    messages = [{"role": SPEAKERS[t["from"]], "content": t.get("value")} for t in turns]
+    speakers = [
+        SPEAKERS.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
+        for turn in (turns if isinstance(turns, list) else [None])
+    ]
+    if None in speakers:
+        raise BadRow(
+            f"{names[0]} must be a list of from ({', '.join(SPEAKERS)}) and value; "
+            "lists of role and content are mapped as data.columns={messages: ...}"
+        )
+    messages = [{"role": role, "content": t.get("value")} for role, t in zip(speakers, turns)]
     return _check_messages({names[0]: messages}, names)
 
 
@@ -365,7 +376,7 @@ def _check_text(value: Any, name: str) -> str:
     """The value, which must be a text with a word in it, in UTF-8 and not huge. Raises BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is {type(value).__name__}, not a text")
-    if not any(_is_visible(character) for character in value):
+    if not has_words(value):
         raise BadRow(f"{name} is empty: fill it or remove the row")
     try:
         size = len(value.encode("utf-8"))
@@ -381,8 +392,11 @@ def _check_text(value: Any, name: str) -> str:
     return clean_text(value)
 
 
-def _is_visible(character: str) -> bool:
-    """Whether it is more than a blank, a control sign, or one of width zero."""
-    if character.isspace() or character in INVISIBLE:
-        return False
-    return unicodedata.category(character) not in ("Cc", "Cf")
+def has_words(text: str) -> bool:
+    """Whether a text is more than blanks, control signs and signs of width zero."""
+    return any(
+        not character.isspace()
+        and character not in INVISIBLE
+        and unicodedata.category(character) not in ("Cc", "Cf")
+        for character in text
+    )

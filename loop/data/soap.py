@@ -13,8 +13,9 @@ from ..config.schema import PLACEHOLDER, TaskConfig
 SOAP = TaskConfig()
 # A pulse ("P: 80, regular") or a saturation ("S: 98 %") among the findings is no heading.
 VITAL_SIGN = (
-    r"(?:P[ \t]*:[ \t]*\d{2,3}[ \t]*"
-    r"(?:$|[,;]|\.[ \t]*$|/[ \t]*min|bpm|beats|reg|irreg|and reg|(?:RR?|T|BP|SpO2|Resp)\b)"
+    r"(?:P[ \t]*:[ \t]*[~\u2248]?\d{2,3}(?:[ \t]*[-\u2013][ \t]*\d{2,3})?[ \t]*"
+    r"(?:$|[,;]|\.[ \t]*$|(?:/|per)[ \t]*min|bpm|beats|\(?(?:ir)?reg|and reg"
+    r"|(?:RR?|T|BP|SpO2|Resp)\b)"
     r"|S[ \t]*:[ \t]*\d{2,3}[ \t]*%)"
 )
 
@@ -158,21 +159,32 @@ def heading_list(task: TaskConfig) -> str:
     return ", ".join(f"{heading}:" for heading in task.headings)
 
 
-JOINT = r"(?:assessment|a)[ \t]*(?:/|&|and)[ \t]*(?:plan|p)"  # "A/P", "Assessment and Plan"
+# "A/P", "Assessment and Plan"
+JOINT = r"(?:assessment|impression|a)[ \t]*(?:/|&|\+|,|and)[ \t]*(?:plan|p)"
+TAG = r"</?(?:b|strong|i|em|u|h[1-6]|p|span|div)\b[^<>]*>"
+CLOSING = r"</(?:b|strong|i|em|u|h[1-6]|p|span|div)>|<br[ /]*>"
+BULLETS = "-\u2022\u00b7\u25aa\u25cf"
+WRAPPERS = "*_`[(\u3010<"
+BLANKS = " \t\u00a0\u200b\ufeff"
 
 
 @functools.lru_cache(maxsize=8)
 def _styled_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     """A line that begins a section in somebody's own style.
 
-    "Subjective:", "**S:**", "## Plan", "S -", "1. Objective:", "A/P:", "Assessment and Plan:".
+    "Subjective:", "**S:**", "## Plan", "S -", "1. Objective:", "<b>Plan</b>", "[A]", "Plan (P):",
+    "A/P:", "Assessment and Plan:".
     """
-    longest_first = sorted(spellings, key=len, reverse=True)
+    names = _one_of(sorted(spellings, key=len, reverse=True))
     joint = f"(?P<joint>{JOINT})|" if {"A", "P"} <= {*spellings} else ""
     return re.compile(
-        r"(?P<mark>[ \t>#*_]*)(?P<number>\d[.)][ \t]*)?(?P<bold>[*_]*)"
-        rf"(?P<name>{joint}{_one_of(longest_first)})"
-        r"[ \t*_]*(?P<end>[:：]|[-\u2013\u2014](?=\s|$)|$)[ \t*_]*(?P<text>.*)",
+        rf"(?P<mark>(?:[{BULLETS}{BLANKS}>#*_]|{TAG}){{0,40}})"
+        rf"(?P<number>\(?(?:\d{{1,2}}|[IVX]{{1,4}}|[a-d](?=\)))[.)][{BLANKS}]*)?"
+        rf"(?P<open>(?:[*_`\[(\u3010]|{TAG}){{0,10}})"
+        rf"(?P<name>{joint}{names})(?:[ \t]*[(/][ \t]*(?P<again>{names})\)?)?"
+        rf"(?P<close>(?:[{BLANKS}*_`\])\u3011#]|{CLOSING}){{0,40}})"
+        r"(?P<end>[:\uff1a]+|[-\u2013\u2014](?=\s|$)|->|\u2192|=|\)|\.(?=\s|$)|)"
+        rf"(?:[{BLANKS}*_]|{CLOSING}){{0,40}}(?P<text>.*)",
         re.IGNORECASE,
     )
 
@@ -180,22 +192,37 @@ def _styled_pattern(spellings: tuple[str, ...]) -> re.Pattern:
 def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str, str] | None:
     """(the heading that a line begins, the text behind it); None where it begins no section.
 
-    following: the next heading in order. One of a single letter without a colon must be this one.
+    following: the next heading in order. One of a single letter without a colon must be this one,
+    and so must a word whose sign could also be another's.
     """
-    heading_of = {form.lower(): h for h, forms in task.spellings.items() for form in forms}
+    heading_of = {form.casefold(): h for h, forms in task.spellings.items() for form in forms}
     match = _styled_pattern(tuple(f for o in task.spellings.values() for f in o)).fullmatch(line)
-    if not match or re.match(VITAL_SIGN, line.lstrip()):
+    if not match or re.match(VITAL_SIGN, line[match.start("name") :]):
         return None
-    name = match["name"]
-    heading = "A" if match.groupdict().get("joint") else heading_of[name.lower()]
-    colon = match["end"] in (":", "：")
+    name, end, text = match["name"], match["end"], match["text"]
+    opened = any(sign in WRAPPERS for sign in match["mark"] + match["open"])
+    close = match["close"].strip(BLANKS + "#")
+    if not end and not opened and close == ")":
+        end, close = close, ""
+    heading = "A" if match.groupdict().get("joint") else heading_of.get(name.casefold())
+    again = match["again"]
+    if not heading or (again and heading_of.get(again.casefold()) != heading):
+        return None  # regular expressions fold more letters
+    colon = end.startswith((":", "\uff1a"))
+    closed = opened and close
+    if not end and text and not closed:
+        return None  # a sentence that begins with the word
+    is_next = heading == following
+    if end in (".", ")", "=", "->", "\u2192") and not (is_next and len(name) > 1):
+        return None
     if len(name) == 1:
-        marked = match["mark"].strip() or match["bold"] or match["number"] or match["end"]
-        if name.islower() or not (colon or (heading == following and marked)):
+        marked = match["mark"].strip(BLANKS) or match["number"] or end or closed
+        listed = any(sign in BULLETS for sign in match["mark"])
+        if name.islower() or not ((colon and not listed) or (is_next and marked)):
             return None
-    elif match["end"] and not colon and name[0].islower():
+    elif (end or text) and not colon and name[0].islower():
         return None  # "plan - as before" goes on with a sentence
-    return heading, match["text"]
+    return heading, text
 
 
 def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:

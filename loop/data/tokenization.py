@@ -4,12 +4,14 @@ Labels supervise the assistant's answers, their end-of-sequence tokens included,
 Training and generation encode prompts by the same functions.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import itertools
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jinja2
@@ -47,6 +49,7 @@ THOUGHTS_BEGIN = re.compile(
 )
 # A date in a template is always the same one: a run resumed tomorrow has the prompts of today.
 DATE = datetime.datetime(2026, 1, 1)
+DATE_CODES = [f"%{pad}{letter}" for letter in "aAbBcdeFHIjmMpSTuwxXyYZz" for pad in ("-", "")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,24 @@ def render(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
             f"the base's chat template refuses a conversation of {', '.join(roles)}: "
             f"{type(error).__name__}"
         ) from error
+    # Once an answer follows, some templates write the messages before it otherwise.
+    if not all(_is_written(m, text) for m in messages[0 if add_generation_prompt else -1 :]):
+        raise ConfigError(
+            f"the base's chat template changes or leaves out words of a conversation of "
+            f"{', '.join(roles)}; give the base another template"
+        )
     return text + frame.lead if add_generation_prompt else text
+
+
+def _is_written(message: dict[str, str], text: str) -> bool:
+    """Whether a conversation's text holds the message's own.
+
+    Templates write a tool's output in their own way, and leave out the thoughts of an answer.
+    """
+    content = message["content"].strip()
+    if content in text or message["role"] == "tool":
+        return True
+    return message["role"] == "assistant" and "think>" in content
 
 
 # A template's own, and what it does with a content of another type than it expects.
@@ -143,11 +163,12 @@ _TEMPLATE_ERRORS = (
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """The template is a stranger's program: it runs in a sandbox, within limits."""
     arguments: dict[str, Any] = {**THINKING_OFF, "tokenize": False}
+    template = tokenizer.get_chat_template()
     try:
-        with limited():
+        with limited(), _same_draws(template):
             text = tokenizer.apply_chat_template(
                 messages,
-                chat_template=_with_fixed_date(tokenizer.get_chat_template()),
+                chat_template=_with_fixed_date(template),
                 add_generation_prompt=add_generation_prompt,
                 **arguments,
             )
@@ -159,11 +180,26 @@ def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
 
 @functools.lru_cache
 def _with_fixed_date(template: str) -> str:
-    return re.sub(
-        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
-        lambda call: repr(DATE.strftime(call.group(2))),
-        template,
-    )
+    """The template with a `strftime_now` of its own, which knows one date."""
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(f"|replace({code!r}, {DATE.strftime(code)!r})" for code in DATE_CODES)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+    return macro + template
+
+
+@contextlib.contextmanager
+def _same_draws(template: str) -> Iterator[None]:
+    """A context in which a template that draws, as jinja2 lets it, always draws the same."""
+    if not re.search("random|lipsum", template):
+        yield
+        return
+    before = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _placeholder(number: int) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, check_path
 
 
 @contextlib.contextmanager
@@ -16,6 +16,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Raises ConfigError where `out` is a file or a folder that is not empty.
     """
+    check_path("--out", str(out))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already and is not an empty folder")
     temporary = out.absolute().with_name(f".writing-{out.absolute().name}")

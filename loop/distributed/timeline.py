@@ -37,7 +37,9 @@ JOB = (
 
 
 class Timeline:
-    """Seconds by part. They add up to all that has passed since `started`, on the wall clock."""
+    """Seconds by part. They add up to all that has passed since `started`, on the monotonic clock,
+    which nobody sets.
+    """
 
     def __init__(self, started: float, current: str) -> None:
         self.seconds: dict[str, float] = {}
@@ -46,7 +48,7 @@ class Timeline:
 
     def enter(self, name: str) -> str:
         """From now on time counts for `name`. Returns the part that it counted for."""
-        now = time.time()
+        now = time.monotonic()
         before = self._current
         self.seconds[before] = self.seconds.get(before, 0.0) + now - self._since
         self._current = name
@@ -61,7 +63,7 @@ class Timeline:
         return {name: round(self.seconds[name], 3) for name in names}
 
 
-_timeline = Timeline(time.time(), OTHER)
+_timeline = Timeline(time.monotonic(), OTHER)
 
 
 def begin() -> None:
@@ -73,7 +75,7 @@ def begin() -> None:
     if launched:
         with contextlib.suppress(psutil.Error):
             command_start = psutil.Process(int(launched)).create_time()
-    _timeline = Timeline(own_start, "imports")
+    _timeline = Timeline(time.monotonic() - (time.time() - own_start), "imports")
     _timeline.seconds["launcher"] = own_start - command_start
     _timeline.enter(OTHER)
 

@@ -14,7 +14,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from ..facts.matching import SUPPORTED, compare
+from ..facts.judges.verdicts import SUPPORTED
+from ..facts.matching import compare
 from .scoring import Row
 
 # PDQI-9 (Stetson et al. 2012, doi 10.4338/ACI-2011-11-RA-0070): each item and what it asks.

@@ -15,16 +15,8 @@ import numpy as np
 
 from ..config.schema import TaskConfig
 from ..data.soap import SOAP, has_all_sections, parse_note, section_starts
-from ..facts.matching import (
-    CONTRADICTED,
-    KINDS,
-    NOT_SAID,
-    SUPPORTED,
-    Comparison,
-    Verdict,
-    compare,
-    distinct,
-)
+from ..facts.judges.verdicts import CONTRADICTED, KINDS, NOT_SAID, SUPPORTED, Verdict, distinct
+from ..facts.matching import Comparison, compare
 from .rouge import ROUGE, edit_similarity, rouge_scores
 
 TITLE_WIDTH = 28  # of the table's first column, at least

@@ -14,6 +14,7 @@ import yaml
 
 from ..checkpoint.identity import examples_fingerprint
 from ..checkpoint.run_dir import collect_versions, whole_lines
+from ..config.plain_yaml import read_small_file, read_yaml
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
 from ..data.dataset import TrainingData
@@ -195,7 +196,7 @@ def base_license(base: str, revision: str | None) -> str:
     try:
         folder = fetch_base(resolve_base(base)["pretrained_model_name_or_path"], revision)
         front = re.match(r"---\n(.*?\n)---", _text(folder / "README.md"), re.DOTALL)
-        found = yaml.safe_load(front.group(1)) if front else {}
+        found = read_yaml(front.group(1)) if front else {}
         found = found if isinstance(found, dict) else {}
         found = found.get("license") or json.loads(_text(folder / "config.json")).get("license")
     except (ConfigError, OSError, ValueError, yaml.YAMLError):
@@ -205,7 +206,7 @@ def base_license(base: str, revision: str | None) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text("utf-8") if path.is_file() else ""
+    return read_small_file(path) if path.is_file() else ""
 
 
 def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ torch's meta device tells PEFT and transformers all that they write.
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ..checkpoint.store import read_masters, step_of, verified_manifest
+from ..checkpoint.store import UNREADABLE, read_masters, step_of, verified_manifest
 from ..config.cli import load_config
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, check_path
 from ..data.batch_plan import plan_run
 from ..data.dataset import load_examples, load_training_data
 from ..distributed.files import atomic_folder
@@ -52,7 +53,8 @@ def read_checkpoint(checkpoint: str) -> SavedStep:
 
     Raises ConfigError where it is no checkpoint in a run's folder, AuditError where it is torn.
     """
-    path = Path(checkpoint).resolve()
+    check_path("--checkpoint", checkpoint)
+    path = Path(os.path.realpath(checkpoint))  # of a link to itself, it is what it was
     if not (path / "manifest.json").is_file() or not path.name[5:].isdigit():
         raise ConfigError(
             f"--checkpoint {checkpoint}: is no checkpoint; give runs/NAME/checkpoints/step-000200, "
@@ -67,11 +69,16 @@ def read_checkpoint(checkpoint: str) -> SavedStep:
             )
     try:
         manifest = verified_manifest(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise AuditError(f"--checkpoint {checkpoint}: {error}") from error
     config = load_config(["--config", str(run / "config.yaml")])
     run_keys = config.run.model_copy(update={"dir": str(run.parent), "name": run.name})
-    dtype = compute_dtype(json.loads((run / "ds_config.json").read_text()))
+    try:
+        dtype = compute_dtype(json.loads((run / "ds_config.json").read_text()))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"--checkpoint {checkpoint}: {run}/ds_config.json is broken ({type(error).__name__})"
+        ) from error
     return SavedStep(path, manifest, config.model_copy(update={"run": run_keys}), dtype)
 
 

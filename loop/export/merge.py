@@ -139,15 +139,14 @@ def find_base(base: str, revision: str | None) -> StoredBase:
             folder = Path(location)
         else:
             folder = download_base(location, revision)
-        config = json.loads((folder / "config.json").read_text())
+    check_base_folder(base, folder)
+    config = json.loads((folder / "config.json").read_text())
     if stored := config.get("quantization_config"):
         raise ConfigError(
             f"base={base}: is stored quantised ({stored.get('quant_method', 'unknown')}), so there "
             "is nothing to add to; name the 16-bit model that it was made from with --base"
         )
-    tensors = find_tensors(base, folder)
-    check_base_folder(base, folder)
-    return StoredBase(base, folder, config, tensors)
+    return StoredBase(base, folder, config, find_tensors(base, folder))
 
 
 def download_base(hub_id: str, revision: str | None) -> Path:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from .matching import SUPPORTED, check, distinct
+from .judges.verdicts import SUPPORTED, distinct
+from .matching import check
 
 _NUMBERS = "two three four five six seven eight nine ten".split()
 _FAMILY = "mother|father|sister|brother|aunt|uncle|grandmother|grandfather|son|daughter"

@@ -4,13 +4,19 @@
 Words that the dialogue lacks say nothing: it may put the same thing otherwise.
 """
 
+import functools
 import itertools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .context import AFFIRMED, DENIED, Context
+from .context import Context
 from .numerals import Item
+from .reading.polarity import AFFIRMED, DENIED
 
+_ENDING = re.compile(
+    r"(?<=[a-z]{4})(?:ations?|itions?|ions?|ments?|ings?|ers?|ed|ies|ally|ly|ness|ity|al|es|e|y)$"
+)
 _MIN_LETTERS = 4
 _MOST_PLACES = 30  # of a word with one polarity, so that the time stays linear
 _MOST_AFFIRMED = 3  # words of an affirmed run that count: those right behind what affirms them
@@ -71,6 +77,12 @@ def tells(item: Item, stem: str) -> bool:
     return stem not in _EMPTY and item.word not in _EMPTY
 
 
+@functools.lru_cache(maxsize=100_000)
+def _root(word: str) -> str:
+    """A word without its ending: "improv" of "improvement", "improve" and "improved"."""
+    return _ENDING.sub("", word)
+
+
 class Usage:
     """How a text uses its words: where each is affirmed, denied, asked and so on."""
 
@@ -78,12 +90,13 @@ class Usage:
         self._places: dict[str, dict[str, list[int]]] = {}
         self._clause = context.clause
         self._polarity = context.polarity
-        for i, stem in enumerate(stems):
-            places = self._places.setdefault(stem, {}).setdefault(context.polarity[i], [])
+        roots = [_root(stem) for stem in stems]
+        for i, root in enumerate(roots):
+            places = self._places.setdefault(root, {}).setdefault(context.polarity[i], [])
             if len(places) < _MOST_PLACES:
                 places.append(i)
         self._claims = {
-            (claim.polarity, tuple(stems[i] for i in claim.items))
+            (claim.polarity, tuple(roots[i] for i in claim.items))
             for claim in read_claims(items, stems, context)
         }
 
@@ -93,6 +106,7 @@ class Usage:
         The clauses that use the most of the words decide. They contradict where all of these have
         the opposite polarity.
         """
+        words = [_root(word) for word in words]
         if (polarity, tuple(words)) in self._claims:
             return -1
         used: dict[tuple[int, str], dict[str, int]] = {}  # by clause and polarity

@@ -29,21 +29,22 @@ PAINS = {
 EXAMS = {
     "lung": "wheezing; rales; rhonchi; decreased breath sounds; stridor; rub; infiltrate",
     "heart": "heart murmur; gallop; rub; arrhythmia; jugular venous distention",
-    "abdomen": "pain; lump; bloating; guarding; rebound; hepatomegaly; splenomegaly; ascites; "
-    "hernia",
+    "abdomen": "pain; tenderness; lump; bloating; guarding; rebound; hepatomegaly; splenomegaly; "
+    "ascites; hernia",
     "neck": "goiter; lymphadenopathy; bruit; jugular venous distention; stiffness; lump",
     "leg": "edema; cyanosis; clubbing; deformity; leg swelling",
     "skin": "rash; lump; wound; erythema; contusion; jaundice; cyanosis; pallor",
     "throat": "erythema; exudate; discharge; lymphadenopathy; nasal congestion; lump",
     "nerves": "weakness; numbness; ataxia; nystagmus; facial droop; tremor; speech difficulty; "
-    "hyperreflexia",
+    "hyperreflexia; tingling",
     "bone": "fracture; dislocation; deformity; arthritis; bone spur",
 }
 # What has a place: "pain in the knee", but no "fever of the knee".
 LOCAL = frozenset(
     name.strip()
     for name in (
-        """pain; numbness; weakness; stiffness; edema; erythema; lump; wound; trauma; cramp;
+        """pain; tenderness; numbness; tingling; weakness; stiffness; edema; erythema; lump; wound;
+        trauma; cramp;
         itching; rash; tremor; twitching; clicking; instability; deformity; contusion; fracture;
         warmth; discharge; reduced range of motion; muscle atrophy; laceration; scar; bleeding;
         muscle ache; leg swelling; sprain; dislocation; infection"""

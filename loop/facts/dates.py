@@ -117,7 +117,8 @@ def _day_first(window: list[Item]) -> Date | None:
 def _day(window: list[Item], i: int) -> tuple[int, int] | None:
     """(day, its items) of "29", "29th", "third" or "twenty ninth" at item i."""
     day, following = window[i], window[i + 1]
-    if day.number is None or day.number not in range(1, 32) or following.word in UNITS:
+    is_unit = following.word in UNITS and following.word not in ORDINALS  # "second" is both
+    if day.number is None or day.number not in range(1, 32) or is_unit:
         ordinal = ORDINALS.get(day.word)
         return None if ordinal is None else (ordinal, 1)
     ones = ORDINALS.get(following.word, 0)

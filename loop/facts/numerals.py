@@ -5,7 +5,6 @@ digits lose the positions in the text, which the marks of a report need, and the
 "one twenty" as 1 and 20 (text2num 3.1).
 """
 
-import itertools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -24,6 +23,11 @@ _NUMBER_STARTS = frozenset(
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
 MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
 _EVERY = re.compile(r"\bq\.(?=\s?\d)")  # of "q.6 h."
+# What speakers say twice.
+_STUTTERED = frozenset(
+    """a an the i you he she we they it it's i'm my your his her our of to in on at for with and or
+    is are was were have has had that this if so""".split()
+)
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)](?=\s)", re.MULTILINE)
 # "[00:12:40]", "00:01,500 --> 00:04,000", "12:40 " or "[740s]" at the start of a line: a recorder's
 # clock says nothing. A clock in brackets is one anywhere.
@@ -53,7 +57,7 @@ _TOKEN = re.compile(
     r"covid-\d+"
     r"|[a-z\u00b5\u03bc]+\d\w*"
     r"|\d+:\d\d"
-    r"|\d+s\b"
+    r"|\d+'?s\b"
     r"|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])"
     r"|\d+,\d{1,2}(?![\d,])"
     r"|\d+(?:\.\d+)?"
@@ -124,7 +128,9 @@ def parse_items(text: str) -> list[Item]:
         parsed = None
         if word[0].isdigit() or word[0] == "." or word in _NUMBER_STARTS:
             parsed = _parse_number(text, tokens, i)
-        if parsed is None:
+        if parsed is None and word in _STUTTERED and items and items[-1].word == word and not gap:
+            i += 1  # "a a day"
+        elif parsed is None:
             items.append(Item(word.replace(",", ""), None, start, end, gap))
             i += 1
         else:
@@ -256,8 +262,18 @@ def _decimal_digits(words: list[str]) -> list[str]:
     """The digits that follow a "point" at words[0]; one word may hold several."""
     if words[:1] != ["point"]:
         return []
-    spoken = itertools.takewhile(lambda word: word in DIGITS or word.isdigit(), words[1:])
-    return [str(DIGITS.get(word, word)) for word in spoken]
+    digits: list[str] = []
+    for word, previous in zip(words[1:], words):
+        if word in TEENS_AND_TENS:
+            digits.append(str(TEENS_AND_TENS[word]))
+        elif word in ONES and digits and TEENS_AND_TENS.get(previous, 0) >= 20:
+            digits[-1] = str(TEENS_AND_TENS[previous] + ONES[word])
+            digits.append("")  # one for each word
+        elif word in DIGITS or word.isdigit():
+            digits.append(str(DIGITS.get(word, word)))
+        else:
+            break
+    return digits
 
 
 def _spoken_number(words: list[str], start: int) -> tuple[float, int] | None:
@@ -306,7 +322,8 @@ def _read_cardinal(words: list[str], start: int, found: Cardinals) -> tuple[int,
         word = words[i]
         after_hundreds = current % 100 == 0
         after_tens = current % 100 >= 20 and current % 10 == 0
-        if word in ONES and (after_hundreds or after_tens):
+        hundreds_follow = current >= 100 and words[i + 1 : i + 2] == ["hundred"]
+        if word in ONES and (after_hundreds or after_tens) and not hundreds_follow:
             current += ONES[word]
         elif word in TEENS_AND_TENS and after_hundreds:
             current += TEENS_AND_TENS[word]

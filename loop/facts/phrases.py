@@ -24,13 +24,18 @@ class Phrases(Generic[Meaning]):
 
     def add(self, phrase: str, meaning: Meaning) -> None:
         """Lists a phrase of lower-case words; a later meaning of the same phrase is dropped."""
-        words = tuple(
-            singular(word) for word in phrase.replace("-", " ").replace("/", " / ").split()
-        )
-        same_first = self._by_first.setdefault(words[0], [])
-        if all(rest != words[1:] for rest, _ in same_first):
-            same_first.append((words[1:], meaning))
-            same_first.sort(key=lambda entry: -len(entry[0]))
+        plain = phrase.replace("-", " ").replace("/", " / ")
+        forms = [plain]
+        if "n't" in plain:  # as transcripts and notes write it
+            forms += [plain.replace("n't", " n't")]
+        if "can't" in plain:
+            forms += [plain.replace("can't", "cannot"), plain.replace("can't", "can not")]
+        for form in forms:
+            words = tuple(map(singular, form.split()))
+            same_first = self._by_first.setdefault(words[0], [])
+            if all(rest != words[1:] for rest, _ in same_first):
+                same_first.append((words[1:], meaning))
+                same_first.sort(key=lambda entry: -len(entry[0]))
 
     def at(self, items: list[Item], stems: list[str], i: int) -> Found[Meaning] | None:
         """The longest phrase that begins at item i.
@@ -52,9 +57,16 @@ _AS_THEY_ARE = frozenset(
     tetanus lupus pancreas feces""".split()
 )
 
+_CONTRACTED = frozenset(
+    """it's he's she's that's there's here's what's who's how's where's let's one's when's
+    everything's""".split()
+)
+
 
 def singular(word: str) -> str:
-    """A word without the "s" of a plural or of "hurts"."""
+    """A word without the "s" of a plural, of "hurts" or of "the thyroid's"."""
+    if word.endswith("'s") and word not in _CONTRACTED:
+        word = word[:-2]
     if len(word) < 4 or word[-1] != "s" or word in _AS_THEY_ARE:
         return word
     if word[-2] in "sui":  # illness, virus, arthritis

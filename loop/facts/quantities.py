@@ -41,6 +41,10 @@ DAYS |= {"second": 1 / 86400, "month": 30, "year": 360, "decade": 3600}  # 12 mo
 DOSES = frozenset("mg mcg g ml unit meq tablet capsule puff drop spray patch teaspoon".split())
 DOSES |= {"tablespoon", "l"}
 TO_MG = {"mcg": 0.001, "mg": 1.0, "g": 1000.0}
+_CONCENTRATED = frozenset("mg mcg g ml l mmol meq unit".split())
+_WHOLES = {form: form for form in ("dl", "l", "ml", "min", "hr", "kg")}  # of "mg/dL"
+_WHOLES |= dict.fromkeys(("deciliter", "decilitre"), "dl") | {"liter": "l", "milliliter": "ml"}
+_WHOLES |= {"minute": "min", "hour": "hr", "kilogram": "kg", "kilo": "kg"}
 # Units that "a" and "half a" may stand before, as in "a week" and "half a tablet".
 _AFTER_ARTICLE = frozenset(
     """hour day week fortnight month year decade pack glass beer tablet capsule puff
@@ -48,7 +52,7 @@ _AFTER_ARTICLE = frozenset(
 )
 # "a couple of", "a few", and where they lie at most
 _VAGUE = {"couple": (2.0, 2.0), "few": (2.0, 4.0), "several": (3.0, 9.0), "dozen": (12.0, 12.0)}
-_PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25}
+_PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25, "third": 1 / 3}
 _TIMES = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
 _PERIODS = {unit: unit for unit in ("hour", "day", "week", "month", "year")}
 _PERIODS |= {"daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}
@@ -114,10 +118,12 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
     match = _EVERY.fullmatch(word) if word[:1] == "q" else None
     if match and int(match[1]):
         return _often(_EVERY_UNIT[match[2][0]] / int(match[1]), 1)
-    if re.fullmatch(r"q[1-9]\d?", word) and UNITS.get(following) in _PERIODS:  # q2 weeks
-        return _often(1 / (int(word[1:]) * DAYS[UNITS[following]]), 2)
+    if re.fullmatch(r"q[1-9]\d?", word):
+        return _every_so_many(items, i)
     if word in ("every", "each", "q") and _together(items, i, i + 1):
         return _every(items, i)
+    if word == "alternate" and following in ("day", "days", "night", "nights"):
+        return _often(0.5, 2)
     if word in ("at", "before", "in") and following in ("bedtime", "night"):
         return _often(1, 2)
     if (word, following) == ("in", "the") and items[i + 2].word in ("morning", "evening"):
@@ -126,9 +132,12 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _per(items, i + 2, items[i + 1].number or 1.0, 2)
     if word in ("a", "per", "/") and following in _PER_DAY and i and _counts(items, i - 1):
         return _often(1 / DAYS[_PERIODS[following]], 2)
-    times, count = _times(items, i)
+    days, count = _days_a_week(items, i)
     if count:
-        return _per(items, i + count, times, count)
+        return _often(days / 7, count)
+    times, most, count = _times(items, i)
+    if count:
+        return _per(items, i + count, times, count, most)
     if items[i].number and following == "hourly":  # "8-hourly"
         return _often(24 / (items[i].number or 1.0), 2)
     if word == "od" and i and UNITS.get(items[i - 1].word) in DOSES:
@@ -138,28 +147,60 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
     return None
 
 
+def _every_so_many(items: list[Item], i: int) -> Amount | None:
+    """ "q2 weeks", "q4-6h", "q4 to 6 hours"."""
+    low, end = float(items[i].word[1:]), i + 1
+    joined = end + (items[end].word in _JOINS[:2])
+    high = items[joined].number
+    end = joined + 1 if high else end
+    unit = "hour" if items[end].word == "h" else UNITS.get(items[end].word, "")
+    if unit not in _PERIODS or not _together(items, i, end):
+        return None
+    return _often(1 / (low * DAYS[unit]), end + 1 - i, 1 / ((high or low) * DAYS[unit]))
+
+
+def _days_a_week(items: list[Item], i: int) -> tuple[float, int]:
+    """(days, items) of "3 days a week" and "one night per week"; (0, 0) where none are said."""
+    words = [item.word for item in items[i + 1 : i + 5]]
+    if not items[i].number or words[:1] not in (["day"], ["days"], ["night"], ["nights"]):
+        return 0.0, 0
+    for joins in (["a"], ["per"], ["each"], ["every"], ["/"], ["out", "of", "the"]):
+        if words[1 : 1 + len(joins)] == joins and words[1 + len(joins) :][:1] == ["week"]:
+            return items[i].number or 0.0, 3 + len(joins)
+    if words[1:2] == ["weekly"]:
+        return items[i].number or 0.0, 3
+    return 0.0, 0
+
+
 def _counts(items: list[Item], i: int) -> bool:
     """Whether item i, before "a day", is a number or a unit: "10 mg a day", "two a day"."""
     return items[i].number is not None or UNITS.get(items[i].word, "time") not in (*DAYS, "time")
 
 
-def _often(times_a_day: float, num_items: int) -> Amount:
-    times = round(times_a_day, 4)
-    return Amount("frequency", times, times, "/day", num_items)
+def _often(times_a_day: float, num_items: int, most: float = 0.0) -> Amount:
+    """most: times a day at most, of a range."""
+    times = sorted((round(times_a_day, 4), round(most or times_a_day, 4)))
+    return Amount("frequency", times[0], times[1], "/day", num_items)
 
 
-def _times(items: list[Item], i: int) -> tuple[float, int]:
-    """(how many times, items) of "twice", "3 times", "3x" or "x3"; (0, 0) where none is said."""
-    item, following = items[i], items[i + 1]
-    if item.word in _TIMES:
-        more = following.word in ("or", "to") and items[i + 2].word in _TIMES
-        return (_TIMES[items[i + 2].word], 3) if more else (_TIMES[item.word], 1)
-    if item.number and following.word in ("time", "times", "x"):
-        return item.number, 2
-    return 0.0, 0
+def _times(items: list[Item], i: int) -> tuple[float, float, int]:
+    """(times, at most, items) of "twice", "3x" and "once or twice"; all 0 where none are said."""
+    low, end = _TIMES.get(items[i].word, items[i].number), i + 1
+    if not low:
+        return 0.0, 0.0, 0
+    most = low
+    joined = end + (items[end].word in _JOINS[:3])
+    more = _TIMES.get(items[joined].word, items[joined].number)
+    if more and low < more and items[joined].gap == items[end].gap == "":
+        most, end = more, joined + 1
+    if items[end].word in ("time", "times", "x") and _together(items, i, end):
+        end += 1
+    elif items[end - 1].number is not None:
+        return 0.0, 0.0, 0
+    return low, most, end - i
 
 
-def _per(items: list[Item], i: int, times: float, count: int) -> Amount | None:
+def _per(items: list[Item], i: int, times: float, count: int, most: float = 0.0) -> Amount | None:
     """The frequency of so many times per what stands at item i; count: items before it."""
     start = i
     if items[i].word in ("a", "per", "each", "every", "in", "the", "/", "an", "during"):
@@ -174,7 +215,8 @@ def _per(items: list[Item], i: int, times: float, count: int) -> Amount | None:
     period = _PERIODS.get(UNITS.get(items[i].word, items[i].word))
     if period is None:
         return None
-    return _often(times / (DAYS[period] * every_other), count + i + 1 - start)
+    days = DAYS[period] * every_other
+    return _often(times / days, count + i + 1 - start, most / days)
 
 
 def _every(items: list[Item], i: int) -> Amount | None:
@@ -209,6 +251,9 @@ def _ratio(items: list[Item], i: int) -> Amount | None:
     above = items[i].number
     if above is None:
         return None
+    scale = _range_of_ten(items, i)
+    if scale:
+        return scale
     separators = 0
     if items[i + 1].word in ("/", "over"):
         separators = 1
@@ -221,6 +266,17 @@ def _ratio(items: list[Item], i: int) -> Amount | None:
     if above in (1, 2, 3) and below in (2, 3, 4, 8) and above < below and unit:
         return Amount(_kind(unit), above / below, above / below, unit, 3 + separators)
     return Amount("ratio", above, below, "", 2 + separators)
+
+
+def _range_of_ten(items: list[Item], i: int) -> Amount | None:
+    """ "7-8/10", "seven to eight out of ten"."""
+    above, end = items[i].number, i + 1 + (items[i + 1].word in _JOINS[:3])
+    more, joins = items[end].number, [item.word for item in items[end + 1 : end + 3]]
+    ten = end + 1 + (1 if joins[:1] == ["/"] else 2)
+    says = joins[:1] == ["/"] or joins == ["out", "of"]
+    if above is None or more is None or not says or items[ten].number != 10 or above >= more:
+        return None
+    return Amount("number", above, more, "/10", ten + 1 - i) if more <= 10 else None
 
 
 def _quantity(text: str, items: list[Item], i: int) -> Amount | None:
@@ -237,6 +293,8 @@ def _quantity(text: str, items: list[Item], i: int) -> Amount | None:
         days = DAYS["year"] if kind == "age" else 1.0
         return Amount(kind, low * days, high * days, "day" if kind == "age" else "", end - i)
     end += used
+    if low == high == 1 and _or_two(items, end):
+        low, high, end = 1.0, items[end + 1].number or 2.0, end + 2
     if [item.word for item in items[end : end + 3]] == ["and", "a", "half"]:
         low, high, end = low + 0.5, high + 0.5, end + 3
     if unit in DAYS or unit == "yo":
@@ -246,6 +304,14 @@ def _quantity(text: str, items: list[Item], i: int) -> Amount | None:
         kind, is_vague = "age" if old else "duration", items[i].number is None and low < high
         return Amount(kind, low * days, high * days, "day", end - i, is_vague)
     return Amount(_kind(unit), low, high, unit, end - i)
+
+
+def _or_two(items: list[Item], i: int) -> bool:
+    """Whether item i goes on "a beer" or "one day" by "or two", without another unit."""
+    more = items[i + 1].number
+    if items[i].word not in ("or", "to") or more is None or not 1 < more < 10:
+        return False
+    return _together(items, i, i + 1) and items[i + 2].word not in UNITS
 
 
 def _kind(unit: str) -> str:
@@ -265,6 +331,11 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS and _together(items, i, end):
             return part, part, end
+    if number < 1 or (number == 2 and items[i + 1].word == "thirds"):  # "\u00be of a tablet"
+        end = i + 1 + (number == 2)
+        part = number if number < 1 else 2 / 3
+        if items[end].word == "of" and items[end + 1].word in ("a", "an"):
+            return part, part, end + 2
     other, end = None, i + 1
     if i and items[i - 1].word == "from":  # what changes is no range
         return number, number, end
@@ -295,12 +366,15 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
     if word in _VAGUE:
         low, high = _VAGUE[word]
         return low, high, i + 1 + (following == "of")
-    if word in _PARTS_OF_ONE:
+    if word in _PARTS_OF_ONE or (word == "third" and following == "of"):
         end = i + 1 + (following == "of")
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS:
             return _PARTS_OF_ONE[word], _PARTS_OF_ONE[word], end
     if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE:
+        return 1.0, 1.0, i + 1
+    more = [item.word for item in items[i + 2 : i + 5]]
+    if word in ("last", "past") and UNITS.get(following) and more == ["and", "a", "half"]:
         return 1.0, 1.0, i + 1
     return 0.0, 0.0, 0
 
@@ -322,9 +396,10 @@ def _unit(text: str, items: list[Item], i: int) -> tuple[str, int]:
         return "", 0
     if word == "pack" and items[i + 1].word in ("year", "years"):
         return "packyear", 2
-    if items[i + 1].word == "/" and unit in ("mg", "mcg", "g", "ml", "l", "mmol", "meq", "unit"):
-        if items[i + 2].word in ("dl", "l", "ml", "min", "hr", "kg"):
-            return f"{unit}/{items[i + 2].word}", 3
+    if items[i + 1].word in ("/", "per") and unit in _CONCENTRATED:
+        whole = _WHOLES.get(items[i + 2].word)
+        if whole:
+            return f"{unit}/{whole}", 3
     return unit, 1 if unit else 0
 
 

@@ -1,144 +1,71 @@
 """What a text states: doses, durations, drugs, sides, conditions, habits and what is done."""
 
 import bisect
-from typing import NamedTuple
 
 from .body import PARTS
-from .conditions import EXAMINED, LOCAL, NORMAL_WORDS, PAINS, Condition, condition_at
-from .context import (
-    AFFIRMED,
-    ASKED,
-    DENIED,
-    ENDED,
-    FORMER,
-    NORMAL,
-    Context,
-    is_speech,
-    read_context,
-)
+from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .dates import DAY_WORDS, date_at
-from .drugs import Drug, drug_at
-from .numerals import Item, parse_items
-from .phrases import Found, Phrases, singular
+from .drugs import drug_at
+from .phrases import Found
 from .quantities import Amount, amount_at, describe
+from .reading.belonging import Belonging
+from .reading.clauses import NO_WORDS
+from .reading.parsed import Parsed, Statement
+from .reading.polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
+from .reading.sides import compared_at, side_at
+from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
-_END = Item("", None, 0, 0, "\n")
-_PART_REACH = 6
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
 _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
-_PADDING = [_END] * 12  # so that matchers can look ahead
 _AMOUNT_WORDS = frozenset(
     """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
-    qds qd qam qpm qhs hs mane nocte qod qday""".split()
+    qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
-SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
-SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
-SIDES |= {"left-sided": "left", "right-sided": "right"}
-ACTIONS = {
-    "stop": "stop stopped stopping discontinue discontinued discontinuing hold holding quit cease",
-    "continue": "continue continued continuing continues maintain keep keeping refill resume stay",
-    "start": "start started starting initiate begin began prescribe prescribed add initiated",
-    "increase": "increase increased increasing double raise",
-    "decrease": "decrease decreased reduce reduced lower taper wean",
-}
-_ACTION_OF = {word: action for action, words in ACTIONS.items() for word in words.split()}
-HABITS: Phrases[str] = Phrases()
-for _habit, _names in {
-    "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
-    "chewing tobacco,nonsmoker,non smoker,pack year,cigarette smoking",
-    "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
-    "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
-    "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
-    "recreational,illegal drug,harder substance,hard drug,illicit substance,substance use",
-}.items():
-    for _phrase in _names.split(","):
-        HABITS.add(_phrase, _habit)
 _NO_ALCOHOL = frozenset(
     """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
     pedialyte bottle breastmilk smoothie broth""".split()
 )
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
-# What numbers below 10 measure; in speech, most others are "one of them".
-MEASURES = {
-    name: names.split()[0]
-    for names in (
-        """a1c hba1c glycohemoglobin; inr; potassium k; creatinine cr; gleason; apgar; gcs; psa;
-        stage; grade; hemoglobin hgb hb; calcium ca; albumin; tsh; score; dilated; ph"""
-    ).split(";")
-    for name in names.split()
-}
-_NO_OBJECT = frozenset(
-    """taking with using this that these those their your until when after before immediately
-    having completely about from currently present been prior very really just then""".split()
-)
 _BEFORE = frozenset("history prior previous previously".split())
 _NO_MORE = frozenset("still anymore more longer gone".split())
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
-_FORMERLY = frozenset("quit former formerly stopped ex used previously".split())
+# Behind a condition, they make it one that is looked for or prevented.
+_TESTED = frozenset(
+    """test tests testing tested screen screens screening vaccine vaccines vaccination
+    vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
+)
+_PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
+_OTHER = frozenset("other further additional new".split())
+_NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
+_SCALE = frozenset("being scale imaginable".split())
+_RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
+_FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
     """trouble problem problems difficulty difficulties hard change changes changed loss less lost
     decreased decrease reduced low lower high higher elevated up bad worse poor blurry any issues
     issue weak weaker weird abnormal uncontrolled medication medications medicine pill pills
     disease history increased increase losing lose gained gain unable trying feels felt positive
-    affecting affects hurt hurts wakes waking keeps better
+    affecting affects hurt hurts enlarged swollen large big wakes waking keeps better
     more off like get getting got started really very so feel""".split()
 )
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
-# "right" before these is no side: "right at the shoulder".
-_AFTER_EXACTLY = frozenset(
-    "at in on over around above below under behind next by where when".split()
-)
-_NOT_A_SIDE = frozenset("now away there here through before after handed-over alone".split())
 
 
-# What people are allergic to, besides drugs.
-ALLERGENS: Phrases[str] = Phrases()
-for _phrase in (
-    "latex,iodine,contrast,contrast dye,shellfish,peanut,tree nut,nut,egg,milk,dairy,soy,wheat,"
-    "gluten,pollen,grass,dust,dust mite,mold,cat,dog,pet dander,bee,bee sting,wasp,strawberry,"
-    "adhesive,tape,nickel,ragweed,fish,shrimp,horse serum,bandage,perfume,cockroach"
-).split(","):
-    ALLERGENS.add(_phrase, _phrase)
-
-
-class Statement(NamedTuple):
-    """One thing that a text says, at text[start:end]."""
-
-    kind: str  # dose, duration, age, frequency, ratio, number, date, drug, side, diagnosis,
-    # symptom, finding, allergy, habit or action
-    value: str  # as a report shows it
-    of: str  # what it belongs to: the drug of a dose, the part of a side; "" for nothing
-    polarity: str  # affirmed, denied, possible, or asked
-    subject: str  # patient or family
-    start: int
-    end: int
-    word: int  # the index of its first item
-    amount: Amount | None = None
-    drug: Drug | None = None
-
-
-class Document:
+class Document(Parsed):
     """A text that was read once: its items, their context, and its statements in order."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.items = parse_items(text)
-        self.padded = self.items + _PADDING
-        self.words = [singular(item.word) or str(item.number) for item in self.items]
-        self.stems = [_digits(item) for item in self.items] + [""] * 12
-        self.spoken = is_speech(text, self.items)
-        self.context: Context = read_context(text, self.items, self.spoken)
-        self.ends = [item.end for item in self.items]
+        super().__init__(text)
         self.drugs: list[Statement] = []
         self.parts: list[tuple[int, str, bool]] = []  # (item, part, whether plural)
-        self.statements = self._attach(self._read())
+        self._belonging = Belonging(self, self.drugs, self.parts)
+        self.statements = self._belonging.attach(self._read())
         if self.spoken:
             self.statements = self._answered_in_part(self.statements)
         self.names = {i: f"{part} (part)" for i, part, _ in self.parts}
@@ -204,6 +131,10 @@ class Document:
         i = 0
         while i < len(self.items):
             statement, used = self._at(i)
+            if self.items[i].word in SIDES:
+                compared = compared_at(self, i)
+                if compared:
+                    found.append(self._make("side", compared, i, 1))
             if statement:
                 found.append(statement)
                 if statement.amount and statement.amount.unit in _HABIT_UNITS:
@@ -250,9 +181,13 @@ class Document:
                     self._add_part(inner, k)
             return self._condition(condition, i), condition.num_items
         if item.word in SIDES:
-            return self._side(i), 1
-        if item.word in _ACTION_OF:
-            return self._make("action", _ACTION_OF[item.word], i, 1), 1
+            side = side_at(self, i)
+            if side is None:
+                return None, 1
+            made = self._make("side", side.side, i, side.num_items)
+            return made._replace(of=side.part), 1
+        if item.word in ACTION_OF:
+            return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
 
     def _add_part(self, found: Found[str], i: int) -> None:
@@ -270,48 +205,91 @@ class Document:
 
     def _condition(self, found: Found[Condition], i: int) -> Statement | None:
         meaning, count = found
-        if not meaning.kind or (
-            meaning.name == "any allergy" and self.padded[i + count].gap == ":"
-        ):
-            return None  # it is none, or a heading
-        kind = "weak" if meaning.is_weak else meaning.kind
+        if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
+            return None
+        if self.items[i - 1].word in ("no", "worst") and self.near(i, _SCALE, 6):
+            return None  # "zero being no pain"
+        kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
-        if kind == "weak" and made.polarity == AFFIRMED and not self._near(i, _TROUBLE, 7):
+        if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
+            made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
+        if made.polarity == DENIED and self.padded[i + count].word == "like":
+            if self.padded[i + count + 1].word in ("this", "that"):
+                made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
+        if self._denies_within(i, count):  # "can't breathe"
+            made = made._replace(polarity=self._polarity_before(i))
+        normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
+        if normal and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
-        if made.polarity == AFFIRMED and self._near(i, _OVER, 8):
+        if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
             made = made._replace(polarity=ENDED)
-        if made.polarity == AFFIRMED and not self.spoken and self._near(i, _BEFORE, 6):
+        if made.polarity == AFFIRMED and not self.spoken and self.near(i, _BEFORE, 6):
             made = made._replace(polarity=FORMER)
-        if made.polarity == DENIED and self.spoken and self._near(i, _NO_MORE, 8):
+        if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
+        if made.polarity == DENIED and self._denies_more(i, kind == "diagnosis"):
+            made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
+        if meaning.name == "pain" and self.context.asks[i] and self.near(i, _PRESSING, 6):
+            return made._replace(value="tenderness")  # "does that hurt?"
         return made
+
+    def _is_heading(self, i: int, count: int) -> bool:
+        """Whether a colon stands behind the words from item i on."""
+        return self.text[self.items[i + count - 1].end :].lstrip(" *")[:1] == ":"
+
+    def _is_tested(self, i: int, count: int) -> bool:
+        """Whether the words from item i on name a test or a vaccine: "HIV test", "flu shot"."""
+        following = self.padded[i + count]
+        return following.gap == "" and following.word in _TESTED
+
+    def _denies_within(self, i: int, count: int) -> bool:
+        words = [item.word for item in self.items[i : i + count]]
+        return any(word in NO_WORDS or word.endswith("n't") for word in words)
+
+    def _polarity_before(self, i: int) -> str:
+        """The polarity of what stands before item i in its clause, or of the answer to it."""
+        context = self.context
+        if i and context.clause[i - 1] == context.clause[i]:
+            return context.polarity[i - 1]
+        return context.polarity[i] if context.asks[i] else AFFIRMED
+
+    def _denies_more(self, i: int, is_diagnosis: bool) -> bool:
+        """Whether a note denies more of a thing alone: "no other pain", "no issues with asthma"."""
+        if self.spoken:
+            return False
+        before = [item.word for item in self.items[max(0, i - 5) : i]]
+        if _OTHER & set(before[-2:]):
+            return True
+        return is_diagnosis and bool(_RECENT & set(before)) and bool({"with", "from"} & set(before))
 
     def _habit(self, found: Found[str], i: int) -> Statement | None:
         word, following = self.padded[i].word, self.padded[i + found.num_items].word
-        if following.startswith("allerg"):
+        if following.startswith(("allerg", "intoleran", "reaction", "sensitivit")):
             return None
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:
             return made._replace(polarity=DENIED)
-        if word.startswith("drink") and self._near(i, _NO_ALCOHOL, 6):
+        if word.startswith("drink") and self.near(i, _NO_ALCOHOL, 6):
             return None
-        former = made.polarity == AFFIRMED and self._near(i, _FORMERLY, 4)
+        if made.polarity == DENIED and self.spoken and self._quit_behind(i):
+            return made._replace(polarity=ENDED)
+        former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
         return made._replace(polarity=FORMER) if former else made
 
-    def _near(self, i: int, words: frozenset[str], reach: int) -> bool:
-        """Whether one of the words stands in the clause of item i, so many items away at most."""
-        clause = self.context.clause
-        around = range(max(0, i - reach), min(len(self.items), i + reach + 1))
-        return any(clause[k] == clause[i] and self.items[k].word in words for k in around)
+    def _quit_behind(self, i: int) -> bool:
+        """Whether "quit" or "used to" follows in this turn or in the answer: "no, I quit"."""
+        turn = self.context.turn
+        behind = [k for k in range(i, min(i + 20, len(self.items))) if turn[k] <= turn[i] + 1]
+        return any(self.items[k].word in ("quit", "used", "stopped") for k in behind)
 
     def normal_exams(self) -> set[str]:
         """What the text says is normal: keys of EXAMS, or "all"."""
         return {
             EXAMINED[item.word]
             for i, item in enumerate(self.items)
-            if item.word in EXAMINED and self._near(i, NORMAL_WORDS, 9)
+            if item.word in EXAMINED and self.near(i, NORMAL_WORDS, 9)
         }
 
     def _amount(self, amount: Amount, i: int) -> Statement | None:
@@ -335,7 +313,7 @@ class Document:
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
         vague = self.items[i].word in ("at", "in", "before")
-        return vague and not self.spoken and not self._nearest_drug(i, "dose")
+        return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
     def _measure(self, i: int) -> str:
         """What the number at item i measures, such as "a1c"; "" for nothing that is known."""
@@ -345,165 +323,3 @@ class Document:
             if self.words[k] in MEASURES:
                 return MEASURES[self.words[k]]
         return ""
-
-    def _side(self, i: int) -> Statement | None:
-        """A side with its part; None for "all right", "right now" and "I left"."""
-        word, items = self.items[i].word, self.padded
-        before, after = items[i - 1].word if i else "", items[i + 1]
-        if self.spoken and (
-            self._is_choice(i) or (word == "right" and after.word in _AFTER_EXACTLY)
-        ):
-            return None
-        if len(word) == 1 and (self.spoken or before in ("", "'")):
-            return None
-        part, count = "", 1
-        if after.word == "handed" or (after.word, items[i + 2].word) == ("hand", "dominant"):
-            return self._make("side", SIDES[word], i, 2)._replace(of="handedness")
-        for k in range(i + 1, min(i + 5, len(self.items))):
-            if items[k].gap not in ("", ",", "(", ")"):
-                break
-            found = PARTS.at(self.padded, self.stems, k)
-            if found:
-                part, count = found.meaning, k + found.num_items - i
-                break
-        if (
-            not part
-            and not self._answers_which(i)
-            and (
-                before in ("all", "that's", "i", "is", "she", "he", "was", "have", "has")
-                or after.word in _NOT_A_SIDE
-            )
-        ):
-            return None
-        bilateral = word.startswith("bi")
-        if not part and not bilateral:
-            on_the = before in ("the", "my", "your", "his", "her") or self._answers_which(i)
-            if not on_the and after.word not in ("side", "sided"):
-                return None
-        made = self._make("side", SIDES[word], i, count)
-        return made._replace(of=part)
-
-    def _is_choice(self, i: int) -> bool:
-        """Whether the side at item i is one of "left or right", as a question asks."""
-        around = [item.word for item in self.items[max(0, i - 4) : i + 5]]
-        at = i - max(0, i - 4)
-        return any(
-            around[k] == "or" and around[k + 1 :] and SIDES.keys() & set(around[other])
-            for k in range(len(around))
-            for other in (slice(0, at) if k < at else slice(at + 1, None),)
-        )
-
-    def _answers_which(self, i: int) -> bool:
-        """Whether the side at item i answers "which knee?" or "left or right?"."""
-        item, context = self.items[i], self.context
-        if not self.spoken or item.gap not in ("\n", "?"):
-            return False
-        asked = [
-            other.word
-            for k, other in enumerate(self.items[max(0, i - 14) : i], max(0, i - 14))
-            if context.sentence[k] >= context.sentence[i] - 2
-        ]
-        return "which" in asked or ("or" in asked and bool(SIDES.keys() & set(asked)))
-
-    def _attach(self, found: list[Statement]) -> list[Statement]:
-        """The statements with what they belong to."""
-        sentence = self.context.sentence
-        done, last_part = [], 0
-        for statement in found:
-            i = statement.word
-            if statement.kind in ("dose", "frequency", "action"):
-                of = self._nearest_drug(i, statement.kind)
-                if not of and statement.value == "stop" and self.items[i].word != "quit":
-                    of = self._next_word(i)
-                    if HABITS.at(self.padded, self.stems, i + 1):
-                        continue  # "quit smoking" is a habit
-                statement = statement._replace(of=of)
-            elif statement.kind == "side" and not statement.of:
-                while last_part + 1 < len(self.parts) and self.parts[last_part + 1][0] < i:
-                    last_part += 1
-                if self.parts and self.parts[last_part][0] < i:
-                    at, part, _ = self.parts[last_part]
-                    near = i - at < (60 if self.spoken else 12)
-                    if near and (self.spoken or sentence[at] == sentence[i]):
-                        statement = statement._replace(of=part)
-            elif statement.value in LOCAL and not statement.of:
-                statement = statement._replace(of=self._nearest_part(i))
-            done.append(self._allergy(statement))
-        return done
-
-    def _nearest_part(self, i: int) -> str:
-        """The part of the body in the clause of item i, close to it; "" where none is."""
-        clause = self.context.clause
-        at = bisect.bisect(self.parts, i, key=lambda part: part[0])
-        near = [
-            (self._part_cost(i, k), part)
-            for k, part, _ in self.parts[max(0, at - 1) : at + 2]
-            if clause[k] == clause[i] and abs(k - i) <= _PART_REACH
-        ]
-        return min(near)[1] if near else ""
-
-    def _part_cost(self, i: int, k: int) -> int:
-        """How far the part at item k is from a condition at item i."""
-        between = self.items[min(i, k) + 1 : max(i, k) + 1]
-        parted = any(  # "no ankle edema or calf pain"
-            item.gap == "," or item.word in ("or", "and") for item in between
-        )
-        return abs(k - i) + 3 * parted + (2 if k < i - 1 else 0)
-
-    def _nearest_drug(self, i: int, kind: str) -> str:
-        """The name of the drug of the dose, frequency or action at item i."""
-        sentence = self.context.sentence
-        best, least = "", 1000
-        for drug in self._drugs_around(i):
-            if not self.spoken and sentence[drug.word] != sentence[i]:
-                continue
-            behind = drug.word > i
-            cost = abs(drug.word - i) + (4 if behind and kind != "action" else 0)
-            if kind == "action" and not behind:
-                cost += 8
-            if kind == "dose" and 0 < drug.word - i < 6 and self.padded[drug.word - 1].word == "of":
-                cost = 0  # "ten units of lantus"
-            if cost < least and cost < (16 if self.spoken else 14):
-                best, least = drug.value, cost
-        return best
-
-    def _next_word(self, i: int) -> str:
-        """What is stopped at item i, where it is no known drug; "" where nothing follows."""
-        for k in range(i + 1, min(i + 5, len(self.items))):
-            if self.context.clause[k] != self.context.clause[i] or self.items[k].gap in (",", ":"):
-                break
-            if len(self.items[k].word) > 3 and self.items[k].word not in _NO_OBJECT:
-                return self.words[k]
-        return ""
-
-    def _drugs_around(self, i: int) -> list[Statement]:
-        at = bisect.bisect(self.drugs, i, key=lambda drug: drug.word)
-        return self.drugs[max(0, at - 2) : at + 2]
-
-    def _is_forbidden(self, i: int) -> bool:
-        before = [item.word for item in self.items[max(0, i - 5) : i]]
-        verbs = [k for k, word in enumerate(before) if word in ("have", "take", "tolerate")]
-        return bool(verbs) and any(
-            word in ("cannot", "can't")
-            or (word in ("n't", "not") and before[k - 1] in ("ca", "can"))
-            for k, word in enumerate(before[: verbs[-1]])
-        )
-
-    def _allergy(self, statement: Statement) -> Statement:
-        """A drug behind "allergic to" or "allergies:" is an allergy."""
-        if statement.kind not in ("drug", "allergen"):
-            return statement
-        if self._is_forbidden(statement.word):  # "I cannot have codeine"
-            return statement._replace(kind="allergy", polarity=AFFIRMED)
-        start = max(0, statement.word - 12)
-        sentence = self.context.sentence
-        for k in range(statement.word - 1, start - 1, -1):
-            if sentence[k] != sentence[statement.word] and not self.spoken:
-                break
-            if self.items[k].word.startswith("allerg"):
-                return statement._replace(kind="allergy")
-        return statement
-
-
-def _digits(item: Item) -> str:
-    return f"{item.number:g}" if item.number is not None else singular(item.word)

@@ -1,12 +1,24 @@
 """Whether a base can be trained as the run wants it: asked before anything heavy."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..config.schema import Config, ConfigError
-from ..model.loading import config_errors_for, load_model_config, load_tokenizer
+from ..model.loading import (
+    LIBRARY_ERRORS,
+    check_loaded,
+    checked_base,
+    config_errors_for,
+    load_model_config,
+    load_tokenizer,
+)
+from ..model.streaming import check_shapes
 from ..model.structure import attention_shape, context_length, rotary_settings
+from ..untrusted.bases import read_model_config, stored_shapes
 from .isolation import check_isolation
 
 
@@ -19,9 +31,41 @@ def admit_base(config: Config) -> tuple[Any, Any]:
     model_config = load_model_config(config.base, config.revision)
     with config_errors_for(config.base):
         attention_shape(model_config)
+        check_stored_weights(config.base, config.revision)
     check_rotary(config, model_config)
     check_isolation(config)
     return tokenizer, model_config
+
+
+def check_stored_weights(base: str, revision: str | None) -> None:
+    """Raises ConfigError where a local base's files are not those that its configuration wants.
+
+    Only headers are read. Names that transformers changes while it loads, as those of experts, are
+    judged by what it reports then.
+    """
+    location = checked_base(base, revision)
+    model_config = read_model_config(location, revision)
+    stored = getattr(model_config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method and "bitsandbytes" not in str(method):
+        raise ConfigError(
+            f"base={base}: is stored quantised ({str(method)[:40]}): take the 16-bit model that it "
+            "was made from"
+        )
+    folder = Path(location["pretrained_model_name_or_path"])
+    shapes = stored_shapes(base, folder) if folder.is_dir() and not stored else {}
+    if not shapes or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    except LIBRARY_ERRORS:
+        return  # `check_isolation` says what is wrong with this family
+    if shapes.keys() <= model.state_dict().keys():
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        check_shapes(base, wanted, shapes)
+        missing = wanted.keys() - shapes.keys() - model.all_tied_weights_keys.keys()
+        check_loaded(base, {"mismatched_keys": [], "missing_keys": missing})
 
 
 def check_vocabulary(base: str, model_config, tokens: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import functools
 
 from ..config.schema import Config, GenerationSettings
 from ..data.conversations import dialogue_text, read_split
-from ..facts.matching import SUPPORTED, Verdict, compare, distinct
+from ..facts.judges.verdicts import SUPPORTED, Verdict, distinct
+from ..facts.matching import compare
 from .decode import Note, write_notes
 from .engine import NoteRequest
 

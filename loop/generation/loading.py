@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config.device import has_fast_bf16
-from ..config.schema import ConfigError, TaskConfig
+from ..config.schema import ConfigError, TaskConfig, check_path
 from ..data.soap import SOAP, fit_dialogue, soap_messages
 from ..data.tokenization import encode
 from ..model.loading import load_base, load_tokenizer
@@ -50,6 +50,7 @@ def generation_source(adapter: str | None, base: str | None) -> dict:
     """
     if not adapter and not base:
         raise ConfigError("give --adapter DIR or --base DIR")
+    check_path("--base", base or "")
     if adapter:
         trained: dict[str, Any] = read_adapter(adapter)
     else:

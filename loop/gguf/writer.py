@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, check_path
 from ..distributed.files import atomic_folder
 from ..export.card import TRAINED, is_adapter, settings_of, write_card
 from ..export.merge import StoredBase, check_free_space, find_base
@@ -96,6 +96,7 @@ def import_gguf():
 
 def find_model(model: str) -> StoredBase:
     """The folder of a model that is Llama-shaped. Raises ConfigError for any other."""
+    check_path("--model", model)
     folder = Path(model)
     if is_adapter(folder):
         raise ConfigError(
@@ -105,7 +106,8 @@ def find_model(model: str) -> StoredBase:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--model {model}: has no config.json, so it is not a model's folder")
     source = find_base(model, None)
-    architecture = (source.config.get("architectures") or ["unknown"])[0]
+    named = source.config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "unknown"
     if architecture not in ARCHITECTURES:
         raise ConfigError(
             f"--model {model}: is a {architecture}; a GGUF file is written of "
@@ -115,9 +117,18 @@ def find_model(model: str) -> StoredBase:
 
 
 def read_trained(folder: Path) -> dict[str, Any]:
-    """What trained.json says; {} where there is none, as in the folder of a plain base."""
+    """What trained.json says; {} where there is none, as in the folder of a plain base.
+
+    Raises ConfigError where it is broken.
+    """
     path = folder / TRAINED
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--model {folder}: {TRAINED} is broken ({type(error).__name__})"
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def tensor_name(name: str) -> str:

@@ -13,12 +13,13 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from ..config.device import user_cache
 
 # attend(query, key, value, cu_seqlens, max_seqlen, scale) -> output; shapes as in packed_attention
 Attend = Callable[..., torch.Tensor]
@@ -38,8 +39,8 @@ def load_flash_attn_4() -> Attend:
         raise ImportError("./launch.sh setup --flash-attn-4 installs it")
     # Without the cache each process compiles anew, for some 8 s. Not in /tmp, where all may write.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attn_4"))
+    cache = str(user_cache() / "flash_attn_4")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", cache)
     # Its compiler warns of arguments that are not used.
     warnings.filterwarnings("ignore", module=r"cutlass\.")
     from flash_attn.cute.interface import flash_attn_varlen_func

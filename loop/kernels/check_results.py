@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ..config.device import user_cache
 from ..config.schema import ROOT
 from ..config.source import source_digest
 
@@ -61,7 +62,7 @@ def machine_digest() -> str:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soap-loop"
+    return user_cache() / "soap-loop"
 
 
 def results_path() -> Path:

@@ -155,7 +155,7 @@ def compute_itemsize(ds_config: dict) -> int:
 
 def offloads_parameters(ds_config: dict) -> bool:
     """Whether ZeRO-3 holds the weights in the CPU's memory or on a disk."""
-    offload = ds_config["zero_optimization"].get("offload_param", {})
+    offload = ds_config["zero_optimization"].get("offload_param") or {}
     return offload.get("device", "none") != "none"
 
 

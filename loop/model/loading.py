@@ -6,6 +6,7 @@ its weights are trained. `load_model` returns what `deepspeed.initialize` gets.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,16 @@ import torch.nn as nn
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
-from ..config.schema import ROOT, Config, ConfigError
+from ..config.device import user_cache
+from ..config.schema import ROOT, Config, ConfigError, check_path
 from ..data.tokenization import PLAIN_TEMPLATE, render
 from ..distributed.progress import Progress
 from ..distributed.timeline import timed
@@ -31,7 +38,7 @@ from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
-from .streaming import fetch_base, stream_base
+from .streaming import check_shapes, fetch_base, read_generation_config, stream_base
 from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
 # Without it transformers asks on the terminal whether a base's own code may run.
@@ -40,6 +47,9 @@ LOCAL = NO_CODE | {"local_files_only": True}
 # Where a regular expression that explodes would do so: runs of the same kind of character.
 TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
 MOST_TRIAL_CHARACTERS = 2**20
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FILES = (".gguf", ".bin", ".safetensors", ".pt", ".pth", ".json")  # no hub id ends so
+GENERATION_CONFIG = "generation_config.json"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
 
@@ -48,8 +58,7 @@ def converted_base(base: str) -> Path:
 
     It may be absent.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "soap-loop" / "bases" / base.replace("/", "--")
+    return user_cache() / "soap-loop" / "bases" / base.replace("/", "--")
 
 
 def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -59,6 +68,7 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
     the network, and neither does a base that was converted into the user's cache; that one has no
     revisions, so with `revision` the hub is asked.
     """
+    check_path("base", base)
     for path in (Path(base), ROOT / base):
         if path.is_dir():
             if not (path / "config.json").is_file():
@@ -68,7 +78,7 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                 )
             # Absolute, as an adapter names its base so, and is loaded from anywhere.
             return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
-    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+    if not HUB_ID.fullmatch(base) or base.endswith(FILES) or Path(base).parent.is_dir():
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
             "(owner/name)"
@@ -179,18 +189,22 @@ def try_tokenizer(base: str, tokenizer) -> None:
             if isinstance(error.__cause__, LimitError):
                 raise error.__cause__ from error
             return "refused"
+        if not tokenizer.encode("Doctor", add_special_tokens=False):
+            return "nothing"
         if len(text) > MOST_TRIAL_CHARACTERS:
             raise MemoryError
         tokenizer.encode(text, add_special_tokens=False)
         return "written"
 
     try:
-        try_in_child(render_and_tokenize)
+        answer = try_in_child(render_and_tokenize)
     except LimitError as error:
         raise ConfigError(
             f"base={base}: its chat template or tokenizer can't be used: on a short conversation "
             f"it {error}; take another base"
         ) from error
+    if answer == "nothing":
+        raise ConfigError(f"base={base}: its tokenizer makes no token of a word; copy it anew")
 
 
 def load_model_config(base: str, revision: str | None = None):
@@ -241,11 +255,32 @@ def load_base(
     what = "loading and quantising the base" if quantization else "loading the base"
     with config_errors_for(base), Progress(what):
         location = resolve_base(base, revision)
-        check_base_folder(base, fetch_base(location["pretrained_model_name_or_path"], revision))
+        folder = fetch_base(location["pretrained_model_name_or_path"], revision)
+        check_base_folder(base, folder)
         options["config"] = read_model_config(location, revision)
-        model = AutoModelForCausalLM.from_pretrained(**location, **options)
+        if (folder / GENERATION_CONFIG).exists() and not read_generation_config(folder):
+            options["generation_config"] = GenerationConfig.from_model_config(options["config"])
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **location, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_loaded(base, found)
     del zero3
     return keep_codes(model, dtype)
+
+
+def check_loaded(base: str, found: dict[str, Any]) -> None:
+    """Raises ConfigError where weights of the model are not in the base's files.
+
+    transformers would draw them at random. found: its report of what it loaded.
+    """
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        check_shapes(base, {name: tuple(wanted)}, {name: tuple(stored)})
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"base={base}: its files lack {missing[0]}{more}, which config.json asks for: copy "
+            "them, or take the config.json of these weights"
+        )
 
 
 def load_sharded_base(config: Config, ds_config: dict, device, attention: str) -> PreTrainedModel:

@@ -15,9 +15,10 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from pydantic import ValidationError
 
 from ..config.lora_fields import HIGHEST_RANK
-from ..config.schema import ConfigError
+from ..config.schema import ConfigError, GenerationSettings, check_path
 from ..distributed.files import sha256
 from ..kernels.quantization import QUANTIZATIONS
 from ..untrusted.limits import limited
@@ -50,6 +51,7 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     adapter, or one of another kind than LoRA for a language model; option: how it was named, for
     the message.
     """
+    check_path(option.strip(" ="), adapter)
     folder = Path(adapter)
     # PEFT would take a pickle instead of the second.
     for name in ("adapter_config.json", WEIGHTS):
@@ -58,6 +60,8 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     trained = {}
     try:
         written = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(written, dict):
+            raise TypeError
         check_is_lora(f"{option}{adapter}", written)
         if (folder / "trained.json").is_file():
             trained = json.loads((folder / "trained.json").read_text())
@@ -98,11 +102,18 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     wrong = [key for key in texts if not isinstance(trained[key], str)]
     if trained["revision"] is not None and not isinstance(trained["revision"], str):
         wrong.append("revision")
+    if not isinstance(trained["double_quant"], bool):
+        wrong.append("double_quant")
     if trained["dtype"] not in ("float32", "bfloat16", "float16"):
         wrong.append("dtype")
     for key, kind in SECTIONS.items():
         if not isinstance(trained.get(key) or kind(), kind):
             wrong.append(key)
+    if "generation" not in wrong:
+        try:
+            GenerationSettings(**trained.get("generation") or {})
+        except ValidationError:
+            wrong.append("generation")
     if "data" not in wrong and not all(
         isinstance(split, dict) for split in (trained.get("data") or {}).values()
     ):

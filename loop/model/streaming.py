@@ -10,6 +10,7 @@ from the disk once a machine.
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ class SafetensorsReader:
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of some tensors, by name."""
+        found = {}
+        for name in names:
+            with safe_open(self.files[name], "pt") as file:
+                found[name] = tuple(file.get_slice(name).get_shape())
+        return found
+
+    def differ(self, tied: dict[str, str]) -> bool:
+        """Whether tensors that the configuration ties are stored as different ones.
+
+        transformers does not tie such. tied: of a model, `all_tied_weights_keys`.
+        """
+        both = [pair for pair in tied.items() if self.files.keys() >= {*pair}]
+        return any(not torch.equal(self[one], self[other]) for one, other in both)
 
     def quantization_state(self, name: str) -> dict[str, torch.Tensor]:
         """What a weight that was saved quantised has beside its codes; {} for a plain weight.
@@ -122,9 +139,8 @@ def stream_base(
             model_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
-    tied = set(model.all_tied_weights_keys)
-    stored_names = {name for name, _ in model.named_parameters()} - tied
-    if not stored_names <= reader.files.keys():
+    stored_names = stored_parameters(base, model, reader, plain=stored is None)
+    if stored_names is None:
         return None
 
     modules = list(model.named_modules())
@@ -136,9 +152,48 @@ def stream_base(
     model.tie_weights()
     move_buffers(model, device)
     quantizer.postprocess_model(model)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate():
+        model.generation_config = read_generation_config(folder) or model.generation_config
     return model.requires_grad_(False).eval()
+
+
+def stored_parameters(
+    base: str, model: PreTrainedModel, reader: SafetensorsReader, plain: bool
+) -> set[str] | None:
+    """The names that all parameters have in the files; None where some are named otherwise.
+
+    plain: the weights are stored as numbers. Raises ConfigError where they have other shapes then.
+    """
+    tied = model.all_tied_weights_keys
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
+    if not shapes.keys() <= reader.files.keys() or reader.differ(tied):
+        return None
+    if plain:
+        check_shapes(base, shapes, reader.shapes(shapes))
+    return {*shapes}
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What generation_config.json says; None where it is absent, or can't be used.
+
+    Its wishes never count, so one that transformers refuses is no reason not to load a base.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception:  # the library raises anything at a file that it did not expect
+        return None
+
+
+def check_shapes(
+    base: str, wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]
+) -> None:
+    """Raises ConfigError for the first tensor whose stored shape is not the model's."""
+    for name, shape in wanted.items():
+        if stored.get(name, shape) != shape:
+            raise ConfigError(
+                f"base={base}: config.json wants {name} as {list(shape)}, and stored is "
+                f"{list(stored[name])}: one of the two is of another model"
+            )
 
 
 def own_parameters(prefix: str, module: nn.Module, stored_names: set[str]) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Logs that outlast a full disk: what can't be written waits in memory until there is room."""
 
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
+PREFIX = "events.out.tfevents."
 MOST_WAITING = 2**26  # bytes of a file; what comes then is lost
 
 
@@ -48,13 +51,22 @@ class LateFile:
             self._file.close()
 
 
+def _stamps(folder: Path) -> Iterator[float]:
+    """The times in the names of a folder's event files."""
+    for path in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(ValueError):
+            yield float(".".join(path.name.removeprefix(PREFIX).split(".")[:2]))
+
+
 class _Events(FileWriter):
     """torch's FileWriter on a LateFile."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads a folder's files in the order of their names, and the clock may have
+        # been set back since the last one.
+        stamp = max([time.time(), *(found + 1e-5 for found in _stamps(folder))])
+        name = f"{PREFIX}{stamp:.6f}.{socket.gethostname()}.{os.getpid()}"
         self.event_writer = self  # of FileWriter's other methods
         self.file = LateFile(folder / name)
         self.folder = folder

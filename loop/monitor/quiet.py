@@ -13,13 +13,14 @@ from ..distributed.exit import print_any_text
 def quiet_libraries() -> None:
     """Turns off the libraries' warnings, informational messages and progress bars.
 
-    Their errors are still logged. A command's own lines are written whatever the terminal can show.
+    What ends a command is said by the command, whose lines are written whatever the terminal shows.
     """
     print_any_text()
     warnings.filterwarnings("ignore")
     for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "torch", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
+    # Its errors are raised as well, and some of its lines show a whole configuration.
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     disable_progress_bars()  # each rank would show them; loop/distributed/progress.py shows one
     # An environment variable, because `datasets` is imported late, where it is needed.

@@ -234,7 +234,7 @@ class RunLogger:
                 self.next_flush = time.monotonic() + FLUSH_SECONDS
             for path in list(self.texts):
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(self.texts[path])
+                write_atomically(path, self.texts[path])
                 del self.texts[path]
         except OSError as error:
             if not self.failing:

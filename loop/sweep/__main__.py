@@ -31,7 +31,8 @@ class Runner:
         self.requests = 0  # to stop
         self.passed_on: dict[int, int] = {}  # how many of them, by the pid of a run
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._count_request)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._count_request)
 
     def _count_request(self, number, frame) -> None:
         self.requests += 1
@@ -64,16 +65,22 @@ class Runner:
             time.sleep(0.1)
 
     def _start(self, number: int, run: Run, slot: str) -> subprocess.Popen:
-        """Starts a run. Side by side, the runs write into files and not over each other."""
+        """Starts a run. Side by side, the runs write into files and not over each other.
+
+        The terminal's Ctrl-C is for this process alone, which passes it on: a run that got both
+        would take the second, where that comes late, for the wish to end without saving.
+        """
         name = run.config.run.name
         where = f" on GPU {slot}, into {self.sweep.folder / name}.log" if slot else ""
         say(f"run {number + 1} of {len(self.sweep.runs)}: {name}{where}")
         command = [sys.executable, "-u", "-m", "loop.distributed.launcher", "train", *run.args]
         if not slot:
-            return subprocess.Popen(command)
+            return subprocess.Popen(command, start_new_session=True)
         with (self.sweep.folder / f"{name}.log").open("a") as log:
             env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
-            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
 
 def make_folder(sweep: Sweep) -> None:

@@ -31,6 +31,10 @@ WIDTHS = ("hidden_size", "n_embd")
 HEADS = ("num_attention_heads", "n_head")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # safetensors' names of what is no plain number
+# What the loop reads of a model's output, whatever its configuration wishes.
+OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 # transformers takes these from a file before what the caller asks for.
 OURS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 
@@ -58,9 +62,26 @@ def check_base_folder(base: str, folder: Path) -> None:
             raise ConfigError(f"base={base}: config.json: {key} must be an object")
     text = config.get("text_config") or config  # of a model that also sees or hears
     _check_counts(base, text)
-    shapes = dict(_stored_shapes(base, folder))
-    if shapes:
-        _check_against_weights(base, text, shapes)
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(text.get(key), str) and text[key] not in DTYPES:
+            raise ConfigError(
+                f"base={base}: config.json: {key}={_show(text[key])}: must be {', '.join(DTYPES)}"
+            )
+    tensors = list(_stored_tensors(base, folder))
+    if not tensors:
+        return
+    _check_against_weights(base, text, {name: shape for name, shape, _ in tensors})
+    codes = [name for name, shape, dtype in tensors if dtype in CODES and len(shape) == 2]
+    if codes and not config.get("quantization_config"):
+        raise ConfigError(
+            f"base={base}: {codes[0][:80]} is stored as codes, and config.json has no "
+            "quantization_config: take the base as 16-bit numbers"
+        )
+
+
+def stored_shapes(base: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor by its name; {} without safetensors. Raises ConfigError."""
+    return {name: shape for name, shape, _ in _stored_tensors(base, folder)}
 
 
 def read_model_config(location: dict[str, Any], revision: str | None) -> Any:
@@ -74,6 +95,8 @@ def read_model_config(location: dict[str, Any], revision: str | None) -> Any:
             for key in OURS:
                 vars(part).pop(key, None)
             part._attn_implementation_internal = None
+            for key, value in OUTPUTS.items():
+                setattr(part, key, value)
     return config
 
 
@@ -112,8 +135,8 @@ def _check_counts(base: str, config: dict[str, Any]) -> None:
         )
 
 
-def _stored_shapes(base: str, folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each stored tensor, from the files' headers. Raises ConfigError."""
+def _stored_tensors(base: str, folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, type) of each stored tensor, from the files' headers. Raises ConfigError."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
         weight_map = _read_object(base, folder / INDEX).get("weight_map")
@@ -134,10 +157,13 @@ def _stored_shapes(base: str, folder: Path) -> Iterator[tuple[str, tuple[int, ..
             "a pickle"
         )
     for name in files:
+        if not (folder / name).is_file():  # a pipe would be read for ever
+            raise ConfigError(f"base={base}: {name} is not a file; copy it anew")
         try:
             with safe_open(folder / name, "np") as file:
                 for key in file.keys():
-                    yield key, tuple(file.get_slice(key).get_shape())
+                    tensor = file.get_slice(key)
+                    yield key, tuple(tensor.get_shape()), tensor.get_dtype()
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"base={base}: {name} is damaged or cut off ({str(error)[:100]}); copy it anew"
@@ -161,6 +187,12 @@ def _check_against_weights(
         raise ConfigError(
             f"base={base}: config.json: vocab_size={vocabulary:,}, and the embeddings are those of "
             f"{found[0]:,} tokens"
+        )
+    padding = config.get("pad_token_id")
+    if isinstance(padding, int) and vocabulary and padding >= vocabulary:
+        raise ConfigError(
+            f"base={base}: config.json: pad_token_id={padding:,}, and the vocabulary has "
+            f"{vocabulary:,} tokens"
         )
     width = _first(config, WIDTHS)
     if found and len(found) == 2 and width and width > 2 * max(found[1], 64):

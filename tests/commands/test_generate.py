@@ -73,6 +73,7 @@ def test_the_command_reads_a_file_or_standard_input(trained, tmp_path, capsys, f
         (["--dialogue", "nowhere.txt"], "", "nowhere.txt: No such file"),
         ([], "Doctor: hi", "--adapter DIR or --base"),
         (["--adapter", "x"], "  \n", "the dialogue is empty"),
+        (["--adapter", "x"], "\u200b\u2060\n", "the dialogue is empty"),
     ],
 )
 def test_wrong_arguments_end_with_2(monkeypatch, capsys, args, stdin, words):
@@ -236,6 +237,12 @@ def test_notes_of_another_request_are_not_mixed_in(tmp_path):
         (["--seed", "1", "--temperature", "0"], "--seed: means something only with --temperature"),
         (["--no-repeat-ngram", "-1"], "--no-repeat-ngram -1"),
         (["--batch-size", "0"], "--batch-size 0"),
+        (
+            ["--input", "x", "--output", "y", "data.columns={dialogue: 2024-13-45, &a x: *a"],
+            "write '",
+        ),
+        (["--dialogue", "x" * 300], "--dialogue: 300 characters"),
+        (["--dialogue", "/dev/zero"], "--dialogue /dev/zero: larger than"),
         (["--strict"], "--strict is --forced-headings now"),
     ],
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loop.commands.plan import main, plot
+from loop.commands.plan import describe_parts, describe_time, main, plot
+from loop.config.cli import load_config
 
 
 def test_the_command(config_file, capsys, tmp_path):
@@ -54,9 +55,27 @@ def test_the_time_is_the_last_runs_where_there_is_one(config_file, capsys, tmp_p
     assert "at 100 tokens/s (as measured in" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert rows["imports"] == ["5.2", "5.2"] and rows["sum"] == ["5.2", "35.2"]
-    with pytest.raises(SystemExit):
-        main(["--config", str(config_file), "--tokens-per-second", "fast"])
-    assert "--tokens-per-second fast" in capsys.readouterr().err
+    for rate in ("fast", "\u00b2", "0"):
+        with pytest.raises(SystemExit):
+            main(["--config", str(config_file), "--tokens-per-second", rate])
+        assert f"--tokens-per-second {rate}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["5", '{"a": "x"}', "{}", '{"a": 1}, "time_to_first_step": 5'])
+def test_a_damaged_report_is_no_report(config_file, time):
+    config = load_config(["--config", str(config_file)])
+    config.folder.mkdir(parents=True)
+    for rate in ('"x"', "NaN", "[1]", "-1"):
+        text = f'{{"train/tokens_per_second": {rate}, "time": {time}}}'
+        (config.folder / "report.json").write_text(text)
+        assert "not known before a first run" in describe_time(100, None, config)
+        assert "not known before a first run" in describe_parts(config)
+
+
+def test_a_folder_that_tensorboard_can_not_have_is_named(config_file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(config_file), "--tensorboard", "/dev/null/x"])
+    assert ended.value.code == 2 and "--tensorboard /dev/null/x: " in capsys.readouterr().err
 
 
 def test_whether_it_fits_is_answered_from_the_shape_alone(tiny_base, config_file, capsys, tmp_path):

@@ -42,6 +42,32 @@ def test_a_broken_file_is_named(text, tmp_path):
         load_config(["--config", str(tmp_path / "nowhere.yaml")])
 
 
+def test_a_file_of_windows_is_read_or_told(tmp_path):
+    path = tmp_path / "c.yaml"
+    text = "base: x\r\ndata: {train: x}\r\nlr: 5.0e-4\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load_config(["--config", str(path)]).lr == 5e-4
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match="not YAML, as it is not UTF-8: save it so"):
+        load_config(["--config", str(path)])
+
+
+WORDS = "Doctor: any pain? Patient: a secret one. " * 10
+
+
+@pytest.mark.parametrize(
+    "arg",
+    ["data.train=", "data.valid=[x, ", "data.test=", "base=", "adapter=", "run.dir=", "run.name="]
+    + ["deepspeed="],
+)
+def test_what_can_be_no_path_is_told_without_its_words(arg):
+    key = arg.split("=")[0]
+    for text in (f"'{WORDS}'", f"/{5000 * 'x'}", '"a\\0b"', '"a\\e[31mb"'):
+        with pytest.raises(ConfigError, match=f"{key}: ") as error:
+            load_config([f"{arg}{text}" + "]" * ("[" in arg)])
+        assert "secret" not in str(error.value) and len(str(error.value)) < 150
+
+
 def test_a_data_file_given_as_the_configuration_is_not_quoted(tmp_path):
     (tmp_path / "two.jsonl").write_text(
         '{"id": "a", "dialogue": "Doctor: secret"}\n{"id": "b", "dialogue": "Doctor: secret"}\n'

@@ -32,6 +32,17 @@ def load(*overrides: str) -> Config:
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer",
         ),
+        ({"zero_optimization": {"stage": 3, "cpu_offload": True}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 0}}, "sub_group_size=0"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10**400}}, "a smaller number"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": float("nan")}}, "=nan"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: the loop would not know of it"),
+        ({"compile": {"deepcompile": True}}, "compile: the loop"),
+        ({"sparse_gradients": True}, "sparse_gradients: the loop"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op must be mean"),
+        ({"flops_profiler": {"enabled": "x"}}, "ds.json: "),
+        ({"comms_logger": {"x": 1}}, "x=1: unknown key"),
+        ({"timers": {"throughput": 5}}, "ds.json: "),
     ],
 )
 def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
@@ -40,6 +51,19 @@ def test_deepspeeds_file_may_not_own_what_the_run_owns(change, words, tmp_path):
     with pytest.raises(ConfigError) as caught:
         build_ds_config(load(f"deepspeed={path}"))
     assert words in str(caught.value)
+
+
+def test_a_file_of_windows_is_read(tmp_path):
+    text = (
+        (ROOT / "ds_config.json")
+        .read_text()
+        .replace('"stage": 3', '"stage": 3, "offload_param": null')
+    )
+    (tmp_path / "ds.json").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    build_ds_config(load(f"deepspeed={tmp_path / 'ds.json'}"))
+    (tmp_path / "ds.json").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match="not UTF-8: save it so"):
+        build_ds_config(load(f"deepspeed={tmp_path / 'ds.json'}"))
 
 
 def test_deepspeed_is_told_not_to_clip():

@@ -165,3 +165,20 @@ def test_every_visible_card_is_looked_at(monkeypatch):
     assert card_refusal().startswith("GPU 1, T4 (compute capability 7.5) has no bf16")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert card_refusal() is None
+
+
+def test_a_user_without_a_home_has_a_cache_of_this_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert device.user_cache() == tmp_path
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert device.user_cache() == tmp_path / ".cache"
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(device.Path, "home", no_home)
+    monkeypatch.setattr(device.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    device._new_cache.cache_clear()
+    assert device.user_cache() == tmp_path / "soap-loop-"
+    device._new_cache.cache_clear()

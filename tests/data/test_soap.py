@@ -104,6 +104,17 @@ def test_a_section_ends_where_a_line_begins_another():
         ("1. Subjective: a\n2. Objective: b\n3. Assessment: c\n4. Plan: d", 4),
         ("S: a\nO: b\nA/P: c\nPlan: d", 2),
         ("S: a\nO: b\nAssessment and Plan:\nc\nP: d", 1),
+        ("Subjective\uff1aa\nObjective\uff1ab\nAssessment\uff1ac\nPlan\uff1ad", 4),
+        ("Subjective \u2014 a\nObjective \u2013 b\nAssessment -> c\nPlan = d", 4),
+        ("Subjective:: a\nObjective) b\nAssessment. c\nPlan \u2192 d", 4),
+        ("<b>Subjective:</b> a\n<strong>O</strong>: b\n<h2>Assessment</h2>\nc\nPlan:<br> d", 4),
+        ("[S] a\n(O) b\n`A` c\n**P** d", 4),
+        ("I. Subjective: a\n(2) Objective: b\nc) Assessment: c\n10. **Plan**: d", 4),
+        ("\u2022 Subjective: a\n- Objective: b\n* A: c\n- P: d", 4),
+        ("S: a\n\u00a0O: b\n\u200bA: c\n\ufeffP: d", 3),
+        ("### Subjective ###\na\n### Objective ###\nb\n# Assessment\nc\n# Plan\nd", 4),
+        ("Subjective (S): a\nO (Objective): b\nA: c\nP: d", 2),
+        ("S: a\nO: b\nImpression & Plan: c\nP: d", 1),
         ("S: a\nO: b\nA: c\nP: d", 0),
     ],
 )
@@ -111,6 +122,20 @@ def test_headings_of_any_style_are_normalized_and_counted(note, changed):
     written, count = normalize_headings(note)
     assert count == changed
     assert parse_note(written) == {"S": "a", "O": "b", "A": "c", "P": "d"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["A) mild", "A. fib", "P = 80", "P -> home", "Plan of care", "plan - as before", "Plan (B): x"]
+    + ["P: ~80", "P: 70-80", "P: 64 (regular)", "P: 80 per minute", "- P: 80", "S/O of a nurse"]
+    + ["Assessment was done", "Object\u0131ve: x", "\u017f - x", "- A: not the next"],
+)
+def test_what_only_looks_like_a_heading_stays_where_it_is(line):
+    before = "S: a\nO: b" if line[0] == "A" else "S: a\nO: b\nA: c"
+    if line.startswith("- A"):
+        before = "S: a"
+    written, count = normalize_headings(f"{before}\n{line}")
+    assert (written, count) == (f"{before}\n{line}", 0)
 
 
 def test_a_pulse_stays_a_pulse():

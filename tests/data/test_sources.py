@@ -49,9 +49,15 @@ def table(separator: str, before: str = "") -> str:
     return "\r\n".join(lines) + "\r\n"
 
 
-def parquet() -> bytes:
+def parquet(soap: bool = False, when: pyarrow.Array | None = None) -> bytes:
+    """soap: once more; when: a further column."""
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+    rows = pyarrow.Table.from_pylist(ROWS)
+    if soap:
+        rows = rows.append_column("soap", rows["soap"])
+    if when is not None:
+        rows = rows.append_column("when", when)
+    pyarrow.parquet.write_table(rows, out)
     return out.getvalue()
 
 
@@ -71,6 +77,12 @@ FILES = {
     # A column more, whose name has more commas than the header has separators.
     "commas.tsv": table("\t").replace('"\r\n', '"\ta,b,c,d,e\r\n').encode(),
     "quoted_commas.csv": table(";").replace('"\r\n', '";"a,b,c,d,e"\r\n').encode(),
+    "blank_first.csv": ("\r\n \r\n" + table(";")).encode(),
+    "SEP.csv": table(";", "SEP=;").encode(),
+    "emptied.csv": (table(",") + ",,\r\n" + ",,\r\n").encode(),
+    "unnamed.csv": table(",").replace('"soap"', '"soap",,').replace('"\r\n', '",,\r\n').encode(),
+    "surplus.csv": table(",").replace('"\r\n', '",,\r\n').replace('"soap",,', '"soap"').encode(),
+    "mac.csv": table(",").replace("\r\n", "\r").encode(),
     "a.parquet": parquet(),
     "a.parquet.gz": gzip.compress(parquet()),
 }
@@ -94,6 +106,26 @@ def test_a_workbook_is_read_or_names_its_package(tmp_path):
         book.active.append(cells)  # an empty cell is no missing one
     book.save(tmp_path / "a.xlsx")
     assert [c.id for c in read(tmp_path / "a.xlsx")] == ["7", "8"]
+    (tmp_path / "~$a.xlsx").write_bytes(b"an open workbook's")
+    assert [c.id for c in read(tmp_path / "*.xlsx")] == ["7", "8"]
+    sheet = book.create_sheet("B")
+    for cells in [
+        [*ROWS[0], None],
+        [1, "a_x000D_\nb", "S: x"],
+        [None],
+        [2, "Doctor: ho", "S: y", None],
+    ]:
+        sheet.append(cells)
+    book.move_sheet(sheet, -1)
+    book.save(tmp_path / "b.xlsx")
+    assert [(c.id, c.dialogue) for c in read(tmp_path / "b.xlsx")] == [
+        ("1", "a\nb"),
+        ("2", "Doctor: ho"),
+    ]
+    book.create_sheet("cover", 0).append(["a report"])
+    book.save(tmp_path / "c.xlsx")
+    with pytest.raises(ConfigError, match="the first sheet has none"):
+        read(tmp_path / "c.xlsx")
 
 
 def test_a_workbook_without_its_package_is_one_line(tmp_path, monkeypatch):
@@ -121,6 +153,15 @@ REFUSED = {
     "bool.jsonl": (row(id=True), "must be a number"),
     "zero.jsonl": (row(dialogue="\u200b\ufeff\u2060 \u3164"), "row 1 (id r0): dialogue is empty"),
     "double.jsonl": (row() + b"\n" + row(), "occurs twice"),
+    "utf16_no_mark.csv": (table(";").encode("utf-16-le"), "NULs, save it as UTF-8"),
+    "utf16_no_mark.jsonl": (JSONL.decode().encode("utf-16-le"), "NULs, save it as UTF-8"),
+    "packed.jsonl": (gzip.compress(JSONL), "compressed: put .gz behind its name"),
+    "workbook.csv": (b"PK\x03\x04", "name it .xlsx"),
+    "latin.csv": (b"id,dialogue,soap\nM\xfcller,a,b\n", "its id is not UTF-8"),
+    "pretty.json": (json.dumps(ROWS[0], indent=1).encode(), "one object a line"),
+    "damaged.jsonl.bz2": (b"BZh9" + b"x" * 99, "cannot be read (OSError); copy it again"),
+    "twice.parquet": (parquet(soap=True), "names a column twice"),
+    "date.parquet": (parquet(when=pyarrow.array([10**8] * 3, pyarrow.date32())), "row 1: has a d"),
     "notes.docx": (b"PK", "the kinds of files that are read: .jsonl"),
     "NAME": (b"x", "the kinds of files that are read: .jsonl"),
 }
@@ -218,6 +259,15 @@ def test_chats_of_sharegpt_and_those_that_begin_with_the_answer(tmp_path):
         "user",
         "assistant",
     ]
+    turns[0]["from"], turns[1]["from"] = "User", "Model"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"conversations": turns}))
+    assert read(tmp_path / "c.jsonl", columns)[0].messages[1]["role"] == "assistant"
+    for wrong in (["gpt"], {}, None, "somebody"):
+        (tmp_path / "c.jsonl").write_text(
+            json.dumps({"conversations": [{"from": wrong, "value": "u"}]})
+        )
+        with pytest.raises(ConfigError, match="must be a list of from"):
+            read(tmp_path / "c.jsonl", columns)
     (tmp_path / "b.jsonl").write_text(json.dumps({"id": "x", "conversations": turns[1:]}))
     with pytest.raises(ConfigError, match=r"row 1 \(id x\): .* begins with the assistant's turn"):
         read(tmp_path / "b.jsonl", columns)

@@ -9,7 +9,7 @@ from loop.distributed import timeline
 
 def test_seconds_count_for_the_innermost_part(monkeypatch):
     clock = iter([10.0, 13.0, 14.0, 16.0, 20.0, 25.0])
-    monkeypatch.setattr(timeline.time, "time", lambda: next(clock))
+    monkeypatch.setattr(timeline.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(timeline, "_timeline", timeline.Timeline(8.0, "imports"))
     timeline.enter(timeline.OTHER)  # at 10
 

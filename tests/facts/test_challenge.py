@@ -26,13 +26,13 @@ def test_a_note_is_changed_in_one_place_for_each_kind_it_offers():
 def test_a_scorer_that_flags_everything_or_nothing_notices_nothing(monkeypatch):
     """So the share noticed can't be had by flagging more."""
     for verdict in ("supported", "not said"):
-        monkeypatch.setattr("loop.facts.matching.Index._judge", lambda self, s: made(s, verdict))
+        monkeypatch.setattr("loop.facts.matching._judge", lambda index, s: made(s, verdict))
         counts = challenge([(DIALOGUE + f" {verdict}", NOTE)])
         assert counts["side"] == [int(verdict == "not said"), 1]
 
 
 def made(statement, verdict):
-    from loop.facts.matching import Verdict
+    from loop.facts.judges.verdicts import Verdict
 
     return Verdict(statement, verdict, None)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from loop.facts.context import is_speech
 from loop.facts.matching import compare
 from loop.facts.numerals import parse_items
+from loop.facts.reading.clauses import is_speech
 
 # (dialogue, note): each statement of the note is supported.
 SAID = [

@@ -17,7 +17,7 @@ from loop.data.dataset import load_training_data
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.families import isolation
 from loop.families.admission import admit_base, check_vocabulary
-from loop.model.loading import load_model_config, load_tokenizer
+from loop.model.loading import load_base, load_model_config, load_tokenizer
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -83,6 +83,35 @@ def test_a_base_is_refused_without_its_weights(base, tmp_path):
     admit_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
     words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [nothing]}"
     assert "lora: " in refusal(configure(base(), tmp_path, words))
+
+
+WRONG = {  # a change of the configuration: what is said of weights that stay as they were
+    "mlp_bias=True": "lack model.layers.0.mlp.down_proj.bias and 8 more, which config.json asks",
+    "model_type='qwen3'": "lack model.layers.0.self_attn.k_norm.weight and 5 more",
+    "num_key_value_heads=1": "k_proj.weight as [16, 64], and stored is [32, 64]",
+    "intermediate_size=96": "mlp.gate_proj.weight as [96, 64], and stored is [128, 64]",
+    "pad_token_id=320": "pad_token_id=320, and the vocabulary has 320",
+    "dtype='float8_e4m3fn'": "dtype='float8_e4m3fn': must be float32",
+    "quantization_config={'quant_method': 'fp8'}": "is stored quantised (fp8)",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_weights_of_another_model_are_refused_by_their_headers(base, tiny_base, tmp_path, change):
+    folder = base(**eval(f"dict({change})"))
+    for path in ROOT.__class__(tiny_base).glob("*.safetensors"):
+        shutil.copy(path, folder)
+    assert WRONG[change] in refusal(configure(folder, tmp_path))
+
+
+def test_wishes_of_a_base_for_its_output_do_not_count(base, tiny_base, tmp_path):
+    folder = base(return_dict=False, output_attentions=True)
+    for path in ROOT.__class__(tiny_base).glob("*.safetensors"):
+        shutil.copy(path, folder)
+    (ROOT.__class__(folder) / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    admit_base(configure(folder, tmp_path))
+    model = load_base(folder, torch.float32, "cpu", quantization=None)
+    assert model(torch.zeros(1, 2, dtype=torch.int64)).logits.shape[-1] == 320
 
 
 def test_overlong_applies_at_the_bases_context_where_that_is_smaller(base, tmp_path):

@@ -53,6 +53,7 @@ SHAPES = {  # our own, each with what a family's templates do
         "{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
+    "draws": "{{ range(99) | list | random }}" * 9 + OUTER,
     "answers are not written": "{{ messages[0].content + '\n' + messages[1].content + '\n' }}",
 }
 SPECIAL = r"<\|?[A-Za-z][\w/▁｜ -]*\|?>|<｜[^<>]+｜>|\[[A-Z_]+\]"
@@ -133,13 +134,26 @@ def test_two_turns_of_templates_whose_eos_is_behind_the_last_answer_alone(tokeni
 
 
 def test_a_date_in_a_template_is_the_same_on_every_day(tokenizer):
-    use(tokenizer, "{{ strftime_now('%d %b %Y') }}" + OUTER)
-    text = render(tokenizer, soap_messages(DIALOGUE), True)
-    assert text.startswith(tokenization.DATE.strftime("%d %b %Y"))
+    for call in (
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{% macro day() -%}{{ strftime_now(format='%d ' + '%b %Y') }}{%- endmacro %}{{ day() }}",
+    ):
+        use(tokenizer, call + OUTER)
+        text = render(tokenizer, soap_messages(DIALOGUE), True)
+        assert text.startswith(tokenization.DATE.strftime("%d %b %Y"))
 
 
 def test_a_template_that_drops_a_message_is_refused_in_one_line(tokenizer):
     use(tokenizer, "{{ messages[-1].content[:4] }}")
     with pytest.raises(ConfigError, match="chat template refuses .*: it does not write all") as e:
+        encode(tokenizer, [(soap_messages(DIALOGUE), True)])
+    assert "knee" not in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", ["[:60]", " | replace('e', 'x')", " | upper", " | tojson"])
+def test_a_template_that_changes_words_is_refused_in_one_line(tokenizer, change):
+    use(tokenizer, OUTER.replace("m.content", f"(m.content{change})"))
+    with pytest.raises(ConfigError, match="changes or leaves out words of .* system, user") as e:
         encode(tokenizer, [(soap_messages(DIALOGUE), True)])
     assert "knee" not in str(e.value) and "\n" not in str(e.value)

@@ -254,6 +254,11 @@ def test_yaml_holds_what_a_configuration_needs():
         "a": 1, "b": "x", "c": None, "d": [1.5, True], "e": {"f": "2024-01-01"},
     }  # fmt: skip
     assert read_yaml("x: &x {q: 1}\ny: *x")["y"] == {"q": 1}  # an alias is no bomb by itself
+    merged = read_yaml("a: &a {p: 1, q: 2}\nb: &b {<<: *a, q: 3}\nc: {<<: [*b, *a], r: 4}")
+    assert merged["b"] == {"p": 1, "q": 3} and merged["c"] == {"p": 1, "q": 3, "r": 4}
+    for text in ("a: {<<: x}", "a: {<<: [x]}", "a: &a {p: 1}\nb: {<<: *a, q: 1, q: 2}"):
+        with pytest.raises(yaml.YAMLError):
+            read_yaml(text)
     with pytest.raises(yaml.YAMLError, match="there twice"):
         read_yaml("a: 1\na: 2")
     assert read_yaml("[0, 10, 0.5, -3, '010', '1:30', a:b]") == [
@@ -309,6 +314,7 @@ def test_no_flip_in_the_token_cache_is_believed(config_file, tmp_path):
 
 def test_torn_logs_and_reports_do_not_block_a_run(tmp_path):
     log = '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra\n{"a": {}\n5\n{"x": 1}\n{"step": 3}\n'
+    log += '{"step": 4, "train/grad_norm": "x"}\n{"step": 5, "eval/loss": null}\n'
     assert [line["step"] for line in whole_lines(log)] == [1, 3]
     (tmp_path / "report.json").write_text("")
     assert read_report(tmp_path) == {}

@@ -185,6 +185,9 @@ def test_what_is_not_a_model_is_named(tmp_path, tiny_base):
         resolve_base(str(tmp_path))
     with pytest.raises(ConfigError, match="no such folder"):
         resolve_base("./nowhere")
+    for name in ("my folder/x", "owner/weights.gguf", "tests/nowhere", "owner/.."):
+        with pytest.raises(ConfigError, match="no such folder"):
+            resolve_base(name)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_model_config(str(tmp_path))

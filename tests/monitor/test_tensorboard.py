@@ -33,7 +33,7 @@ from loop.data.conversations import read_split
 from loop.data.dataset import TrainingData
 from loop.data.report import DatasetReport
 from loop.data.tokenization import Example
-from loop.monitor.late_file import LateFile
+from loop.monitor.late_file import EventLog, LateFile
 from loop.monitor.run_logger import RunLogger
 from loop.monitor.tensorboard import (
     CHARTS,
@@ -123,7 +123,7 @@ def make_logger(config_file):
     execution = SimpleNamespace(
         ds_config={}, description="", max_tokens=4096, estimate_memory=lambda tokens: {}
     )
-    memory = SimpleNamespace(begin=lambda: None, beside=lambda estimate: "")
+    memory = SimpleNamespace(begin=lambda: None, describe_beside=lambda estimate: "")
     checkpointer = SimpleNamespace(notes=[], start_note="")
     row = SimpleNamespace(input_ids=torch.zeros(1, 3500))
 
@@ -207,6 +207,18 @@ def test_memory_holds_no_more_than_it_may_of_what_a_full_disk_held_back(tmp_path
     with pytest.raises(OSError):  # a link is not followed
         (tmp_path / "link").symlink_to(tmp_path / "log")
         LateFile(tmp_path / "link")
+
+
+def test_a_later_file_sorts_behind_an_earlier_one_though_the_clock_was_set_back(
+    tmp_path, monkeypatch
+):
+    names = []
+    for now in (2e9, 1e9, 1.5e9, 2e9 + 5):
+        monkeypatch.setattr("loop.monitor.late_file.time.time", lambda now=now: now)
+        EventLog(tmp_path, 0).close()
+        (new,) = {path.name for path in tmp_path.iterdir()} - {*names}
+        names.append(new)
+    assert names == sorted(names)
 
 
 def test_the_configuration_is_there_to_compare_runs_by(trained, board):

@@ -44,7 +44,7 @@ AT_IMPORT = (
 # Others may differ: a fork has its own path, libraries and loop/monitor/quiet.py set three
 # themselves, and GPUs need a driver.
 APART = {
-    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUTF8", "PYTORCH_NVML_BASED_CUDA_CHECK"),
     "TORCHINDUCTOR_CACHE_DIR",
     "HF_DATASETS_DISABLE_PROGRESS_BARS",
 } | (set() if Path("/dev/nvidiactl").exists() else {"CUDA_VISIBLE_DEVICES"})

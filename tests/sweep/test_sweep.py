@@ -196,18 +196,33 @@ def test_a_stop_is_passed_on_to_the_runs_that_are_on(sweep_of, monkeypatch):
     assert not runner.failed  # they were asked to end
 
 
+def test_a_signal_that_is_ignored_stays_ignored(sweep_of, monkeypatch):
+    """As under nohup, whose sweep goes on when the terminal is closed."""
+    taken = []
+    ignored = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", lambda number: ignored.get(number, signal.SIG_DFL))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: taken.append(number))
+    command.Runner(sweep_of("lr=1e-4,2e-4"), [])
+    assert taken == [signal.SIGINT, signal.SIGTERM]
+
+
 @pytest.mark.slow
 def test_a_sweep_stops_and_goes_on(config_file, tmp_path):
-    """Ctrl-C in its second run: that one saves and ends; the same command does what is missing."""
-    words = ["--config", str(config_file), "lr=1e-4,2e-3", "max_steps=12", "run.save_steps=1"]
-    words += ["--gpus", "1", "monitor.eval_steps=6"]
+    """Ctrl-C in its second run: that one saves and ends; the same command does what is missing.
+
+    The steps are so many that the second run is not at its end when the signal arrives.
+    """
+    words = ["--config", str(config_file), "lr=1e-4,2e-3", "max_steps=30", "run.save_steps=1"]
+    words += ["--gpus", "1", "monitor.eval_steps=15", "epochs=30"]
     folder = tmp_path / "runs" / "t-sweep"
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "loop.sweep", *words]
-    process = subprocess.Popen(start, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
+    start = [helpers.PYTHON, "-m", "loop.sweep", *words]
+    process = subprocess.Popen(
+        start, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
     second = folder / "lr=2e-3" / "checkpoints"
     wait_until(lambda: any(second.glob("step-*")), 240)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = communicate(process, 120)
     assert process.returncode == command.STOPPED, out
     assert "stopped; the same command goes on" in out

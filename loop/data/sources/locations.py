@@ -69,13 +69,15 @@ def expand(source: str, split: str) -> list[str]:
 
     Raises ConfigError where the pattern means none.
     """
-    if not re.search(r"[*?[]", source) or Path(source).exists():
+    if not re.search(r"[*?[]", source) or _exists(Path(source)):
         return [source]
     found = sorted(glob.glob(source, recursive=True)) or sorted(
         glob.glob(str(ROOT / source), recursive=True)
     )
     if not found and re.search(r"[*?]", source):
         raise ConfigError(f"data.{split}={source}: no file matches this pattern")
+    # Excel keeps a file ~$NAME beside each workbook that is open.
+    found = [name for name in found if not Path(name).name.startswith("~$")]
     return found or [source]  # brackets are also a part of the hub's splits, train[:10%]
 
 
@@ -93,14 +95,29 @@ def hub_id(source: str) -> re.Match | None:
     return match
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is something. Raises ConfigError where this user may not know."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
 def locate(source: str, split: str) -> Location:
-    """Where the rows of a source are. Raises ConfigError for a path that is missing."""
+    """Where the rows of a source are.
+
+    Raises ConfigError for a path that is missing, and for a file of a kind that is not read.
+    """
     default = SPLITS[split]
     parts = source.split(":")
     for count in range(len(parts), 0, -1):  # the longest name that exists
         name, rest = ":".join(parts[:count]), parts[count:]
         for path in (Path(name), ROOT / name):  # what the repository ships is found from anywhere
-            if name and path.exists() and len(rest) <= 2:
+            if name and len(rest) <= 2 and _exists(path):
+                if path.is_file() and format_of(path) not in READERS:
+                    raise ConfigError(
+                        f"data.{split}={source}: the kinds of files that are read: {KINDS}"
+                    )
                 if not (path.is_file() or path.is_dir()):
                     raise ConfigError(
                         f"data.{split}={source}: is a pipe or a device; copy its rows into a file"
@@ -200,10 +217,7 @@ def read_rows(source: str, split: str, data: DataConfig) -> tuple[Rows, str]:
     """
     at = locate(source, split)
     if at.path and at.path.is_file():
-        reader = READERS.get(format_of(at.path))
-        if reader is None:
-            raise ConfigError(f"data.{split}={source}: the kinds of files that are read: {KINDS}")
-        return reader(at.path), at.split
+        return READERS[format_of(at.path)](at.path), at.split
     if at.path and any(any(at.path.rglob(f"*.{k}.txt")) for k in ("dialogue", "note")):
         if not {"dialogue", "note"} & set(data.columns):
             raise ConfigError(

@@ -20,16 +20,28 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow.parquet
 
 from ...config.schema import ConfigError
 
 MAX_ROW_BYTES = 1_000_000  # a long visit has 20 kB; a row of this size is a file in the wrong place
+MOST_NULS = 15  # in the first 64 bytes of a text; UTF-16 without its mark has twice as many
 MOST_AT_ONCE = 2**30  # bytes, of a file that can't be read row by row
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # of compressed files
+# How files begin that are no text, whatever their names say.
+NO_TEXT = {
+    b"\x1f\x8b": "compressed: put .gz behind its name",
+    b"BZh": "compressed: put .bz2 behind its name",
+    b"\xfd7zXZ": "compressed: put .xz behind its name",
+    b"PK\x03\x04": "an Excel workbook or a zip file: name it .xlsx, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file: save it as CSV",
+    b"PAR1": "Parquet: name it .parquet",
+}
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+EXCEL_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")  # a character that XML can't hold
 
 
 class BadRow(ValueError):
@@ -67,17 +79,26 @@ def _open(path: Path) -> BinaryIO:
     return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
+def _check_is_text(start: bytes) -> None:
+    """Raises BadRow where a file that begins so is no text in UTF-8, or in UTF-16 with its mark."""
+    for magic, what in NO_TEXT.items():
+        if start.startswith(magic):
+            raise BadRow(f"is not read, nor what follows it: the file is {what}")
+    if start.count(b"\0") > MOST_NULS and not start.startswith(UTF16):
+        raise BadRow("is not read, nor what follows it: the file has NULs, save it as UTF-8")
+
+
 def read_json(path: Path) -> Rows:
     """The rows of a JSON object a line, or of one array of objects."""
     number = 0
     try:
         with _open(path) as file:
-            start = file.read(3)
-            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            start = file.read(64)
+            if start.startswith(UTF16):
                 yield 1, BadRow("is UTF-16, nor is what follows it read: save the file as UTF-8")
                 return
-            if start != codecs.BOM_UTF8:
-                file.seek(0)
+            _check_is_text(start)
+            file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             first = file.readline(MAX_ROW_BYTES + 1)
             while first and not first.strip():
                 number += 1
@@ -128,7 +149,8 @@ def _read_rest(file: BinaryIO) -> bytes:
 
 def _damaged(error: Exception) -> BadRow:
     return BadRow(
-        f"cannot be decompressed, nor what follows it ({type(error).__name__}): copy the file again"
+        f"cannot be decompressed, nor what follows it ({type(error).__name__}): copy the file "
+        "again, or correct its name"
     )
 
 
@@ -162,7 +184,10 @@ def _parse_json_line(line: bytes) -> dict | BadRow:
     except UnicodeDecodeError:
         return BadRow("is not UTF-8: save the file as UTF-8")
     except (ValueError, RecursionError):
-        return BadRow("is not a whole JSON object: repair or remove the line")
+        return BadRow(
+            "is not a whole JSON object: repair or remove the line; a file has one object a line, "
+            "or is one array of objects"
+        )
 
 
 def _read_csv(path: Path) -> Rows:
@@ -174,9 +199,10 @@ def _read_csv(path: Path) -> Rows:
     number = 0
     with _open(path) as raw:
         try:
-            start = raw.read(2)
+            start = raw.read(64)
+            _check_is_text(start)
             raw.seek(0)
-            utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            utf16 = start.startswith(UTF16)
             # Bytes that are not UTF-8 become lone surrogates, which the check of each text finds.
             file = io.TextIOWrapper(
                 raw,
@@ -184,9 +210,11 @@ def _read_csv(path: Path) -> Rows:
                 errors="replace" if utf16 else "surrogateescape",
                 newline="",
             )
-            lines = _text_lines(file)
+            lines: Iterator[str] = itertools.dropwhile(
+                lambda line: not line.strip(), _text_lines(file)
+            )
             first = next(lines, "")
-            named = re.fullmatch(r'"?sep=(.)"?\s*', first)
+            named = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
             if named:
                 delimiter = named.group(1)
             else:
@@ -197,8 +225,11 @@ def _read_csv(path: Path) -> Rows:
                 if format_of(path) == ".tsv":
                     delimiter = "\t"
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            for number, row in _with_header(row for row in reader if row):
+            # A line of separators alone is what Excel writes of a row that was emptied.
+            for number, row in _with_header(row for row in reader if any(map(str.strip, row))):
                 yield number, row
+        except BadRow as problem:
+            yield 1, problem
         except csv.Error as error:
             yield (
                 number + 1,
@@ -217,18 +248,20 @@ def _text_lines(file: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _with_header(lines: Iterable[list]) -> Rows:
-    """The rows of a table whose first line names the columns."""
+    """The rows of a table whose first line names the columns. Those without a name are not read."""
     lines = iter(lines)
     header = next(lines, None)
     if header is None:
         return
     header = [name.strip() if isinstance(name, str) else name for name in header]
-    if len(set(header)) < len(header):
+    named = [i for i, name in enumerate(header) if name != ""]  # others are not read
+    if len({header[i] for i in named}) < len(named):
         yield 1, BadRow("cannot be read: the header names a column twice: rename one of them")
         return
     for number, fields in enumerate(lines, 1):
-        if len(fields) == len(header):
-            yield number, dict(zip(header, fields))
+        surplus = fields[len(header) :]
+        if len(fields) >= len(header) and not any(surplus):
+            yield number, {header[i]: fields[i] for i in named}
         else:
             yield (
                 number,
@@ -253,13 +286,13 @@ def _read_xlsx(path: Path) -> Rows:
         with _open(path) as file:
             _check_size_unpacked(file)
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-            lines = (
-                ["" if cell is None else cell for cell in cells]
-                for cells in book.worksheets[0].iter_rows(values_only=True)
-                if any(cell is not None for cell in cells)
-            )
-            for number, row in _with_header(lines):
+            for number, row in _with_header(_lines_of_sheet(book.worksheets[0])):
                 yield number, row
+            if not number and len(book.worksheets) > 1:
+                raise BadRow(
+                    "is not there: the first sheet has none, and it alone is read: move the sheet "
+                    "with the rows to the front"
+                )
     except BadRow as problem:
         yield 1, problem
     except Exception as error:  # the package raises those of zip, XML and its own
@@ -270,6 +303,22 @@ def _read_xlsx(path: Path) -> Rows:
                 f"({type(error).__name__}): save it again, or as CSV"
             ),
         )
+
+
+def _lines_of_sheet(sheet: Any) -> Iterator[list]:
+    """The cells of each row that has some, all rows as long as the first of them."""
+    width = 0
+    for cells in sheet.iter_rows(values_only=True):
+        line = [_cell_value(cell) for cell in cells]
+        if any(value != "" for value in line):
+            width = width or len(line)
+            yield line + [""] * (width - len(line))
+
+
+def _cell_value(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return EXCEL_ESCAPE.sub(lambda found: chr(int(found[1], 16)), cell)
+    return "" if cell is None else cell
 
 
 def _check_size_unpacked(file: BinaryIO) -> None:
@@ -289,15 +338,21 @@ def _read_parquet(path: Path) -> Rows:
     source: Path | io.BytesIO = path
     try:
         if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
-            with _open(path) as file:
-                source = io.BytesIO(_read_rest(file))
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
+            with _open(path) as packed:
+                source = io.BytesIO(_read_rest(packed))
+        file = pyarrow.parquet.ParquetFile(source)
+        names = file.schema_arrow.names
+        if len({*names}) < len(names):
+            raise BadRow("cannot be read: the file names a column twice: rename one of them")
+        for batch in file.iter_batches(1024):
             for i in range(len(batch)):
                 number += 1
                 try:
                     yield number, batch.slice(i, 1).to_pylist()[0]
                 except UnicodeDecodeError:
                     yield number, BadRow("is not UTF-8: write the file again from text")
+                except (ValueError, OverflowError):  # a date or a time zone that Python lacks
+                    yield number, BadRow("has a date or a number that can't be read: correct it")
     except BadRow as problem:
         yield 1, problem
     except DAMAGED as error:

@@ -1,0 +1,170 @@
+"""Whether a text has the doses, frequencies, durations, numbers and dates of another."""
+
+import bisect
+
+from ..quantities import TO_MG, UNITS, Amount
+from ..reading.parsed import Statement
+from ..reading.vocabulary import MEASURES
+from .index import Index, distance, same_name
+from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
+
+_BEFORE_AGE = frozenset("i'm he's she's am turned turning age aged".split())
+_MEASURE_REACH = 8  # items between a number and what it measures
+
+
+def judge_of_drug(index: Index, s: Statement) -> Verdict:
+    """A dose or how often, which must be said of the same drug."""
+    places = index.places_of_drug(s.of) if s.of else []
+    same = [
+        o
+        for o in index.all(s.kind)
+        if is_equal(s, o) and (not s.of or not o.of or same_name(s.of, o.of))
+    ]
+    if same:
+        if s.kind == "frequency":
+            index.keep_rivals(s, same, [o for o in index.all(s.kind) if not is_equal(s, o)])
+        return Verdict(s, SUPPORTED, place_of(same[0]))
+    if s.kind == "dose":
+        bare = _bare(index, s, places)
+        if bare:
+            return bare
+    other = [o for o in index.all(s.kind) if s.of and o.of and same_name(s.of, o.of)]
+    return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+
+def _bare(index: Index, s: Statement, places: list[int]) -> Verdict | None:
+    """A dose by its number alone, "I take 500", close to its drug."""
+    if s.amount is None or s.amount.low != s.amount.high:
+        return None
+    reach = 6 if s.amount.low < 10 else 30
+    for i in index.numbers.get(s.amount.low, ()):
+        item = index.document.items[i]
+        if index.unit_at(i) or index.document.padded[i + 1].word in UNITS:
+            continue
+        if _is_others(index, i, places) or _is_age(index, i):
+            continue
+        if distance(_in_reach(index, places, i, reach), i) <= reach:
+            return Verdict(s, SUPPORTED, (item.start, item.end))
+    return None
+
+
+def _is_others(index: Index, i: int, places: list[int]) -> bool:
+    """Whether another drug stands before item i, closer than any of the places."""
+    drugs = index.document.drugs
+    at = bisect.bisect(drugs, i, key=lambda o: o.word) - 1
+    if at < 0 or drugs[at].word in places:
+        return False
+    return i - drugs[at].word < distance(places, i)
+
+
+def _is_age(index: Index, i: int) -> bool:
+    """Whether the number at item i is how old someone is: "I'm 40"."""
+    before = index.document.items[i - 1].word if i else ""
+    return before in _BEFORE_AGE and index.document.padded[i + 1].word not in ("on", "of")
+
+
+def _in_reach(index: Index, places: list[int], i: int, reach: int) -> list[int]:
+    """The places of a drug that a bare number may mean; in its sentence for a small one."""
+    if reach > 6:
+        return places
+    sentence = index.document.context.sentence
+    return [place for place in places if sentence[place] == sentence[i]]
+
+
+def judge_amount(index: Index, s: Statement) -> Verdict:
+    """A duration, age, number or ratio, said with the same unit or with none."""
+    if s.amount is None:  # of more digits than a float keeps
+        places = index.places_of_word.get(s.value)
+        if not places:
+            return Verdict(s, NOT_SAID, None)
+        item = index.document.items[places[0]]
+        return Verdict(s, SUPPORTED, (item.start, item.end))
+    kinds = ("duration", "age") if s.kind in ("duration", "age") else (s.kind,)
+    same = [o for o in index.all(*kinds) if is_equal(s, o)]
+    if same:
+        if s.kind == "duration":
+            index.keep_rivals(s, same, [o for o in index.all("duration") if not is_equal(s, o)])
+        return Verdict(s, SUPPORTED, place_of(same[0]))
+    if s.kind == "ratio":
+        dated = _dated(index, s.amount)
+        if dated:
+            return Verdict(s, SUPPORTED, place_of(dated))
+        if s.amount.high != 10:
+            return Verdict(s, NOT_SAID, None)
+    elif s.amount.low != s.amount.high:
+        low = index.numbers.get(s.amount.low, [])
+        if s.kind == "number" and low and s.amount.high in index.numbers:
+            item = index.document.items[low[0]]
+            return Verdict(s, SUPPORTED, (item.start, item.end))
+        return Verdict(s, NOT_SAID, None)
+    number = s.amount.low / 360 if s.kind == "age" else s.amount.low
+    if s.kind != "duration":
+        for i in index.numbers.get(number, ()):
+            if _may_mean(index, i, s):
+                item = index.document.items[i]
+                return Verdict(s, SUPPORTED, (item.start, item.end))
+    other = index.all("age") if s.kind == "age" else []
+    return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+
+def _may_mean(index: Index, i: int, s: Statement) -> bool:
+    """Whether a number of the document may be the statement's: it has no other unit."""
+    unit = s.amount.unit if s.amount else ""
+    if unit and index.unit_at(i) not in ("", unit) and s.kind != "age":
+        return False
+    if not s.of:
+        return True
+    words = index.document.words
+    near = range(max(0, i - _MEASURE_REACH), min(len(words), i + _MEASURE_REACH))
+    following = index.document.padded[i + 1]
+    counts = following.gap == "" and words[i + 1 : i + 2] not in ([following.word], [])
+    if s.amount and s.amount.low < 10 and counts:
+        return False  # "eight people"
+    return s.of not in index.measures or any(MEASURES.get(words[k]) == s.of for k in near)
+
+
+def judge_date(index: Index, s: Statement) -> Verdict:
+    """A date that has all that is stated, or lacks the year alone."""
+    stated = set(s.value.split())
+    for o in index.all("date"):
+        if stated <= set(o.value.split()):
+            return Verdict(s, SUPPORTED, place_of(o))
+    without_year = {part for part in stated if part[0] != "y"}
+    for o in index.all("date"):
+        if without_year and set(o.value.split()) == without_year:
+            return Verdict(s, SUPPORTED, place_of(o), is_broader=True)
+    return Verdict(s, NOT_SAID, None)
+
+
+def _dated(index: Index, amount: Amount) -> Statement | None:
+    """The date that a ratio such as 6/19 or 9/03 may be."""
+    month, other = f"{amount.low:.0f}", f"{amount.high:.0f}"
+    forms = {f"m{month} d{other}", f"m{month} y20{other.zfill(2)}"}
+    return next((o for o in index.all("date") if o.value in forms), None)
+
+
+def is_equal(s: Statement, o: Statement) -> bool:
+    """Whether two amounts are one; "4 weeks" are a month, and "a few days" two to four."""
+    a, b = s.amount, o.amount
+    if a is None or b is None:
+        return False
+    low, high, other_low, other_high = a.low, a.high, b.low, b.high
+    if a.unit != b.unit:
+        if a.unit not in TO_MG or b.unit not in TO_MG:
+            return False
+        low, high = low * TO_MG[a.unit], high * TO_MG[a.unit]
+        other_low, other_high = other_low * TO_MG[b.unit], other_high * TO_MG[b.unit]
+    if s.kind in ("dose", "ratio"):
+        return _close(low, other_low, 1e-6) and _close(high, other_high, 1e-6)
+    if s.kind == "frequency":
+        return _close(low, other_low, 1e-3) and _close(high, other_high, 1e-3)
+    slack = 0.08 if s.kind == "duration" and low >= 27 else 1e-3
+    if _close(low, other_low, slack) and _close(high, other_high, slack):
+        return True
+    if a.is_vague and low <= other_low <= other_high <= high:
+        return True
+    return other_low != other_high and other_low * 0.999 <= low <= high <= other_high * 1.001
+
+
+def _close(a: float, b: float, slack: float) -> bool:
+    return abs(a - b) <= slack * max(abs(a), abs(b))

@@ -1,0 +1,98 @@
+"""The polarity of what a question asks: that of the answer."""
+
+import bisect
+
+from ..numerals import Item
+from .clauses import BEHIND_ANSWER, NO_WORDS, SUBJECT_WORDS, Clause
+from .polarity import AFFIRMED, ASKED, DENIED, ENDED
+from .subjects import SELF_OR_YOU
+
+_YES = frozenset(
+    """yes yeah yep yup correct definitely absolutely exactly sometimes occasionally uh-huh mm-hmm
+    little unfortunately true certainly some mhm mm lot ya yah often usually always""".split()
+)
+_ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
+_FILLERS = frozenset(
+    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
+    ma'am just it's think that it really""".split()
+)
+_THE_KNOWN = frozenset("your his her their the that those this".split())
+_HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
+_HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
+_OWN_VERBS = frozenset("do did have has does am".split())
+_ANSWER_REACH = 14  # items of an answer that are read
+_SHORT_TURN = 8  # items of a question without a question mark, at most
+
+
+def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[str]) -> None:
+    """Gives what a turn asks for the polarity of the answer in the next turn."""
+    turns: list[list[Clause]] = []
+    for clause in clauses:
+        if clause.new_turn:
+            turns.append([])
+        turns[-1].append(clause)
+    for turn, following in zip(turns, [*turns[1:], []]):
+        answer = _answer(items, following)
+        asked = [clause for clause in turn if clause.asks]
+        short = turn[-1].end - turn[0].start <= _SHORT_TURN
+        first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & SELF_OR_YOU
+        short = short and not first_person & {"i", "my", "i'm", "i've"}
+        if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
+            asked = turn  # "nausea vomiting", without a question mark
+        for clause in asked:
+            behind = bisect.bisect_left(turn, clause.end, key=lambda c: c.start)
+            own = _answer(items, turn[behind : behind + _ANSWER_REACH])
+            first = items[clause.end].word if own != ASKED else ""
+            given = own if first in _ANSWERS else answer
+            if given == DENIED and _presupposes(items, clause):
+                given = ENDED
+            stays = _says_no(items, clause)
+            for i in range(clause.start, clause.end):
+                is_denied = polarities[i] == DENIED and not stays
+                if polarities[i] == AFFIRMED or (given == AFFIRMED and is_denied):
+                    polarities[i] = given
+
+
+def _says_no(items: list[Item], clause: Clause) -> bool:
+    """Whether a question denies: "no fever, right?"; a "yes" or a "no" agrees with it."""
+    for i in range(clause.start, clause.end - 1):
+        word, following = items[i].word, items[i + 1].word
+        if word in ("no", "without"):
+            return True
+        if (word == "not" or word.endswith("n't")) and following not in SUBJECT_WORDS:
+            return True  # "you don't smoke?", but not "don't you smoke?"
+    return False
+
+
+def _presupposes(items: list[Item], clause: Clause) -> bool:
+    """Whether a question takes for granted what it asks of: "how is your back pain?"."""
+    words = [item.word for item in items[clause.start : clause.end]]
+    for k, word in enumerate(words[:4]):
+        behind = k + 1 + (word == "how")
+        asks = word == "how's" or (word == "how" and words[k + 1 : k + 2] != ["about"])
+        if asks and words[behind : behind + 1] and words[behind] in _THE_KNOWN:
+            return True
+    return False
+
+
+def _answer(items: list[Item], turn: list[Clause]) -> str:
+    """What a turn answers: affirmed, denied, or asked where that stays open."""
+    if not turn:
+        return ASKED
+    seen = 0
+    for i in range(turn[0].start, min(turn[-1].end, turn[0].start + _ANSWER_REACH)):
+        word = items[i].word
+        if word in NO_WORDS or word.endswith("n't"):
+            return DENIED
+        following = items[i + 1].word if i + 1 < len(items) else ""
+        own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
+        ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER
+        if word in _YES and following in ("not", "n't") and items[i + 1].gap == "":
+            return DENIED
+        agrees = word in _YES and (word not in _HOW_MUCH or not seen or items[i - 2].word in _HAVE)
+        if agrees or (own and ends and following != "not"):
+            return AFFIRMED
+        seen += word not in _FILLERS
+        if seen > 4:
+            break
+    return ASKED
