@@ -624,7 +624,7 @@ class Scribe:
         answer = "\n".join(f"{label}: {value}" for label, value in fields)
         return pick(self.rng, ASK_FIELDS).format(labels=labels), answer
 
-    def json_object(self) -> tuple[str, str]:
+    def fields_as_json(self) -> tuple[str, str]:
         """Some fields as a JSON object."""
         fields = self._draw_fields()
         labels = listed([label for label, _ in fields])
@@ -649,7 +649,7 @@ DOCUMENTS: tuple[Callable[[Scribe], tuple[str, str]], ...] = (
     Scribe.drugs,
     Scribe.fields,
     Scribe.fields,
-    Scribe.json_object,
+    Scribe.fields_as_json,
 )
 
 

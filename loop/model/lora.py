@@ -109,11 +109,6 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     for key, kind in SECTIONS.items():
         if not isinstance(trained.get(key) or kind(), kind):
             wrong.append(key)
-    if "generation" not in wrong:
-        try:
-            GenerationSettings(**trained.get("generation") or {})
-        except ValidationError:
-            wrong.append("generation")
     if "data" not in wrong and not all(
         isinstance(split, dict) for split in (trained.get("data") or {}).values()
     ):
@@ -123,6 +118,12 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
             f"{named}: adapter_config.json or trained.json: "
             f"{wrong[0]}={str(trained[wrong[0]])[:60]!r} can't be used"
         )
+    try:
+        GenerationSettings(**trained.get("generation") or {})
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise ConfigError(f"{named}: trained.json: generation: {key}: {mistake['msg']}") from error
 
 
 def is_as_written(folder: Path, trained: dict[str, Any]) -> bool:

@@ -198,7 +198,7 @@ def test_a_full_model_has_them_too(config_file, tmp_path, monkeypatch):
 
 def test_a_merged_model_is_not_asked_another_prompt(merged, monkeypatch, capsys):
     monkeypatch.setattr(prompts, "_sha256", lambda text: "x")
-    monkeypatch.setattr("sys.stdin.read", lambda: "Doctor: hi", raising=False)
+    monkeypatch.setattr("sys.stdin.read", lambda size: "Doctor: hi", raising=False)
     with pytest.raises(SystemExit) as end:
         generate.main(["--base", str(merged)])
     assert end.value.code == 2 and "--any-prompt" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_kept_notes_of_other_settings_or_of_a_running_evaluation_are_refused(tmp
             {"id": "a", "dialogue": "b \ud83d"},
             r"row 1 \(id a\): dialogue is not UTF-8, or holds half a surrogate pair",
         ),
-        ({"id": "\ud83d", "dialogue": "b"}, "row 1: its id must be a number"),
+        ({"id": "\ud83d", "dialogue": "b"}, "row 1: its id is not UTF-8, or holds half a"),
     ],
 )
 def test_half_a_surrogate_pair_is_refused_where_a_tokenizer_would_fail(tmp_path, row, words):

@@ -53,7 +53,8 @@ def note_of_evaluate(run: Path, tmp_path: Path, *args: str) -> str:
     page = tmp_path / "page.html"
     command = ["-m", "loop.commands.evaluate", "--config", str(run / "config.yaml")]
     run_ok(2, *command, "--split", "valid", "--notes", "1", "--html", str(page), *args)
-    (shown,) = re.findall(r'<h3>note</h3><p class="text">(.*?)</p>', page.read_text("utf-8"), re.S)
+    of_note = r'<h3>note <a [^>]*>rate</a></h3><p class="text">(.*?)</p>'
+    (shown,) = re.findall(of_note, page.read_text("utf-8"), re.S)
     return html.unescape(re.sub(r"<[^>]*>", "", shown))
 
 

@@ -8,6 +8,7 @@ from helpers import ROOT
 # Files outside that may name one, and which.
 ALLOWED = {
     "loop/config/deepspeed.py": {  # its own check of what a person writes
+        "deepspeed.runtime.config.DeepSpeedConfig",
         "deepspeed.runtime.precision_config.DeepSpeedBF16Config",
         "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
     },
