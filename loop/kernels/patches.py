@@ -23,8 +23,8 @@ def patch_rotary(module: ModuleType) -> None:
     Why: ours takes one kernel for queries and one for keys. Attention layers call the function by
     its global name, so no object of one model holds it.
     Seen: transformers 5.17 to 5.23 call apply_rotary_pos_emb(q, k, cos, sin) with q
-    [B, Hq, T, D], k [B, Hkv, T, D], cos and sin [B, T, D]. Any other call, and any other shape,
-    goes to the original.
+    [B, Hq, T, D], k [B, Hkv, T, D], cos and sin [B, T, D]. Any other call, any other shape, and
+    angles of another dtype (OLMo keeps them in fp32) go to the original.
 
     The caller first compares both functions (`fuse.fuse_rotary`). A second call does nothing.
     """
@@ -33,7 +33,8 @@ def patch_rotary(module: ModuleType) -> None:
     original = module.apply_rotary_pos_emb
 
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        if args or kwargs or cos.shape != (q.shape[0], *q.shape[2:]):
+        fits = cos.shape == (q.shape[0], *q.shape[2:]) and cos.dtype == q.dtype
+        if args or kwargs or not fits:
             return original(q, k, cos, sin, *args, **kwargs)
         return FusedRotary.apply(q, k, cos, sin)
 

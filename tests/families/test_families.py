@@ -13,12 +13,12 @@ TABLE = ROOT / "tests" / "families" / "README.md"
 HEAD = "| family | what becomes of it |\n|---|---|\n"
 
 
-def results_of(names, folder, gpu=False) -> dict[str, dict]:
+def results_of(names, folder, gpu=False, bf16=False) -> dict[str, dict]:
     run_ok(
         1,
         "tests/families/worker.py",
         str(folder),
-        *(["--bf16"] if gpu else []),
+        *(["--bf16"] if bf16 else []),
         *names,
         seconds=1200,
         gpu=gpu,
@@ -27,14 +27,17 @@ def results_of(names, folder, gpu=False) -> dict[str, dict]:
     return json.loads((folder / "results.json").read_text())
 
 
-def check(name: str, result: dict, tolerance=1e-5) -> None:
-    """Trained right, or refused in one line before anything heavy."""
+def check(name: str, result: dict) -> None:
+    """Trained right, or refused in one line before anything heavy.
+
+    In bf16 the gradient may be half as far again from fp32 as the plain reference is in bf16.
+    """
     if "refused" in result:
         assert "\n" not in result["refused"] and "Error" not in result["refused"][:20], name
         assert not result["read_weights"], (name, result)
         return
-    assert result.keys() == {"gradient", "merged", "generated"}, (name, result)
-    assert result["gradient"] < tolerance, (name, result)
+    assert result.keys() - {"rounding"} == {"gradient", "merged", "generated"}, (name, result)
+    assert result["gradient"] < 1.5 * result.get("rounding", 1e-5 / 1.5), (name, result)
     assert result["generated"], (name, result)
     assert result["merged"] < 0.2, (name, result)
 
@@ -72,10 +75,12 @@ def test_every_family(tmp_path):
     assert table(results) in TABLE.read_text(), f"the table in {TABLE} is not {made}"
 
 
-@pytest.mark.gpu
-def test_every_family_with_a_gpus_kernels(tmp_path):
-    results = results_of(FAMILIES, tmp_path, gpu=True)
+@pytest.mark.parametrize(
+    "gpu", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.gpu)]
+)
+def test_every_family_in_bf16(tmp_path, gpu):
+    results = results_of(FAMILIES, tmp_path, gpu=gpu, bf16=True)
     for name, result in results.items():
         print(name, result)
-        check(name, result, tolerance=0.1)  # bf16 beside fp32; a leak is more
+        check(name, result)
     assert sum("gradient" in result for result in results.values()) > 40

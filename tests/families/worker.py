@@ -3,8 +3,8 @@
 `python tests/families/worker.py FOLDER [--bf16] NAME...`: writes FOLDER/results.json, {name:
 result}. With --bf16 the runs compute in it, as the kernels of GPUs want it. A result is
 {"refused": line, "read_weights": bool}, or
-{"gradient": largest relative difference to the plain reference in two steps, "generated": bool,
-"merged": relative difference of the logits}.
+{"gradient": relative difference to the plain reference in fp32, "generated": bool, "merged":
+relative difference of the logits}, and with --bf16 "rounding": the plain reference's own.
 """
 
 import json
@@ -97,28 +97,42 @@ def configure(base: Path, folder: Path, bf16: bool):
     return load_config(["--config", str(path)])
 
 
-def largest_difference(recorder: Recorder, config) -> float:
-    """Of the recorded gradients to those of the plain reference, in the norm of each step."""
+def differences(recorder: Recorder, config, bf16: bool) -> dict[str, float]:
+    """How far gradients are from the plain reference's in fp32, in the norm of a step.
+
+    "gradient": the recorded ones, the larger of two steps. With `bf16` those of the first step
+    alone, and "rounding": those of the plain reference in bf16.
+    """
     tokenizer = load_tokenizer(config.base)
     data = load_training_data(config, tokenizer)
     plan = plan_run(config, data.lengths, data.weights)
-    steps = [[data.train[i] for i in plan[step]] for step in range(len(plan))]
-    model = put_lora(load_base(config.base, torch.float32, "cpu"), config.lora)
-    switch_off_dropout(model)  # the base's own
-    records = reference_steps(
-        model,
-        recorder.initial,
-        steps,
-        build_lr_schedule(config, len(plan)),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        eps=config.eps,
-    )
-    differences = []
-    for ours, record in zip(recorder.gradients, records, strict=True):
-        off = sum((a - b).square().sum() for a, b in zip(ours, record["grads"], strict=True))
-        differences.append(float(off**0.5) / sum(g.square().sum() for g in record["grads"]) ** 0.5)
-    return float(max(differences))
+    steps = [[data.train[i] for i in plan[step]] for step in range(1 if bf16 else len(plan))]
+
+    def plain_gradients(dtype: torch.dtype) -> list[list[torch.Tensor]]:
+        model = put_lora(load_base(config.base, dtype, "cpu"), config.lora).to(dtype)
+        switch_off_dropout(model)  # the base's own
+        records = reference_steps(
+            model,
+            recorder.initial,
+            steps,
+            build_lr_schedule(config, len(plan)),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            eps=config.eps,
+        )
+        return [record["grads"] for record in records]
+
+    fp32 = plain_gradients(torch.float32)
+    found = {"gradient": max(map(distance, recorder.gradients, fp32))}
+    if bf16:
+        found["rounding"] = distance(plain_gradients(torch.bfloat16)[0], fp32[0])
+    return found
+
+
+def distance(gradients: list[torch.Tensor], fp32: list[torch.Tensor]) -> float:
+    """Relative, in the L2 norm over all tensors together."""
+    off = sum((a.float() - b).square().sum() for a, b in zip(gradients, fp32, strict=True))
+    return float(off**0.5 / sum(b.square().sum() for b in fp32) ** 0.5)
 
 
 def try_family(name: str, folder: Path, bf16: bool) -> dict:
@@ -147,8 +161,7 @@ def try_family(name: str, folder: Path, bf16: bool) -> dict:
         wide, logits = (m(input_ids=ids, use_cache=False).logits for m in (peft, merged.eval()))
     model, tokenizer = load_for_generation(adapter, None, "cpu")
     notes = generate_notes(model, tokenizer, [prompt_ids(tokenizer, "Doctor: Hi.")], 4)
-    return {
-        "gradient": largest_difference(recorder, config),
+    return differences(recorder, config, bf16) | {
         "merged": float((wide[..., : logits.shape[-1]] - logits).norm() / logits.norm()),
         "generated": len(notes) == 1 and math.isfinite(stored),
     }

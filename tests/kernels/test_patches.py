@@ -57,7 +57,8 @@ def test_a_call_of_another_form_goes_to_the_original(module):
     module.apply_rotary_pos_emb(q, k, cos, sin, 2)
     module.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     module.apply_rotary_pos_emb(q, k, cos[..., :8], sin[..., :8])  # a part of the head is turned
-    assert calls == [((2,), {}), ((), {"unsqueeze_dim": 2}), ((), {})]
+    module.apply_rotary_pos_emb(q.bfloat16(), k.bfloat16(), cos, sin)  # as OLMo's in bf16
+    assert calls == [((2,), {}), ((), {"unsqueeze_dim": 2}), ((), {}), ((), {})]
 
 
 def test_modules_are_patched_one_by_one(module):

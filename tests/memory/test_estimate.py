@@ -392,6 +392,7 @@ def test_what_is_alive_is_what_was_estimated(world_size, tiny_base, tmp_path):
 
 
 def test_a_cpu_run_says_how_far_its_rss_rose():
+    gc.collect()  # what earlier tests left must not be handed back in between
     memory = PeakMemory(torch.device("cpu"))
     first = torch.ones(32 * 2**20)  # 128 MiB that are gone when the steps begin
     del first
