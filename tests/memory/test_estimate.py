@@ -392,17 +392,18 @@ def test_what_is_alive_is_what_was_estimated(world_size, tiny_base, tmp_path):
 
 
 def test_a_cpu_run_says_how_far_its_rss_rose():
-    gc.collect()  # what earlier tests left must not be handed back in between
+    """Roughly: meanwhile the system may take back pages of the libraries that nobody reads."""
+    gc.collect()  # nor is what earlier tests left to be handed back in between
     memory = PeakMemory(torch.device("cpu"))
-    first = torch.ones(32 * 2**20)  # 128 MiB that are gone when the steps begin
+    first = torch.ones(128 * 2**20)  # 512 MiB that are gone when the steps begin
     del first
     memory.begin()
-    second = torch.ones(16 * 2**20)  # 64 MiB
+    second = torch.ones(64 * 2**20)  # 256 MiB
     line = memory.describe_beside(dict.fromkeys(LOADED, 2**30) | {"allocator slack": 7})
     assert "predicted 5.00 GiB at the peak" in line
     assert "RSS rose" in line
     assert len(second)
-    assert 0.05 < float(line.split("measured ")[1].split(" GiB")[0]) < 0.12
+    assert 0.1 < float(line.split("measured ")[1].split(" GiB")[0]) < 0.4
 
 
 if __name__ == "__main__":
