@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from helpers import seed_profile
+from helpers import ROOT, seed_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loop.data.batch_plan import PackingSpec, plan_batches, split_step
+from loop.config.cli import load_config
+from loop.data.batch_plan import PackingSpec, plan_batches, plan_run, split_step
 from loop.data.bin_packing import best_fit_decreasing
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
@@ -200,3 +201,14 @@ def test_attention_counts_where_lengths_are_mixed():
         for (part,) in split_step(plan[step], lengths, 4, PackingSpec(12 * 2048, 8192))
     )
     assert fullest(pair_cost, int(tight)).mean() < fullest(0, int(tight)).mean() + 1e-9
+
+
+def test_a_runs_plan_is_that_of_its_configuration():
+    base = ["--config", str(ROOT / "loop/configs/embedded.yaml")]
+    config = load_config([*base, "seed=7", "epochs=3", "batch_size=2", "max_seq_len=512"])
+    lengths = np.arange(1, 200)
+    plan = plan_run(config, lengths, None)
+    assert sorted(plan.order) == sorted([*range(199)] * 3)
+    assert np.array_equal(plan.order, plan_batches(lengths, 2 * 512, 7, 3).order)
+    shorter = plan_run(load_config([*base, "max_steps=2"]), lengths, None)
+    assert len(shorter) == 2
