@@ -48,7 +48,7 @@ LOCAL = NO_CODE | {"local_files_only": True}
 TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", ".", "\n", "!"))
 MOST_TRIAL_CHARACTERS = 2**20
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-FILES = (".gguf", ".bin", ".safetensors", ".pt", ".pth", ".json")  # no hub id ends so
+FILE_SUFFIXES = (".gguf", ".bin", ".safetensors", ".pt", ".pth", ".json")  # no hub id ends so
 GENERATION_CONFIG = "generation_config.json"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -78,7 +78,7 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
                 )
             # Absolute, as an adapter names its base so, and is loaded from anywhere.
             return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
-    if not HUB_ID.fullmatch(base) or base.endswith(FILES) or Path(base).parent.is_dir():
+    if not HUB_ID.fullmatch(base) or base.endswith(FILE_SUFFIXES) or Path(base).parent.is_dir():
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
             "(owner/name)"

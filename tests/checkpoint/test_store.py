@@ -1,12 +1,12 @@
 """Checkpoints on the disk: what is safe before what, and what is counted."""
 
 import json
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import note_disk_operations
 from safetensors import SafetensorError
 
 from loop.checkpoint import checkpointer as module
@@ -24,19 +24,7 @@ def write(store: CheckpointStore, step: int) -> None:
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """A machine that loses its power after the rename must not leave a name without content."""
-    done: list[tuple[str, str]] = []
-    sync, rename = os.fsync, type(tmp_path).rename
-
-    def noted_sync(descriptor):
-        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
-        sync(descriptor)
-
-    def noted_rename(self, target):
-        done.append(("rename", os.path.basename(target)))
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(type(tmp_path), "rename", noted_rename)
+    done = note_disk_operations(monkeypatch, "rename")
     store = CheckpointStore(tmp_path, 2)
     write(store, 3)
     at = done.index(("rename", "step-000003"))

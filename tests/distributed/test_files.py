@@ -1,26 +1,13 @@
 """Files that are the old or the new ones, whenever the power fails, and nobody else's."""
 
-import os
-
 import pytest
+from helpers import note_disk_operations
 
 from loop.distributed.files import write_atomically
 
 
 def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    done: list[tuple[str, str]] = []
-    sync, replace = os.fsync, type(tmp_path).replace
-
-    def noted_sync(descriptor):
-        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
-        sync(descriptor)
-
-    def noted_replace(self, target):
-        done.append(("replace", os.path.basename(target)))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(type(tmp_path), "replace", noted_replace)
+    done = note_disk_operations(monkeypatch, "replace")
     write_atomically(tmp_path / "report.json", "new")
     assert done == [
         ("fsync", ".writing-report.json"),

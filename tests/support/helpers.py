@@ -185,3 +185,24 @@ def bf16_file(folder: Path) -> str:
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     path.write_text(json.dumps(ds_config | {"bf16": {"enabled": True}}))
     return str(path)
+
+
+def note_disk_operations(monkeypatch, move: str) -> list[tuple[str, str]]:
+    """A list that grows: ("fsync" or `move`, the name that is made safe or given).
+
+    move: of Path, "rename" or "replace".
+    """
+    done: list[tuple[str, str]] = []
+    sync, moved = os.fsync, getattr(Path, move)
+
+    def noted_sync(descriptor):
+        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def noted_move(self, target):
+        done.append((move, os.path.basename(target)))
+        return moved(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, move, noted_move)
+    return done
