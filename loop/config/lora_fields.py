@@ -48,6 +48,10 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
     # partitioned 4-bit base offers neither.
     if lora.get("use_dora"):
         raise ValueError("use_dora does not work on a partitioned 4-bit base; leave it out")
+    if lora.get("trainable_token_indices"):
+        raise ValueError(
+            "trainable_token_indices needs the whole embedding on one rank; leave it out"
+        )
     initial = lora.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(

@@ -7,6 +7,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 import dataclasses
 import functools
 import hashlib
+import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from .conversations import Conversation, dialogue_text, note_text, read_split
 from .identifiers import find_identifiers
 from .parallel import in_chunks, map_chunks
 from .report import DatasetReport
-from .tokenization import PLAIN_TEMPLATE, Example, encode_examples
+from .tokenization import IGNORE, PLAIN_TEMPLATE, Example, encode_examples
 
 
 @dataclasses.dataclass
@@ -138,11 +139,20 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         report.without_headings += encoded.lacks_headings
         report.notes_normalized += conversation.headings_changed > 0
         report.headings_normalized += conversation.headings_changed
+        if encoded.changed:
+            report.notes_changed.append(example.id)
+        report.notes_lost += encoded.changed == "lost"
         report.duplicates += _is_repeated(example, seen)
         for kind in encoded.identifiers:
             report.identifiers.setdefault(kind, []).append(example.id)
         examples.append(example)
     report.kept = len(examples)
+    if examples and report.notes_lost == len(examples):
+        raise ConfigError(
+            f"base={config.base}: its tokenizer can write none of the notes of data.{split} as "
+            f"they are, first id {examples[0].id}: it changes letters or leaves some out; take "
+            "another base"
+        )
     if report.identifiers and config.data.identifiers == "error":
         counts = ", ".join(f"{len(ids)} with a {kind}" for kind, ids in report.identifiers.items())
         first = next(iter(report.identifiers.values()))[0]
@@ -170,6 +180,7 @@ class Encoded(NamedTuple):
     """What is found about a conversation on its own."""
 
     example: Example
+    changed: str  # what the tokenizer does to the note, as `note_change` says it
     lacks_headings: bool
     identifiers: list[str]  # the kinds in its texts
 
@@ -192,12 +203,39 @@ def _encode_chunk(
     looks = split == "train" and config.data.identifiers != "off"
     found = []
     examples = encode_examples(tokenizer, conversations, config.data.supervise)
-    for conversation, example in zip(conversations, examples):
+    answers = [answer_ids(example) for example in examples]
+    written = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    for conversation, example, text in zip(conversations, examples, written):
         note = conversation.note
+        changed = ""
+        if note is not None and config.data.supervise == "note":
+            changed = note_change(note, text)
         lacks = note is not None and not soap.has_all_sections(note, config.task)
         text = dialogue_text(conversation) + "\n" + note_text(conversation) if looks else ""
-        found.append(Encoded(example, lacks, find_identifiers(text)))
+        found.append(Encoded(example, changed, lacks, find_identifiers(text)))
     return found
+
+
+def answer_ids(example: Example) -> np.ndarray:
+    """The supervised tokens of an example."""
+    return example.input_ids[example.labels != IGNORE]
+
+
+def note_change(note: str, written: str) -> str:
+    """What becomes of a note that a model writes in its own tokens, whatever it has learnt.
+
+    "": nothing; "changed": white space, or compatible characters (NFKC), are others; "lost": more.
+
+    written: the note's tokens as a text.
+    """
+    if written.strip() == note.strip():
+        return ""
+    same = _compatible(written) == _compatible(note)
+    return "changed" if same else "lost"
+
+
+def _compatible(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def shorten_to_fit(tokenizer, conversation: Conversation, config: Config) -> Example | None:

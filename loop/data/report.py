@@ -17,6 +17,8 @@ class DatasetReport:
     without_headings: int  # notes of kept examples that lack the task's headings, in order
     plain_template: bool  # the base has no chat template, so the project's own was used
     headings: str = ""  # of the task, as a line names them
+    notes_changed: list[str] = dataclasses.field(default_factory=list)  # ids: see `note_change`
+    notes_lost: int = 0  # those of them that lose more than white space
     duplicates: int = 0  # kept examples that repeat an earlier one, token for token
     notes_normalized: int = 0  # notes whose headings data.normalize_headings rewrote
     headings_normalized: int = 0  # the headings in them
@@ -44,6 +46,11 @@ class DatasetReport:
                 f"normalized  {self.headings_normalized:,} headings of {self.notes_normalized:,} "
                 f"notes in data.{split} are written as {self.headings} now"
             )
+        if self.notes_changed:
+            reason = (
+                f"the tokenizer writes their notes otherwise ({self.notes_lost:,} lose letters)"
+            )
+            lines.append(self._line("tokenizer", reason, self.notes_changed, split))
         if self.duplicates:
             lines.append(
                 f"duplicates  {self.duplicates:,} of {self.kept:,} examples in data.{split} "

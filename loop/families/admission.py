@@ -18,6 +18,7 @@ from ..model.loading import (
 )
 from ..model.streaming import check_shapes
 from ..model.structure import attention_shape, context_length, rotary_settings
+from ..optim.lora_targets import put_lora
 from ..untrusted.bases import read_model_config, stored_shapes
 from .isolation import check_isolation
 
@@ -34,6 +35,7 @@ def admit_base(config: Config) -> tuple[Any, Any]:
         check_stored_weights(config.base, config.revision)
     check_rotary(config, model_config)
     check_isolation(config)
+    check_lora_fits(config)
     return tokenizer, model_config
 
 
@@ -66,6 +68,22 @@ def check_stored_weights(base: str, revision: str | None) -> None:
         check_shapes(base, wanted, shapes)
         missing = wanted.keys() - shapes.keys() - model.all_tied_weights_keys.keys()
         check_loaded(base, {"mismatched_keys": [], "missing_keys": missing})
+
+
+def check_lora_fits(config: Config) -> None:
+    """Raises ConfigError where `lora` names what this base lacks: told by a model without weights.
+
+    All layers are there, as some keys name them by their numbers.
+    """
+    if config.method == "full":
+        return
+    model_config = read_model_config(checked_base(config.base, config.revision), config.revision)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+            put_lora(model, config.lora)
+    except ConfigError as error:
+        raise ConfigError(f"base={config.base}: {error}") from error
 
 
 def check_vocabulary(base: str, model_config, tokens: dict[str, Any]) -> None:

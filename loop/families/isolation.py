@@ -25,7 +25,6 @@ from ..data.tokenization import IGNORE, Example
 from ..kernels.attention import ATTENTION_BACKENDS, AttentionError
 from ..model.loading import LIBRARY_ERRORS, checked_base, first_line
 from ..model.structure import decoder_layers, switch_off_dropout
-from ..optim.lora_targets import put_lora
 from ..untrusted.bases import read_model_config
 
 LENGTHS = (37, 5, 90)  # tokens of the documents
@@ -67,8 +66,6 @@ def check_isolation(config: Config) -> None:
             model, problem = run_copy(model_config, config.max_seq_len)
             if not problem and config.method == "qlora":
                 check_weights_are_not_read(model)
-            if not problem and config.method != "full":
-                put_lora(model, config.lora)
         except (ConfigError, AttentionError) as error:
             raise ConfigError(f"base={config.base}: {error}") from error
         except (*LIBRARY_ERRORS, MemoryError) as error:

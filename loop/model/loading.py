@@ -38,7 +38,14 @@ from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
 from .quantization import compute_dtype, keep_codes
-from .streaming import check_shapes, fetch_base, read_generation_config, stream_base
+from .streaming import (
+    SafetensorsReader,
+    check_finite,
+    check_shapes,
+    fetch_base,
+    read_generation_config,
+    stream_base,
+)
 from .structure import context_length, decoder_layers, switch_off_dropout, with_usual_names
 
 # Without it transformers asks on the terminal whether a base's own code may run.
@@ -257,6 +264,7 @@ def load_base(
         location = resolve_base(base, revision)
         folder = fetch_base(location["pretrained_model_name_or_path"], revision)
         check_base_folder(base, folder)
+        check_stored_numbers(base, folder)
         options["config"] = read_model_config(location, revision)
         if (folder / GENERATION_CONFIG).exists() and not read_generation_config(folder):
             options["generation_config"] = GenerationConfig.from_model_config(options["config"])
@@ -266,6 +274,16 @@ def load_base(
         check_loaded(base, found)
     del zero3
     return keep_codes(model, dtype)
+
+
+def check_stored_numbers(base: str, folder: Path) -> None:
+    """Reads all weights of a folder once. Raises ConfigError for the first with NaN or inf."""
+    reader = SafetensorsReader(folder)
+    for name in reader.files:
+        try:
+            check_finite(name, reader[name])
+        except ConfigError as error:
+            raise ConfigError(f"base={base}: {error}") from error
 
 
 def check_loaded(base: str, found: dict[str, Any]) -> None:

@@ -196,6 +196,16 @@ def check_shapes(
             )
 
 
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises ConfigError for a stored weight with NaN or infinite numbers, whose loss is NaN.
+
+    Quantising would hide them. A sum is one pass without a copy; only one that is not finite, as
+    that of huge numbers may be, is looked into.
+    """
+    if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
+        raise ConfigError(f"{name} holds NaN or infinite numbers; copy the base anew")
+
+
 def own_parameters(prefix: str, module: nn.Module, stored_names: set[str]) -> dict[str, str]:
     """The parameters that a module itself holds, {name in the module: name in the files}.
 
@@ -225,15 +235,18 @@ def fill_module(
     problem = None
     try:
         for name, stored_name in names.items():
-            values[name] = reader[stored_name]
+            values[name] = reader[stored_name].to(device)
             states[name] = reader.quantization_state(stored_name)
-    except (OSError, SafetensorError, KeyError) as error:
-        problem = str(error).splitlines()[0][:160]
+            check_finite(stored_name, values[name])
+    except (OSError, SafetensorError, KeyError, ConfigError) as error:
+        own = isinstance(error, ConfigError)
+        reason = str(error).splitlines()[0][:160]
+        problem = reason if own else f"{', '.join(names.values())} can't be read ({reason})"
     failed = torch.tensor(float(problem is not None), device=device)
     dist.all_reduce(failed)  # before anybody waits for this rank in a partition
     if failed:
-        reason = f" ({problem})" if problem else " by another rank"
-        raise ConfigError(f"base: {', '.join(names.values())} can't be read{reason}")
+        unread = f"{', '.join(names.values())} can't be read by another rank"
+        raise ConfigError(f"base: {problem or unread}")
     for name, value in values.items():
         setattr(module, name, make_parameter(module, name, value, states[name], dtype, device))
 

@@ -1,5 +1,6 @@
 """Which layers of a base get LoRA, as PEFT's configuration."""
 
+import re
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
         if targets == "all-linear" and (has_fused_experts(model) or sees_images(model)):
             targets = without_renamed(linear_names(model), model)
         lora_config = LoraConfig(task_type="CAUSAL_LM", **{**lora, "target_modules": targets})
+        names = [name for name, _ in model.named_modules()]
         peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
+        check_names(lora, names, peft_model.base_model.targeted_module_names)
+    except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PEFT raises anything at a field that does not fit
         raise ConfigError(f"lora: {first_line(error)}") from error
@@ -41,6 +44,43 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
             "tokens alone; set it to 0, or leave the output layer out of lora.target_modules"
         )
     return peft_model
+
+
+def check_names(lora: dict[str, Any], modules: list[str], targeted: list[str]) -> None:
+    """Raises ConfigError where a name, a pattern or a layer's number in `lora` fits no module.
+
+    PEFT would train without it, and say nothing.
+
+    Args:
+        modules: the names of the base's modules.
+        targeted: of those with LoRA.
+    """
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        named = lora.get(key) or []
+        for name in [] if isinstance(named, str) and key == "target_modules" else _listed(named):
+            pattern = name if isinstance(named, str) else rf"(.*\.)?{re.escape(name)}"
+            _check_found(key, name, pattern, modules, "the base")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key) or {}:  # as PEFT's get_pattern_key reads it
+            _check_found(key, pattern, rf"(.*\.)?({pattern})", targeted, "lora.target_modules")
+    for layer in _listed(lora.get("layers_to_transform")):
+        pattern = rf"(.*\.)?{layer}\..*"
+        _check_found("layers_to_transform", layer, pattern, targeted, "lora.target_modules")
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, (str, int)) else list(value)
+
+
+def _check_found(key: str, given: Any, pattern: str, names: list[str], where: str) -> None:
+    if not any(re.fullmatch(pattern, name) for name in names):
+        example = f", which has {names[-1]}" if names else ""
+        raise ConfigError(
+            f"lora.{key}: {str(given)[:60]!r} fits no module of {where}{example}; "
+            "correct it, or leave it out"
+        )
 
 
 def without_renamed(names: list[str], model: nn.Module) -> list[str]:
