@@ -16,6 +16,7 @@ from ..distributed import timeline
 from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
 from ..distributed.rendezvous import RendezvousError
 from ..distributed.watchdog import RankLost
+from ..distributed.world import read_rank_environment
 from ..evaluation.choosing import Choice
 from ..export.audit import AuditError
 from ..kernels.attention import AttentionError
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
+        read_rank_environment()
         Choice.of(config)  # a mistake there is said before the data is read
         uses_gpu()  # and so is a GPU that torch can't use
         report = train(config, build_ds_config(config))

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..config.device import uses_gpu
-from ..config.schema import RunConfig
+from ..config.schema import ConfigError, RunConfig
+from .hosts import read_number
 from .rendezvous import join_process_group, keep_to_this_machine
 from .stop import StopRequest
 from .timeline import timed
@@ -113,8 +114,7 @@ def init_distributed(run: RunConfig | None = None, stop: StopRequest | None = No
     run = run or RunConfig()
     minutes = 3 * run.stall_timeout_minutes if stop else COLLECTIVE_TIMEOUT_MINUTES
     timeout = datetime.timedelta(minutes=minutes)
-    for name, value in SINGLE_PROCESS.items():
-        os.environ.setdefault(name, value)
+    read_rank_environment()
     keep_to_this_machine()
     if on_gpu():
         backend = "nccl"
@@ -131,6 +131,23 @@ def init_distributed(run: RunConfig | None = None, stop: StopRequest | None = No
         join_process_group(backend, run.rendezvous_timeout_minutes, timeout, stop)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return Ranks()
+
+
+def read_rank_environment() -> None:
+    """Completes what a launcher says of this rank in the environment. Raises ConfigError.
+
+    An empty variable counts as absent.
+    """
+    for name, value in SINGLE_PROCESS.items():
+        os.environ[name] = os.environ.get(name) or value
+    world_size = read_number("WORLD_SIZE", 1)
+    if world_size < 1 or read_number("RANK", 0) >= world_size:
+        raise ConfigError(
+            f"RANK={os.environ['RANK']}, WORLD_SIZE={world_size}: a rank must lie below the number "
+            "of ranks; unset both, or start the run by ./launch.sh or torchrun"
+        )
+    read_number("LOCAL_RANK", 0)
+    read_number("MASTER_PORT", 0, most=65535)
 
 
 def _terminate_with_parent() -> None:

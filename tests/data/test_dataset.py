@@ -5,10 +5,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
-from loop.data.dataset import load_examples, load_training_data, prepare_examples
+from loop.data.dataset import load_examples, load_training_data, note_change, prepare_examples
 from loop.data.soap import SOAP
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.model.loading import load_tokenizer
@@ -264,3 +265,17 @@ def test_a_folder_that_cannot_be_written_costs_time_only(load, tmp_path):
     (tmp_path / "file").write_text("")
     examples, _ = load(ROWS, f"run.dir={tmp_path / 'file'}")
     assert len(examples) == 6
+
+
+def test_a_note_that_the_tokenizer_changes_is_told_apart():
+    assert note_change("S: a\nP: b", " S: a\nP: b") == ""
+    assert note_change("S: a\nP: 5 µg", "S: a P: 5 μg") == "changed"
+    assert note_change("S: Pain", "s: pain") == "lost"
+
+
+def test_a_tokenizer_that_can_write_no_note_is_refused(config_file):
+    config = load_config(["--config", str(config_file), "data.cache=false"])
+    tokenizer = load_tokenizer(config.base)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="can write none of the notes of data.train"):
+        load_examples(config, tokenizer, "train")

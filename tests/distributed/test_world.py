@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from helpers import free_port, run_ok
 
-from loop.config.schema import RunConfig
+from loop.config.schema import ConfigError, RunConfig
 from loop.distributed import rendezvous, world
 from loop.distributed.rendezvous import RendezvousError, listen_here_alone
 from loop.distributed.seeding import seed_everything
+from loop.distributed.world import SINGLE_PROCESS, read_rank_environment
 
 RUN = RunConfig(rendezvous_timeout_minutes=7, stall_timeout_minutes=4)
 
@@ -119,3 +120,20 @@ def test_seeding_repeats_every_generator(seed):
         seed_everything(seed)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RANK": "abc"},
+        {"RANK": "5", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "-1"},
+        {"MASTER_PORT": "70000"},
+    ],
+)
+def test_what_can_be_no_rank_is_refused_by_name(monkeypatch, wrong):
+    for name in SINGLE_PROCESS:
+        monkeypatch.setenv(name, wrong.get(name, ""))
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        read_rank_environment()

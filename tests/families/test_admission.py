@@ -16,7 +16,7 @@ from loop.config.schema import ConfigError
 from loop.data.dataset import load_training_data
 from loop.data.tokenization import PLAIN_TEMPLATE
 from loop.families import isolation
-from loop.families.admission import admit_base, check_vocabulary
+from loop.families.admission import admit_base, check_lora_fits, check_vocabulary
 from loop.model.loading import load_base, load_model_config, load_tokenizer
 
 LONGROPE = {
@@ -221,3 +221,26 @@ def test_packed_documents_must_agree_within_a_thousandth(tiny_base, monkeypatch)
         lambda *args: torch._foreach_mul(gradients_of(*args), next(factors)),
     )
     assert difference().startswith("gradients are 2% off")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "lora.rank_pattern={nothing: 4}",
+        "lora.alpha_pattern={lm_head: 4}",
+        "lora.target_modules=[q_proj, nothing]",
+        "lora.exclude_modules=[nothing]",
+        "lora.modules_to_save=[nothing]",
+    ],
+)
+def test_names_of_lora_that_fit_no_module_are_refused(base, tmp_path, word):
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}: .* fits no module"):
+        check_lora_fits(configure(base(), tmp_path, word))
+
+
+def test_layers_of_lora_are_those_of_the_whole_base(base, tmp_path):
+    some = "lora.target_modules=[q_proj]"
+    check_lora_fits(configure(base(), tmp_path, some, "lora.layers_to_transform=[2]"))
+    with pytest.raises(ConfigError, match="layers_to_transform: '9' fits no module"):
+        check_lora_fits(configure(base(), tmp_path, some, "lora.layers_to_transform=[2, 9]"))

@@ -9,8 +9,10 @@ from helpers import run_ok
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from loop.config.schema import ConfigError
 from loop.kernels.quantization import QUANTIZATIONS
 from loop.model.loading import load_base
+from loop.model.streaming import check_finite
 
 
 def load_streamed(base: str, dtype: torch.dtype, double_quant: bool = True):
@@ -115,3 +117,10 @@ def test_a_base_with_other_names_is_left_to_the_ordinary_way(tiny_base, tmp_path
 
 if __name__ == "__main__":
     worker(json.loads(sys.argv[1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(value):
+    check_finite("a.weight", torch.full((2, 2), 60000.0, dtype=torch.float16))  # its sum is inf
+    with pytest.raises(ConfigError, match="b.weight holds NaN or infinite"):
+        check_finite("b.weight", torch.tensor([1.0, value]))
