@@ -26,7 +26,8 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
         lora_config = LoraConfig(task_type="CAUSAL_LM", **{**lora, "target_modules": targets})
         names = [name for name, _ in model.named_modules()]
         peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-        check_names(lora, names, peft_model.base_model.targeted_module_names)
+        tuner: Any = peft_model.base_model
+        check_names(lora, names, tuner.targeted_module_names)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PEFT raises anything at a field that does not fit
