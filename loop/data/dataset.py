@@ -101,7 +101,8 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
     """The examples of a split, made from its sources, without the cache.
 
     Raises ConfigError for a bad row where data.on_error is stop, and for a long example where
-    data.overlong is error, and for a patient's identifiers where data.identifiers is error.
+    data.overlong is error, for a patient's identifiers where data.identifiers is error, and where
+    the tokenizer can write no note as it is.
     """
     conversations, bad_rows = read_split(config, split)
     examples: list[Example] = []
@@ -147,6 +148,14 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             report.identifiers.setdefault(kind, []).append(example.id)
         examples.append(example)
     report.kept = len(examples)
+    _check_report(examples, report, config, split)
+    return examples, report
+
+
+def _check_report(
+    examples: list[Example], report: DatasetReport, config: Config, split: str
+) -> None:
+    """Raises ConfigError for what all examples together show, before anything is cached."""
     if examples and report.notes_lost == len(examples):
         raise ConfigError(
             f"base={config.base}: its tokenizer can write none of the notes of data.{split} as "
@@ -160,7 +169,6 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             f"data.{split}: {counts}, first id {first}: remove them from the texts, "
             "or set data.identifiers=warn"
         )
-    return examples, report
 
 
 def longest_example(config: Config, tokenizer) -> int:

@@ -64,13 +64,20 @@ def join_process_group(
             f"({reason})"
         ) from error
     store.set_timeout(timeout)
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("loop", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("loop", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:  # of a network interface that is not there
+        reason = str(error).strip().splitlines()[0][:160]
+        raise RendezvousError(
+            f"rank {rank}: {backend} can't connect the ranks ({reason}); see GLOO_SOCKET_IFNAME "
+            "and NCCL_SOCKET_IFNAME"
+        ) from error
 
 
 def listen_here_alone(port: int) -> int:
