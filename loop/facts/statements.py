@@ -11,7 +11,7 @@ from .quantities import Amount, amount_at, describe
 from .reading.belonging import Belonging
 from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
-from .reading.polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
+from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
 from .reading.sides import compared_at, side_at
 from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
@@ -40,6 +40,7 @@ _TESTED = frozenset(
     vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
 )
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
+_TRIED = frozenset("palpation palpable movement motion testing strength resisted".split())
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
 _SCALE = frozenset("being scale imaginable".split())
@@ -212,7 +213,8 @@ class Document(Parsed):
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
-            made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
+            if self.items[i - 2].word not in DENIES or i < 2:
+                made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
         if made.polarity == DENIED and self.padded[i + count].word == "like":
             if self.padded[i + count + 1].word in ("this", "that"):
                 made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
@@ -231,9 +233,15 @@ class Document(Parsed):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
-        if meaning.name == "pain" and self.context.asks[i] and self.near(i, _PRESSING, 6):
-            return made._replace(value="tenderness")  # "does that hurt?"
+        if meaning.name == "pain" and self._is_of_exam(i):
+            return made._replace(value="tenderness")
         return made
+
+    def _is_of_exam(self, i: int) -> bool:
+        """Whether a pain is one that an examination looks for: "does that hurt?"."""
+        if self.spoken:
+            return self.context.asks[i] and self.near(i, _PRESSING, 6)
+        return self.near(i, _TRIED, 4)
 
     def _is_heading(self, i: int, count: int) -> bool:
         """Whether a colon stands behind the words from item i on."""

@@ -93,6 +93,10 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
         for o in mentions
         if o.polarity in opposite and o.kind != "weak" and _denies_as_much(s, o, mentions)
     ]
+    whole = [o for o in against if o.value == s.value and o.polarity == AFFIRMED]
+    narrower = all(o.value != s.value for o in same)
+    if (s.value, s.polarity) == ("pain", DENIED) and whole and narrower:
+        return Verdict(s, CONTRADICTED, place_of(whole[0]))  # "no tenderness" denies no pain
     if same:
         index.keep_rivals(s, same, against)
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)
