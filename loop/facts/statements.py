@@ -89,6 +89,7 @@ class Document(Parsed):
         """
         context = self.context
         named: dict[int, set[str]] = {}  # by turn
+        denied = {(context.turn[s.word], s.value) for s in found if s.polarity == DENIED}
         for s in found:
             if not context.asks[s.word] and s.polarity in (AFFIRMED, FORMER, ENDED):
                 named.setdefault(context.turn[s.word], set()).add(s.value)
@@ -110,6 +111,8 @@ class Document(Parsed):
                 s = s._replace(polarity=ASKED if turn + 1 in agreed else DENIED)
                 for k in range(s.word, bisect.bisect_left(self.ends, s.end) + 1):
                     context.polarity[k] = s.polarity
+            elif open_to and (turn + 1, s.value) in denied:  # "yeah. No vision changes"
+                s = s._replace(polarity=DENIED)
             done.append(s)
         return done
 

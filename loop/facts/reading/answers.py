@@ -20,6 +20,7 @@ _THE_KNOWN = frozenset("your his her their the that those this".split())
 _HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
 _HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
+_MEANT, _THAT = frozenset("mean means huh pardon".split()), frozenset("that that's those".split())
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
@@ -31,8 +32,11 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
         if clause.new_turn:
             turns.append([])
         turns[-1].append(clause)
-    for turn, following in zip(turns, [*turns[1:], []]):
+    for number, turn in enumerate(turns):
+        following = turns[number + 1] if number + 1 < len(turns) else []
         answer = _answer(items, following)
+        if answer == ASKED and _asks_back(items, following):
+            answer = _answer(items, turns[number + 3] if number + 3 < len(turns) else [])
         asked = [clause for clause in turn if clause.asks]
         short = turn[-1].end - turn[0].start <= _SHORT_TURN
         first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & SELF_OR_YOU
@@ -51,6 +55,14 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
                 is_denied = polarities[i] == DENIED and not stays
                 if polarities[i] == AFFIRMED or (given == AFFIRMED and is_denied):
                     polarities[i] = given
+
+
+def _asks_back(items: list[Item], turn: list[Clause]) -> bool:
+    """Whether a turn asks what was meant: "psoriasis? what is that?"; the answer comes later."""
+    if not turn or not turn[-1].asks or turn[-1].end - turn[0].start > _SHORT_TURN:
+        return False
+    words = {item.word for item in items[turn[0].start : turn[-1].end]}
+    return bool(words & _MEANT) or (bool(words & {"what", "what's"}) and bool(words & _THAT))
 
 
 def _says_no(items: list[Item], clause: Clause) -> bool:
