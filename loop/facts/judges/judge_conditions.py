@@ -24,8 +24,11 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
         mentions = mentions + index.all("allergy") + index.conditions.get("rhinitis", [])
     if s.value == "tenderness":
         mentions = _tender(index, s, mentions)
-    if mentions:
+    if mentions and any(o.polarity != NORMAL for o in mentions):
         return by_polarity(index, s, mentions)
+    if mentions:  # "a stone", which may be any
+        scattered = _scattered(index, s)
+        return by_polarity(index, s, [scattered] if scattered else mentions)
     general = KIND_OF.get(s.value)
     if (
         general

@@ -11,6 +11,14 @@ _YES = frozenset(
     """yes yeah yep yup correct definitely absolutely exactly sometimes occasionally uh-huh mm-hmm
     little unfortunately true certainly some mhm mm lot ya yah often usually always""".split()
 )
+_YES_PHRASES = [
+    phrase.split()
+    for phrase in (
+        "all the time;here and there;now and then;now and again;once in a while;you bet;"
+        "off and on;on and off;from time to time;every now;every day;every night;of course"
+    ).split(";")
+]
+_NAY = frozenset("nah naw uh-uh nuh-uh".split())
 _ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
 _FILLERS = frozenset(
     """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
@@ -57,6 +65,11 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
                     polarities[i] = given
 
 
+def _reads(items: list[Item], i: int, phrase: list[str]) -> bool:
+    """Whether the words from item i on are these."""
+    return [item.word for item in items[i : i + len(phrase)]] == phrase
+
+
 def _asks_back(items: list[Item], turn: list[Clause]) -> bool:
     """Whether a turn asks what was meant: "psoriasis? what is that?"; the answer comes later."""
     if not turn or not turn[-1].asks or turn[-1].end - turn[0].start > _SHORT_TURN:
@@ -94,8 +107,10 @@ def _answer(items: list[Item], turn: list[Clause]) -> str:
     seen = 0
     for i in range(turn[0].start, min(turn[-1].end, turn[0].start + _ANSWER_REACH)):
         word = items[i].word
-        if word in NO_WORDS or word.endswith("n't"):
+        if word in NO_WORDS or word in _NAY or word.endswith("n't"):
             return DENIED
+        if any(_reads(items, i, phrase) for phrase in _YES_PHRASES):
+            return AFFIRMED
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER
