@@ -6,7 +6,7 @@ from ..body import same_region
 from ..conditions import EXAMS_OF, KIND_OF, SCATTERED
 from ..reading.parsed import Statement
 from ..reading.polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
-from ..reading.subjects import PATIENT
+from ..reading.subjects import FAMILY, PATIENT
 from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
@@ -73,7 +73,8 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     subject = s.subject or PATIENT
     mentions_of = [o for o in mentions if not o.subject or o.subject == subject]
     if not s.subject and not (s.polarity == DENIED and mentions_of):
-        mentions_of = mentions
+        is_family = s.polarity == FORMER and all(o.subject == FAMILY for o in mentions)
+        mentions_of = [] if is_family else mentions  # "history of diabetes" is the patient's
     if not mentions_of:
         denied = s.polarity == DENIED and any(o.polarity == DENIED for o in mentions)
         return Verdict(s, SUPPORTED if denied else CONTRADICTED, place_of(mentions[0]), denied)
