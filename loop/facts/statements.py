@@ -41,8 +41,10 @@ _TESTED = frozenset(
 )
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
 _TRIED = frozenset("palpation palpable movement motion testing strength resisted".split())
+_SPEEDS = ("mile", "miles", "kilometers", "ml", "cc", "beats", "breaths")
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
+_ENDS_OF_SCALE = ("no", "worst", "imaginable")
 _SCALE = frozenset("being scale imaginable".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
@@ -211,7 +213,7 @@ class Document(Parsed):
         meaning, count = found
         if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
             return None
-        if self.items[i - 1].word in ("no", "worst") and self.near(i, _SCALE, 6):
+        if self.items[i - 1].word in _ENDS_OF_SCALE and self.near(i, _SCALE, 6):
             return None  # "zero being no pain"
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
@@ -321,6 +323,8 @@ class Document(Parsed):
         following = self.padded[i + amount.num_items].word
         if amount.kind != "frequency":
             return False
+        if i and self.items[i - 1].word in _SPEEDS:
+            return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
         vague = self.items[i].word in ("at", "in", "before")

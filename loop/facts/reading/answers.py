@@ -25,10 +25,11 @@ _FILLERS = frozenset(
     ma'am just it's think that it really""".split()
 )
 _THE_KNOWN = frozenset("your his her their the that those this".split())
+_ASKED_OF = SUBJECT_WORDS | {"this", "that", "these", "the", "your", "his", "her"}
 _HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
 _HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
-_MEANT, _THAT = frozenset("mean means huh pardon".split()), frozenset("that that's those".split())
+_MEANT, _THAT = frozenset("mean means huh pardon".split()), frozenset("that that's those like".split())
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
@@ -72,8 +73,9 @@ def _reads(items: list[Item], i: int, phrase: list[str]) -> bool:
 
 def _asks_back(items: list[Item], turn: list[Clause]) -> bool:
     """Whether a turn asks what was meant: "psoriasis? what is that?"; the answer comes later."""
-    if not turn or not turn[-1].asks or turn[-1].end - turn[0].start > _SHORT_TURN:
-        return False
+    length = turn[-1].end - turn[0].start if turn and turn[-1].asks else 0
+    if length <= 2 or length > _SHORT_TURN:
+        return 0 < length <= 2  # "drugs?"
     words = {item.word for item in items[turn[0].start : turn[-1].end]}
     return bool(words & _MEANT) or (bool(words & {"what", "what's"}) and bool(words & _THAT))
 
@@ -84,7 +86,7 @@ def _says_no(items: list[Item], clause: Clause) -> bool:
         word, following = items[i].word, items[i + 1].word
         if word in ("no", "without"):
             return True
-        if (word == "not" or word.endswith("n't")) and following not in SUBJECT_WORDS:
+        if (word == "not" or word.endswith("n't")) and following not in _ASKED_OF:
             return True  # "you don't smoke?", but not "don't you smoke?"
     return False
 
