@@ -113,7 +113,9 @@ class Document(Parsed):
                 s = s._replace(polarity=ASKED if turn + 1 in agreed else DENIED)
                 for k in range(s.word, bisect.bisect_left(self.ends, s.end) + 1):
                     context.polarity[k] = s.polarity
-            elif open_to and s.kind != "habit" and (turn + 1, s.value) in denied:  # "yeah. No vision changes"
+            elif (
+                open_to and s.kind != "habit" and (turn + 1, s.value) in denied
+            ):  # "yeah. No vision changes"
                 s = s._replace(polarity=DENIED)
             done.append(s)
         return done

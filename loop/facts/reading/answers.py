@@ -29,7 +29,10 @@ _ASKED_OF = SUBJECT_WORDS | {"this", "that", "these", "the", "your", "his", "her
 _HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
 _HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
-_MEANT, _THAT = frozenset("mean means huh pardon".split()), frozenset("that that's those like".split())
+_MEANT, _THAT = (
+    frozenset("mean means huh pardon".split()),
+    frozenset("that that's those like".split()),
+)
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
