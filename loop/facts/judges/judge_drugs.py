@@ -9,7 +9,7 @@ from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _REVERSE = {"increase": "decrease", "decrease": "increase"}
 _ACTION_REACH = 14  # items between a drug and what is done with it
-_COME = frozenset("come came coming get getting got go going take taking took wean".split())
+_COME = frozenset(("come", "came", "coming"))
 _TAKE = frozenset("take taking takes took use using used more on off".split())
 
 
