@@ -37,7 +37,7 @@ _EMPTY = frozenset(
     bilateral general constitutional neurological respiratory cardiovascular
     gastrointestinal musculoskeletal psychiatric skin known acute evidence allergic
     allergy continue question answered explained reasoning sure auscultation palpation
-    inspection seen""".split()
+    inspection seen free""".split()
 )
 
 

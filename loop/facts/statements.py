@@ -11,7 +11,7 @@ from .quantities import Amount, amount_at, describe
 from .reading.belonging import Belonging
 from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
-from .reading.polarity import AFFIRMED, ASKED, DENIED, ENDED, FORMER, NORMAL, QUIET
+from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
 from .reading.sides import compared_at, side_at
 from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
 
@@ -40,8 +40,11 @@ _TESTED = frozenset(
     vaccinations immunization shot shots prevention prophylaxis panel risk""".split()
 )
 _PRESSING = frozenset("that this press push pressing pushing touch move bend squeeze".split())
+_TRIED = frozenset("palpation palpable movement motion testing strength resisted".split())
+_SPEEDS = ("mile", "miles", "kilometers", "ml", "cc", "beats", "breaths")
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
+_ENDS_OF_SCALE = ("no", "worst", "imaginable")
 _SCALE = frozenset("being scale imaginable".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
@@ -88,6 +91,7 @@ class Document(Parsed):
         """
         context = self.context
         named: dict[int, set[str]] = {}  # by turn
+        denied = {(context.turn[s.word], s.value) for s in found if s.polarity == DENIED}
         for s in found:
             if not context.asks[s.word] and s.polarity in (AFFIRMED, FORMER, ENDED):
                 named.setdefault(context.turn[s.word], set()).add(s.value)
@@ -109,6 +113,10 @@ class Document(Parsed):
                 s = s._replace(polarity=ASKED if turn + 1 in agreed else DENIED)
                 for k in range(s.word, bisect.bisect_left(self.ends, s.end) + 1):
                     context.polarity[k] = s.polarity
+            elif (
+                open_to and s.kind != "habit" and (turn + 1, s.value) in denied
+            ):  # "yeah. No vision changes"
+                s = s._replace(polarity=DENIED)
             done.append(s)
         return done
 
@@ -207,12 +215,13 @@ class Document(Parsed):
         meaning, count = found
         if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
             return None
-        if self.items[i - 1].word in ("no", "worst") and self.near(i, _SCALE, 6):
+        if self.items[i - 1].word in _ENDS_OF_SCALE and self.near(i, _SCALE, 6):
             return None  # "zero being no pain"
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
-            made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
+            if self.items[i - 2].word not in DENIES or i < 2:
+                made = made._replace(polarity=DENIED)  # "no changes in bowel habits"
         if made.polarity == DENIED and self.padded[i + count].word == "like":
             if self.padded[i + count + 1].word in ("this", "that"):
                 made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
@@ -231,9 +240,15 @@ class Document(Parsed):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
             return made._replace(value="pain", of=PAINS[meaning.name])
-        if meaning.name == "pain" and self.context.asks[i] and self.near(i, _PRESSING, 6):
-            return made._replace(value="tenderness")  # "does that hurt?"
+        if meaning.name == "pain" and self._is_of_exam(i):
+            return made._replace(value="tenderness")
         return made
+
+    def _is_of_exam(self, i: int) -> bool:
+        """Whether a pain is one that an examination looks for: "does that hurt?"."""
+        if self.spoken:
+            return self.context.asks[i] and self.near(i, _PRESSING, 6)
+        return self.near(i, _TRIED, 4)
 
     def _is_heading(self, i: int, count: int) -> bool:
         """Whether a colon stands behind the words from item i on."""
@@ -310,6 +325,8 @@ class Document(Parsed):
         following = self.padded[i + amount.num_items].word
         if amount.kind != "frequency":
             return False
+        if i and self.items[i - 1].word in _SPEEDS:
+            return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
         vague = self.items[i].word in ("at", "in", "before")

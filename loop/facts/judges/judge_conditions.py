@@ -6,7 +6,7 @@ from ..body import same_region
 from ..conditions import EXAMS_OF, KIND_OF, SCATTERED
 from ..reading.parsed import Statement
 from ..reading.polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
-from ..reading.subjects import PATIENT
+from ..reading.subjects import FAMILY, PATIENT
 from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
@@ -24,8 +24,11 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
         mentions = mentions + index.all("allergy") + index.conditions.get("rhinitis", [])
     if s.value == "tenderness":
         mentions = _tender(index, s, mentions)
-    if mentions:
+    if mentions and any(o.polarity != NORMAL for o in mentions):
         return by_polarity(index, s, mentions)
+    if mentions:  # "a stone", which may be any
+        scattered = _scattered(index, s)
+        return by_polarity(index, s, [scattered] if scattered else mentions)
     general = KIND_OF.get(s.value)
     if (
         general
@@ -70,7 +73,8 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     subject = s.subject or PATIENT
     mentions_of = [o for o in mentions if not o.subject or o.subject == subject]
     if not s.subject and not (s.polarity == DENIED and mentions_of):
-        mentions_of = mentions
+        is_family = s.polarity == FORMER and all(o.subject == FAMILY for o in mentions)
+        mentions_of = [] if is_family else mentions  # "history of diabetes" is the patient's
     if not mentions_of:
         denied = s.polarity == DENIED and any(o.polarity == DENIED for o in mentions)
         return Verdict(s, SUPPORTED if denied else CONTRADICTED, place_of(mentions[0]), denied)
@@ -93,6 +97,10 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
         for o in mentions
         if o.polarity in opposite and o.kind != "weak" and _denies_as_much(s, o, mentions)
     ]
+    whole = [o for o in against if o.value == s.value and o.polarity == AFFIRMED]
+    narrower = all(o.value != s.value for o in same)
+    if (s.value, s.polarity) == ("pain", DENIED) and whole and narrower:
+        return Verdict(s, CONTRADICTED, place_of(whole[0]))  # "no tenderness" denies no pain
     if same:
         index.keep_rivals(s, same, against)
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)

@@ -7,7 +7,9 @@ from .index import Index, distance
 from .judge_conditions import by_polarity, misspelled
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
+_REVERSE = {"increase": "decrease", "decrease": "increase"}
 _ACTION_REACH = 14  # items between a drug and what is done with it
+_COME = frozenset(("come", "came", "coming"))
 _TAKE = frozenset("take taking takes took use using used more on off".split())
 
 
@@ -52,14 +54,23 @@ def judge_action(index: Index, s: Statement) -> Verdict:
         return Verdict(s, verdict, place_of(goes_on[0]) if goes_on else None)
     if stops and not goes_on:
         return Verdict(s, CONTRADICTED, place_of(stops[0]))
+    reverse = [o for o in near if o.value == _REVERSE.get(s.value)]
+    if reverse and all(o.value != s.value for o in near):
+        return Verdict(s, CONTRADICTED, place_of(reverse[0]))
     if not places:
         return Verdict(s, NOT_SAID, None)
+    if not goes_on and any(_is_off(index, i) for i in places):
+        return Verdict(s, CONTRADICTED, None)
     item = index.document.items[places[0]]
     return Verdict(s, SUPPORTED, (item.start, item.end))
 
 
 def _is_off(index: Index, i: int) -> bool:
-    """Whether the drug at item i is denied as one that is taken: "do not take ibuprofen"."""
-    before = index.document.items[max(0, i - 5) : i]
-    taken = any(item.word in _TAKE for item in before)
-    return taken and index.document.context.polarity[i] == DENIED
+    """Whether the drug at item i is not, or no longer, to be taken: "do not take ibuprofen"."""
+    before = [item.word for item in index.document.items[max(0, i - 5) : i]]
+    if _COME & set(before) and "off" in before[-3:]:
+        return True  # "come off the prednisone"
+    needs = " need to take " in f" {' '.join(before)} "  # but not "need a refill"
+    if needs and {"no", "n't", "not", "don't"} & set(before[: before.index("need")]):
+        return True
+    return bool(_TAKE & set(before)) and index.document.context.polarity[i] == DENIED

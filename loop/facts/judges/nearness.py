@@ -3,8 +3,9 @@
 import bisect
 
 from ..reading.parsed import Statement
+from ..reading.polarity import AFFIRMED, DENIED
 from ..statements import Document
-from .index import Index
+from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, Verdict, key_of, place_of
 
 _BEYOND = 0.4  # what a word counts beyond the clause, where one within counts 1
@@ -17,6 +18,18 @@ _SPOKEN_REACH, _WRITTEN_REACH = 12, 8  # items around a mention that tell which 
 # splits; a word that stands once in the text counts 1.
 _MARGINS = {"side": 0.1, "duration": 1.0, "frequency": 1.0}
 _MARGIN = 0.5
+_PAINFUL = ("pain", "tenderness")
+_PLACES = {  # "on the outside" and "bend it" of speech
+    word: group.split()[0]
+    for group in (
+        """medial inside inner; lateral outside outer; proximal; distal; anterior front;
+        posterior behind; flexion flex flexing bend bending; extension extend extending straighten;
+        supination supinate; pronation pronate; abduction; adduction; midline; umbilical;
+        dorsiflexion; inversion; eversion; paraspinal; paravertebral"""
+    ).split(";")
+    for word in group.split()
+}
+_PLACE_REACH = 12
 _IN_QUESTION = 0.3
 _SAME_PART = 0.3  # for a mention of the same part, not of one that it belongs to
 
@@ -24,6 +37,9 @@ _SAME_PART = 0.3  # for a mention of the same part, not of one that it belongs t
 def weigh(index: Index, verdict: Verdict, document: Document) -> Verdict:
     """The verdict, where mentions both support and contradict, by the words around them."""
     s = verdict.statement
+    elsewhere = _refuted_there(index, s, document)
+    if elsewhere:
+        return Verdict(s, CONTRADICTED, place_of(elsewhere))
     rivals = index.rivals.get(key_of(s))
     if rivals is None:
         return verdict
@@ -38,6 +54,32 @@ def weigh(index: Index, verdict: Verdict, document: Document) -> Verdict:
     if against[0] > same[0] + _MARGINS.get(s.kind, _MARGIN):
         return Verdict(s, CONTRADICTED, place_of(rivals[1][-against[1]]))
     return verdict._replace(place=place_of(rivals[0][-same[1]]))
+
+
+def _refuted_there(index: Index, s: Statement, document: Document) -> Statement | None:
+    """The mention that alone says of a pain's place, or of a movement, the opposite.
+
+    "Tender over the lateral aspect" against "press on the outside, does that hurt? - No".
+    """
+    if s.value not in _PAINFUL or s.polarity not in (AFFIRMED, DENIED):
+        return None
+    at = _places_in(document, s)
+    if not at:
+        return None
+    mentions = index.conditions.get("pain", ())[:MOST_RIVALS]
+    there = [o for o in mentions if at & _places_in(index.document, o)]
+    opposite = DENIED if s.polarity == AFFIRMED else AFFIRMED
+    if there and all(o.polarity == opposite for o in there):
+        return there[0]
+    return None
+
+
+def _places_in(document: Document, s: Statement) -> set[str]:
+    """The places and movements that the clause of a pain names, close to it."""
+    clause = document.context.clause
+    near = range(max(0, s.word - _PLACE_REACH), min(len(clause), s.word + _PLACE_REACH))
+    names = (_PLACES.get(document.words[k]) for k in near if clause[k] == clause[s.word])
+    return {name for name in names if name}
 
 
 def _asks(index: Index, o: Statement) -> float:

@@ -11,15 +11,28 @@ _YES = frozenset(
     """yes yeah yep yup correct definitely absolutely exactly sometimes occasionally uh-huh mm-hmm
     little unfortunately true certainly some mhm mm lot ya yah often usually always""".split()
 )
+_YES_PHRASES = [
+    phrase.split()
+    for phrase in (
+        "all the time;here and there;now and then;now and again;once in a while;you bet;"
+        "off and on;on and off;from time to time;every now;every day;every night;of course"
+    ).split(";")
+]
+_NAY = frozenset("nah naw uh-uh nuh-uh".split())
 _ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
 _FILLERS = frozenset(
     """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
     ma'am just it's think that it really""".split()
 )
 _THE_KNOWN = frozenset("your his her their the that those this".split())
+_ASKED_OF = SUBJECT_WORDS | {"this", "that", "these", "the", "your", "his", "her"}
 _HOW_MUCH = frozenset("little some lot usually always often".split())  # "it itches a little"
 _HAVE = frozenset("have had get got feel do did 've has i've been be is was".split())
 _OWN_VERBS = frozenset("do did have has does am".split())
+_MEANT, _THAT = (
+    frozenset("mean means huh pardon".split()),
+    frozenset("that that's those like".split()),
+)
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
@@ -31,8 +44,11 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
         if clause.new_turn:
             turns.append([])
         turns[-1].append(clause)
-    for turn, following in zip(turns, [*turns[1:], []]):
+    for number, turn in enumerate(turns):
+        following = turns[number + 1] if number + 1 < len(turns) else []
         answer = _answer(items, following)
+        if answer == ASKED and _asks_back(items, following):
+            answer = _answer(items, turns[number + 3] if number + 3 < len(turns) else [])
         asked = [clause for clause in turn if clause.asks]
         short = turn[-1].end - turn[0].start <= _SHORT_TURN
         first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & SELF_OR_YOU
@@ -53,13 +69,27 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
                     polarities[i] = given
 
 
+def _reads(items: list[Item], i: int, phrase: list[str]) -> bool:
+    """Whether the words from item i on are these."""
+    return [item.word for item in items[i : i + len(phrase)]] == phrase
+
+
+def _asks_back(items: list[Item], turn: list[Clause]) -> bool:
+    """Whether a turn asks what was meant: "psoriasis? what is that?"; the answer comes later."""
+    length = turn[-1].end - turn[0].start if turn and turn[-1].asks else 0
+    if length <= 2 or length > _SHORT_TURN:
+        return 0 < length <= 2  # "drugs?"
+    words = {item.word for item in items[turn[0].start : turn[-1].end]}
+    return bool(words & _MEANT) or (bool(words & {"what", "what's"}) and bool(words & _THAT))
+
+
 def _says_no(items: list[Item], clause: Clause) -> bool:
     """Whether a question denies: "no fever, right?"; a "yes" or a "no" agrees with it."""
     for i in range(clause.start, clause.end - 1):
         word, following = items[i].word, items[i + 1].word
         if word in ("no", "without"):
             return True
-        if (word == "not" or word.endswith("n't")) and following not in SUBJECT_WORDS:
+        if (word == "not" or word.endswith("n't")) and following not in _ASKED_OF:
             return True  # "you don't smoke?", but not "don't you smoke?"
     return False
 
@@ -82,8 +112,10 @@ def _answer(items: list[Item], turn: list[Clause]) -> str:
     seen = 0
     for i in range(turn[0].start, min(turn[-1].end, turn[0].start + _ANSWER_REACH)):
         word = items[i].word
-        if word in NO_WORDS or word.endswith("n't"):
+        if word in NO_WORDS or word in _NAY or word.endswith("n't"):
             return DENIED
+        if any(_reads(items, i, phrase) for phrase in _YES_PHRASES):
+            return AFFIRMED
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER

@@ -8,6 +8,8 @@ from .polarity import AFFIRMED
 from .vocabulary import HABITS
 
 _PART_REACH = 6
+_CAUSES = frozenset("gives gave causes caused makes".split())
+_REACTIONS = frozenset("hives itch itchy itching swell anaphylaxis wheeze".split())
 _NO_OBJECT = frozenset(
     """taking with use using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
@@ -110,11 +112,23 @@ class Belonging:
             for k, word in enumerate(before[: verbs[-1]])
         )
 
+    def _causes_reaction(self, i: int) -> bool:
+        """Whether the thing at item i does what an allergen does.
+
+        "Penicillin gives me hives", "itching with penicillin".
+        """
+        behind = [item.word for item in self.items[i + 1 : i + 8]]
+        if any(word in _CAUSES for word in behind[:3]) and _REACTIONS & set(behind[1:]):
+            return True
+        before = [item.word for item in self.items[max(0, i - 4) : i]]
+        return bool({"with", "from"} & set(before[-2:]) and _REACTIONS & set(before))
+
     def _allergy(self, statement: Statement) -> Statement:
         """A drug behind "allergic to" or "allergies:" is an allergy."""
         if statement.kind not in ("drug", "allergen"):
             return statement
-        if self._is_forbidden(statement.word):  # "I cannot have codeine"
+        forbidden = self._is_forbidden(statement.word)  # "I cannot have codeine"
+        if forbidden or self._causes_reaction(statement.word):
             return statement._replace(kind="allergy", polarity=AFFIRMED)
         start = max(0, statement.word - 12)
         sentence = self.context.sentence

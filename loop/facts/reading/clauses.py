@@ -108,7 +108,7 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
             return i + 1 < len(items) and items[i + 1].gap not in _SENTENCE  # "alcohol, denies."
         if word in _WRITTEN_BREAKS:
             return previous not in _NO_BREAK_BEHIND
-        if previous == "and" and word in ("he", "she", "they"):
+        if previous == "and" and word in ("he", "she", "they", "there"):
             return True
         return items[i].gap == "," and word in _AFTER_COMMA
     if word in _SPOKEN_BREAKS:

@@ -19,7 +19,7 @@ _BEHIND_NO = frozenset(
     """change changes only doubt problem problems matter further sure worries idea just
     necessarily""".split()
 )
-_DENIES = ("denies", "denied", "deny", "wish")  # with "some" behind, too
+DENIES = ("denies", "denied", "deny", "wish")  # with "some" behind, too
 _SEEKING = frozenset(
     """needed prn look looks looking looked check checks checking checked test testing screen
     screening screened evaluate evaluating""".split()
@@ -51,14 +51,16 @@ def read_polarity(
         word = items[i].word
         if i >= reach or (polarity == DENIED and _ends_negation(items, i, trigger)):
             polarity = AFFIRMED
+        if polarity == POSSIBLE and items[i].gap == ":" and not spoken:
+            polarity = AFFIRMED  # "RISK FACTORS: hypertension"
         if "non" in (items[i - 1].word if i else "", _two_before_habit(items, i)):  # "non-tender"
             polarities[i] = DENIED
             continue
         if word == "free" and i > clause.start and items[i].gap == "":  # "pain free"
             polarities[i - 1] = DENIED
         cannot = trigger.endswith("n't") or trigger in ("not", "cannot")
-        if word == "without" and polarity == DENIED and cannot:
-            polarity = AFFIRMED  # "can't walk without pain"
+        if polarity == DENIED and _denies_again(items, i, cannot):
+            polarity, reach = AFFIRMED, clause.start
         elif word in NO_WORDS or word.endswith("n't"):
             if _is_behind(items, i, clause):
                 for k in range(start, i):
@@ -80,6 +82,12 @@ def read_polarity(
     return AFFIRMED
 
 
+def _denies_again(items: list[Item], i: int, cannot: bool) -> bool:
+    """Whether item i denies what is denied: "can't walk without pain", "denies no fever"."""
+    word = items[i].word
+    return (word == "without" and cannot) or (word == "no" and items[i - 1].word in DENIES)
+
+
 def _two_before_habit(items: list[Item], i: int) -> str:
     """The word two before that at item i, where that is a habit: "non-cigarette smoker"."""
     return items[i - 2].word if i > 1 and items[i].word in ("smoker", "user", "drinker") else ""
@@ -94,7 +102,7 @@ def _ends_negation(items: list[Item], i: int, trigger: str) -> bool:
     """Whether what a word such as "no" or "denies" denies ends before item i."""
     word, following = items[i].word, items[i + 1].word if i + 1 < len(items) else ""
     if word in _SOME:
-        return items[i - 1].word not in NO_WORDS and trigger not in _DENIES
+        return items[i - 1].word not in NO_WORDS and trigger not in DENIES
     if [item.word for item in items[i : i + 3]] in (["at", "the", "time"], ["at", "that", "time"]):
         return True
     if word == "as" and following in ("the", "he", "she", "patient"):
@@ -133,6 +141,8 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
         return word != "n't"
     if following.word == "more":
         return i + 2 < clause.end and items[i + 2].word == "than"
+    if (word, following.word) == ("no", "clear"):
+        return False  # "no clear evidence"
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
