@@ -100,9 +100,8 @@ def test_a_stopped_evaluation_goes_on_with_the_notes_that_it_lacks(trained, tmp_
     """Killed, then ended by SIGTERM, then finished by one rank: as if it had never been stopped."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     shutil.rmtree(run / "evaluate", ignore_errors=True)
-    rows = write_rows(tmp_path / "many.jsonl", "many", 56, 5)
-    args = ["--notes", "8", f"run.dir={tmp_path}", f"data.test={rows}"]  # seven batches
-    args += ["generation.max_new_tokens=40"]
+    rows = write_rows(tmp_path / "many.jsonl", "many", 120, 5)  # eight batches
+    args = [f"run.dir={tmp_path}", f"data.test={rows}", "generation.max_new_tokens=60"]
     folder = run / "evaluate" / "test"
     first = launch(run, *args)
     await_notes(first, folder, 0)
