@@ -5,6 +5,7 @@ finished run.
 import json
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -165,6 +166,16 @@ LONGEST = (
     "test_same_notes.py",
     "test_break.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Gives each of several workers its part of the cores: torch would take all of them in each,
+    and its threads would wait for one another.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch = sys.modules.get("torch")
+    if torch and workers > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 def pytest_collection_modifyitems(items: list) -> None:

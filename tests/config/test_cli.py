@@ -1,12 +1,13 @@
 """From the command line to a configuration."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import CPU, PYTHON, ROOT
 
 from loop.config.cli import RENAMED, load_config
 from loop.config.schema import Config, ConfigError
@@ -140,8 +141,9 @@ def test_an_old_key_is_refused_on_the_command_line_and_read_in_a_file(old, new, 
 
 
 def test_an_old_key_ends_a_command_with_2_and_one_line():
-    command = [sys.executable, "-m", "loop.commands.plan", "--config", str(SEED), "keep_whole=true"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [PYTHON, "-m", "loop.commands.plan", "--config", str(SEED), "keep_whole=true"]
+    env = os.environ | CPU
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: keep_whole is replicate_weights now\n")
     with pytest.raises(ConfigError, match="run.bad_steps.* is run.max_skipped_in_a_row now"):
         load("run={bad_steps: 1}")

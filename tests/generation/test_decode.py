@@ -112,28 +112,33 @@ PLANTED = {
 }
 
 
+def greedy_and_sampled(base: str) -> tuple[list[Note], list[Note]]:
+    """The notes of a base without an adapter."""
+    model, tokenizer = load_for_generation(None, base, "cpu")
+    requests = [NoteRequest(str(i), prompt_ids(tokenizer, d), 24) for i, d in enumerate(DIALOGUES)]
+    settings = {"max_new_tokens": 24, "end_loops": False}
+    sampled = GenerationSettings(temperature=1.0, **settings)
+    greedy = GenerationSettings(**settings)
+    before = model.generation_config.to_dict()
+    notes = tuple(write_notes(model, tokenizer, requests, s) for s in (greedy, sampled))
+    assert model.generation_config.to_dict() == before
+    return notes
+
+
+@pytest.fixture(scope="module")
+def unasked(tiny_base):
+    """The notes of a base that asks for nothing."""
+    return greedy_and_sampled(tiny_base)
+
+
 @pytest.mark.parametrize("keys", [list(PLANTED), *([key] for key in PLANTED)], ids=str)
-def test_what_a_base_asks_for_never_leaks_in(tiny_base, tmp_path, keys):
+def test_what_a_base_asks_for_never_leaks_in(tiny_base, unasked, tmp_path, keys):
     """All of it in its generation_config.json, and each key alone."""
-
-    def write(base: str) -> tuple[list[Note], list[Note]]:
-        model, tokenizer = load_for_generation(None, base, "cpu")
-        requests = [
-            NoteRequest(str(i), prompt_ids(tokenizer, d), 24) for i, d in enumerate(DIALOGUES)
-        ]
-        settings = {"max_new_tokens": 24, "end_loops": False}
-        sampled = GenerationSettings(temperature=1.0, **settings)
-        greedy = GenerationSettings(**settings)
-        before = model.generation_config.to_dict()
-        notes = tuple(write_notes(model, tokenizer, requests, s) for s in (greedy, sampled))
-        assert model.generation_config.to_dict() == before
-        return notes
-
     base = shutil.copytree(tiny_base, tmp_path / "base")
     path = Path(base) / "generation_config.json"
     content = json.loads(path.read_text()) | {key: PLANTED[key] for key in keys}
     path.write_text(json.dumps(content))
-    assert write(str(base)) == write(tiny_base)
+    assert greedy_and_sampled(str(base)) == unasked
 
 
 def test_a_note_that_runs_in_circles_is_ended_and_marked(loaded):

@@ -29,6 +29,7 @@ from kernels_check import (
     ranks,
     repacking,
     repeatable,
+    rows,
     run,
     zero3,
 )
@@ -56,6 +57,16 @@ def test_judge(error, speed, verdict):
     row = judge("a", "1", error, 1.0, "remedy", speed=speed, slowest=0.5)
     assert row.verdict == verdict and ("remedy" in row.note) == (verdict != "ok")
     assert row.blocks() == (verdict == "wrong")
+
+
+def test_the_shortest_of_five_times_counts_and_the_first_call_warms_up(monkeypatch):
+    clock, lasts = [0.0], iter([0.1, 5.0, 3.0, 4.0, 6.0, 7.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def call():
+        clock[0] += next(lasts)
+
+    assert rows.best_seconds(call, "cpu") == 3.0
 
 
 def first_then(fault):
