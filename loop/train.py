@@ -36,6 +36,7 @@ from .monitor.run_logger import RunLogger
 from .optim.adamw import build_optimizer, trainable_parameters
 from .optim.schedule import build_lr_schedule, set_lr
 from .zero3.gradients import clip_grad_norm, invalidate_gradients
+from .zero3.initialization import lean_initialization
 
 
 class TrainingDiverged(FloatingPointError):
@@ -111,7 +112,7 @@ def train(
     ds_config: dict,
     *,
     data: TrainingData | None = None,
-    initialize=timed("engine")(deepspeed.initialize),
+    initialize=timed("engine")(lean_initialization()(deepspeed.initialize)),
     make_logger=RunLogger,
 ) -> dict:
     """The whole run, from top to bottom. Returns what report.json holds (on rank 0)."""

@@ -3,6 +3,7 @@ or refused in one line before its weights are read.
 """
 
 import json
+import os
 import re
 
 import pytest
@@ -14,6 +15,8 @@ HEAD = "| family | what becomes of it |\n|---|---|\n"
 
 
 def results_of(names, folder, gpu=False, bf16=False) -> dict[str, dict]:
+    folders = (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "proofs")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH")]  # that of packages, where it is set
     run_ok(
         1,
         "tests/families/worker.py",
@@ -22,7 +25,7 @@ def results_of(names, folder, gpu=False, bf16=False) -> dict[str, dict]:
         *names,
         seconds=1200,
         gpu=gpu,
-        PYTHONPATH=f"{ROOT}:{ROOT}/tests/support:{ROOT}/tests/proofs",
+        PYTHONPATH=os.pathsep.join(filter(None, paths)),
     )
     return json.loads((folder / "results.json").read_text())
 

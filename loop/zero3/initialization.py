@@ -1,0 +1,32 @@
+"""What `deepspeed.initialize` does beside making an engine, and how to be without it."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+
+def _type_and_shape(tensor: torch.Tensor) -> str:
+    return f"{type(tensor).__name__}{list(tensor.shape)}"
+
+
+@contextlib.contextmanager
+def lean_initialization() -> Iterator[None]:
+    """For the time in which DeepSpeed makes an engine; also a decorator.
+
+    DeepSpeed 0.19.8 writes all weights and the optimizer into two messages before it asks whether
+    anyone reads them, and it collects garbage several times, each time through all objects of the
+    imported libraries. So tensors are written as their type and shape meanwhile, and objects from
+    before are left out of the collection.
+    """
+    gc.freeze()
+    try:
+        with (
+            mock.patch.object(torch.Tensor, "__repr__", _type_and_shape),
+            mock.patch.object(torch.nn.Parameter, "__repr__", _type_and_shape),
+        ):
+            yield
+    finally:
+        gc.unfreeze()
