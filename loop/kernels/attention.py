@@ -185,20 +185,23 @@ def packed_attention(
     Args:
         query: [T, Hq, D].
         key: [T, Hkv, D], where Hq is a multiple of Hkv (grouped queries).
-        value: [T, Hkv, D].
+        value: [T, Hkv, Dv], where Dv is at most D (DeepSeek's values are narrower than its keys).
         cu_seqlens: int32 [n + 1], the documents' boundaries from 0 to T, on the tensors' device.
         max_seqlen: an upper bound of the documents' lengths.
         backend: a name in ATTENTION_BACKENDS.
         scale: of the scores, by default 1/sqrt(D).
 
-    Returns [T, Hq, D] in the dtype of query, which must be bf16 or fp16 for all backends but sdpa.
+    Returns [T, Hq, Dv] in the dtype of query, which must be bf16 or fp16 for all backends but sdpa.
     Raises AttentionError for an unknown backend.
     """
     if backend not in ATTENTION_BACKENDS:
         names = ", ".join(ATTENTION_BACKENDS)
         raise AttentionError(f"attention={backend}: unknown, one of {names} is possible")
     attend = ATTENTION_BACKENDS[backend].load()
-    return attend(query, key, value, cu_seqlens, max_seqlen, scale)
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # kernels take one head size; zeros change no other column
+        value = F.pad(value, (0, query.shape[-1] - width))
+    return attend(query, key, value, cu_seqlens, max_seqlen, scale)[..., :width]
 
 
 def _attend_for_transformers(

@@ -54,11 +54,16 @@ def inputs(backend, heads, kv_heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 64), (4, 1, 128)])
-def test_forward_and_backward_are_plain_attentions(backend, heads, kv_heads, head_dim):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(4, 4, 64, 64), (8, 2, 64, 64), (4, 1, 128, 128), (4, 2, 64, 40)],
+)
+def test_forward_and_backward_are_plain_attentions(backend, heads, kv_heads, head_dim, value_dim):
     dtype, bound = (torch.float32, 1e-5) if backend == "sdpa" else (torch.bfloat16, 1e-2)
     (q, k, v), cu_seqlens = inputs(backend, heads, kv_heads, head_dim, dtype)
+    v = v[..., :value_dim].detach().requires_grad_(True)
     out = packed_attention(q, k, v, cu_seqlens, 64, backend)
+    assert out.shape == (BOUNDS[-1], heads, value_dim)
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     exact = [x.detach().double().requires_grad_(True) for x in (q, k, v)]
