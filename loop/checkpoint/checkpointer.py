@@ -59,6 +59,7 @@ class Checkpointer:
         found: list = [None, {}, []]  # name of the checkpoint, its manifest, notes
         if self.ranks.is_main:
             path, manifest, notes = self.store.newest()
+            self.store.link_anew()
             found = [path.name if path else None, manifest, notes]
         name, manifest, notes = self.ranks.all_gather_json(found)[0]
         path = self.store.folder / name if name else None

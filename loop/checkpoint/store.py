@@ -112,8 +112,7 @@ class CheckpointStore:
         fsync(temporary)
         temporary.replace(path / "manifest.json")
         fsync(path)
-        if best := self._best_of([p for p in self.finished() if p.name not in self.corrupt]):
-            self._link("best", best)
+        self.link_anew()
 
     def _best_of(self, paths: list[Path]) -> Path | None:
         """The best of some checkpoints, oldest first; None where none was validated."""
@@ -146,14 +145,25 @@ class CheckpointStore:
             for p in self.finished()
             if p == newest or (p.name not in self.corrupt and step_of(p) < step_of(newest))
         ]
-        best = self._best_of(complete) or newest
-        with contextlib.suppress(OSError):  # some file systems have no links; deletion goes on
-            self._link("newest", newest)
-            self._link("best", best)
+        best = self._link_all(complete)
         for path in set(self.finished()) - {best, *complete[-self.keep :]}:
             self._hide(path)
         for leftover in [*self.folder.glob(".old-*"), *self.folder.glob(".writing-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def link_anew(self) -> None:
+        """Makes `newest` and `best` true: a kill may have fallen between a checkpoint and them."""
+        if complete := [p for p in self.finished() if p.name not in self.corrupt]:
+            self._link_all(complete)
+
+    def _link_all(self, complete: list[Path]) -> Path:
+        """Links the newest and the best of some checkpoints, oldest first. Returns the best."""
+        newest = complete[-1]
+        best = self._best_of(complete) or newest
+        with contextlib.suppress(OSError):  # some file systems have no links
+            self._link("newest", newest)
+            self._link("best", best)
+        return best
 
     def _link(self, name: str, target: Path) -> None:
         link = self.folder / f".{name}"

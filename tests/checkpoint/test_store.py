@@ -45,6 +45,21 @@ def test_steps_are_numbers_and_not_texts(tmp_path):
     assert store.newest()[0].name == "step-1000000"
 
 
+def test_a_kill_between_a_checkpoint_and_its_links_leaves_no_older_newest(tmp_path, monkeypatch):
+    """The run that goes on may have no step left, and so write no checkpoint that links anew."""
+    store = CheckpointStore(tmp_path, 2)
+    write(store, 14)
+    with monkeypatch.context() as killed:
+        killed.setattr(CheckpointStore, "_tidy", lambda self, newest: None)
+        write(store, 15)
+    assert (store.folder / "newest").readlink().name == "step-000014"
+    checkpointer = checkpointer_of(tmp_path)
+    checkpointer.identity.check_compatible = lambda *_: []
+    checkpointer.find_latest(range(15))
+    assert checkpointer.path.name == "step-000015"
+    assert (store.folder / "newest").readlink().name == "step-000015"
+
+
 def checkpointer_of(folder, **run) -> Checkpointer:
     """Of a run of ten steps on one rank. run: what its configuration says of the run."""
     alone = SimpleNamespace(is_main=True, rank=0, any=bool, all_gather_json=lambda value: [value])
