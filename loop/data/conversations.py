@@ -6,6 +6,7 @@ quotes a row: its words may be a patient's.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
@@ -287,7 +288,7 @@ def check_fields(row: dict, names: Set[str], data: DataConfig) -> dict[str, str]
 
 def _check_field(value: Any, name: str) -> str:
     """A value as it stands in the request: a text without blanks around it, or a number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     return check_text(value, name).strip()
 

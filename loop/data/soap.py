@@ -105,14 +105,16 @@ def _heading_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     """What matches a heading; its spelling is the group `colon` or `alone`.
 
     "S:", "Subjective:" or "**S:**" at the start of a line; "PLAN" on a line of its own. The colon
-    may be the wide one of Chinese and Japanese. Markdown is tolerated, so that models without
-    fine-tuning are judged on content.
+    may be the wide one of Chinese and Japanese, or stand behind a narrow blank as in French.
+    Markdown is tolerated, so that models without fine-tuning are judged on content.
     """
     capitals = [text for text in spellings if len(text) > 1 and text.isupper()]
-    forms = [rf"(?P<colon>{_one_of(spellings)})[ \t*_]*[:：][ \t*_]*"]
+    forms = [rf"(?P<colon>{_one_of(spellings)})[ \t\u00a0\u202f*_]*[:：][ \t*_]*"]
     if capitals:
         forms.append(rf"(?P<alone>{_one_of(capitals)})[ \t*_]*(?=\n)")
-    return re.compile(rf"^[ \t>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE)
+    return re.compile(
+        rf"^[ \t\u200e\u200f>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE
+    )
 
 
 def _one_of(texts: Sequence[str]) -> str:
@@ -177,7 +179,7 @@ TAG = r"</?(?:b|strong|i|em|u|h[1-6]|p|span|div|li|d[dt])\b[^<>]*>"
 CLOSING = r"</(?:b|strong|i|em|u|h[1-6]|p|span|div|li|d[dt])>|<br[ /]*>"
 BULLETS = "-\u2022\u00b7\u25aa\u25cf"
 WRAPPERS = "*_`[(\u3010<"
-BLANKS = " \t\u00a0\u200b\u200e\u200f\ufeff"
+BLANKS = " \t\u00a0\u202f\u200b\u200e\u200f\ufeff"
 FRAME = re.compile(
     r"^[ \t]*([=~+'-])\1{1,60}[ \t]{0,9}(.{1,80}?)[ \t]{0,9}\1{2,60}(.*)"
 )  # "== Plan =="

@@ -230,6 +230,9 @@ def _find_frame(tokenizer, template: str, roles: tuple[str, ...]) -> ChatFrame:
             except _TEMPLATE_ERRORS:
                 whole = ""
             before, found, end = whole.rpartition(answer["content"])
+            if found and "\ue000" in end:
+                problem = "it writes an answer before other messages"
+                continue
             tail = prompt[prompt.rfind("\ue001") + 1 :]
             return ChatFrame(arrange, _lead(tail, prompt, before), end if found else None)
     raise ConfigError(

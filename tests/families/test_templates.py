@@ -151,6 +151,13 @@ def test_a_template_that_drops_a_message_is_refused_in_one_line(tokenizer):
     assert "knee" not in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_template_that_writes_the_answer_first_is_refused(tokenizer):
+    """The other messages would be learned as the note's end."""
+    use(tokenizer, OUTER.replace("in messages", "in messages | reverse"))
+    with pytest.raises(ConfigError, match="it writes an answer before other messages"):
+        encode(tokenizer, [(soap_messages(DIALOGUE), True)])
+
+
 @pytest.mark.parametrize("change", ["[:60]", " | replace('e', 'x')", " | upper", " | tojson"])
 def test_a_template_that_changes_words_is_refused_in_one_line(tokenizer, change):
     use(tokenizer, OUTER.replace("m.content", f"(m.content{change})"))
