@@ -18,8 +18,9 @@ from tqdm import tqdm
 from ..config.cli import printable
 from ..config.plain_yaml import read_yaml
 from ..config.schema import ConfigError, GenerationSettings, TaskConfig, check_path
-from ..data.conversations import Question, has_words
+from ..data.conversations import Question
 from ..data.soap import SOAP
+from ..data.sources.cells import has_words
 from ..data.sources.readers import MAX_ROW_BYTES, decode_text
 from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.world import on_gpu

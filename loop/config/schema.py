@@ -116,10 +116,10 @@ class TaskConfig(Section):
             raise ValueError("request: asks for S:, O:, A: and P:; give one that fits headings")
         spellings = [text for found in self.spellings.values() for text in found]
         for text in spellings:
-            if not text or text != text.strip(" \t\n#*_>:"):
+            if not text or text != text.strip(" \t\n#*_>:") or "\n" in text:
                 raise ValueError(
-                    f"headings: {text!r} must be a text without the colon, markdown or blanks "
-                    "around it"
+                    f"headings: {text!r} must be a text on one line, without the colon, markdown "
+                    "or blanks around it"
                 )
             if spellings.count(text) > 1:
                 raise ValueError(f"headings: {text!r} is named twice")

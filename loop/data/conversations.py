@@ -6,8 +6,7 @@ quotes a row: its words may be a patient's.
 
 import dataclasses
 import hashlib
-import re
-import unicodedata
+import math
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
@@ -16,11 +15,11 @@ from pyarrow import ArrowException
 from ..config.schema import Config, ConfigError, DataConfig, TaskConfig
 from .decontamination import find_near_duplicates
 from .soap import SOAP, has_all_sections, heading_list, normalize_headings, soap_messages
+from .sources.cells import check_id, check_text, pick
 from .sources.locations import columns_of, expand, read_rows, sources_of
-from .sources.readers import MAX_ROW_BYTES, BadRow, clean_text
+from .sources.readers import BadRow
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_LISTED_COLUMNS = 12
 # ShareGPT's names of the roles, in any case.
 SPEAKERS = {
     "human": "user",
@@ -32,8 +31,6 @@ SPEAKERS = {
     "system": "system",
     "tool": "tool",
 }
-# What looks like nothing, though Unicode counts these among the letters and signs.
-INVISIBLE = set("\u034f\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +232,7 @@ def _readable(rows: Iterator, source: str) -> Iterator:
 def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
     """(the id of a row, whether that is the default one). Raises BadRow.
 
-    The column "id" may be missing, but not one that data.columns names.
+    The column "id" may be missing or in capitals, but not one that data.columns names.
     """
     content = row.content
     if isinstance(content, BadRow):
@@ -243,31 +240,13 @@ def _row_id(row: SourceRow, data: DataConfig) -> tuple[str, bool]:
     if not isinstance(content, dict):
         raise BadRow("is not an object with columns")
     if data.columns.get("id", "id") == "id":
-        key = content.get("id")
+        key = next((content[name] for name in ("id", "ID", "Id") if name in content), None)
     else:
-        key = _pick(content, columns_of(data)["id"])
+        key = pick(content, columns_of(data)["id"])
     numbered = key is None
     if numbered:
         key = row.default_id
     return check_id(key), numbered
-
-
-def check_id(key: Any) -> str:
-    """The id as a text: a number, or 1 to 100 characters without a blank. Raises BadRow."""
-    if isinstance(key, float) and key.is_integer():
-        key = int(key)  # as spreadsheets write whole numbers
-    number = isinstance(key, (int, float)) and not isinstance(key, bool) and key == key
-    if not number and not (isinstance(key, str) and re.fullmatch(r"[^\s\ud800-\udfff]+", key)):
-        what = "has blanks" if isinstance(key, str) and key.strip() else "is empty or no text"
-        if isinstance(key, str) and re.search("[\ud800-\udfff]", key):
-            raise BadRow("its id is not UTF-8, or holds half a surrogate pair: save as UTF-8")
-        raise BadRow(
-            f"its id must be a number, or 1 to 100 characters without a blank, and {what}: "
-            "write _ for blanks, or map another column as data.columns.id"
-        )
-    if len(str(key)) > 100:
-        raise BadRow("its id must be at most 100 characters long: map another as data.columns.id")
-    return str(key)
 
 
 def check_row(
@@ -280,7 +259,7 @@ def check_row(
     if "conversations" in columns:
         return Conversation(key, _check_sharegpt(row, columns["conversations"]), weight=weight)
     dialogue = check_dialogue(row, data)
-    note = _check_text(_pick(row, columns["note"]), "note")
+    note = check_text(pick(row, columns["note"]), "note")
     changed = 0
     if data.normalize_headings:
         note, changed = normalize_headings(note, task)
@@ -303,50 +282,75 @@ def check_fields(row: dict, names: Set[str], data: DataConfig) -> dict[str, str]
     """
     columns = columns_of(data)
     return {
-        name: _check_field(_pick(row, columns.get(name, [name])), name) for name in sorted(names)
+        name: _check_field(pick(row, columns.get(name, [name])), name) for name in sorted(names)
     }
 
 
 def _check_field(value: Any, name: str) -> str:
     """A value as it stands in the request: a text without blanks around it, or a number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    return _check_text(value, name).strip()
+    return check_text(value, name).strip()
 
 
 def check_dialogue(row: dict, data: DataConfig) -> str:
     """The dialogue of a row, as training and generation read it. Raises BadRow."""
-    return _check_text(_pick(row, columns_of(data)["dialogue"]), "dialogue")
+    return check_text(pick(row, columns_of(data)["dialogue"]), "dialogue")
 
 
 def _check_sharegpt(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages of ShareGPT's `from` and `value`. Raises BadRow."""
-    turns = _pick(row, names)
+    turns = pick(row, names)
     speakers = [
         SPEAKERS.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
         for turn in (turns if isinstance(turns, list) else [None])
     ]
     if None in speakers:
+        what = "" if isinstance(turns, list) else f"is {type(turns).__name__} and "
         raise BadRow(
-            f"{names[0]} must be a list of from ({', '.join(SPEAKERS)}) and value; "
+            f"{names[0]} {what}must be a list of from ({', '.join(SPEAKERS)}) and value; "
             "lists of role and content are mapped as data.columns={messages: ...}"
         )
     messages = [{"role": role, "content": t.get("value")} for role, t in zip(speakers, turns)]
     return _check_messages({names[0]: messages}, names)
 
 
+def _content(message: dict) -> Any:
+    """The content of a chat message; of a list of parts that are texts, their text.
+
+    Raises BadRow for an answer whose training would not be what the row says.
+    """
+    if message["role"] == "assistant" and message.get("weight") == 0:  # OpenAI's sign
+        raise BadRow(
+            "an answer has the weight 0, and every one is supervised: "
+            "end the chat before it, or remove the weight"
+        )
+    if message.get("tool_calls"):
+        raise BadRow("an answer has tool_calls, which are not trained: remove that turn")
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        texts = [
+            p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)
+        ]
+        if len(texts) == len(content):
+            return "".join(texts)
+    return content
+
+
 def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages in the first of the columns `names`. Raises BadRow."""
-    messages = _pick(row, names)
+    messages = pick(row, names)
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and m.get("role") in ROLES for m in messages
     ):
+        what = "" if isinstance(messages, list) else f"is {type(messages).__name__} and "
         raise BadRow(
-            f"{names[0]} must be a list of role ({', '.join(ROLES)}) and content; "
+            f"{names[0]} {what}must be a list of role ({', '.join(ROLES)}) and content; "
             "lists of from and value are mapped as data.columns={conversations: ...}"
         )
     messages = [
-        {"role": m["role"], "content": _check_text(m.get("content"), "a message")} for m in messages
+        {"role": m["role"], "content": check_text(_content(m), f"message {i} ({m['role']})")}
+        for i, m in enumerate(messages, 1)
     ]
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow(f"{names[0]} has no assistant's turn, so nothing to learn")
@@ -356,47 +360,3 @@ def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
             "put the user's before it or remove it"
         )
     return messages
-
-
-def _pick(row: dict, names: list[str]) -> Any:
-    """The first of these columns that the row has. Raises BadRow."""
-    for name in names:
-        if name in row:
-            return row[name]
-    # In a file without a header, a patient's words stand where the names should be.
-    if all(re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", str(name)) for name in row):
-        present = ", ".join(list(row)[:MAX_LISTED_COLUMNS])
-    else:
-        present = f"{len(row)} that don't look like names (has the file a header?)"
-    wanted = " or ".join(map(repr, names))
-    raise BadRow(f"no column {wanted}, only {present}: map it with data.columns")
-
-
-def _check_text(value: Any, name: str) -> str:
-    """The value, which must be a text with a word in it, in UTF-8 and not huge. Raises BadRow."""
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {type(value).__name__}, not a text")
-    if not has_words(value):
-        raise BadRow(f"{name} is empty: fill it or remove the row")
-    try:
-        size = len(value.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise BadRow(
-            f"{name} is not UTF-8, or holds half a surrogate pair: save as UTF-8"
-        ) from None
-    if size > MAX_ROW_BYTES:
-        raise BadRow(
-            f"{name} has {size / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
-            "split it or remove the row"
-        )
-    return clean_text(value)
-
-
-def has_words(text: str) -> bool:
-    """Whether a text is more than blanks, control signs and signs of width zero."""
-    return any(
-        not character.isspace()
-        and character not in INVISIBLE
-        and unicodedata.category(character) not in ("Cc", "Cf")
-        for character in text
-    )

@@ -13,10 +13,18 @@ from ..config.schema import PLACEHOLDER, TaskConfig
 SOAP = TaskConfig()
 # A pulse ("P: 80, regular") or a saturation ("S: 98 %") among the findings is no heading.
 VITAL_SIGN = (
-    r"(?:P[ \t]*:[ \t]*[~\u2248]?\d{2,3}(?:[ \t]*[-\u2013][ \t]*\d{2,3})?[ \t]*"
+    r"(?:P[ \t*_]*:[ \t*_]*[~\u2248]?\d{2,3}(?:[ \t]*[-\u2013][ \t]*\d{2,3})?[ \t]*"
     r"(?:$|[,;]|\.[ \t]*$|(?:/|per)[ \t]*min|bpm|beats|\(?(?:ir)?reg|and reg"
     r"|(?:RR?|T|BP|SpO2|Resp)\b)"
-    r"|S[ \t]*:[ \t]*\d{2,3}[ \t]*%)"
+    r"|S[ \t*_]*:[ \t*_]*\d{2,3}[ \t]*%)"
+)
+# Lists whose letters begin a line each: of pain and of history. Theirs are no headings of a note.
+MNEMONICS = re.compile(
+    "|".join(
+        "".join(rf"^[ \t*_>-]*{letter}[ \t*_]*[:-].*(?:\n+|\Z)" for letter in word)
+        for word in ("OPQRST", "PQRST", "OLDCARTS", "SAMPLE")
+    ),
+    re.MULTILINE,
 )
 
 
@@ -97,14 +105,16 @@ def _heading_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     """What matches a heading; its spelling is the group `colon` or `alone`.
 
     "S:", "Subjective:" or "**S:**" at the start of a line; "PLAN" on a line of its own. The colon
-    may be the wide one of Chinese and Japanese. Markdown is tolerated, so that models without
-    fine-tuning are judged on content.
+    may be the wide one of Chinese and Japanese, or stand behind a narrow blank as in French.
+    Markdown is tolerated, so that models without fine-tuning are judged on content.
     """
     capitals = [text for text in spellings if len(text) > 1 and text.isupper()]
-    forms = [rf"(?P<colon>{_one_of(spellings)})[ \t*_]*[:：][ \t*_]*"]
+    forms = [rf"(?P<colon>{_one_of(spellings)})[ \t\u00a0\u202f*_]*[:：][ \t*_]*"]
     if capitals:
         forms.append(rf"(?P<alone>{_one_of(capitals)})[ \t*_]*(?=\n)")
-    return re.compile(rf"^[ \t>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE)
+    return re.compile(
+        rf"^[ \t\u200e\u200f>#*_]*(?!{VITAL_SIGN})(?:{'|'.join(forms)})", re.MULTILINE
+    )
 
 
 def _one_of(texts: Sequence[str]) -> str:
@@ -116,10 +126,14 @@ def _find_headings(text: str, task: TaskConfig) -> list[tuple[str, int, int]]:
     heading_of = {form: heading for heading, forms in task.spellings.items() for form in forms}
     if not heading_of:
         return []
-    return [
-        (heading_of[match["colon"] or match["alone"]], match.start(), match.end())
-        for match in _heading_pattern(tuple(heading_of)).finditer(text)
-    ]
+    lists = [match.span() for match in MNEMONICS.finditer(text)]
+    found = []
+    for match in _heading_pattern(tuple(heading_of)).finditer(text):
+        spelling = match["colon"] or match["alone"]
+        listed = any(start <= match.start() < end for start, end in lists)
+        if len(spelling) > 1 or not listed:
+            found.append((heading_of[spelling], match.start(), match.end()))
+    return found
 
 
 def before_next_heading(text: str, task: TaskConfig = SOAP) -> str:
@@ -161,11 +175,16 @@ def heading_list(task: TaskConfig) -> str:
 
 # "A/P", "Assessment and Plan"
 JOINT = r"(?:assessment|impression|a)[ \t]*(?:/|&|\+|,|and)[ \t]*(?:plan|p)"
-TAG = r"</?(?:b|strong|i|em|u|h[1-6]|p|span|div)\b[^<>]*>"
-CLOSING = r"</(?:b|strong|i|em|u|h[1-6]|p|span|div)>|<br[ /]*>"
+TAG = r"</?(?:b|strong|i|em|u|h[1-6]|p|span|div|li|d[dt])\b[^<>]*>"
+CLOSING = r"</(?:b|strong|i|em|u|h[1-6]|p|span|div|li|d[dt])>|<br[ /]*>"
 BULLETS = "-\u2022\u00b7\u25aa\u25cf"
 WRAPPERS = "*_`[(\u3010<"
-BLANKS = " \t\u00a0\u200b\ufeff"
+BLANKS = " \t\u00a0\u202f\u200b\u200e\u200f\ufeff"
+FRAME = re.compile(
+    r"^[ \t]*([=~+'-])\1{1,60}[ \t]{0,9}(.{1,80}?)[ \t]{0,9}\1{2,60}(.*)"
+)  # "== Plan =="
+INITIAL = re.compile(r"^([\s>#-]*)[*_(\[]+([A-Za-z])[*_)\]]+(?=[a-z]{2})")  # "**P**lan"
+RULE = re.compile(r"[ \t]*([=~_^*-])\1{2,}[ \t]*")  # what underlines a heading
 
 
 @functools.lru_cache(maxsize=8)
@@ -196,6 +215,7 @@ def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str
     and so must a word whose sign could also be another's.
     """
     heading_of = {form.casefold(): h for h, forms in task.spellings.items() for form in forms}
+    line = INITIAL.sub(r"\1\2", FRAME.sub(r"**\2**\3", line, count=1))
     match = _styled_pattern(tuple(f for o in task.spellings.values() for f in o)).fullmatch(line)
     if not match or re.match(VITAL_SIGN, line[match.start("name") :]):
         return None
@@ -225,6 +245,36 @@ def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str
     return heading, text
 
 
+def _without_repeated(heading: str, text: str, task: TaskConfig) -> str:
+    """The text behind a heading without another spelling of it, as in "S: Subjective: cough"."""
+    forms = _one_of(sorted(task.spellings[heading], key=len, reverse=True))
+    return re.sub(rf"^[*_]*(?:{forms})[*_]*[ \t]*(?:[:\uff1a][*_ \t]*|$)", "", text)
+
+
+def _split_inline(line: str, task: TaskConfig) -> list[str]:
+    """The sections of a line that holds all of them, as in "S: cough O: T 37 A: cold P: rest".
+
+    [line] where it lacks a heading with a colon, or has them in another order.
+    """
+    signs = rf"(?:[\s;|*_]|{TAG}|<br[ /]*>)"
+    at, bounds = 0, []
+    for number, forms in enumerate(task.spellings.values()):
+        names = _one_of(sorted(forms, key=len, reverse=True))
+        before = rf"{signs}{{0,40}}" if number == 0 else rf"{signs}{{1,40}}"
+        pattern = rf"{before}(?!{VITAL_SIGN})(?:{names}){signs}{{0,40}}[:\uff1a]{signs}{{0,40}}"
+        found = re.compile(pattern)
+        match = found.match(line) if number == 0 else found.search(line, at)
+        if not match:
+            return [line]
+        bounds.append(match.span())
+        at = match.end()
+    ends = [start for start, _ in bounds[1:]] + [len(line)]
+    return [
+        f"{heading}: {line[start:end].strip()}".rstrip()
+        for heading, (_, start), end in zip(task.headings, bounds, ends)
+    ]
+
+
 def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
     """(the note with the task's headings written "S: text", how many were written otherwise).
 
@@ -232,18 +282,36 @@ def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
     among the findings stays there. A joint "Assessment and Plan" becomes A, up to a line that
     begins P: nothing says which of its sentences is which.
     """
-    lines = note.strip().split("\n")
+    lines: list[str] = []
     changed = 0
+    for line in note.strip().split("\n"):
+        sections = _split_inline(line, task)
+        lines += sections
+        changed += len(sections) if len(sections) > 1 else 0
+    lists = _listed_lines(lines)
     order = [*task.headings, None]
     following = order[0]
     for i, line in enumerate(lines):
-        found = _heading_in(line, task, following)
+        found = None if i in lists else _heading_in(line, task, following)
         if found is None:
             continue
         heading, text = found
         following = order[order.index(heading) + 1]
+        text = _without_repeated(heading, text, task)
+        if not text and i + 1 < len(lines) and RULE.fullmatch(lines[i + 1]):
+            lines[i + 1] = ""
         written = f"{heading}: {text}".rstrip()
         if written != line.rstrip():
             lines[i] = written
             changed += 1
     return "\n".join(lines), changed
+
+
+def _listed_lines(lines: list[str]) -> set[int]:
+    """The numbers of the lines that belong to one of `MNEMONICS`."""
+    text = "\n".join(lines)
+    found: set[int] = set()
+    for match in MNEMONICS.finditer(text):
+        first = text.count("\n", 0, match.start())
+        found |= set(range(first, first + match[0].count("\n") + 1))
+    return found

@@ -227,9 +227,15 @@ def _find_frame(tokenizer, template: str, roles: tuple[str, ...]) -> ChatFrame:
         if all(m["content"] in prompt for m in messages):
             try:
                 whole = _apply(tokenizer, arrange([*messages, answer]), False)
-            except _TEMPLATE_ERRORS:
+            except _TEMPLATE_ERRORS as error:
+                if roles[-1] == "assistant":  # two answers in a row
+                    problem = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                    continue
                 whole = ""
             before, found, end = whole.rpartition(answer["content"])
+            if found and "\ue000" in end:
+                problem = "it writes an answer before other messages"
+                continue
             tail = prompt[prompt.rfind("\ue001") + 1 :]
             return ChatFrame(arrange, _lead(tail, prompt, before), end if found else None)
     raise ConfigError(
@@ -431,7 +437,7 @@ def encode_examples(
     """
     turns = [_assistant_turns(c, supervise) for c in conversations]
     flat = list(itertools.chain.from_iterable(turns))
-    texts = [render(tokenizer, messages, False) for messages in flat]
+    texts = [_render_turn(tokenizer, c, m) for c, own in zip(conversations, turns) for m in own]
     encoded = _encode_texts(tokenizer, [(messages, False) for messages in flat], texts)
     prompts = encode_prompts(tokenizer, flat, texts, encoded)
     answers = (
@@ -463,6 +469,16 @@ def encode_examples(
             labels[start:end] = input_ids[start:end]
         examples.append(Example(conversation.id, input_ids, labels, conversation.weight))
     return examples
+
+
+def _render_turn(tokenizer, conversation: Conversation, messages: Messages) -> str:
+    """As `render`; a chat that the template refuses is named, as other rows may be in order."""
+    try:
+        return render(tokenizer, messages, False)
+    except ConfigError as error:
+        if conversation.dialogue is not None:
+            raise
+        raise ConfigError(f"id {conversation.id}: {error}: change the chat or remove it") from error
 
 
 def _assistant_turns(conversation: Conversation, supervise: str) -> list[Messages]:

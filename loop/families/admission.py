@@ -48,12 +48,8 @@ def check_stored_weights(base: str, revision: str | None) -> None:
     location = checked_base(base, revision)
     model_config = read_model_config(location, revision)
     stored = getattr(model_config, "quantization_config", None) or {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    if method and "bitsandbytes" not in str(method):
-        raise ConfigError(
-            f"base={base}: is stored quantised ({str(method)[:40]}): take the 16-bit model that it "
-            "was made from"
-        )
+    if stored:
+        check_stored_codes(base, stored if isinstance(stored, dict) else stored.to_dict())
     folder = Path(location["pretrained_model_name_or_path"])
     shapes = stored_shapes(base, folder) if folder.is_dir() and not stored else {}
     if not shapes or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -68,6 +64,22 @@ def check_stored_weights(base: str, revision: str | None) -> None:
         check_shapes(base, wanted, shapes)
         missing = wanted.keys() - shapes.keys() - model.all_tied_weights_keys.keys()
         check_loaded(base, {"mismatched_keys": [], "missing_keys": missing})
+
+
+def check_stored_codes(base: str, stored: dict[str, Any]) -> None:
+    """Raises ConfigError for a base that is stored quantised, but for bitsandbytes' 4 bits.
+
+    stored: the quantization_config of its config.json.
+    """
+    method = str(stored.get("quant_method") or "by a method that its config.json does not name")
+    if "bitsandbytes" in method and stored.get("load_in_8bit"):
+        method = "bitsandbytes, 8 bits"  # it would be loaded so, whatever the run asks for
+    elif "bitsandbytes" in method:
+        return
+    raise ConfigError(
+        f"base={base}: is stored quantised ({method[:60]}): take the 16-bit model that it was "
+        "made from"
+    )
 
 
 def check_lora_fits(config: Config) -> None:

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from ..config.schema import COLUMNS, ConfigError, DataConfig
-from ..data.conversations import Question, check_id
+from ..data.conversations import Question
 from ..data.conversations import read_questions as read_questions_of
+from ..data.sources.cells import check_id
 from ..data.sources.readers import BadRow, read_json
 from ..distributed.files import write_atomically
 from ..distributed.world import Ranks

@@ -56,6 +56,8 @@ TRIAL_TEXT = "Doctor: any pain?" + "".join(64 * c for c in ("a", "A", "1", " ", 
 MOST_TRIAL_CHARACTERS = 2**20
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_SUFFIXES = (".gguf", ".bin", ".safetensors", ".pt", ".pth", ".json")  # no hub id ends so
+# The names of files that hold a tokenizer's vocabulary.
+VOCABULARY = re.compile(r"^tokenizer\.json$|vocab|tekken|tiktoken|\.model$")
 GENERATION_CONFIG = "generation_config.json"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -167,7 +169,14 @@ def load_tokenizer(base: str, revision: str | None = None):
     text, as the base was trained so. `model_max_length` is the context of the base.
     """
     with config_errors_for(base):
-        tokenizer = AutoTokenizer.from_pretrained(**checked_base(base, revision), revision=revision)
+        location = checked_base(base, revision)
+        folder = Path(location["pretrained_model_name_or_path"])
+        if folder.is_dir() and not any(VOCABULARY.search(p.name) for p in folder.iterdir()):
+            raise ConfigError(
+                f"base={base}: the folder has no tokenizer (tokenizer.json, tokenizer.model or "
+                "vocab.json); copy the files of the base's tokenizer there"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "

@@ -64,6 +64,10 @@ def read_axes(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         if key.startswith(("run.", "monitor.")):
             raise ConfigError(f"{arg}: runs that differ in {key} can't be compared; give one value")
         axes[key] = values
+    for arg in others:
+        key = arg.partition("=")[0]
+        if key in axes:
+            raise ConfigError(f"{arg}: {key} is swept already; give its values in one word")
     if math.prod(map(len, axes.values())) > MOST_RUNS:
         raise ConfigError(f"{', '.join(axes)}: more than {MOST_RUNS:,} combinations; give fewer")
     if not axes:
@@ -97,6 +101,7 @@ def plan_sweep(argv: list[str]) -> Sweep:
     if not first.data.valid and not first.data.valid_fraction:
         raise ConfigError("data.valid: a sweep needs validation examples to compare its runs by")
     runs: list[Run] = []
+    names: dict[str, str] = {}  # of the runs, by what they compute
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination))
         name = run_name(values)
@@ -104,5 +109,9 @@ def plan_sweep(argv: list[str]) -> Sweep:
             name = f"run-{len(runs) + 1}"
         words = [*others, *(f"{key}={value}" for key, value in values.items())]
         words += [f"run.dir={folder}", f"run.name={name}"]
-        runs.append(Run(values, [*ranks, *words], load_config(words)))
+        config = load_config(words)
+        same = names.setdefault(config.model_dump_json(exclude={"run"}), name)
+        if same != name:  # as with lr=1e-4,0.0001
+            raise ConfigError(f"{name}: is the same run as {same}; leave one out")
+        runs.append(Run(values, [*ranks, *words], config))
     return Sweep(folder, runs, bool(ranks))

@@ -14,7 +14,7 @@ from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
 from loop.data.sources import readers
-from loop.data.sources.locations import open_dataset
+from loop.data.sources.locations import _load_dataset, open_dataset
 from loop.data.sources.readers import READERS, BadRow, format_of
 from loop.model.loading import load_tokenizer
 
@@ -96,6 +96,25 @@ def test_a_folders_readme_names_no_file_outside_of_it(tmp_path, name):
     )
     with pytest.raises(ConfigError, match="outside of the folder"):
         open_dataset(str(folder), "train")
+
+
+def test_a_folder_says_which_of_its_parts_is_wanted(tmp_path):
+    """The library takes eval.csv for the test split, and of two kinds of files one alone."""
+    for name in ("train.csv", "eval.csv"):
+        (tmp_path / name).write_text("dialogue,soap\na,b\n")
+    with pytest.raises(ConfigError, match="has the splits train, test: name one, SOURCE:SPLIT"):
+        open_dataset(str(tmp_path), "valid")
+    (tmp_path / "more.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(ConfigError, match="a folder of .csv, .jsonl files, of which one kind"):
+        open_dataset(str(tmp_path), "train")
+    files = "configs:\n- config_name: a\n  data_files: more.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{files}---\n")
+    assert len(open_dataset(str(tmp_path), "train")) == 1
+    files += "- config_name: b\n  data_files: more.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{files}---\n")
+    _load_dataset.cache_clear()
+    with pytest.raises(ConfigError, match="has the subsets a, b: name one, SOURCE:SUBSET:SPLIT"):
+        open_dataset(str(tmp_path), "train")
 
 
 BOMB = b"a" * 2**24  # 16 MiB; some 16 kB when compressed

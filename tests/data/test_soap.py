@@ -115,6 +115,14 @@ def test_a_section_ends_where_a_line_begins_another():
         ("### Subjective ###\na\n### Objective ###\nb\n# Assessment\nc\n# Plan\nd", 4),
         ("Subjective (S): a\nO (Objective): b\nA: c\nP: d", 2),
         ("S: a\nO: b\nImpression & Plan: c\nP: d", 1),
+        ("**S**ubjective: a\n(O)bjective: b\n[A]ssessment: c\n__P__lan: d", 4),
+        ("S: Subjective\na\nO - Objective: b\nA: **Assessment:** c\nP: Plan: d", 4),
+        ("Subjective\n====\na\nObjective\n----\nb\nAssessment\n~~~\nc\nPlan\n---\nd", 4),
+        ("== Subjective ==\na\n--- Objective ---\nb\n'''A''': c\n=== PLAN ===\nd", 4),
+        ("S: a O: b A: c P: d", 4),
+        ("**S:** a; **O:** b; **A:** c; **P:** d", 4),
+        ("<b>Subjective:</b> a<br><b>Objective:</b> b<br>Assessment: c | Plan: d", 4),
+        ("\u200eS: a\n\u200fO: b\nA: c\nP: d", 2),
         ("S: a\nO: b\nA: c\nP: d", 0),
     ],
 )
@@ -136,6 +144,39 @@ def test_what_only_looks_like_a_heading_stays_where_it_is(line):
         before = "S: a"
     written, count = normalize_headings(f"{before}\n{line}")
     assert (written, count) == (f"{before}\n{line}", 0)
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["S: a O: T 37 P: 80 A: c P: d", "S: a\nO: T 37\n**P:** 80\nA: c\nP: d", "S: P: A: O: x"]
+    + ["**S**omething hurts", "S: a A: c O: b P: d", "--- Planning ---", "S: Subjectively well"],
+)
+def test_only_what_is_sure_is_changed(note):
+    """A pulse among the findings of one line, or in bold; headings in another order."""
+    written, count = normalize_headings(note)
+    assert (written, count) == (
+        ("S: a\nO: T 37 P: 80\nA: c\nP: d", 4) if note.startswith("S: a O") else (note, 0)
+    )
+    if "**P:**" in note:
+        assert parse_note(note)["P"] == "d"
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "O: 3 days ago\nP: walking\nQ: dull\nR: none\nS: 7/10\nT: constant",
+        "**P:** walking\n**Q:** dull\n**R:** none\n**S:** 7/10\n**T:** constant",
+        "S - cough\nA - penicillin\nM - none\nP - asthma\nL - noon\nE - none",
+        "- O: 1 day\n- L: knee\n- D: hours\n- C: dull\n- A: none\n- R: none\n- T: am\n- S: 7",
+    ],
+)
+def test_the_letters_of_a_list_of_pain_or_history_are_no_headings(listed):
+    note = f"S: Knee pain.\n{listed}\nO: b\nA: c\nP: d"
+    found = {"S": f"Knee pain.\n{listed}", "O": "b", "A": "c", "P": "d"}
+    assert parse_note(note) == found
+    assert normalize_headings(note) == (note, 0)
+    # The letters of SOAPIE are those of its sections.
+    assert parse_note("S: a\nO: b\nA: c\nP: d\nI: e\nE: f")["P"] == "d\nI: e\nE: f"
 
 
 def test_a_pulse_stays_a_pulse():

@@ -158,6 +158,19 @@ REFUSED = {
     "packed.jsonl": (gzip.compress(JSONL), "compressed: put .gz behind its name"),
     "workbook.csv": (b"PK\x03\x04", "name it .xlsx"),
     "latin.csv": (b"id,dialogue,soap\nM\xfcller,a,b\n", "its id is not UTF-8"),
+    "zstd.jsonl": (b"\x28\xb5\x2f\xfd" + b"x" * 99, "compressed by zstd: unpack it"),
+    "escaped.jsonl": (row(dialogue="Doctor: a\\nPatient: b"), "(id r0): dialogue has line breaks"),
+    "null.csv": (b"id,dialogue,soap\n1,Doctor: a,NULL\n", "note is NULL, a word for nothing"),
+    "failed.csv": (b"id,dialogue,soap\n1,Doctor: a,#REF!\n", "note is #REF!, a word for nothing"),
+    "joined.csv": (b"id,dialogue,soap\n1,a,b\nid,dialogue,soap\n", "row 2: repeats the header"),
+    "sqlcmd.csv": (b"id,dialogue,soap\n--,---,---\n1,a,b\n", "row 1: is a line of dashes"),
+    "title.csv": (b"# May\nid,dialogue,soap\n", "remove what stands before the line that names"),
+    "footer.csv": (b"id,dialogue,soap\n1,a,b\n(1 row)\n", "row 2: has another number of fields"),
+    "caret.csv": (b"id^dialogue^soap\n1^a^b\n", "or bars between columns?"),
+    "endless.jsonl": (b'{"id": 1e400, "dialogue": "a", "soap": "b"}', "must be a number"),
+    "by_column.json": (json.dumps({"id": [1], "dialogue": ["a"]}).encode(), "a row a line (pandas"),
+    "wrapped.json": (json.dumps({"data": ROWS}).encode(), "the rows seem to be inside of it"),
+    "turns.jsonl": (row(dialogue=["Doctor: a"]), "is list, not a text: join its parts"),
     "pretty.json": (json.dumps(ROWS[0], indent=1).encode(), "one object a line"),
     "damaged.jsonl.bz2": (b"BZh9" + b"x" * 99, "cannot be read (OSError); copy it again"),
     "twice.parquet": (parquet(soap=True), "names a column twice"),
@@ -174,6 +187,24 @@ def test_what_cannot_be_read_says_what_would_help(name, tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / name)
     assert words in str(caught.value) and name in str(caught.value)
+
+
+def test_what_clinicians_write_for_nothing_is_a_note(tmp_path):
+    notes = ["None", "N/A", "-", "Null findings.", "Sees C:\\new folder: no"]
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\n".join(row(id=i, soap=note) for i, note in enumerate(notes))
+    )
+    assert [c.note for c in read(tmp_path / "a.jsonl")] == notes
+
+
+def test_an_id_in_capitals_and_columns_inside_of_objects(tmp_path):
+    (tmp_path / "a.csv").write_text("ID,dialogue,soap\n7,Doctor: a,S: a\n")
+    assert [c.id for c in read(tmp_path / "a.csv")] == ["7"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"visit": {"talk": "a"}, "note": "b", "c": 1}))
+    columns = "data.columns={dialogue: visit.talk, note: note}"
+    assert read(tmp_path / "a.jsonl", columns)[0].dialogue == "a"
+    with pytest.raises(ConfigError, match="no column 'd.c', only visit, note, c: map it"):
+        read(tmp_path / "a.jsonl", "data.columns={dialogue: d.c, note: note}")
 
 
 def test_ids_may_be_fractions(tmp_path):
@@ -249,6 +280,36 @@ def test_folders_and_patterns(tmp_path):
         read(tmp_path / "texts")
     with pytest.raises(ConfigError, match="no file matches"):
         read(tmp_path / "none*.jsonl")
+
+
+def test_an_address_and_the_home_folder(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="s3://b/a.jsonl: is an address, and only files of this"):
+        read("s3://b/a.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    assert len(read("~/a.jsonl")) == len(read("~/*.jsonl")) == 3
+    (tmp_path / "n.dialogue.txt").write_text("Doctor: a")
+    (tmp_path / "n.note.txt").write_text("S: a")
+    (tmp_path / "._n.dialogue.txt").write_bytes(b"\0\5\x16\7")  # as macOS leaves it on a stick
+    assert [c.id for c in read("~/")] == ["n"]
+
+
+def test_chats_of_openais_fine_tuning(tmp_path):
+    ask, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+
+    def chat(*messages):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+        return read(tmp_path / "a.jsonl", "data.columns={messages: messages}")[0].messages
+
+    parts = {"role": "user", "content": [{"type": "text", "text": "u"}]}
+    assert chat(parts, answer | {"weight": 1}) == [ask, answer]
+    for messages, words in (
+        ((ask, answer | {"weight": 0}, ask, answer), "an answer has the weight 0"),
+        ((ask, answer | {"tool_calls": [{}]}, ask, answer), "has tool_calls, which are not tr"),
+        (({"role": "system", "content": ""}, ask, answer), r"message 1 \(system\) is empty"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            chat(*messages)
 
 
 def test_chats_of_sharegpt_and_those_that_begin_with_the_answer(tmp_path):

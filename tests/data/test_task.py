@@ -89,7 +89,8 @@ def test_generate_asks_what_the_training_asked(source):
         (["task.request=Write {note}."], "{note} is filled from no column"),
         (["task.system=For {who}."], "a {NAME} is filled in the request alone"),
         (["task.headings={}"], "asks for S:, O:, A: and P:; give one that fits"),
-        (["task.request=x", "task.headings={'A:': b}"], "'A:' must be a text without the colon"),
+        (["task.request=x", "task.headings={'A:': b}"], "must be a text on one line, without the"),
+        (["task.request=x", 'task.headings=["A\\nB"]'], "must be a text on one line, without the"),
         (["task.request=x", "task.headings={A: x, B: [y, x]}"], "'x' is named twice"),
         (["data.columns.section=header"], "data.columns.section: is none of"),
         (["task.request=x", "task.headings={}", "data.headings=required"], "names none"),
@@ -111,6 +112,21 @@ def test_what_is_left_out_is_the_soap_tasks():
     note = "Befund: RR 120/80\nP: 80\nPlan: Ruhe"
     assert parse_note(note, task) == {"Befund": "RR 120/80\nP: 80", "Plan": "Ruhe"}
     assert has_all_sections(note, task) and not has_all_sections(note)
+
+
+def test_headings_as_other_languages_write_them():
+    """French puts a narrow blank before a colon, and Arabic may begin with a mark of direction."""
+    task = TaskConfig(request="x", headings=["Évaluation", "الخطة"])
+    for blank, mark in (("\u00a0", "\u200f"), ("\u202f", "\u200e"), (" ", "")):
+        note = f"Évaluation{blank}: a\n{mark}الخطة: b"
+        assert parse_note(note, task) == {"Évaluation": "a", "الخطة": "b"}
+
+
+def test_a_number_that_is_none_does_not_stand_in_a_request(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"dialogue": "a", "soap": "b", "section": NaN, "who": 1}\n')
+    with pytest.raises(ConfigError, match="section is float, not a text"):
+        read_split(load(str(path), REQUEST, columns()), "train")
 
 
 def test_several_spellings_are_one_section():

@@ -93,6 +93,8 @@ WRONG = {  # a change of the configuration: what is said of weights that stay as
     "pad_token_id=320": "pad_token_id=320, and the vocabulary has 320",
     "dtype='float8_e4m3fn'": "dtype='float8_e4m3fn': must be float32",
     "quantization_config={'quant_method': 'fp8'}": "is stored quantised (fp8)",
+    "quantization_config={'bits': 4}": "quantised (by a method that its config.json does not name)",
+    "quantization_config={'quant_method': 'bitsandbytes', 'load_in_8bit': True}": "es, 8 bits)",
 }
 
 
@@ -102,6 +104,13 @@ def test_weights_of_another_model_are_refused_by_their_headers(base, tiny_base, 
     for path in ROOT.__class__(tiny_base).glob("*.safetensors"):
         shutil.copy(path, folder)
     assert WRONG[change] in refusal(configure(folder, tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_says_so(base, tmp_path):
+    folder = base()
+    for path in ROOT.__class__(folder).glob("tokenizer*"):
+        path.unlink()
+    assert "the folder has no tokenizer (tokenizer.json" in refusal(configure(folder, tmp_path))
 
 
 def test_wishes_of_a_base_for_its_output_do_not_count(base, tiny_base, tmp_path):

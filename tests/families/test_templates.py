@@ -133,6 +133,20 @@ def test_two_turns_of_templates_whose_eos_is_behind_the_last_answer_alone(tokeni
     assert tokenizer.decode(e.input_ids[e.labels != -100]) == "one<|end|>two<|end|></s>"
 
 
+def test_a_chat_that_the_template_refuses_is_named(tokenizer):
+    turn = "(m.role == 'user') != (loop.index0 % 2 == 0)"
+    use(
+        tokenizer,
+        OUTER.replace(
+            "%}{{", f"%}}{{% if {turn} %}}{{{{ raise_exception('x') }}}}{{% endif %}}{{{{", 1
+        ),
+    )
+    for roles in (("user", "user", "assistant"), ("user", "assistant", "assistant")):
+        turns = [{"role": role, "content": "knee"} for role in roles]
+        with pytest.raises(ConfigError, match="^id a: the base's chat template refuses .*: x: ch"):
+            encode_examples(tokenizer, [Conversation("a", turns)])
+
+
 def test_a_date_in_a_template_is_the_same_on_every_day(tokenizer):
     for call in (
         "{{ strftime_now('%d %b %Y') }}",
@@ -149,6 +163,13 @@ def test_a_template_that_drops_a_message_is_refused_in_one_line(tokenizer):
     with pytest.raises(ConfigError, match="chat template refuses .*: it does not write all") as e:
         encode(tokenizer, [(soap_messages(DIALOGUE), True)])
     assert "knee" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_template_that_writes_the_answer_first_is_refused(tokenizer):
+    """The other messages would be learned as the note's end."""
+    use(tokenizer, OUTER.replace("in messages", "in messages | reverse"))
+    with pytest.raises(ConfigError, match="it writes an answer before other messages"):
+        encode(tokenizer, [(soap_messages(DIALOGUE), True)])
 
 
 @pytest.mark.parametrize("change", ["[:60]", " | replace('e', 'x')", " | upper", " | tojson"])

@@ -90,6 +90,8 @@ def test_every_combination_is_a_run_of_its_own(sweep_of, config_file):
         (["lr=1e-4"], "nothing to sweep"),
         (["lr=1e-4,1e-4"], "twice"),
         (["lr=1e-4,3e-4", "lr=1e-3,2e-3"], "twice"),
+        (["lr=1e-4,3e-4", "lr=1e-3"], "lr=1e-3: lr is swept already"),
+        (["lr=1e-4,0.0001"], "lr=0.0001: is the same run as lr=1e-4; leave one out"),
         (["run.seed=1,2"], "can't be compared"),
         (["monitor.best=loss,rouge1"], "can't be compared"),
         (["lr=1e-4,fast"], "lr='fast'"),

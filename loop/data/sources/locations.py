@@ -69,6 +69,7 @@ def expand(source: str, split: str) -> list[str]:
 
     Raises ConfigError where the pattern means none.
     """
+    source = _without_tilde(source)
     if not re.search(r"[*?[]", source) or _exists(Path(source)):
         return [source]
     found = sorted(glob.glob(source, recursive=True)) or sorted(
@@ -79,6 +80,11 @@ def expand(source: str, split: str) -> list[str]:
     # Excel keeps a file ~$NAME beside each workbook that is open.
     found = [name for name in found if not Path(name).name.startswith("~$")]
     return found or [source]  # brackets are also a part of the hub's splits, train[:10%]
+
+
+def _without_tilde(source: str) -> str:
+    """The source with the home folder for a leading ~, as a shell has it in other places."""
+    return str(Path.home()) + source[1:] if source.startswith("~/") else source
 
 
 def hub_id(source: str) -> re.Match | None:
@@ -109,6 +115,7 @@ def locate(source: str, split: str) -> Location:
     Raises ConfigError for a path that is missing, and for a file of a kind that is not read.
     """
     default = SPLITS[split]
+    source = _without_tilde(source)
     parts = source.split(":")
     for count in range(len(parts), 0, -1):  # the longest name that exists
         name, rest = ":".join(parts[:count]), parts[count:]
@@ -125,6 +132,11 @@ def locate(source: str, split: str) -> Location:
                 subset = rest[0] if len(rest) == 2 else None
                 return Location(path, name, None, subset, (rest[-1] if rest else "") or default)
     match = hub_id(source)
+    if "://" in source:
+        raise ConfigError(
+            f"data.{split}={source}: is an address, and only files of this machine and the hub's "
+            "OWNER/NAME are read: copy the file here and name its path"
+        )
     if match is None:
         raise ConfigError(
             f"data.{split}={source}: no such file or folder (not asked of the hub, whose ids are "
@@ -155,6 +167,7 @@ def _load_dataset(at: Location) -> "datasets.Dataset":
         raise ConfigError("its folders are of save_to_disk: name one of them")
     if not any(format_of(path) not in (".txt", ".md", "") for path in at.path.rglob("*.*")):
         raise ConfigError(_describe(at.path))  # the library would read each line as a row
+    _check_one_kind(at.path)
     # The library's cache would keep a copy of patients' dialogues in the home folder. A temporary
     # one is removed with this block.
     with tempfile.TemporaryDirectory() as cache:
@@ -178,7 +191,7 @@ def open_dataset(source: str, split: str) -> "datasets.Dataset":
         if isinstance(root, ConfigError):
             problem = str(root)
         elif at.path:
-            problem = f"{_describe(at.path)} ({type(root).__name__})"
+            problem = _parts_of(root) or f"{_describe(at.path)} ({type(root).__name__})"
         else:
             # A parser's message could quote the data; the file system's and the hub's do not.
             reason = ""
@@ -189,6 +202,39 @@ def open_dataset(source: str, split: str) -> "datasets.Dataset":
                 f"folder ({type(root).__name__}{reason})"
             )
         raise ConfigError(f"data.{split}={source}: {problem}") from root
+
+
+def _check_one_kind(folder: Path) -> None:
+    """Raises ConfigError for files of several kinds: the library would read one kind alone.
+
+    A README.md that names the files says what counts.
+    """
+    kinds = {
+        format_of(path)
+        for path in folder.rglob("*")
+        if not path.name.startswith((".", "dataset_info", "dataset_dict"))
+    } & {*READERS}
+    card = folder / "README.md"
+    named = card.is_file() and "data_files" in card.read_text("utf-8", errors="replace")
+    if len(kinds) > 1 and not named:
+        raise ConfigError(
+            f"a folder of {', '.join(sorted(kinds))} files, of which one kind alone would be read: "
+            f"name the files, or a pattern such as {folder.name}/*{min(kinds)}"
+        )
+
+
+def _parts_of(error: BaseException) -> str:
+    """What splits or subsets a folder has, where the library misses the one that is wanted."""
+    found = re.search(
+        r"(Unknown split|available configs).*?(\[[^\[\]]{1,300}\])", str(error), re.DOTALL
+    )
+    if not found:
+        return ""
+    what, how = "splits", "SOURCE:SPLIT"
+    if found[1] != "Unknown split":
+        what, how = "subsets", "SOURCE:SUBSET:SPLIT"
+    names = ", ".join(re.findall(r"[\w.-]+", found[2]))
+    return f"has the {what} {names}: name one, {how}"
 
 
 def _describe(folder: Path) -> str:

@@ -39,6 +39,8 @@ NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or a zip file: name it .xlsx, or unpack it",
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file: save it as CSV",
     b"PAR1": "Parquet: name it .parquet",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"ARROW1": "Feather or Arrow: write it as Parquet",
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")  # a character that XML can't hold
@@ -233,7 +235,10 @@ def _read_csv(path: Path) -> Rows:
         except csv.Error as error:
             yield (
                 number + 1,
-                BadRow(f"cannot be read as CSV, nor what follows it ({error}): repair the file"),
+                BadRow(
+                    f"cannot be read as CSV, nor what follows it ({error}): repair the file; "
+                    "in a quoted field a quote is written twice"
+                ),
             )
         except DAMAGED as error:
             yield number + 1, _damaged(error)
@@ -260,14 +265,23 @@ def _with_header(lines: Iterable[list]) -> Rows:
         return
     for number, fields in enumerate(lines, 1):
         surplus = fields[len(header) :]
-        if len(fields) >= len(header) and not any(surplus):
+        if fields[: len(header)] == header:
+            yield number, BadRow("repeats the header: remove the line")
+        elif all({*str(field)} == {"-"} for field in fields):  # as sqlcmd draws below a header
+            yield number, BadRow("is a line of dashes: remove it")
+        elif len(fields) >= len(header) and not any(surplus):
             yield number, {header[i]: fields[i] for i in named}
         else:
+            remedy = "complete or remove the line"
+            if len(fields) > len(header):
+                remedy = "quote fields that hold the separator"
+            if len(header) == 1:
+                remedy = "remove what stands before the line that names the columns"
             yield (
                 number,
                 BadRow(
                     f"has another number of fields than the header ({len(fields)}, not "
-                    f"{len(header)}): quote fields that hold the separator"
+                    f"{len(header)}): {remedy}"
                 ),
             )
 
@@ -385,7 +399,8 @@ def read_text_pairs(folder: Path, columns: dict[str, list[str]]) -> Rows:
     names: set[str] = set()
     for kind in ("dialogue", "note"):
         suffix = f".{kind}.txt"
-        found = (path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
+        paths = (p for p in folder.rglob(f"*{suffix}") if not p.name.startswith("._"))  # of macOS
+        found = (path.relative_to(folder).as_posix() for path in paths)
         names |= {name.removesuffix(suffix) for name in found}
     for number, name in enumerate(sorted(names), 1):
         row: dict = {columns["id"][0]: name}
