@@ -21,7 +21,7 @@ OF_LIBRARIES = ("CUDA_", "DS_", "HF_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMER
 logging.disable(logging.WARNING)
 
 
-def _wrong_variables(error: BaseException, trace: TracebackType | None) -> str:
+def _wrong_variables(error: Exception, trace: TracebackType | None) -> str:
     """The variables that may have kept a library from being imported; "" where that is not it."""
     code = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
     importing = any(at.co_name == "<module>" and "site-packages" in at.co_filename for at in code)
@@ -39,7 +39,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     that can't be imported as a variable has a wrong value."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif names := _wrong_variables(error, trace):
+    elif isinstance(error, Exception) and (names := _wrong_variables(error, trace)):
         reason = f"{names}: a library can't be imported with that ({first_line(error)})"
         try:
             exit_with_config_error(ValueError(f"{reason}; correct it, or unset it"))

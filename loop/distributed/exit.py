@@ -44,10 +44,10 @@ class StandardStream(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self.is_log = is_log
 
-    def write(self, data) -> int | None:
+    def write(self, data) -> int:
         """As io.FileIO's; what can't be written counts as written. Raises OutputLost."""
         try:
-            return super().write(data)
+            return super().write(data) or 0
         except OSError as error:
             if not self.is_log and error.errno not in (errno.EPIPE, errno.EIO):
                 raise OutputLost(error.strerror) from None
@@ -71,7 +71,7 @@ def guard_streams(output_is_log: bool) -> None:
             if stream is getattr(sys, f"__{name}__"):
                 raw = StandardStream(stream.fileno(), is_log)
                 text = io.TextIOWrapper(
-                    raw,  # type: ignore[arg-type]  # as `python -u` has it: without a buffer
+                    raw,  # as `python -u` has it: without a buffer
                     encoding=stream.encoding,
                     errors="backslashreplace",
                     write_through=True,
