@@ -5,6 +5,12 @@
 # the start of a string, which ends below the Bash part; it runs only what comes after that.
 set -euo pipefail
 
+# A file that is opened gets the number of a closed stream, and would take in what libraries print.
+# Bash has opened this file by now.
+for stream in /proc/$$/fd/{0,1,2}; do
+  [[ -e $stream && ! $stream -ef ${BASH_SOURCE[0]} ]] || eval "exec ${stream##*/}<>/dev/null"
+done
+
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # a symbolic link is followed
 py=${LOOP_PYTHON:-$here/.venv/bin/python} # has the packages
 base=${PYTHON:-python3}                   # makes .venv
@@ -88,9 +94,14 @@ case ${1:-} in
     command=$1
     shift ;;
 esac
+# Some values of these keep Python from starting, in many lines that don't name the variable.
+any_python=$(command -v "$py" || command -v "$base" || echo "$base")
+for name in PYTHONHASHSEED PYTHONIOENCODING PYTHONHOME; do
+  [[ ! ${!name-} ]] || "$any_python" -c "" 2>/dev/null ||
+    die "Python does not start with $name=${!name}; unset it"
+done
 for arg in "$@"; do
   if [[ $arg == -h || $arg == --help ]]; then
-    any_python=$(command -v "$py" || command -v "$base" || echo "$base")
     need_python "$any_python"
     exec "$any_python" -I "$here/loop/config/help.py" "$command"
   fi
@@ -107,6 +118,8 @@ is_set_up || setup
 
 # --- the environment of all commands -------------------------------------------------------------
 
+# Asserts are meant, transformers reads its own docstrings, and a warning is no failure.
+unset PYTHONOPTIMIZE PYTHONWARNINGS
 PATH=$(dirname "$(command -v "$py")"):$PATH # DeepSpeed looks for ninja there
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}

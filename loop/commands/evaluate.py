@@ -163,12 +163,15 @@ def print_report(config: Config, options: EvaluationOptions, report: dict) -> No
     print(f"time: {timeline.describe(report['time'])}")
 
 
-def record_report(config: Config, options: EvaluationOptions, report: dict) -> None:
-    """Adds the report to the run's report.json and TensorBoard, if there is such a run."""
+def record_report(config: Config, options: EvaluationOptions, report: dict) -> str:
+    """Adds the report to the run's report.json and TensorBoard, if there is such a run.
+
+    Returns what to print of it.
+    """
     from torch.utils.tensorboard import SummaryWriter  # late: it takes a second
 
     if not config.folder.is_dir():
-        return
+        return ""
     name = options.split
     if options.predictions:
         name = f"{name}/{Path(options.predictions).stem}"
@@ -176,7 +179,7 @@ def record_report(config: Config, options: EvaluationOptions, report: dict) -> N
     with SummaryWriter(str(config.folder / "tensorboard" / "evaluate")) as board:
         for key, metric in report["figures"].items():
             board.add_scalar(f"{name}/{key}", metric["value"], steps)
-    print(f"with every unsupported fact in {config.folder / 'report.json'}")
+    return f"with every unsupported fact in {config.folder / 'report.json'}"
 
 
 def record_in_card(config: Config, options: EvaluationOptions, report: dict) -> None:
@@ -217,9 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     except (AuditError, RendezvousError, torch.OutOfMemoryError) as error:
         exit_with_failure(error)
     if report:
-        print_report(config, options, report)
-        record_report(config, options, report)
+        recorded = record_report(config, options, report)  # first: it may be printed to a full disk
         record_in_card(config, options, report)
+        print_report(config, options, report)
+        if recorded:
+            print(recorded)
     torch.distributed.destroy_process_group()
 
 

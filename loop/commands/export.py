@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..config.schema import ConfigError
-from ..distributed.exit import exit_with_config_error
+from ..distributed.exit import OutputLost, exit_with_config_error
 from ..export.audit import AuditError
 from ..export.from_checkpoint import export_checkpoint
 from ..export.hub import files_to_push, push_to_hub
@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_config_error(error)
     except AuditError as error:
         sys.exit(f"error: the audit failed: {error}; nothing is left at {args.out}")
+    except OutputLost:
+        raise
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: --out {args.out}: {error}; nothing is left there")
     except KeyboardInterrupt:

@@ -372,8 +372,7 @@ def generate(args: argparse.Namespace) -> None:
         (note,) = write_batch(model, tokenizer, [key], [shortened], generation, request)
         for what in count_endings([(note.ended, note.looped)]):
             print(f"the note was {what}", file=sys.stderr)
-        with contextlib.suppress(BrokenPipeError):
-            print(note.text)
+        print(note.text)
 
 
 def count_endings(notes: list[tuple[bool | None, bool]]) -> dict[str, int]:

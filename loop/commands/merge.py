@@ -71,13 +71,14 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(run(args))
+        done = run(args)
     except (ConfigError, AuditError) as error:
         exit_with_config_error(error)
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: --out {args.out}: {error}; nothing is left there")
     except KeyboardInterrupt:
         sys.exit(f"stopped; nothing is left at {args.out}")
+    print(done)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     print(f"peak memory of this process {peak_gib:.2f} GiB")
 

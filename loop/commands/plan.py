@@ -18,7 +18,7 @@ from ..config.deepspeed import build_ds_config
 from ..config.schema import Config, ConfigError, check_path
 from ..data.batch_plan import BatchPlan, plan_run
 from ..data.dataset import load_examples, visit_weights
-from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
+from ..distributed.exit import exit_with_config_error
 from ..families.admission import admit_base, check_vocabulary
 from ..memory.report import describe_memory, read_gpus
 from ..monitor.quiet import quiet_libraries
@@ -146,7 +146,6 @@ def write_board(folder: str, text: str, lengths: np.ndarray, lr: list[float]) ->
         raise ConfigError(f"--tensorboard {folder}: {error.strerror or error}") from error
 
 
-@ignore_broken_pipe()
 def main(argv: list[str] | None = None) -> None:
     """`plan [--gpus N] [--gpu-memory GIB] [--tokens-per-second N] [--tensorboard DIR] [--timing]`
 

@@ -17,7 +17,8 @@ from ..data.batch_plan import PackingSpec, plan_run, split_step
 from ..data.conversations import Conversation, read_split
 from ..data.dataset import load_examples, visit_weights
 from ..data.tokenization import IGNORE, Example, encode
-from ..distributed.exit import exit_with_config_error, ignore_broken_pipe
+from ..distributed.exit import exit_with_config_error
+from ..distributed.files import check_writable
 from ..distributed.hosts import is_number
 from ..model.loading import load_tokenizer
 from ..monitor.quiet import quiet_libraries
@@ -221,6 +222,8 @@ def preview(args: list[str]) -> None:
         raise ConfigError(
             f"--rows {printable(options['--rows'])}: must be a whole number of at least 1"
         )
+    if options["--html"]:
+        check_writable("--html", Path(options["--html"]))
     config = load_config(args)
     tokenizer = load_tokenizer(config.base, config.revision)
     examples, report = load_examples(config, tokenizer, "train")
@@ -238,7 +241,6 @@ def preview(args: list[str]) -> None:
     print("\n".join(check_examples(examples, conversations, tokenizer, set(report.truncated))))
 
 
-@ignore_broken_pipe()
 def main(argv: list[str] | None = None) -> None:
     """`preview [--rows N | --id ID | --step S] [--html FILE] [--config FILE] [key=value ...]`"""
     quiet_libraries()

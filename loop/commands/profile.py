@@ -44,7 +44,7 @@ def profiling_options(run_name: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     timeline.begin()
-    quiet_libraries()
+    quiet_libraries(output_is_log=True)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices of its start and end
     args = sys.argv[1:] if argv is None else argv
     main_rank = os.environ.get("RANK", "0") == "0"

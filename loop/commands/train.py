@@ -13,7 +13,7 @@ from ..config.deepspeed import build_ds_config
 from ..config.device import uses_gpu
 from ..config.schema import ConfigError
 from ..distributed import timeline
-from ..distributed.exit import exit_process, exit_with_config_error, ignore_broken_pipe
+from ..distributed.exit import exit_process, exit_with_config_error
 from ..distributed.rendezvous import RendezvousError
 from ..distributed.watchdog import RankLost
 from ..distributed.world import read_rank_environment
@@ -47,7 +47,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     timeline.begin()
-    quiet_libraries()
+    quiet_libraries(output_is_log=True)
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         read_rank_environment()
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     except FAILED as error:
         exit_with_failure(error)
     if "exported" in report:
-        with ignore_broken_pipe():
-            show_summary(config, report)
+        show_summary(config, report)
     dist.barrier()
     dist.destroy_process_group()
 

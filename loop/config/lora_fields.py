@@ -52,6 +52,11 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "trainable_token_indices needs the whole embedding on one rank; leave it out"
         )
+    if lora.get("target_parameters"):
+        raise ValueError(
+            "target_parameters: tensors get no LoRA here; leave it out, and name linear layers in "
+            "target_modules"
+        )
     initial = lora.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import NoReturn
 
 from ..config.cli import printable
@@ -30,28 +29,54 @@ def exit_with_config_error(error: Exception) -> NoReturn:
     exit_process(2, f"error on rank {rank}: {error}")
 
 
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """A context for printing: where nobody reads any more, it ends quietly.
+class OutputLost(OSError):
+    """Standard output can't be written: what was asked for is lost. Exit code 1."""
 
-    As under `| head`, or when a terminal was closed. That is no failure, since all is saved.
+
+class StandardStream(io.FileIO):
+    """Standard output or error, where a reader who has gone is no failure.
+
+    As under `| head`, or when a terminal was closed: what a command saves, it saves nevertheless.
     """
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        # What is left in the buffer goes there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def __init__(self, descriptor: int, is_log: bool) -> None:
+        """is_log: nothing is lost that is not elsewhere, so that a full disk is no failure."""
+        super().__init__(descriptor, "w", closefd=False)
+        self.is_log = is_log
+
+    def write(self, data) -> int:
+        """As io.FileIO's; what can't be written counts as written. Raises OutputLost."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if not self.is_log and error.errno not in (errno.EPIPE, errno.EIO):
+                raise OutputLost(error.strerror) from None
+            return memoryview(data).nbytes
 
 
-def print_any_text() -> None:
-    """Lets standard output and error take any character: as an escape where they can't show it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # of a fork whose stream was a file before
-                stream.reconfigure(errors="backslashreplace")
+def guard_streams(output_is_log: bool) -> None:
+    """Lets standard output and error take any character, and outlive those who read them.
+
+    A character that they can't show is written as an escape. The streams of tests stay theirs.
+
+    Args:
+        output_is_log: standard output tells what is kept elsewhere, as standard error does.
+    """
+    for name, is_log in (("stdout", output_is_log), ("stderr", True)):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        with contextlib.suppress(OSError):  # of a fork whose stream was a file before
+            stream.reconfigure(errors="backslashreplace")
+            if stream is getattr(sys, f"__{name}__"):
+                raw = StandardStream(stream.fileno(), is_log)
+                text = io.TextIOWrapper(
+                    raw,  # as `python -u` has it: without a buffer
+                    encoding=stream.encoding,
+                    errors="backslashreplace",
+                    write_through=True,
+                )
+                setattr(sys, name, text)
 
 
 def exit_process(code: int, message: str = "") -> NoReturn:

@@ -14,7 +14,7 @@ from ..config.schema import ConfigError, check_path
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A context with a new folder that becomes `out` at the end, and is deleted after an error.
 
-    Raises ConfigError where `out` is a file or a folder that is not empty.
+    Raises ConfigError where `out` is a file or a folder that is not empty, or can't be made.
     """
     check_path("--out", str(out))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -23,11 +23,28 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from error
+    try:
         yield temporary
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises ConfigError where no file can be written at the path. It is left as it is."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no such folder: make it, or name another")
+    was_there = os.path.lexists(path)
+    try:
+        with path.open("ab"):
+            pass
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..data.parallel import in_chunks, map_chunks
 from ..data.soap import SOAP, section_starts
 from ..data.tokenization import Example
 from ..distributed import timeline
+from ..distributed.files import check_writable
 from ..distributed.stop import StopRequest
 from ..distributed.timeline import timed
 from ..distributed.world import Ranks, init_distributed
@@ -221,8 +223,8 @@ def check_options(config: Config, options: EvaluationOptions) -> None:
         )
     if options.compare and not options.html:
         raise ConfigError("--compare: the page shows them; name it with --html FILE")
-    if options.html and not Path(options.html).resolve().parent.is_dir():
-        raise ConfigError(f"--html {options.html}: there is no such folder")
+    if options.html and os.environ.get("RANK", "0") == "0":
+        check_writable("--html", Path(options.html))
 
 
 def with_reference(config: Config, reference: str | None) -> Config:

@@ -7,6 +7,7 @@ was killed can be resumed with the same command.
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,6 +124,8 @@ def read_predictions(path: str, ids: list[str], option: str = "--predictions") -
 
 def _open_and_lock(path: str, option: str) -> BinaryIO:
     """The file, created where it is missing. Raises ConfigError where another run has it open."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ConfigError(f"{option} {path}: is no file that keeps what is written; name another")
     try:
         # Notes are a patient's: only the file's owner may read them.
         Path(path).touch(mode=0o600)

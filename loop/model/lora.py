@@ -113,6 +113,13 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
         isinstance(split, dict) for split in (trained.get("data") or {}).values()
     ):
         wrong.append("data")
+    if not isinstance(trained.get("steps") or 0, int):
+        wrong.append("steps")
+    starts = trained.get("started_from") or []
+    if "started_from" not in wrong and not all(
+        isinstance(start, dict) and isinstance(start.get("steps", 0), int) for start in starts
+    ):
+        wrong.append("started_from")
     if wrong:
         raise ConfigError(
             f"{named}: adapter_config.json or trained.json: "

@@ -7,15 +7,18 @@ import warnings
 import transformers
 from huggingface_hub.utils import disable_progress_bars
 
-from ..distributed.exit import print_any_text
+from ..distributed.exit import guard_streams
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(output_is_log: bool = False) -> None:
     """Turns off the libraries' warnings, informational messages and progress bars.
 
     What ends a command is said by the command, whose lines are written whatever the terminal shows.
+
+    Args:
+        output_is_log: as in `guard_streams`.
     """
-    print_any_text()
+    guard_streams(output_is_log)
     warnings.filterwarnings("ignore")
     for name in ("DeepSpeed", "deepspeed", "bitsandbytes", "torch", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

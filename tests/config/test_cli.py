@@ -89,30 +89,6 @@ def test_a_mistake_ends_the_command_with_2_before_anything_is_loaded(tmp_path):
     assert done.stderr.startswith("error: lr='abc'")
 
 
-@pytest.mark.parametrize("closed", [True, False])
-def test_a_reader_who_has_gone_is_no_failure(closed):
-    """As under `| head -1`; another OSError is still one."""
-    body = "print('x' * 10**6)" if closed else "open('/no/such/file')"
-    code = f"""
-from loop.distributed.exit import ignore_broken_pipe
-with ignore_broken_pipe():
-    {body}
-"""
-    p = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    p.stdout.close()
-    error = p.stderr.read()
-    if closed:
-        assert (p.wait(60), error) == (0, "")
-    else:
-        assert p.wait(60) == 1 and "FileNotFoundError" in error
-
-
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_old_key_is_refused_on_the_command_line_and_read_in_a_file(old, new, tmp_path):
     value = "0.5" if new == "data.valid_fraction" else "true"

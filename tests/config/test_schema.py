@@ -45,6 +45,7 @@ def test_the_seed_configuration_is_the_missions():
         (["lora.rank=8"], "'rank'"),
         (["lora.r=0"], "r must be"),
         (["lora.use_dora=true"], "use_dora"),
+        (["lora.target_parameters=[nothing]"], "target_parameters: tensors get no LoRA"),
         (["lora.init_lora_weights=pissa"], "init_lora_weights='pissa'"),
         (["gradient_checkpointing=maybe"], "'auto'"),
         (["data.train=3"], "data.train=3"),

@@ -51,6 +51,13 @@ def test_notes_are_never_for_others_to_read(tmp_path, monkeypatch):
     assert seen == [0o600] and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
+def test_what_keeps_nothing_is_no_output(path):
+    """/dev/full would be read without an end."""
+    with pytest.raises(ConfigError, match=f"^--output {path}: is no file that keeps"):
+        NotesFile(path, DIALOGUES, BY)
+
+
 def test_a_second_writer_is_refused(tmp_path):
     file = NotesFile(str(tmp_path / "out.jsonl"), DIALOGUES, BY)
     with pytest.raises(ConfigError, match="another run writes to it"):
