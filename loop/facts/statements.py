@@ -13,7 +13,15 @@ from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
 from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
 from .reading.sides import compared_at, side_at
-from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
+from .reading.vocabulary import (
+    ACTION_OF,
+    ALLERGENS,
+    HABITS,
+    MEASURES,
+    PHRASAL_ACTIONS,
+    PHRASAL_VERBS,
+    SIDES,
+)
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)
@@ -22,7 +30,7 @@ _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
 _AMOUNT_WORDS = frozenset(
-    """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
+    """every each q per on od fortnightly once twice thrice daily nightly hourly weekly monthly at
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
     qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
@@ -57,6 +65,7 @@ _TROUBLE = frozenset(
     affecting affects hurt hurts enlarged swollen large big wakes waking keeps better
     more off like get getting got started really very so feel""".split()
 )
+_PHRASAL_REACH = 6
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
 
 
@@ -194,9 +203,22 @@ class Document(Parsed):
                 return None, 1
             made = self._make("side", side.side, i, side.num_items)
             return made._replace(of=side.part), 1
+        action = self._phrasal_action(i) if item.word in PHRASAL_VERBS else ""
+        if action:
+            return self._make("action", action, i, 1), 1
         if item.word in ACTION_OF:
             return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
+
+    def _phrasal_action(self, i: int) -> str:
+        """What the verb at item i does together with a word close behind it: "go up on"."""
+        for k in range(i + 1, min(i + _PHRASAL_REACH, len(self.items))):
+            if self.context.clause[k] != self.context.clause[i]:
+                break
+            action = PHRASAL_ACTIONS.get((self.items[i].word, self.items[k].word))
+            if action:
+                return action
+        return ""
 
     def _add_part(self, found: Found[str], i: int) -> None:
         word = self.items[i].word

@@ -14,6 +14,7 @@ _GENERAL = ("cancer", "tumor")  # they support no special one
 _ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
 _ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
 _OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
+_SO_CALLED = ("fever", "any allergy")  # their weak names, denied, deny them: "feel hot? - No"
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
 
 
@@ -106,6 +107,9 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)
     if against:
         return Verdict(s, CONTRADICTED, place_of(against[0]))
+    weak = [o for o in mentions if o.kind == "weak" and o.polarity == DENIED]
+    if s.polarity == AFFIRMED and len(weak) == len(mentions) and s.value in _SO_CALLED:
+        return Verdict(s, CONTRADICTED, place_of(weak[0]))  # "feel hot? - No"
     if all(o.polarity == NORMAL for o in mentions):
         return Verdict(s, NOT_SAID, place_of(mentions[0]))
     return Verdict(s, SUPPORTED, place_of(mentions[0]), is_broader)

@@ -64,7 +64,7 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
         first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & SELF_OR_YOU
         short = short and not first_person & {"i", "my", "i'm", "i've"}
         before = turns[number - 1][-1] if number else None
-        replies = before is not None and before.asks  # "two a day", behind "how many?"
+        replies = before is not None and before.asks and _counts(items, turn)  # "two a day"
         if not asked and short and not replies:
             if answer != ASKED and _answer(items, turn) == ASKED:
                 asked = turn  # "nausea vomiting", without a question mark
