@@ -22,6 +22,9 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
     """By its name or a broader one, a normal examination, a slip of the pen, or in two words."""
     mentions = index.conditions.get(s.value, [])
     if s.value == "any allergy":
+        allergies = [o for o in index.all("allergy") if o.polarity == AFFIRMED]
+        if s.polarity == DENIED and allergies and all(o.polarity != DENIED for o in mentions):
+            return Verdict(s, CONTRADICTED, place_of(allergies[0]))
         mentions = mentions + index.all("allergy") + index.conditions.get("rhinitis", [])
     if s.value == "tenderness":
         mentions = _tender(index, s, mentions)
@@ -102,6 +105,11 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     narrower = all(o.value != s.value for o in same)
     if (s.value, s.polarity) == ("pain", DENIED) and whole and narrower:
         return Verdict(s, CONTRADICTED, place_of(whole[0]))  # "no tenderness" denies no pain
+    if s.polarity == AFFIRMED and same and narrower and s.kind == "symptom":
+        is_pain = s.value in ("pain", "tenderness")
+        own = [o for o in against if o.value == s.value and not is_pain]
+        if own:
+            return Verdict(s, CONTRADICTED, place_of(own[0]))  # "tingling, but not numb"
     if same:
         index.keep_rivals(s, same, against)
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)

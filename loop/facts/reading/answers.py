@@ -75,7 +75,7 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             given = own if first in _ANSWERS else answer
             if given == DENIED and _presupposes(items, clause):
                 given = ENDED
-            if given == ASKED and _asks_how_much(items, clause) and _counts(items, following):
+            if given == ASKED and _asks_how_much(items, turn, clause) and _counts(items, following):
                 given = AFFIRMED
             stays = _says_no(items, clause) and not _insists(items, following)
             for i in range(clause.start, clause.end):
@@ -122,9 +122,10 @@ def _presupposes(items: list[Item], clause: Clause) -> bool:
     return False
 
 
-def _asks_how_much(items: list[Item], clause: Clause) -> bool:
+def _asks_how_much(items: list[Item], turn: list[Clause], clause: Clause) -> bool:
     """Whether a question takes for granted that there is some: "how much do you smoke?"."""
-    first = [item.word for item in items[clause.start : min(clause.end, clause.start + 4)]]
+    start = max(turn[0].start, clause.start - 3)
+    first = [item.word for item in items[start : min(clause.end, clause.start + 4)]]
     return any(pair[0] == "how" and pair[1] in _MEASURED for pair in itertools.pairwise(first))
 
 
@@ -134,8 +135,7 @@ def _counts(items: list[Item], turn: list[Clause]) -> bool:
         return False
     end = min(turn[-1].end, turn[0].start + _ANSWER_REACH)
     return any(
-        items[i].number is not None or items[i].word in _SOME_OF
-        for i in range(turn[0].start, end)
+        items[i].number is not None or items[i].word in _SOME_OF for i in range(turn[0].start, end)
     )
 
 

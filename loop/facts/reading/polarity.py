@@ -150,6 +150,8 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
         return i + 2 < clause.end and items[i + 2].word == "than"
     if (word, following.word) == ("no", "clear"):
         return False  # "no clear evidence"
+    if (word, following.word) == ("never", "touch"):
+        return False
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
