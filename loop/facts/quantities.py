@@ -143,9 +143,9 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _per(items, i + 2, items[i + 1].number or 1.0, 2)
     if word in ("a", "per", "/") and following in _PER_DAY and i and _counts(items, i - 1):
         return _often(1 / DAYS[_PERIODS[following]], 2)
-    days, count = _weekdays(items, i) if word == "on" else (0, 0)
-    if days:
-        return _often(days / 7, count + 1)
+    weekdays, count = _weekdays(items, i) if word == "on" else (0, 0)
+    if weekdays:
+        return _often(weekdays / 7, count + 1)
     days, count = _days_a_week(items, i)
     if count:
         return _often(days / 7, count)
