@@ -34,6 +34,9 @@ class Drug(NamedTuple):
     is_generic: bool  # named by its ingredient, not by a brand
 
 
+_NO_BRANDS = ("vaccine", "vaccination", "shot")  # "pneumonia shot" is any
+
+
 def _read_drugs() -> Phrases[Drug]:
     phrases: Phrases[Drug] = Phrases()
     for key, names in read_table("drugs.txt"):
@@ -45,7 +48,7 @@ def _read_drugs() -> Phrases[Drug]:
             if kind[2]:
                 phrases.add(f"{kind[0]} {kind[2]}", Drug(ingredients, name, True))
         for other in names:
-            phrases.add(other, Drug(ingredients, name, False))
+            phrases.add(other, Drug(ingredients, name, other.split()[-1] in _NO_BRANDS))
     return phrases
 
 

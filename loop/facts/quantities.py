@@ -84,6 +84,11 @@ _ADVERBS = {
 }
 _EVERY = re.compile(r"q(\d{1,2})(h|hr|hrs|hours|d|days|wk|w|weeks|mo|m)")  # q8h
 _EVERY_UNIT = {"h": 24.0, "d": 1.0, "w": 1 / 7, "m": 1 / 30}
+_AT_NIGHT = frozenset("qhs hs qpm nocte nightly night bedtime bed evening".split())
+_IN_THE_MORNING = frozenset("qam mane morning".split())
+_WEEKDAYS = frozenset(
+    "mondays tuesdays wednesdays thursdays fridays saturdays sundays weekends".split()
+)
 _JOINS = ("to", "or", "through", "and")  # of a range
 
 
@@ -96,6 +101,7 @@ class Amount(NamedTuple):
     unit: str  # "" where there is none, "day" of a duration, "/day" of a frequency
     num_items: int
     is_vague: bool = False  # of "a few days"
+    at: str = ""  # the time of day of a frequency: "morning", "night", or none
 
 
 def amount_at(text: str, items: list[Item], i: int) -> Amount | None:
@@ -103,7 +109,12 @@ def amount_at(text: str, items: list[Item], i: int) -> Amount | None:
 
     items: with some empty ones behind the last, so that it can look ahead.
     """
-    return _frequency(text, items, i) or _ratio(items, i) or _quantity(text, items, i)
+    often = _frequency(text, items, i)
+    if often:
+        words = {item.word for item in items[i : i + often.num_items]}
+        at = "night" if words & _AT_NIGHT else "morning" if words & _IN_THE_MORNING else ""
+        return often._replace(at=at) if at else often
+    return _ratio(items, i) or _quantity(text, items, i)
 
 
 def _together(items: list[Item], first: int, last: int) -> bool:
@@ -124,7 +135,7 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _every(items, i)
     if word == "alternate" and following in ("day", "days", "night", "nights"):
         return _often(0.5, 2)
-    if word in ("at", "before", "in") and following in ("bedtime", "night"):
+    if word in ("at", "before", "in") and following in ("bedtime", "night", "bed"):
         return _often(1, 2)
     if (word, following) == ("in", "the") and items[i + 2].word in ("morning", "evening"):
         return _often(1, 3)
@@ -132,6 +143,9 @@ def _frequency(text: str, items: list[Item], i: int) -> Amount | None:
         return _per(items, i + 2, items[i + 1].number or 1.0, 2)
     if word in ("a", "per", "/") and following in _PER_DAY and i and _counts(items, i - 1):
         return _often(1 / DAYS[_PERIODS[following]], 2)
+    weekdays, count = _weekdays(items, i) if word == "on" else (0, 0)
+    if weekdays:
+        return _often(weekdays / 7, count + 1)
     days, count = _days_a_week(items, i)
     if count:
         return _often(days / 7, count)
@@ -157,6 +171,14 @@ def _every_so_many(items: list[Item], i: int) -> Amount | None:
     if unit not in _PERIODS or not _together(items, i, end):
         return None
     return _often(1 / (low * DAYS[unit]), end + 1 - i, 1 / ((high or low) * DAYS[unit]))
+
+
+def _weekdays(items: list[Item], i: int) -> tuple[int, int]:
+    """(days, items) of "Mondays, Wednesdays and Fridays" behind item i."""
+    days, end = 0, i + 1
+    while items[end].word in _WEEKDAYS or (days and items[end].word == "and"):
+        days, end = days + (items[end].word != "and"), end + 1
+    return days, end - i - 1
 
 
 def _days_a_week(items: list[Item], i: int) -> tuple[float, int]:
@@ -204,7 +226,7 @@ def _per(items: list[Item], i: int, times: float, count: int, most: float = 0.0)
     """The frequency of so many times per what stands at item i; count: items before it."""
     start = i
     if items[i].word in ("a", "per", "each", "every", "in", "the", "/", "an", "during"):
-        i += 1
+        i += 1 + ((items[i].word, items[i + 1].word) in (("in", "a"), ("during", "the")))
     if not _together(items, start - 1, i):
         return None
     every_other = 1.0
@@ -299,7 +321,7 @@ def _quantity(text: str, items: list[Item], i: int) -> Amount | None:
         low, high, end = low + 0.5, high + 0.5, end + 3
     if unit in DAYS or unit == "yo":
         days = DAYS["year" if unit == "yo" else unit]
-        old = unit == "yo" or items[end].word == "old"
+        old = unit == "yo" or items[end].word == "old" or _says_age(items, i)
         old = old or (items[end].word, items[end + 1].word) == ("of", "age")
         kind, is_vague = "age" if old else "duration", items[i].number is None and low < high
         return Amount(kind, low * days, high * days, "day", end - i, is_vague)
@@ -414,6 +436,9 @@ def describe(amount: Amount) -> str:
     """ "40 mg", "2-10 mg", "3 week", "2/day", "120/80": an amount as a report shows it."""
     if amount.kind == "ratio":
         return f"{_format(amount.low)}/{_format(amount.high)}"
+    if amount.at:
+        when = "at night" if amount.at == "night" else "in the morning"
+        return f"{describe(amount._replace(at=''))} {when}"
     if amount.unit == "/day":
         if amount.low >= 0.99 or not amount.low:
             return f"{_span(amount.low, amount.high)}/day"

@@ -13,7 +13,15 @@ from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
 from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
 from .reading.sides import compared_at, side_at
-from .reading.vocabulary import ACTION_OF, ALLERGENS, HABITS, MEASURES, SIDES
+from .reading.vocabulary import (
+    ACTION_OF,
+    ALLERGENS,
+    HABITS,
+    MEASURES,
+    PHRASAL_ACTIONS,
+    PHRASAL_VERBS,
+    SIDES,
+)
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
 _STATED = (AFFIRMED, DENIED, FORMER, ENDED)
@@ -22,7 +30,7 @@ _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
 _MOST_UNKNOWN = 300  # that begin with the same letters, so that the time stays linear
 _AMOUNT_WORDS = frozenset(
-    """every each q per od fortnightly once twice thrice daily nightly hourly weekly monthly at
+    """every each q per on od fortnightly once twice thrice daily nightly hourly weekly monthly at
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
     qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
@@ -57,6 +65,11 @@ _TROUBLE = frozenset(
     affecting affects hurt hurts enlarged swollen large big wakes waking keeps better
     more off like get getting got started really very so feel""".split()
 )
+_LONG = frozenset("years months decades ages".split())
+_BESIDES, _BESIDES_REACH = frozenset("aside besides apart than except".split()), 8
+_ABOUT = frozenset("about how's how is for with".split())
+_OWN = frozenset("your his her".split())
+_PHRASAL_REACH = 6
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
 
 
@@ -178,6 +191,9 @@ class Document(Parsed):
             return self._make(
                 "allergen", allergen.meaning, i, allergen.num_items
             ), allergen.num_items
+        action = self._phrasal_action(i) if item.word in PHRASAL_VERBS else ""
+        if action:
+            return self._make("action", action, i, 1), 1
         part = PARTS.at(self.padded, stems, i)
         condition = condition_at(self.padded, stems, i)
         if part:
@@ -197,6 +213,19 @@ class Document(Parsed):
         if item.word in ACTION_OF:
             return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
+
+    def _phrasal_action(self, i: int) -> str:
+        """What the verb at item i does together with a word close behind it: "go up on"."""
+        for k in range(i + 1, min(i + _PHRASAL_REACH, len(self.items))):
+            if self.context.sentence[k] != self.context.sentence[i]:
+                break
+            action = PHRASAL_ACTIONS.get((self.items[i].word, self.items[k].word))
+            between = [item.word for item in self.items[i + 1 : k]]
+            if action == "stop" and between not in ([], ["you"], ["him"], ["her"], ["me"]):
+                break  # "get some time off"
+            if action:
+                return action
+        return ""
 
     def _add_part(self, found: Found[str], i: int) -> None:
         word = self.items[i].word
@@ -236,6 +265,11 @@ class Document(Parsed):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
+        if made.polarity == DENIED and self.spoken:
+            if meaning.kind == "diagnosis" and self._is_asked_about(i):
+                made = made._replace(polarity=AFFIRMED)
+            elif self._not_for_long(i + count):  # "no seizure in years"
+                made = made._replace(polarity=ENDED)
         if made.polarity == DENIED and self._denies_more(i, kind == "diagnosis"):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
@@ -243,6 +277,19 @@ class Document(Parsed):
         if meaning.name == "pain" and self._is_of_exam(i):
             return made._replace(value="tenderness")
         return made
+
+    def _is_asked_about(self, i: int) -> bool:
+        """Whether a question takes item i for granted: "how about your asthma, any attacks?"."""
+        before = [item.word for item in self.items[max(0, i - 2) : i]]
+        has = len(before) > 1 and before[0] in _ABOUT and before[1] in _OWN
+        return has and self.context.asks[i]
+
+    def _not_for_long(self, i: int) -> bool:
+        """Whether "in years", "in a while" or the like stands at item i."""
+        words = [item.word for item in self.padded[i : i + 3]]
+        if words[0] not in ("in", "for"):
+            return False
+        return words[1] in _LONG or words[1:] in (["a", "while"], ["a", "long"])
 
     def _is_of_exam(self, i: int) -> bool:
         """Whether a pain is one that an examination looks for: "does that hurt?"."""
@@ -272,9 +319,10 @@ class Document(Parsed):
 
     def _denies_more(self, i: int, is_diagnosis: bool) -> bool:
         """Whether a note denies more of a thing alone: "no other pain", "no issues with asthma"."""
-        if self.spoken:
-            return False
         before = [item.word for item in self.items[max(0, i - 5) : i]]
+        if self.spoken:
+            behind = {item.word for item in self.items[i : i + _BESIDES_REACH]}
+            return before[-1:] == ["other"] and bool(behind & _BESIDES)
         if _OTHER & set(before[-2:]):
             return True
         return is_diagnosis and bool(_RECENT & set(before)) and bool({"with", "from"} & set(before))
@@ -329,7 +377,7 @@ class Document(Parsed):
             return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
-        vague = self.items[i].word in ("at", "in", "before")
+        vague = self.items[i].word in ("at", "in", "before", "on")
         return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
     def _measure(self, i: int) -> str:

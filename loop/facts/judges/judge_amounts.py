@@ -2,7 +2,7 @@
 
 import bisect
 
-from ..quantities import TO_MG, UNITS, Amount
+from ..quantities import DAYS, TO_MG, UNITS, Amount
 from ..reading.parsed import Statement
 from ..reading.vocabulary import MEASURES
 from .index import Index, distance, same_name
@@ -92,6 +92,10 @@ def judge_amount(index: Index, s: Statement) -> Verdict:
         if s.amount.high != 10:
             return Verdict(s, NOT_SAID, None)
     elif s.amount.low != s.amount.high:
+        vague = _is_vaguely(index, s.amount) if s.kind == "duration" and s.amount.is_vague else None
+        if vague is not None:
+            item = index.document.items[vague]
+            return Verdict(s, SUPPORTED, (item.start, item.end), is_broader=True)
         low = index.numbers.get(s.amount.low, [])
         if s.kind == "number" and low and s.amount.high in index.numbers:
             item = index.document.items[low[0]]
@@ -121,6 +125,20 @@ def _may_mean(index: Index, i: int, s: Statement) -> bool:
     if s.amount and s.amount.low < 10 and counts:
         return False  # "eight people"
     return s.of not in index.measures or any(MEASURES.get(words[k]) == s.of for k in near)
+
+
+def _is_vaguely(index: Index, amount: Amount) -> int | None:
+    """The item of "months" that no number counts, such as "for years", for "several months"."""
+    unit = next((u for u in ("year", "month", "week", "day") if _divides(amount, DAYS[u])), "")
+    for i in index.places_of_word.get(unit, ()):
+        before = index.document.items[i - 1] if i else None
+        if before and index.document.items[i].word == f"{unit}s" and before.number is None:
+            return i
+    return None
+
+
+def _divides(amount: Amount, days: float) -> bool:
+    return amount.low >= days and amount.low % days == amount.high % days == 0
 
 
 def judge_date(index: Index, s: Statement) -> Verdict:
@@ -156,6 +174,8 @@ def is_equal(s: Statement, o: Statement) -> bool:
         other_low, other_high = other_low * TO_MG[b.unit], other_high * TO_MG[b.unit]
     if s.kind in ("dose", "ratio"):
         return _close(low, other_low, 1e-6) and _close(high, other_high, 1e-6)
+    if s.kind == "frequency" and a.at and b.at and a.at != b.at:
+        return False  # "at bedtime" is not "in the morning"
     if s.kind == "frequency":
         return _close(low, other_low, 1e-3) and _close(high, other_high, 1e-3)
     slack = 0.08 if s.kind == "duration" and low >= 27 else 1e-3

@@ -14,6 +14,7 @@ _GENERAL = ("cancer", "tumor")  # they support no special one
 _ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
 _ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
 _OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
+_SO_CALLED = ("fever", "any allergy")  # their weak names, denied, deny them: "feel hot? - No"
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
 
 
@@ -21,6 +22,9 @@ def judge_condition(index: Index, s: Statement) -> Verdict:
     """By its name or a broader one, a normal examination, a slip of the pen, or in two words."""
     mentions = index.conditions.get(s.value, [])
     if s.value == "any allergy":
+        allergies = [o for o in index.all("allergy") if o.polarity == AFFIRMED]
+        if s.polarity == DENIED and allergies and all(o.polarity != DENIED for o in mentions):
+            return Verdict(s, CONTRADICTED, place_of(allergies[0]))
         mentions = mentions + index.all("allergy") + index.conditions.get("rhinitis", [])
     if s.value == "tenderness":
         mentions = _tender(index, s, mentions)
@@ -101,11 +105,19 @@ def by_polarity(index: Index, s: Statement, mentions: list[Statement]) -> Verdic
     narrower = all(o.value != s.value for o in same)
     if (s.value, s.polarity) == ("pain", DENIED) and whole and narrower:
         return Verdict(s, CONTRADICTED, place_of(whole[0]))  # "no tenderness" denies no pain
+    if s.polarity == AFFIRMED and same and narrower and s.kind == "symptom":
+        is_pain = s.value in ("pain", "tenderness")
+        own = [o for o in against if o.value == s.value and not is_pain]
+        if own:
+            return Verdict(s, CONTRADICTED, place_of(own[0]))  # "tingling, but not numb"
     if same:
         index.keep_rivals(s, same, against)
         return Verdict(s, SUPPORTED, place_of(same[0]), is_broader)
     if against:
         return Verdict(s, CONTRADICTED, place_of(against[0]))
+    weak = [o for o in mentions if o.kind == "weak" and o.polarity == DENIED]
+    if s.polarity == AFFIRMED and len(weak) == len(mentions) and s.value in _SO_CALLED:
+        return Verdict(s, CONTRADICTED, place_of(weak[0]))  # "feel hot? - No"
     if all(o.polarity == NORMAL for o in mentions):
         return Verdict(s, NOT_SAID, place_of(mentions[0]))
     return Verdict(s, SUPPORTED, place_of(mentions[0]), is_broader)

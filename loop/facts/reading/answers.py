@@ -1,6 +1,7 @@
 """The polarity of what a question asks: that of the answer."""
 
 import bisect
+import itertools
 
 from ..numerals import Item
 from .clauses import BEHIND_ANSWER, NO_WORDS, SUBJECT_WORDS, Clause
@@ -15,7 +16,8 @@ _YES_PHRASES = [
     phrase.split()
     for phrase in (
         "all the time;here and there;now and then;now and again;once in a while;you bet;"
-        "off and on;on and off;from time to time;every now;every day;every night;of course"
+        "off and on;on and off;from time to time;every now;every day;every night;of course;"
+        "wish i could say no;wish i didn't;can't say no;only when;only if;only on;only at"
     ).split(";")
 ]
 _NAY = frozenset("nah naw uh-uh nuh-uh".split())
@@ -33,6 +35,14 @@ _MEANT, _THAT = (
     frozenset("mean means huh pardon".split()),
     frozenset("that that's those like".split()),
 )
+_MEASURED = frozenset("much many often long".split())
+_SOME_OF = frozenset("a couple few half pack weekends weekly daily".split())
+# Before "the pain", they say that it is there.
+_DONE_FOR = frozenset(
+    """for from help helps helped helping relieve relieves relieved ease eases caused triggers
+    trigger triggered worsen worsens""".split()
+)
+_KNOWN_REACH = 3
 _ANSWER_REACH = 14  # items of an answer that are read
 _SHORT_TURN = 8  # items of a question without a question mark, at most
 
@@ -53,8 +63,11 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
         short = turn[-1].end - turn[0].start <= _SHORT_TURN
         first_person = {item.word for item in items[turn[0].start : turn[-1].end]} & SELF_OR_YOU
         short = short and not first_person & {"i", "my", "i'm", "i've"}
-        if not asked and short and answer != ASKED and _answer(items, turn) == ASKED:
-            asked = turn  # "nausea vomiting", without a question mark
+        before = turns[number - 1][-1] if number else None
+        replies = before is not None and before.asks and _counts(items, turn)  # "two a day"
+        if not asked and short and not replies:
+            if answer != ASKED and _answer(items, turn) == ASKED:
+                asked = turn  # "nausea vomiting", without a question mark
         for clause in asked:
             behind = bisect.bisect_left(turn, clause.end, key=lambda c: c.start)
             own = _answer(items, turn[behind : behind + _ANSWER_REACH])
@@ -62,8 +75,12 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             given = own if first in _ANSWERS else answer
             if given == DENIED and _presupposes(items, clause):
                 given = ENDED
-            stays = _says_no(items, clause)
+            if given == ASKED and _asks_how_much(items, turn, clause) and _counts(items, following):
+                given = AFFIRMED
+            stays = _says_no(items, clause) and not _insists(items, following)
             for i in range(clause.start, clause.end):
+                if given == DENIED and _is_given(items, i, clause):
+                    continue  # "anything for the pain? - No"
                 is_denied = polarities[i] == DENIED and not stays
                 if polarities[i] == AFFIRMED or (given == AFFIRMED and is_denied):
                     polarities[i] = given
@@ -105,6 +122,43 @@ def _presupposes(items: list[Item], clause: Clause) -> bool:
     return False
 
 
+def _asks_how_much(items: list[Item], turn: list[Clause], clause: Clause) -> bool:
+    """Whether a question takes for granted that there is some: "how much do you smoke?"."""
+    start = max(turn[0].start, clause.start - 3)
+    first = [item.word for item in items[start : min(clause.end, clause.start + 4)]]
+    return any(pair[0] == "how" and pair[1] in _MEASURED for pair in itertools.pairwise(first))
+
+
+def _counts(items: list[Item], turn: list[Clause]) -> bool:
+    """Whether a turn answers "how much?" by an amount: "a pack a day", "about ten"."""
+    if not turn:
+        return False
+    end = min(turn[-1].end, turn[0].start + _ANSWER_REACH)
+    return any(
+        items[i].number is not None or items[i].word in _SOME_OF for i in range(turn[0].start, end)
+    )
+
+
+def _insists(items: list[Item], turn: list[Clause]) -> bool:
+    """Whether a turn says "yes, I do" to a question that denies."""
+    start, end = (turn[0].start, turn[-1].end) if turn else (0, 0)
+    words = [item.word for item in items[start : min(end, start + _ANSWER_REACH)]]
+    return any(
+        pair == ("i", verb) and words[k + 2 : k + 3] != ["not"]
+        for k, pair in enumerate(itertools.pairwise(words))
+        for verb in ("do", "have", "did")
+        if words[0] in _YES
+    )
+
+
+def _is_given(items: list[Item], i: int, clause: Clause) -> bool:
+    """Whether a question asks of something else, and item i is there: "anything for the pain?"."""
+    for k in range(max(clause.start + 1, i - _KNOWN_REACH), i):
+        if items[k].word in _THE_KNOWN and items[k - 1].word in _DONE_FOR:
+            return True
+    return False
+
+
 def _answer(items: list[Item], turn: list[Clause]) -> str:
     """What a turn answers: affirmed, denied, or asked where that stays open."""
     if not turn:
@@ -112,10 +166,10 @@ def _answer(items: list[Item], turn: list[Clause]) -> str:
     seen = 0
     for i in range(turn[0].start, min(turn[-1].end, turn[0].start + _ANSWER_REACH)):
         word = items[i].word
-        if word in NO_WORDS or word in _NAY or word.endswith("n't"):
-            return DENIED
         if any(_reads(items, i, phrase) for phrase in _YES_PHRASES):
             return AFFIRMED
+        if word in NO_WORDS or word in _NAY or word.endswith("n't"):
+            return DENIED
         following = items[i + 1].word if i + 1 < len(items) else ""
         own = word in _OWN_VERBS and i and items[i - 1].word in ("i", "it", "he", "she")
         ends = i + 1 == len(items) or items[i + 1].gap != "" or following in BEHIND_ANSWER

@@ -5,7 +5,7 @@ import bisect
 from ..conditions import LOCAL
 from .parsed import Parsed, Statement
 from .polarity import AFFIRMED
-from .vocabulary import HABITS
+from .vocabulary import HABITS, PHRASAL_VERBS
 
 _PART_REACH = 6
 _CAUSES = frozenset("gives gave causes caused makes".split())
@@ -14,6 +14,10 @@ _NO_OBJECT = frozenset(
     """taking with use using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
 )
+
+
+# They stop nothing but a drug: who "takes off" shoes, or whose foot "drops", stops no treatment.
+_STOPS_DRUGS = PHRASAL_VERBS | {"quit", "drop", "ditch"}
 
 
 class Belonging:
@@ -34,7 +38,7 @@ class Belonging:
             i = statement.word
             if statement.kind in ("dose", "frequency", "action"):
                 of = self.nearest_drug(i, statement.kind)
-                if not of and statement.value == "stop" and self.items[i].word != "quit":
+                if not of and statement.value == "stop" and self.items[i].word not in _STOPS_DRUGS:
                     of = self._next_word(i)
                     if HABITS.at(self.parsed.padded, self.parsed.stems, i + 1):
                         continue  # "quit smoking" is a habit

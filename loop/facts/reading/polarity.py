@@ -69,7 +69,7 @@ def read_polarity(
                 polarity, reach, trigger = DENIED, min(clause.end, i + limit), word
                 if i + 1 < clause.end and items[i + 1].word == "longer":
                     polarity = ENDED
-        elif (word in POSSIBLE_WORDS or _is_sought(items, i)) and polarity != DENIED:
+        elif _may_be(items, i, clause) and polarity != DENIED:
             polarity, reach = POSSIBLE, min(clause.end, i + _POSSIBLE_REACH)
         if items[i].gap == "," and (spoken or word != "and"):
             start = i
@@ -80,6 +80,13 @@ def read_polarity(
     if spoken and polarity != AFFIRMED and (_THOUGHTS & set(last) or last[-1:] == ["if"]):
         return polarity
     return AFFIRMED
+
+
+def _may_be(items: list[Item], i: int, clause: Clause) -> bool:
+    """Whether what follows item i is possible alone; "do you know if you have" asks."""
+    if items[i].word in ("if", "whether") and clause.asks:
+        return items[i - 1].word not in _THOUGHTS
+    return items[i].word in POSSIBLE_WORDS or _is_sought(items, i)
 
 
 def _denies_again(items: list[Item], i: int, cannot: bool) -> bool:
@@ -143,6 +150,8 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
         return i + 2 < clause.end and items[i + 2].word == "than"
     if (word, following.word) == ("no", "clear"):
         return False  # "no clear evidence"
+    if (word, following.word) == ("never", "touch"):
+        return False
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):

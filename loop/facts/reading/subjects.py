@@ -17,6 +17,19 @@ _FAMILY_WORDS = frozenset(
 _OTHERS = frozenset("he she they his her their he's she's they're him them anyone else".split())
 _RELATIVES = frozenset("family relatives siblings parents grandparents".split())
 _ASKS_ON = frozenset("what how any and anyone anybody about".split())
+# Others that fall ill; only before a verb, as many a patient lives with a wife.
+_OTHER_PEOPLE = frozenset(
+    """wife husband spouse partner boyfriend girlfriend fiance coworker colleague roommate neighbor
+    friend boss classmate""".split()
+)
+_IS_ILL = frozenset("has had is was got gets tested died caught suffers suffered".split())
+# What a relative does who tells of the patient: it is no illness of his own.
+_TELLS = frozenset(
+    """noticed notices notes noted says said say states stated reports reported report denies deny
+    denied describes described thinks think thought feels felt believes believe brought gave gives
+    mentions mentioned told tells saw worried concerned""".split()
+)
+_TELLS_REACH = 3
 _CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
@@ -100,13 +113,37 @@ def _runs_in_family(items: list[Item], clause: Clause) -> bool:
 
 
 def _is_relative(items: list[Item], i: int) -> bool:
-    if i == 0 or not (items[i].word in _FAMILY_WORDS or items[i].word in _CHILDREN):
+    if i == 0:
+        return False
+    if items[i].word in _OTHER_PEOPLE:
+        return _is_ill(items, i)
+    if not (items[i].word in _FAMILY_WORDS or items[i].word in _CHILDREN):
         return False
     following = items[i + 1].word if i + 1 < len(items) else ""
     if items[i].word == "family" and following in _NOT_FAMILY_NEXT:
         return False
+    if _tells_of(items, i):
+        return False
     owned = items[i - 1].word in _OWNERS or items[i - 1].number is not None
     return owned or following == "history"
+
+
+def _is_ill(items: list[Item], i: int) -> bool:
+    """Whether a wife, a friend or another at item i is what the words behind are about."""
+    following = items[i + 1] if i + 1 < len(items) else None
+    if following is None or following.gap != "" or following.word not in _IS_ILL:
+        return False
+    return not _tells_of(items, i)
+
+
+def _tells_of(items: list[Item], i: int) -> bool:
+    """Whether the relative at item i tells of the patient: "mom has noticed a rash"."""
+    for item in items[i + 1 : i + 1 + _TELLS_REACH]:
+        if item.gap != "":
+            return False
+        if item.word in _TELLS:
+            return True
+    return False
 
 
 def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -> list[str]:
@@ -122,7 +159,9 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
             subject = FAMILY if in_section else _sentence_subject(items, clauses, number)
         for i in range(clause.start, clause.end):
             word = items[i].word
-            if word in _FAMILY_WORDS or word in _CHILDREN:
+            if word in _OTHER_PEOPLE and _is_ill(items, i):
+                subject = FAMILY
+            elif word in _FAMILY_WORDS or word in _CHILDREN:
                 following = items[i + 1].word if i + 1 < len(items) else ""
                 if following not in _NOT_FAMILY_NEXT and not _accompanies(items, i):
                     subject = FAMILY
@@ -139,6 +178,8 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
 def _accompanies(items: list[Item], i: int) -> bool:
     """Whether the relative at item i came along or speaks: "with her mother", "per his son"."""
     before = [item.word for item in items[max(0, i - 2) : i]]
+    if _tells_of(items, i):
+        return True
     return bool({"patient", "with", "by", "per"} & set(before)) and "lives" not in before
 
 

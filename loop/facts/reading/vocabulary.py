@@ -6,12 +6,25 @@ SIDES = {"left": "left", "right": "right", "l": "left", "r": "right"}
 SIDES |= dict.fromkeys(("both", "bilateral", "bilaterally"), "both")
 SIDES |= {"left-sided": "left", "right-sided": "right"}
 ACTIONS = {
-    "stop": "stop stopped stopping discontinue discontinued discontinuing hold holding quit cease",
+    "stop": "stop stopped stopping discontinue discontinued discontinuing hold holding quit cease "
+    "drop ditch",
     "continue": "continue continued continuing continues maintain keep keeping refill resume stay",
     "start": "start started starting initiate begin began prescribe prescribed add initiated",
     "increase": "increase increased increasing double raise",
-    "decrease": "decrease decreased reduce reduced lower taper wean",
+    "decrease": "decrease decreased reduce reduced lower taper wean halve",
 }
+# What a verb and a word behind it, at once or behind what it is done to, say: "bring it down".
+PHRASAL_ACTIONS = {
+    **dict.fromkeys((("go", "up"), ("step", "up"), ("bump", "up"), ("bring", "up")), "increase"),
+    **dict.fromkeys((("going", "up"), ("move", "up"), ("turn", "up")), "increase"),
+    ("bump", "to"): "increase",
+    **dict.fromkeys((("go", "down"), ("step", "down"), ("bring", "down")), "decrease"),
+    **dict.fromkeys(
+        (("cut", "back"), ("cut", "down"), ("cut", "half"), ("dial", "back")), "decrease"
+    ),
+    **dict.fromkeys((("take", "off"), ("come", "off"), ("get", "off"), ("taking", "off")), "stop"),
+}
+PHRASAL_VERBS = frozenset(verb for verb, _ in PHRASAL_ACTIONS)
 ACTION_OF = {word: action for action, words in ACTIONS.items() for word in words.split()}
 HABITS: Phrases[str] = Phrases()
 for _habit, _names in {
