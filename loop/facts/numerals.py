@@ -78,6 +78,9 @@ _SPEAKER = re.compile(
 )
 
 
+JOINS = ("to", "or", "through", "and")  # of a range
+
+
 class Item(NamedTuple):
     """A word or sign of a text, or a number that one or more words make."""
 
@@ -86,6 +89,11 @@ class Item(NamedTuple):
     start: int  # the item is text[start:end]
     end: int
     gap: str  # the strongest of ( ) , : ; . ! ? and line break between it and the item before
+
+
+def together(items: list[Item], first: int, last: int) -> bool:
+    """Whether no sentence and no clause ends between two items."""
+    return all(items[k].gap in ("", "(", ")") for k in range(first + 1, last + 1))
 
 
 def blank_labels(text: str) -> str:

@@ -4,10 +4,11 @@ import bisect
 
 from .body import PARTS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
-from .dates import DAY_WORDS, date_at
 from .drugs import drug_at
+from .measures.dates import DAY_WORDS, date_at
+from .measures.quantities import amount_at
+from .measures.units import Amount, describe
 from .phrases import Found
-from .quantities import Amount, amount_at, describe
 from .reading.belonging import Belonging
 from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement

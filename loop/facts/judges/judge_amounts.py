@@ -2,7 +2,7 @@
 
 import bisect
 
-from ..quantities import DAYS, TO_MG, UNITS, Amount
+from ..measures.units import DAYS, TO_MG, UNITS, Amount
 from ..reading.parsed import Statement
 from ..reading.vocabulary import MEASURES
 from .index import Index, distance, same_name

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from ..context import Context, read_context
 from ..drugs import Drug
+from ..measures.units import Amount
 from ..numerals import Item, parse_items
 from ..phrases import singular
-from ..quantities import Amount
 from .clauses import is_speech
 
 _END = Item("", None, 0, 0, "\n")

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from .numerals import Item
-from .quantities import UNITS
+from ..numerals import Item
+from .units import UNITS
 
 _ORDINALS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
     thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"""
