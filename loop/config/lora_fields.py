@@ -18,6 +18,13 @@ NOT_FOR_A_RUN = {
     "revision", "inference_mode", "runtime_config", "megatron_config", "megatron_core",
 }  # fmt: skip
 
+# What the loop computes, merges and proves. PEFT's other fields are variants of LoRA.
+COMPUTED = frozenset(
+    """r lora_alpha lora_dropout use_rslora bias lora_bias fan_in_fan_out init_lora_weights
+    target_modules exclude_modules modules_to_save layers_to_transform layers_pattern rank_pattern
+    alpha_pattern""".split()
+)
+
 
 def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
     """The fields, with a number where YAML read a text. Raises ValueError naming the field."""
@@ -57,6 +64,9 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
             "target_parameters: tensors get no LoRA here; leave it out, and name linear layers in "
             "target_modules"
         )
+    for key in sorted(lora.keys() - COMPUTED):
+        if lora[key]:  # an unset field of a copied adapter_config.json does no harm
+            raise ValueError(f"{key} is a variant of LoRA that the loop has not; leave it out")
     initial = lora.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(

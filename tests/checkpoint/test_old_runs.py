@@ -17,7 +17,6 @@ from helpers import CPU, PYTHON, ROOT, free_port
 from loop.checkpoint.identity import RunIdentity
 from loop.checkpoint.run_dir import lines_to_keep
 from loop.config.cli import RENAMED, load_config
-from loop.config.device import has_fast_bf16
 from loop.config.schema import Config
 from loop.data.batch_plan import plan_batches
 from loop.data.dataset import load_training_data
@@ -111,8 +110,6 @@ def test_it_is_resumed_and_its_next_steps_are_those_of_the_old_code(old_run):
     assert "resumed from runs/old/checkpoints/step-000002" in done.stdout
     assert "changed" not in done.stdout
     for key, values in written.items():
-        # another CPU rounds products in bf16 another way: 1.2e-4 on one without instructions for it
-        assert metrics_of(old_run, key) == pytest.approx(
-            values, rel=1e-5 if has_fast_bf16() else 1e-3
-        )
+        # Another CPU rounds products in bf16 another way: 1.2e-4 on two others.
+        assert metrics_of(old_run, key) == pytest.approx(values, rel=1e-3)
     assert json.loads((old_run / "report.json").read_text())["steps"] == 4
