@@ -185,8 +185,7 @@ def train(
             state.record(result.loss, applied=engine.was_step_applied())  # counts the step
             logger.log_step(state, result, lr, lengths[ids], num_targets, micro_batches)
             if state.last_step_skipped:
-                suspects = [examples[i].id for number in result.nonfinite for i in mine[number]]
-                logger.log_skipped_step(state, result, suspects, [examples[i].id for i in ids])
+                logger.log_skipped_step(state, result, examples, ids, mine)
 
             prepare_audit(config, ranks, len(plan) - state.step)
             if state.step == len(plan) or state.step % config.monitor.eval_steps == 0:

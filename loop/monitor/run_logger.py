@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..config.cli import printable
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec, split_step
 from ..data.dataset import TrainingData
+from ..data.tokenization import Example
 from ..distributed import timeline
 from ..distributed.files import write_atomically
 from ..distributed.stop import StopRequest
@@ -332,16 +334,22 @@ class RunLogger:
             self.say(f"step {step} of {self.num_steps}: {line}")
 
     def log_skipped_step(
-        self, state: TrainState, result, nonfinite_ids: list[str], step_ids: list[str]
+        self,
+        state: TrainState,
+        result,
+        examples: Sequence[Example],
+        step: Sequence[int],
+        mine: list[list[int]],
     ) -> None:
         """Names the examples of a skipped step. Every rank must call it.
 
         Args:
-            nonfinite_ids: examples of this rank's micro-batches whose loss is NaN or inf.
-            step_ids: all examples of the step, for a step where no loss is.
+            step: numbers of all examples of the step. They are named where no loss is NaN or inf.
+            mine: those of each micro-batch of this rank; of those with such a loss all are named.
         """
         self.scalars(state.step, {"train/skipped_steps": state.skipped_steps})
-        named = sum(self.ranks.all_gather_json(nonfinite_ids), []) or step_ids
+        suspects = [examples[i].id for number in result.nonfinite for i in mine[number]]
+        named = sum(self.ranks.all_gather_json(suspects), []) or [examples[i].id for i in step]
         self.say(
             f"step {state.step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4f}, "
             f"the step was skipped on all ranks; examples {', '.join(named)}"
