@@ -58,7 +58,7 @@ def uses_gpu() -> bool:
 
     False as well where the CPU was asked for by name: by DS_ACCELERATOR=cpu, or by an empty
     CUDA_VISIBLE_DEVICES. Raises ConfigError for a GPU that is here and that torch can't use, or
-    that has no bf16.
+    that has no bf16, and where DS_ACCELERATOR names a device that is not here.
     """
     import torch
 
@@ -71,6 +71,8 @@ def uses_gpu() -> bool:
     card = find_card()
     if card:
         raise ConfigError(f"{card} can't be used: {why_unusable(card)}; {CPU_BY_NAME}")
+    if named := os.environ.get("DS_ACCELERATOR"):
+        raise ConfigError(f"DS_ACCELERATOR={named}: there is no such device; leave it out")
     return False
 
 

@@ -5,6 +5,7 @@ imports the standard library alone, and reads the keys out of schema.py without 
 """
 
 import ast
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -402,4 +403,5 @@ def help_text(name: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # under `| head`, as other programs end
     print(help_text(sys.argv[1]))

@@ -77,6 +77,14 @@ def test_the_cpu_by_name_is_no_mistake(tmp_path, monkeypatch, blind_torch):
     assert not asked_for_cpu()
 
 
+def test_a_device_by_name_that_is_not_here_is_a_mistake(tmp_path, monkeypatch, blind_torch):
+    plant_driver(tmp_path, monkeypatch, "exit 1")
+    assert not uses_gpu()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(ConfigError, match="^DS_ACCELERATOR=cuda: there is no such device; leave"):
+        uses_gpu()
+
+
 def test_a_silent_driver_counts_where_there_is_a_card(tmp_path, monkeypatch, blind_torch):
     plant_driver(tmp_path, monkeypatch, "echo mismatch >&2; exit 18")
     monkeypatch.setattr(device, "_pci_vendors", lambda: [tmp_path])
