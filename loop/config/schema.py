@@ -6,6 +6,7 @@ YAML and the command line: cli.py. help.py reads the descriptions here without i
 """
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,11 +133,16 @@ class TaskConfig(Section):
 
     @property
     def spellings(self) -> dict[str, list[str]]:
-        """Each heading with all of its spellings, its own first."""
-        return {
-            heading: list(dict.fromkeys([heading, *([o] if isinstance(o, str) else o)]))
-            for heading, o in self.headings.items()
-        }
+        """Each heading with all of its spellings, its own first.
+
+        A letter with an accent may be one character in one file and two in another.
+        """
+        found = {}
+        for heading, others in self.headings.items():
+            own = [heading, *([others] if isinstance(others, str) else others)]
+            composed = [unicodedata.normalize(form, o) for o in own for form in ("NFC", "NFD")]
+            found[heading] = list(dict.fromkeys([*own, *composed]))
+        return found
 
 
 class DataConfig(Section):

@@ -120,6 +120,8 @@ def test_headings_as_other_languages_write_them():
     for blank, mark in (("\u00a0", "\u200f"), ("\u202f", "\u200e"), (" ", "")):
         note = f"Évaluation{blank}: a\n{mark}الخطة: b"
         assert parse_note(note, task) == {"Évaluation": "a", "الخطة": "b"}
+    two_characters = "E\u0301valuation: a\nالخطة: b"  # as macOS writes an accent
+    assert parse_note(two_characters, task) == {"Évaluation": "a", "الخطة": "b"}
 
 
 def test_a_number_that_is_none_does_not_stand_in_a_request(tmp_path):
