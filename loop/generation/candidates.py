@@ -8,10 +8,13 @@ import functools
 
 from ..config.schema import Config, GenerationSettings
 from ..data.conversations import dialogue_text, read_split
+from ..data.parallel import in_chunks, map_chunks
 from ..facts.judges.verdicts import SUPPORTED, Verdict, distinct
 from ..facts.matching import compare
 from .decode import Note, write_notes
 from .engine import NoteRequest
+
+NOTES_AT_A_TIME = 8  # that one process compares with their dialogues, before it takes others
 
 
 def write_best_notes(
@@ -49,19 +52,32 @@ def write_best_notes(
         together = [request for draw in draws for request in draw]
         notes = write(requests=together, **options)
         drawn = [notes[k * len(requests) : (k + 1) * len(requests)] for k in range(count)]
-    return [choose(r.dialogue, candidates) for r, candidates in zip(requests, zip(*drawn))]
+    pairs = [(r.dialogue, note.text) for r, notes in zip(requests, zip(*drawn)) for note in notes]
+    chunks = in_chunks(pairs, NOTES_AT_A_TIME)
+    agreements = [a for some in map_chunks(agree_each, chunks, on_all_ranks=True) for a in some]
+    return [choose(*candidates) for candidates in zip(zip(*drawn), in_chunks(agreements, count))]
 
 
-def choose(dialogue: str, candidates: tuple[Note, ...]) -> Note:
-    """The note whose facts agree best with the dialogue; of equals, and without facts, the first.
+def choose(candidates: tuple[Note, ...], agreements: list[float]) -> Note:
+    """The note whose facts agree best with the dialogue; of equals the first.
 
     A note that ran in circles or was cut off comes behind all that ended.
+
+    Args:
+        candidates: notes on one dialogue.
+        agreements: what `agreement` gives for each.
     """
 
-    def merit(note: Note) -> tuple[bool, float]:
-        return bool(note.ended) and not note.looped, agreement(dialogue, note.text)
+    def merit(number: int) -> tuple[bool, float]:
+        note = candidates[number]
+        return bool(note.ended) and not note.looped, agreements[number]
 
-    return max(candidates, key=merit)
+    return candidates[max(range(len(candidates)), key=merit)]
+
+
+def agree_each(pairs: list[tuple[str, str]]) -> list[float]:
+    """`agreement` of each pair of a dialogue and a note."""
+    return [agreement(*pair) for pair in pairs]
 
 
 def agreement(dialogue: str, note: str) -> float:

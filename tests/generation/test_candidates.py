@@ -14,7 +14,13 @@ from loop.config.schema import GenerationSettings
 from loop.data.tokenization import Example
 from loop.evaluation.scoring import Row, score_note
 from loop.generation import candidates, sharded
-from loop.generation.candidates import agreement, choose, read_dialogues, write_best_notes
+from loop.generation.candidates import (
+    agree_each,
+    agreement,
+    choose,
+    read_dialogues,
+    write_best_notes,
+)
 from loop.generation.decode import Note, write_notes
 from loop.generation.engine import NoteRequest
 from loop.generation.notes_file import KeptNotes
@@ -31,18 +37,22 @@ WRONG = "Cough for 9 days, no fever. Chest pain. Prednisone 20 mg daily. Left kn
 EMPTY = "The visit was pleasant."
 
 
+def chosen(dialogue: str, *notes: Note) -> Note:
+    return choose(notes, agree_each([(dialogue, note.text) for note in notes]))
+
+
 def test_the_choice_prefers_facts_that_agree_and_notes_that_ended():
     whole, part, wrong, empty = (Note(text, True) for text in (WHOLE, PART, WRONG, EMPTY))
     assert agreement(DIALOGUE, WHOLE) > agreement(DIALOGUE, PART) > agreement(DIALOGUE, WRONG)
-    assert choose(DIALOGUE, (wrong, empty, part, whole)) is whole
-    assert choose(DIALOGUE, (wrong, Note(WHOLE, False), Note(WHOLE, False, True), part)) is part
-    assert choose(DIALOGUE, (wrong, Note(WHOLE, True, True))) is wrong  # a section ran in circles
+    assert chosen(DIALOGUE, wrong, empty, part, whole) is whole
+    assert chosen(DIALOGUE, wrong, Note(WHOLE, False), Note(WHOLE, False, True), part) is part
+    assert chosen(DIALOGUE, wrong, Note(WHOLE, True, True)) is wrong  # a section ran in circles
     cut_off = Note(WHOLE, False)
-    assert choose(DIALOGUE, (Note(PART, False), cut_off)) is cut_off
+    assert chosen(DIALOGUE, Note(PART, False), cut_off) is cut_off
     again = Note(WHOLE, True)
-    assert choose(DIALOGUE, (again, whole)) is again  # of equals the first
-    assert choose(DIALOGUE, (empty, Note("", True))) is empty  # without facts the first
-    assert choose("Patient: hello", (wrong, whole)) is wrong
+    assert chosen(DIALOGUE, again, whole) is again  # of equals the first
+    assert chosen(DIALOGUE, empty, Note("", True)) is empty  # without facts the first
+    assert chosen("Patient: hello", wrong, whole) is wrong
 
 
 def test_what_chooses_are_the_scores_of_facts_and_no_reference():
@@ -68,6 +78,7 @@ def test_what_chooses_are_the_scores_of_facts_and_no_reference():
 def test_the_chosen_notes_come_in_the_order_of_their_requests(monkeypatch, synced):
     """In lockstep no batch is longer than that of the requests."""
     texts = {"a#0": WRONG, "a#1": WHOLE, "a#2": PART, "b#0": PART, "b#1": EMPTY, "b#2": WRONG}
+    monkeypatch.setattr(candidates, "NOTES_AT_A_TIME", 1)  # so that forks compare them
     batches = []
 
     def write(model, tokenizer, requests, generation, synced):
@@ -111,10 +122,11 @@ def test_the_candidates_are_the_same_whatever_is_beside_them(model, tokenizer, m
     settings = GenerationSettings(temperature=1.2, candidates=3, seed=4)
     drawn: dict[str, list[tuple[Note, ...]]] = {}
 
-    def record(dialogue, notes):
-        drawn.setdefault(dialogue, []).append(notes)
+    def record(notes, dialogues):
+        drawn.setdefault(dialogues[0], []).append(notes)
         return notes[-1]
 
+    monkeypatch.setattr(candidates, "agree_each", lambda pairs: [d for d, _ in pairs])
     monkeypatch.setattr(candidates, "choose", record)
     together = write_best_notes(model, tokenizer, requests, settings)
     alone = [write_best_notes(model, tokenizer, [r], settings, rows=2)[0] for r in requests[::-1]]
@@ -149,7 +161,8 @@ def test_any_number_of_ranks_keeps_the_same_chosen_notes(model, tokenizer, monke
     """And no other candidate, each under the id of its dialogue."""
     access = WeightAccess(gathered=False, partitioned=False, lockstep=False)
     monkeypatch.setattr(sharded, "choose_access", lambda *_: access)
-    monkeypatch.setattr(candidates, "choose", lambda dialogue, notes: notes[len(dialogue)])
+    monkeypatch.setattr(candidates, "agree_each", lambda pairs: [len(d) for d, _ in pairs])
+    monkeypatch.setattr(candidates, "choose", lambda notes, lengths: notes[lengths[0]])
     examples = [
         Example(key, np.array([5 + i] * (9 + 7 * i) + [2]), np.array([-100] * (9 + 7 * i) + [2]))
         for i, key in enumerate("abc")
