@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import CPU, PYTHON, ROOT
 
-from loop.commands.verify_resume import find_differences, judge, largest_difference
+from loop.commands import verify_resume
+from loop.commands.verify_resume import find_differences, judge, largest_difference, verify
+from loop.config.schema import Config
 
 
 def made() -> dict:
@@ -60,14 +62,22 @@ def test_where_kernels_do_not_repeat_themselves_the_spread_is_stated():
     proved, said = judge(made(), changed(1 + 2e-6), repeated=changed(1 + 1e-6))
     assert proved and "2.0e-06" in said and "1.0e-06" in said
     assert not judge(made(), changed(1 + 1e-3), repeated=changed(1 + 1e-6))[0]
-    assert not judge(
-        made(),
-        changed(1 + 1e-6, **{"order of the examples": {"seed": 2}}),
-        repeated=changed(1 + 1e-6),
-    )[0]
+    assert not judge(made(), changed(1 + 4e-6), repeated=changed(1 + 1e-6))[0]
+    for exact in ({"order of the examples": {"seed": 2}}, {"generators of every rank": ["b"]}):
+        assert not judge(made(), changed(1 + 1e-6, **exact), repeated=changed(1 + 1e-6))[0]
+    of_norms = changed()
+    of_norms["curves"]["train/grad_norm"] = [(step, 2.0) for step in range(1, 5)]
+    assert largest_difference(of_norms, made()) > 0.9
     short = changed()
     short["curves"]["train/loss"] = short["curves"]["train/loss"][:2]
     assert largest_difference(short, made()) == float("inf")
+
+
+def test_a_run_that_was_not_interrupted_proves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(verify_resume, "launch", lambda *args: None)
+    monkeypatch.setattr(verify_resume, "read_results", lambda folder: made())
+    proved, said = verify(Config(base="x", data={"train": "x"}), [], tmp_path)
+    assert not proved and said == "the run was to be interrupted after a step and made 4"
 
 
 @pytest.mark.slow

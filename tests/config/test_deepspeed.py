@@ -21,6 +21,7 @@ def load(*overrides: str) -> Config:
         ({"gradient_clipping": 1.0}, "max_grad_norm"),
         ({"train_batch_size": 8}, "batch_size"),
         ({"zero_optimization": {"stage": 2}}, "stage"),
+        ({"zero_optimization": {}}, "zero_optimization.stage must be 3"),
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"data_types": {}}, "grad_accum_dtype"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, '"auto"'),
@@ -68,6 +69,14 @@ def test_a_file_of_windows_is_read(tmp_path):
 
 def test_deepspeed_is_told_not_to_clip():
     assert build_ds_config(load())["gradient_clipping"] == 0.0  # left out, it clips at 1.0
+
+
+def test_deepspeeds_timer_waits_for_no_gpu_unless_asked(tmp_path):
+    assert build_ds_config(load())["timers"] == {"throughput": {"enabled": False}}
+    path = tmp_path / "ds.json"
+    asked = {"timers": {"throughput": {"enabled": True}}}
+    path.write_text(json.dumps(json.loads((ROOT / "ds_config.json").read_text()) | asked))
+    assert build_ds_config(load(f"deepspeed={path}"))["timers"] == asked["timers"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import stat
 from loop.evaluation import html_report
 from loop.evaluation.html_report import RATINGS, Span, as_page, blinding_key, write_page
 from loop.evaluation.scoring import Row
+from loop.facts import matching
 
 ROWS = [
     Row("good", "Patient: <b>I take aspirin 81 mg</b>", "S: ref", "S: aspirin 81 mg."),
@@ -73,6 +74,23 @@ def test_a_contradiction_leads_to_its_place_and_comes_before_what_nobody_said(mo
     assert page.index('<section id="v1"') < page.index('<section id="v0"')
     assert '<a href="#v1-p9">5 mg</a></mark>' in page and 'id="v1-p9"' in page
     assert '5 mg</a>: <a href="#v1-p9">the dialogue says otherwise</a>' in page
+    assert "<h2>1: 1 contradicted, 0 not said" in page
+    spans["S: 5 mg"] = [Span(0, 7, "supported", "it")]
+    marked = as_page("t", [Row("1", "Patient: 50 mg", "ref", "S: 5 mg")], "")
+    assert ">S: 5 mg</a>" in marked
+    spans["<i> & 5"] = [Span(0, 7, "not said", "it")]
+    marked = as_page("t", [Row("1", "Patient: 50 mg", "ref", "<i> & 5")], "")
+    assert ">&lt;i&gt; &amp; 5</mark>" in marked and "<i>" not in marked
+
+
+def test_where_statements_overlap_the_flagged_one_is_shown(monkeypatch):
+    row = ROWS[1]
+    found = matching.compare(row.dialogue, row.note)
+    (flag, *_) = [v for v in found.note if v.verdict == "not said"]
+    for other, shown in (("supported", "not said"), ("contradicted", "contradicted")):
+        both = found._replace(note=[flag._replace(verdict=other), flag])
+        monkeypatch.setattr(html_report, "compare", lambda *texts, both=both: both)
+        assert [span.verdict for span in html_report.note_spans(row)] == [shown]
 
 
 def test_what_may_harm_is_called_critical():
@@ -123,13 +141,13 @@ def test_each_note_has_blank_ratings():
 
 
 def test_a_blinded_page_tells_no_system_and_its_key_does(tmp_path):
-    rows = [Row(f"id{i}", "Doctor: hello", f"gold {i}", f"mine {i}") for i in range(40)]
+    rows = [Row(f"id{i}", "Doctor: hello", f"gold {i}", f"mine {i}", False) for i in range(40)]
     others = {"reference": [row._replace(note=row.reference) for row in rows]}
     path = tmp_path / "page.html"
     write_page(path, "t", rows, "figures", {"notes by": "adapter-x"}, others)
     page = path.read_text()
     assert "missing from the note" not in page and "missing from the note" in as_page("t", rows, "")
-    assert not any(word in page for word in ("adapter-x", "figures", "reference<"))
+    assert not any(word in page for word in ("adapter-x", "figures", "reference<", "cut off"))
     key = (tmp_path / "page.key.csv").read_bytes().decode()
     assert key == blinding_key(rows, ["adapter-x", "reference"])
     entries = list(csv.DictReader(key.splitlines()))
@@ -153,4 +171,5 @@ def test_the_page_needs_nothing_else_and_is_its_owners(tmp_path):
     assert not any(word in text for word in ("http:", "https:", "src=", "@import", "url(", "fetch"))
     script = text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text
+    assert "default-src 'none'; base-uri 'none'; form-action 'none'; " in text
+    assert f"script-src 'sha256-{digest}'" in text

@@ -59,12 +59,36 @@ def test_each_canary_is_planted_as_often_as_it_says(conversations):
     assert [row["dialogue"] for row in planted] == [c.dialogue for c in conversations]
     assert canaries == make_canaries(conversations, 2, [1, 4], seed=3)
     assert canaries != make_canaries(conversations, 2, [1, 4], seed=4)
+    size = {c.id: len(c.dialogue) + len(c.note) for c in conversations}
+    median = sorted(size.values())[20]
+    assert all(size[row] <= median for row in taken)
 
 
 def test_too_few_rows_are_refused(conversations):
     message = "needs 21 rows, and the shorter half of data.train has 20"
     with pytest.raises(ConfigError, match=message):
         make_canaries(conversations, 1, [1, 4, 16], seed=0)
+
+
+def test_a_made_up_patient_is_nobodys_in_the_data():
+    def drawn(text: str, names: set[str]) -> tuple[str, str]:
+        return memorization._made_up_patient(random.Random(5), names, text)
+
+    name, number = drawn("", set())
+    again = [drawn(f"... {name.lower()} ...", set()), drawn(f"no. {number}", set())]
+    again.append(drawn("", {name}))
+    assert all(other != (name, number) for other in again)
+
+
+def test_the_copy_with_canaries_is_read_as_it_was_made(config_file, monkeypatch):
+    """All of it, whatever the run's own data.limit, data.identifiers and columns are."""
+    alone = SimpleNamespace(is_main=True, rank=0, all_gather_json=lambda value: [value])
+    words = ["--config", str(config_file), "data.limit=30", "data.identifiers=warn"]
+    config, canaries = memorization.prepare_canary_run(load_config(words), 1, [2], alone)
+    assert config.data.limit is None and config.data.identifiers == "off"
+    assert config.run.name == "t-canaries" and config.data.valid_fraction == 0
+    rows = read_split(config, "train")[0]
+    assert len(rows) == 30 and sum(canaries[0].number in row.note for row in rows) == 2
 
 
 @torch.no_grad()
@@ -132,6 +156,25 @@ def test_chance_is_where_the_paper_has_it(monkeypatch, conversations, tiny_base)
     ]
     assert statistics.mean(bits) == pytest.approx(1.44, abs=0.25)
     assert 0 <= min(bits) <= max(bits) <= 10
+
+
+def test_a_number_is_ranked_among_others_alone(monkeypatch, conversations):
+    """However it is drawn, its own number stands first and once."""
+    seen = []
+    monkeypatch.setattr(memorization, "NUM_DIGITS", 1)
+    monkeypatch.setattr(memorization, "NUM_REFERENCES", 9)
+    monkeypatch.setattr(memorization, "log_probs", lambda model, rows: torch.zeros(len(rows)))
+    monkeypatch.setattr(
+        memorization,
+        "encode_examples",
+        lambda tokenizer, rows: (
+            seen.extend(row.messages[-1]["content"][-2] for row in rows)
+            or [SimpleNamespace(input_ids=torch.zeros(1))] * len(rows)
+        ),
+    )
+    canary = Canary("Bo Dago", "7", 0, [])
+    exposure(None, None, canary, conversations[0], random.Random(0))
+    assert seen[0] == "7" and sorted(seen) == list("0123456789")
 
 
 def test_the_table_counts_by_repeats():

@@ -62,6 +62,10 @@ def test_forward_and_backward_are_plain_attentions(backend, heads, kv_heads, hea
     dtype, bound = (torch.float32, 1e-5) if backend == "sdpa" else (torch.bfloat16, 1e-2)
     (q, k, v), cu_seqlens = inputs(backend, heads, kv_heads, head_dim, dtype)
     v = v[..., :value_dim].detach().requires_grad_(True)
+    with torch.no_grad():  # a scale of the model's own is that of other queries
+        scaled = packed_attention(q, k, v, cu_seqlens, 64, backend, scale=3 * head_dim**-0.5)
+        thrice = packed_attention(3 * q, k, v, cu_seqlens, 64, backend)
+        assert (scaled.double() - thrice.double()).norm() / thrice.double().norm() < bound
     out = packed_attention(q, k, v, cu_seqlens, 64, backend)
     assert out.shape == (BOUNDS[-1], heads, value_dim)
     weight = torch.randn_like(out)
@@ -186,6 +190,28 @@ def test_a_model_runs_on_a_registered_backend(toy_backend):
 def test_the_configuration_takes_every_backend_of_the_table():
     for name in ("auto", *ATTENTION_BACKENDS):
         assert Config(base="x", data={"train": "x"}, attention=name).attention == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"dropout": 0.1}, "attention with dropout is not supported$"),
+        ({"softcap": 50.0}, "attention with soft caps is not supported$"),
+        ({"s_aux": torch.zeros(2)}, "attention with sinks is not supported$"),
+        ({"sliding_window": 3}, "a sliding window of 3 tokens is not supported; set max_seq_len=3"),
+        ({"sliding_window": 3, "softcap": 50.0}, "soft caps and a sliding .* not supported$"),
+        ({"sliding_window": 4, "softcap": None, "s_aux": None}, None),
+    ],
+)
+def test_what_packed_attention_does_not_compute_is_refused(asked, words):
+    attend = AttentionInterface()[ATTENTION_BACKENDS["sdpa"].transformers_name]
+    q = torch.randn(1, 2, 4, 8)
+    boundaries = {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32), "max_seqlen": 4}
+    if words is None:
+        assert attend(None, q, q, q, None, **boundaries, **asked)[0].shape == (1, 4, 2, 8)
+    else:
+        with pytest.raises(AttentionError, match=words):
+            attend(None, q, q, q, None, **boundaries, **asked)
 
 
 def test_a_row_without_boundaries_or_with_a_mask_is_refused(tiny_base):
