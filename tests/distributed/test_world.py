@@ -87,6 +87,29 @@ def test_rank_0_says_once_whom_it_waits_for_and_names_who_never_comes(monkeypatc
         assert (said != "") == bool(printed)
 
 
+def test_ranks_of_one_machine_meet_on_its_loopback_and_by_one_backend(monkeypatch):
+    """A store that hears the network is for several machines; another backend is refused."""
+    store, listening = dist.HashStore(), []
+
+    def meet(*args, master_listen_fd, **options) -> dist.HashStore:
+        listening.append(master_listen_fd)
+        return store
+
+    monkeypatch.setattr(rendezvous.dist, "TCPStore", meet)
+    monkeypatch.setattr(rendezvous.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(rendezvous, "listen_here_alone", lambda port: port)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29999"}.items():
+        monkeypatch.setenv(name, value)
+    store.set("joined/1", "nccl")
+    for host in ("127.0.0.1", "localhost", "10.0.0.1"):
+        monkeypatch.setenv("MASTER_ADDR", host)
+        rendezvous.join_process_group("nccl", 1, datetime.timedelta(minutes=1))
+    assert listening == [29999, 29999, None]
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RendezvousError, match="would use gloo, and rank 0 nccl"):
+        rendezvous.join_process_group("gloo", 1, datetime.timedelta(minutes=1))
+
+
 # With `stop`, as the training loop has it: the watchdog is to speak before a collective ends.
 @pytest.mark.parametrize(
     ("arguments", "minutes"),

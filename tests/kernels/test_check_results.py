@@ -108,6 +108,13 @@ def test_another_machine_version_source_gpu_or_driver_is_tested_anew(
     assert tests_run() == (None, 2)
 
 
+def test_the_sources_of_checks_and_kernels_count(monkeypatch):
+    seen = []
+    monkeypatch.setattr(check_results, "source_digest", lambda *folders: seen.extend(folders) or "")
+    check_results.machine_digest()
+    assert seen == ["kernels_check", "loop/kernels"]
+
+
 def damage(path):
     path.write_bytes(b"\xff\xfe")
 

@@ -125,10 +125,44 @@ def test_every_way_to_train_is_estimated():
     offloaded = estimate(ds_config=ds_config | {"zero_optimization": zero})
     assert offloaded["NF4 codes"] == offloaded["16-bit weights"] == offloaded["adapter"] == 0
     assert offloaded["gathered weights"] > 0
+    in_fp32 = {"zero_optimization": zero, "bf16": {"enabled": False}}
+    masters = estimate(ds_config=ds_config | in_fp32)["fp32 masters"]
+    assert masters == qlora["fp32 masters"]  # those on the GPU are not the weights on the CPU
     fp32 = estimate(ds_config=ds_config | {"bf16": {"enabled": False}})
     assert fp32["fp32 masters"] == 0
     assert fp32["adapter"] == 2 * qlora["adapter"]
     assert fp32["NF4 codes"] == qlora["NF4 codes"]
+
+
+def test_few_logits_are_no_chunk_and_many_are():
+    config = seed_config(max_seq_len=100, chunked_loss=True)
+    model_config = AutoConfig.for_model("llama", **SMALL)
+    run = RunShape(1, fused=True, supervised_fraction=0.3)
+    few = estimate_memory(config, DS, model_config, run, 1, False)["logits"]
+    assert few == 30 * 1000 * (2 + 12)
+    model_config.vocab_size = 1_000_000
+    many = estimate_memory(config, DS, model_config, run, 1, False)["logits"]
+    assert many == 30_000_000 * 2 * 2 + 2**23 * 12
+
+
+def test_what_zero3_prefetches_is_gathered_beside_what_it_reuses():
+    config = seed_config(max_seq_len=100)
+    model_config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 10})
+    gathered = []
+    for prefetched in (0, 100_000):
+        settings = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": prefetched}
+        zero = DS["zero_optimization"] | settings
+        # What is prefetched is numbers as they are stored: of NF4 codes four weights each.
+        parts = estimate_memory(
+            config,
+            DS | {"zero_optimization": zero},
+            model_config,
+            RunShape(world_size=2, fused=True),
+            1,
+            False,
+        )
+        gathered.append(parts["gathered weights"])
+    assert 0 < gathered[1] - gathered[0] <= 2 * 100_000
 
 
 def test_cuda_graphs_are_for_layers_that_do_not_recompute():

@@ -125,6 +125,11 @@ def test_what_is_proposed_makes_it_fit(changes, gib):
     proposals = settings_that_fit(config, ds_config, model_config, 1, memory)
     assert proposals
     words = {"true": True, "false": False}
+    alone = [
+        typed for typed, _ in proposals if typed.split("=")[0] in {*changes, "embedding_on_cpu"}
+    ]
+    if alone:  # then settings are not proposed together
+        assert max(typed.count("=") for typed, _ in proposals) == 1
     for typed, plan in proposals:
         found = re.match(r"--gpus (\d+)", typed)
         gpus = int(found[1]) if found else 1

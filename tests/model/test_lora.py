@@ -12,8 +12,17 @@ from safetensors.torch import load_file, save_file
 from loop.checkpoint.identity import base_fingerprint
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
+from loop.distributed.files import sha256
 from loop.model.loading import add_lora, load_base
-from loop.model.lora import WEIGHTS, check_start, describe_start, load_start
+from loop.model.lora import (
+    WEIGHTS,
+    attach_adapter,
+    check_start,
+    describe_start,
+    load_start,
+    read_adapter,
+    trained_quantization,
+)
 
 
 @pytest.fixture
@@ -61,6 +70,39 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter, lora, tiny_base):
     (adapter / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=f"adapter={adapter}: no {WEIGHTS} there"):
         check_start(str(adapter), lora, own)
+
+
+def test_one_weight_that_is_no_number_is_enough(adapter, tiny_base):
+    weights = load_file(adapter / WEIGHTS)
+    name = sorted(weights)[3]
+    weights[name][0, 0] = float("nan")
+    save_file(weights, adapter / WEIGHTS, {"format": "pt"})
+    rewrite(adapter / "trained.json", sha256=sha256(adapter / WEIGHTS))
+    with pytest.raises(ConfigError, match="its weights are no finite numbers"):
+        attach_adapter(load_base(tiny_base, torch.bfloat16, "cpu"), str(adapter))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2**20, "8", True])
+def test_a_rank_that_peft_can_not_have_is_named(adapter, rank):
+    rewrite(adapter / "adapter_config.json", r=rank)
+    with pytest.raises(ConfigError, match=f"r={rank}: must lie between 1 and"):
+        read_adapter(str(adapter))
+
+
+def test_what_an_adapter_from_elsewhere_does_not_tell(adapter, tiny_base):
+    """It counts as trained on this base in NF4, as the seed configuration stores it."""
+    (adapter / "trained.json").unlink()
+    trained = read_adapter(str(adapter))
+    assert trained == {
+        "base": tiny_base,
+        "revision": None,
+        "method": "qlora",
+        "double_quant": True,
+        "dtype": "bfloat16",
+    }
+    assert trained_quantization(trained) == "nf4"
+    assert trained_quantization(trained | {"method": "lora"}) is None
+    assert trained_quantization(trained | {"storage": None}) is None
 
 
 def test_its_weights_are_the_start_and_all_of_them(adapter, lora, tiny_base):

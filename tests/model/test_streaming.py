@@ -1,6 +1,7 @@
 """A base that is loaded straight into its shards is the one that is loaded whole, bit for bit."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -113,6 +114,22 @@ def test_a_base_with_other_names_is_left_to_the_ordinary_way(tiny_base, tmp_path
     tensors["model.layers.0.mlp.experts.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert load_streamed(str(tmp_path), torch.float32) is None
+
+
+def test_tied_weights_that_are_stored_apart_are_left_to_the_ordinary_way(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_streamed(str(tmp_path), torch.float32) is None
+
+
+def test_a_weight_of_another_shape_is_named(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = r"mlp.gate_proj.weight as \[96, 64\], and stored is \[128, 64\]"
+    with pytest.raises(ConfigError, match=words):
+        load_streamed(str(tmp_path), torch.float32)
 
 
 if __name__ == "__main__":

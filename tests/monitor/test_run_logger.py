@@ -1,6 +1,7 @@
 """What a run leaves for people to look at."""
 
 import json
+import re
 import stat
 from types import SimpleNamespace
 
@@ -161,5 +162,6 @@ def test_the_terminal_shows_the_arithmetic_and_where_to_look(trained):
         "launch.sh generate",
     ):
         assert words in out, words
+    assert re.search(r"step 3: .* tokens/s; 3 steps to go, about ", out)
     assert "GiB at the peak; measured" in out and "RSS rose" in out
     assert "warn" not in out.lower()

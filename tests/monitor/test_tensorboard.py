@@ -168,6 +168,46 @@ def test_a_resumed_run_counts_on_and_draws_the_same_charts(make_logger):
     assert [e.step for e in server.Tensors("train/loss")] == [1, 2, 3, 4]
 
 
+def test_a_report_counts_what_was_made_and_a_checkpoint_finds_it_written(make_logger):
+    logger, log_step = make_logger(0)
+    for norm in (0.5, 0.5, 0.5):
+        log_step(norm)
+    logger.flush()  # as before a checkpoint, however long ago the last write was
+    board = EventAccumulator(str(logger.folder / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3]
+    report = logger.close({})
+    assert (report["steps"], report["planned_steps"]) == (3, 4)
+    assert logger.tokens == 3 * 5 * 700
+    assert report["train/tokens_per_second"] == logger.tokens / logger.seconds
+    lines = [json.loads(line) for line in (logger.folder / "metrics.jsonl").open()]
+    seconds = [5 * 700 / line["train/tokens_per_second"] for line in lines]
+    assert logger.seconds == pytest.approx(sum(seconds))
+
+
+def test_a_norm_that_is_no_number_is_not_clipped(make_logger):
+    logger, log_step = make_logger(0)
+    for norm in (float("nan"), float("inf"), 3.0):
+        log_step(norm)
+    logger.close({})
+    lines = [json.loads(line) for line in (logger.folder / "metrics.jsonl").open()]
+    assert [line["train/clipped_steps"] for line in lines] == [0, 0, 1]
+
+
+def test_patience_that_runs_out_at_the_last_step_ends_nothing_early(make_logger):
+    for steps, early in ((3, True), (4, False)):
+        logger, log_step = make_logger(0)
+        state = SimpleNamespace(
+            step=steps,
+            out_of_patience=True,
+            best_step=1,
+            choice="validation loss",
+            eval_metrics=None,
+            to_manifest=lambda: {"best": None},
+        )
+        report = logger.finish(state, {}, SimpleNamespace(reason=None))
+        assert bool(report["ended_early"]) is early
+
+
 def test_what_a_full_disk_held_back_is_logged_when_there_is_room(make_logger, capsys):
     logger, log_step = make_logger(0)
     log_step(1.0)
@@ -240,6 +280,9 @@ def test_a_hyperparameter_is_of_one_kind_in_all_runs(config_file):
     args += ["lr=1", "lora.target_modules=[q_proj]", "data.valid=null", "data.limit=9"]
     other = flatten_hparams(load_config(args))
     assert one.keys() == other.keys()
+    for layers in ("0", "[0]"):  # of the fields beside the usual ones
+        config = load_config([*args, f"lora.layers_to_transform={layers}"])
+        assert flatten_hparams(config)["lora.layers_to_transform"] == layers
     assert all(isinstance(one[k], str) == isinstance(other[k], str) for k in one)
 
 
@@ -260,7 +303,7 @@ def test_a_packed_row_is_drawn_document_by_document():
     assert row[192:] == [list(UNUSED)] * 64
 
 
-def test_plan_and_picture_are_on_the_board(board):
+def test_plan_and_picture_are_on_the_board(trained, board):
     assert board.Tags()["images"] == ["plan/packed_rows_of_the_first_step"]
     names = {
         "tokens_of_an_example",
@@ -272,6 +315,10 @@ def test_plan_and_picture_are_on_the_board(board):
     assert set(board.Tags()["histograms"]) == {f"plan/{name}" for name in names}
     steps = board.Histograms("plan/tokens_of_a_step")[0].histogram_value
     assert steps.num == 6 and steps.max <= 4 * 512
+    supervised = board.Histograms("plan/supervised_tokens_of_a_step")[0].histogram_value
+    assert supervised.num == 6 and 0 < supervised.sum < steps.sum
+    said = (trained.parent / "stdout").read_text()
+    assert f"{steps.sum:,.0f} tokens, {supervised.sum:,.0f} of them supervised" in said
 
 
 def test_memory_is_that_of_the_tensors(trained, board):
