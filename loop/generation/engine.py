@@ -263,7 +263,7 @@ class Session:
                 new = new[: new.index(self.eos_token) + 1]
             met = self._append(slot, note, new[: looping.get(slot)])
             has_eos = note.tokens[-1] == self.eos_token
-            note.looped = len(note.tokens) - before == looping.get(slot) and not has_eos
+            note.looped = len(note.tokens) - before == looping.get(slot)
             note.stopped = stopped
             full = len(note.tokens) >= note.limit
             if has_eos or full or met or stopped or note.looped:

@@ -35,8 +35,6 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # safetensors' names of what is no plain number
 # What the loop reads of a model's output, whatever its configuration wishes.
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-# transformers takes these from a file before what the caller asks for.
-OURS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 
 
 def check_base_folder(base: str, folder: Path) -> None:
@@ -92,8 +90,7 @@ def read_model_config(location: dict[str, Any], revision: str | None) -> Any:
     config = AutoConfig.from_pretrained(**location, revision=revision)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None:
-            for key in OURS:
-                vars(part).pop(key, None)
+            # transformers takes a file's before what the caller asks for.
             part._attn_implementation_internal = None
             for key, value in OUTPUTS.items():
                 setattr(part, key, value)

@@ -314,7 +314,7 @@ def test_a_hostfile_names_machines_and_their_slots(tmp_path):
     ):
         hosts.write_text(text)
         with pytest.raises(ConfigError, match=named):
-            read_hostfile(hosts, 4)
+            read_hostfile(hosts, 4 if "more" in named else None)
 
 
 def test_a_machine_takes_its_visible_gpus_and_wrong_options_are_named(tmp_path, monkeypatch):
@@ -547,7 +547,7 @@ def test_other_machines_get_the_networks_settings_and_no_secret(monkeypatch):
 
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "HF_HOME", "LOOP_GRACE_SECONDS"):
         monkeypatch.setenv(name, f"of-{name}")
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"):
+    for name in ("HF_TOKEN", "HF_HUB_KEY", "LOOP_PASSWORD", "NCCL_SECRET", "SSH_AUTH_SOCK"):
         monkeypatch.setenv(name, f"secret-{name}")
     monkeypatch.setattr(launcher.subprocess, "Popen", Started)
     launcher.RemoteNode("two", {"one": [0], "two": [0]}, 1, 29500, ["train", "lr=1"])

@@ -69,6 +69,7 @@ def test_a_configuration_of_any_size_is_not_read(base, monkeypatch):
 
 
 def test_the_loop_chooses_the_attention_not_the_base(base):
-    change(base, _attn_implementation="flash_attention_2", attn_implementation="eager")
-    config = read_model_config({"pretrained_model_name_or_path": str(base)}, None)
-    assert config._attn_implementation is None and not hasattr(config, "attn_implementation")
+    for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        change(base, **{name: "flash_attention_2"})
+        config = read_model_config({"pretrained_model_name_or_path": str(base)}, None)
+        assert config._attn_implementation is None and not hasattr(config, "attn_implementation")
