@@ -88,11 +88,20 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     [
         ({"id": "a"}, "row 1: has no text `note`"),
         ({"id": "b", "note": "x"}, "1 of 1 examples have no note, first id a"),
+        ("x", "row 1: is not an object"),
+        ({"id": ["a"], "note": "x"}, "row 1: "),
     ],
 )
 def test_predictions_that_lack_something_are_named(tmp_path, row, words):
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=words):
+        read_predictions(str(tmp_path / "p.jsonl"), ["a"])
+
+
+def test_predictions_with_an_id_twice_are_no_choice(tmp_path):
+    row = json.dumps({"id": "a", "note": "x"})
+    (tmp_path / "p.jsonl").write_text(f"{row}\n{row}\n")
+    with pytest.raises(ConfigError, match=r"row 2 \(id a\): this id occurs twice, first in row 1"):
         read_predictions(str(tmp_path / "p.jsonl"), ["a"])
 
 
