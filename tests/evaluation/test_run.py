@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from loop.config.cli import load_config
-from loop.config.schema import TaskConfig
+from loop.config.schema import ConfigError, TaskConfig
 from loop.data.tokenization import Example
 from loop.evaluation import run
-from loop.evaluation.run import EvaluationOptions, list_unsupported, open_notes, with_reference
+from loop.evaluation.run import (
+    EvaluationOptions,
+    check_options,
+    list_unsupported,
+    open_notes,
+    with_reference,
+)
 from loop.evaluation.scoring import Row
 
 ALONE = SimpleNamespace(is_main=True, rank=0, world_size=1, all_gather_json=lambda value: [value])
@@ -20,6 +26,26 @@ def test_a_reference_of_another_column_needs_no_headings(config_file):
     read = with_reference(config, "theirs").data
     assert (read.columns["note"], read.headings) == ("theirs", "optional")
     assert with_reference(config, None).data.columns == config.data.columns
+
+
+@pytest.mark.parametrize(
+    ("word", "options", "mistake"),
+    [
+        ("data.valid=null", {"split": "valid"}, "data.valid is not set$"),
+        ("seed=1", {"split": "test"}, "data.test is not set$"),
+        (
+            "data={train: x, valid_fraction: 0.1}",
+            {"split": "test"},
+            "--split valid takes the share that was held out",
+        ),
+        ("data.columns={messages: m}", {"reference": "theirs"}, "map dialogue and note"),
+        ("seed=1", {"compare": ("theirs.jsonl",)}, "--compare: the page shows them; name it with"),
+    ],
+)
+def test_options_that_do_not_fit_the_configuration(config_file, word, options, mistake):
+    config = load_config(["--config", str(config_file), word])
+    with pytest.raises(ConfigError, match=mistake):
+        check_options(config, EvaluationOptions(**{"split": "valid"} | options))
 
 
 @pytest.mark.parametrize(
