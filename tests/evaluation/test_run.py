@@ -31,13 +31,9 @@ def test_a_reference_of_another_column_needs_no_headings(config_file):
 @pytest.mark.parametrize(
     ("word", "options", "mistake"),
     [
-        ("data.valid=null", {"split": "valid"}, "data.valid is not set$"),
-        ("seed=1", {"split": "test"}, "data.test is not set$"),
-        (
-            "data={train: x, valid_fraction: 0.1}",
-            {"split": "test"},
-            "--split valid takes the share that was held out",
-        ),
+        ("data={train: x, valid_fraction: 0}", {"split": "valid"}, "data.valid is not set$"),
+        ("data={train: x, valid_fraction: 0}", {"split": "test"}, "data.test is not set$"),
+        ("data={train: x}", {"split": "test"}, "--split valid takes the share that was held out"),
         ("data.columns={messages: m}", {"reference": "theirs"}, "map dialogue and note"),
         ("seed=1", {"compare": ("theirs.jsonl",)}, "--compare: the page shows them; name it with"),
     ],
