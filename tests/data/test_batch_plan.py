@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loop.config.cli import load_config
+from loop.data import bin_packing
 from loop.data.batch_plan import PackingSpec, plan_batches, plan_run, split_step
-from loop.data.bin_packing import best_fit_decreasing
+from loop.data.bin_packing import best_fit_decreasing, lpt_partition, rebalance
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(np.array)
 
@@ -25,6 +26,21 @@ def one_by_one(sizes, capacity: int) -> list[int]:
             free_spaces.remove(free)
         free_spaces.append(free - size)
     return sorted(free_spaces)
+
+
+def test_each_item_goes_to_the_emptiest_bin(monkeypatch):
+    """Before anything is swapped."""
+    monkeypatch.setattr(bin_packing, "rebalance", lambda bins, sizes: None)
+    sizes = dict(enumerate([9, 3, 3, 3, 2, 1]))
+    assert lpt_partition(list(sizes), sizes, 2) == [[0, 4], [1, 2, 3, 5]]
+
+
+def test_items_are_swapped_as_long_as_that_narrows_the_gap():
+    sizes = dict.fromkeys(range(12), 1)
+    bins = [list(range(12)), [], []]
+    rebalance(bins, sizes)
+    assert sorted(map(len, bins)) == [4, 4, 4]
+    assert sorted(item for items in bins for item in items) == list(range(12))
 
 
 @settings(max_examples=200, deadline=None)

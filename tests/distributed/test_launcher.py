@@ -536,6 +536,33 @@ def test_an_old_python_is_refused(new_clone):
     assert process.returncode == 2 and "3.10" in err
 
 
+def test_a_machine_that_starts_this_one_and_falls_silent_stops_it(monkeypatch):
+    monkeypatch.setattr(launcher.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(launcher, "SILENCE_SECONDS", 0.1)
+    read, write = os.pipe()
+    with open(write, "wb", buffering=0) as starter, open(read, "rb", buffering=0) as commands:
+        starter.write(b"alive\n")
+        requests = StopSignals(commands)
+        wait_until(lambda: requests.stop, 10)
+        assert not requests.kill
+
+
+@pytest.mark.parametrize("threads", [None, "7"])
+def test_ranks_share_the_cores_unless_threads_are_set(monkeypatch, threads):
+    environments = []
+
+    def start(*_, env, **__):
+        environments.append(env)
+
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
+    monkeypatch.setattr(launcher.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    launcher.LocalNode({"one": [0, 1]}, 0, "127.0.0.1", 29500, ["loop.commands.train"])
+    assert environments[0]["OMP_NUM_THREADS"] == (threads or "4")
+
+
 def test_other_machines_get_the_networks_settings_and_no_secret(monkeypatch):
     commands = []
 

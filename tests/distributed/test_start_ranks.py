@@ -9,6 +9,7 @@ import sys
 import pytest
 from helpers import ROOT, communicate
 
+from loop.distributed import start_ranks
 from loop.distributed.start_ranks import rank_environments
 
 RANK = """
@@ -53,3 +54,26 @@ def test_one_that_ends_badly_ends_them_all(tmp_path, how, code):
         process.send_signal(signal.SIGTERM)
     communicate(process, 25)  # the ranks hold the pipe: they have ended, too
     assert process.returncode == code
+
+
+def test_a_rank_that_does_not_end_in_its_grace_time_is_killed(monkeypatch):
+    class Rank:
+        def __init__(self, ends: bool) -> None:
+            self.ends, self.did = ends, []
+
+        def terminate(self) -> None:
+            self.did.append("terminate")
+
+        def wait(self, seconds: float) -> None:
+            if not self.ends:
+                raise subprocess.TimeoutExpired("rank", seconds)
+
+        def kill(self) -> None:
+            self.did.append("kill")
+
+    monkeypatch.setattr(start_ranks.signal, "signal", lambda *args: None)
+    ranks = start_ranks.RankProcesses()
+    ranks.running = [Rank(ends=False), Rank(ends=True)]
+    with pytest.raises(SystemExit, match="9"):
+        ranks.end(9)
+    assert [rank.did for rank in ranks.running] == [["terminate", "kill"], ["terminate"]]

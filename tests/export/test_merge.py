@@ -218,6 +218,12 @@ def drop_a_tensor(adapter, base):
     save_file(weights, Path(adapter) / "adapter_model.safetensors")
 
 
+def spoil_a_number(adapter, base):
+    weights = load_file(Path(adapter) / "adapter_model.safetensors")
+    weights[sorted(weights)[0]][0, 0] = float("nan")
+    save_file(weights, Path(adapter) / "adapter_model.safetensors")
+
+
 def change_the_base(adapter, base):
     data = bytearray((Path(base) / "model.safetensors").read_bytes())
     data[-100] ^= 1
@@ -239,6 +245,7 @@ def names_a_shard_that_is_gone(adapter, base):
     [
         (drop_a_tensor, True, "its hash differs"),
         (drop_a_tensor, False, "lora_A.weight is missing"),
+        (spoil_a_number, False, "holds a value that is no number"),
         (change_the_base, True, "another content"),
         (of_another_shape, False, "does not fit|has no place"),
         (names_a_shard_that_is_gone, False, "lacks 'model-00009.safetensors'"),
@@ -292,6 +299,16 @@ def test_what_cannot_be_merged_is_refused(here, fault, hashed, words):
     with pytest.raises((ConfigError, AuditError), match=words):
         merge(adapter, str(out), base)
     assert not out.exists() and not list(out.parent.glob(".writing*"))
+
+
+def test_of_the_bases_files_neither_index_nor_provenance_is_copied(tmp_path):
+    names = (merging.INDEX, merging.TRAINED, "tokenizer.json", "LICENSE.txt", "model.safetensors")
+    for folder in ("base", "out"):
+        (tmp_path / folder).mkdir()
+    for name in names:
+        (tmp_path / "base" / name).write_text("x")
+    merging.copy_other_files(merging.StoredBase("x", tmp_path / "base", {}, {}), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tokenizer.json", "LICENSE.txt"}
 
 
 def test_nothing_is_overwritten_and_nothing_half_is_left(here, monkeypatch):

@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
-from loop.memory.estimate import RunShape
-from loop.memory.planner import CONTEXT, choose_micro_batch, plan_memory
+from loop.memory.estimate import LOADED, STATES, WORKING, RunShape
+from loop.memory.planner import CONTEXT, choose_micro_batch, plan_memory, working_bytes
 from loop.memory.report import describe_memory, read_gpus, settings_that_fit
 
 GIB = 2**30
@@ -154,6 +154,11 @@ def test_a_no_that_nothing_changes_is_said():
     text, plan = describe_memory(*of_seed(), tinyllama_shape(), 4, None, 0.3)
     assert plan.fits
     assert "fit" not in text.split("total")[1] and "of each of 4 GPU(s)" in text
+
+
+def test_a_step_needs_the_bucket_and_the_slack_beside_what_it_computes():
+    parts = {name: 1 for name in (*LOADED, *STATES, *WORKING, "allocator slack")}
+    assert working_bytes(parts | {"gradient bucket": 100}) == len(WORKING) + 1 + 100
 
 
 def test_what_is_typed():

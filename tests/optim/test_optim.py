@@ -12,6 +12,7 @@ from helpers import run_ok
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
+from loop.optim import adamw
 from loop.optim.adamw import (
     OPTIMIZERS,
     OptimizerSpec,
@@ -129,6 +130,27 @@ MOMENTUM = OptimizerSpec(
     lambda groups, config: Momentum(groups, lr=config.lr, momentum=config.betas[0]),
     state_keys=("momentum_buffer",),
 )
+
+
+@pytest.mark.parametrize(("speedup", "fused"), [(0.8, False), (1.2, True), (None, False)])
+def test_auto_takes_the_kernel_that_was_measured_faster(monkeypatch, speedup, fused):
+    """On a CPU that was not measured: torch's plain one."""
+    monkeypatch.setattr(adamw, "on_gpu", lambda: False)
+    monkeypatch.setattr(adamw.check_results, "failure_reason", lambda *args: None)
+    monkeypatch.setattr(adamw.check_results, "measured_speed", lambda name: speedup)
+    assert adamw.choose_fused_adamw("auto") == (fused, "")
+
+
+def test_lora_on_an_embedding_has_loraplus_rate_as_well():
+    model = torch.nn.ParameterDict(
+        {
+            name: torch.nn.Parameter(torch.zeros(2, 2))
+            for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+        }
+    )
+    groups = adamw.parameter_groups(model, Config(**PLAIN, loraplus_lr_ratio=16))
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert [scales[id(model[name])] for name in sorted(model)] == [1, 16, 1, 16]
 
 
 def test_an_optimizer_can_be_added(monkeypatch):
