@@ -311,6 +311,18 @@ def test_of_the_bases_files_neither_index_nor_provenance_is_copied(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tokenizer.json", "LICENSE.txt"}
 
 
+def test_the_configuration_is_the_bases_own_in_bf16_and_with_a_cache(tmp_path):
+    own = {"use_cache": False, "dtype": "float32", "auto_map": {"x": "y"}, "hidden_size": 64}
+    merging.write_config(merging.StoredBase("x", tmp_path, own, {}), "LlamaForCausalLM", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "use_cache": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 64,
+        "architectures": ["LlamaForCausalLM"],
+    }
+
+
 def test_nothing_is_overwritten_and_nothing_half_is_left(here, monkeypatch):
     adapter, base, out = here
     out.mkdir()

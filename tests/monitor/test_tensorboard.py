@@ -244,6 +244,13 @@ def test_memory_holds_no_more_than_it_may_of_what_a_full_disk_held_back(tmp_path
     file.close()
     assert file.lost == 2
     assert (tmp_path / "log").read_text() == "record 0\nrecord 1\nrecord 4\n"
+    synced = []
+    monkeypatch.setattr("loop.monitor.late_file.os.fsync", synced.append)
+    file = LateFile(tmp_path / "log")
+    file.write(b"record 5\n")
+    file.sync()  # before a checkpoint
+    assert synced == [file._file.fileno()] and (tmp_path / "log").read_text().endswith(" 5\n")
+    file.close()
     with pytest.raises(OSError):  # a link is not followed
         (tmp_path / "link").symlink_to(tmp_path / "log")
         LateFile(tmp_path / "link")
