@@ -140,8 +140,9 @@ class TaskConfig(Section):
         found = {}
         for heading, others in self.headings.items():
             own = [heading, *([others] if isinstance(others, str) else others)]
-            composed = [unicodedata.normalize(form, o) for o in own for form in ("NFC", "NFD")]
-            found[heading] = list(dict.fromkeys([*own, *composed]))
+            composed = [unicodedata.normalize("NFC", spelling) for spelling in own]
+            apart = [unicodedata.normalize("NFD", spelling) for spelling in own]
+            found[heading] = list(dict.fromkeys([*own, *composed, *apart]))
         return found
 
 

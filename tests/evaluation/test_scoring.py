@@ -238,3 +238,16 @@ def test_the_list_of_what_is_unsupported_names_verdict_kind_and_section_but_no_c
     assert "critical, contradicted, claim: characters" in " ".join(lines)
     assert lines[-1] == "critical, not said, dose: 250 mg of amoxicillin [P]"
     assert list_unsupported([Row("a", DIALOGUE, NOTE, NOTE)]) == {}
+
+
+def test_a_place_where_a_section_begins_is_in_it():
+    starts = [(3, "S"), (9, "P")]
+    found = [scoring.section_of(starts, place) for place in (0, 3, 8, 9)]
+    assert found == ["", "S", "S", "P"]
+
+
+def test_notes_that_are_not_counted_leave_the_interval_as_it_is():
+    counted = np.array([(1.0, 3.0), (2.0, 4.0), (3.0, 3.0)])
+    others = np.vstack([counted, np.zeros((20, 2))])
+    for share in (True, False):
+        assert interval(others, share) == interval(counted, share)

@@ -59,9 +59,13 @@ def patched_members(engine) -> dict:
 
 def worker() -> None:
     from loop.distributed.world import init_distributed
-    from loop.zero3.replicated import is_replicated, replicate_weights
+    from loop.zero3.replicated import has_nonfinite, is_replicated, replicate_weights
 
     ranks = init_distributed()
+    is_last = ranks.rank == ranks.world_size - 1
+    gradients = {0: [torch.ones(2)], 1: [torch.tensor([float("nan") if is_last else 1.0])]}
+    assert has_nonfinite(gradients) == 1  # on every rank
+    assert has_nonfinite({0: [torch.ones(2)]}) == 0
     engine = make_engine()
     train(engine, 6)
     expected = weights(engine)
@@ -121,6 +125,9 @@ def test_the_cache_of_parameters_can_be_undone():
         model.ds_external_parameters = lambda: ()
         assert list(map(id, cached(model, True))) == list(map(id, model.parameters()))
         assert cached(model, True) is cached(model, True)
+        before = cached(model, True)
+        model.ds_external_parameters = lambda: ("another module's",)
+        assert cached(model, True) is not before  # DeepSpeed found one that the module uses
     finally:
         restore_module_parameters()
     assert partitioned_param_coordinator.iter_params is original
