@@ -114,3 +114,13 @@ def test_a_recomputed_layer_meets_the_same_mask(reentrant):
         run().square().sum().backward()
         grads.append(model[0].lora_A.weight.grad.clone())
     assert torch.equal(*grads)
+
+
+def test_a_shorter_row_has_the_first_rows_of_the_same_memory():
+    masks = DropoutMasks(0.1, 1, "cpu")
+    masks.width = WIDTH
+    masks.draw(3, [7, 8], torch.tensor([0, 50, 110]))
+    address = masks.keep.data_ptr()
+    masks.draw(3, [8], torch.tensor([0, 60]))
+    assert masks.keep.shape == (60, WIDTH) and masks.keep.data_ptr() == address
+    assert torch.equal(masks.keep, mask(3, [8], [60]))

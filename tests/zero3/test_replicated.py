@@ -81,6 +81,7 @@ def worker() -> None:
     assert sum(p.numel() for p in engine.module.parameters()) == 5 * 7 + 7 + 7 * 3 + 3
     train(engine, 2)
     assert sum(p.numel() for p in engine.module.parameters()) == 5 * 7 + 7 + 7 * 3 + 3
+    assert not any(engine.optimizer.averaged_gradients.values())  # their memory is free
     replicated.restore()
     assert not is_replicated(engine)
     after = patched_members(engine)
