@@ -1,5 +1,6 @@
 """Which tokens an example has, and which are supervised, under every chat template."""
 
+import random
 import shutil
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_switched_off(tiny_base):
     ]
     before = encode_examples(tokenizer, rows)
     tokenizer.backend_tokenizer.enable_truncation(16)
-    tokenizer.backend_tokenizer.enable_padding(length=64, pad_id=tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.enable_padding(length=4096, pad_id=tokenizer.eos_token_id)
     for one, other in zip(before, encode_examples(tokenizer, rows)):
         assert (
             len(one) > 16
@@ -281,3 +282,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_base):
 def test_the_first_token_is_no_target():
     ids = np.arange(5, dtype=np.int32)
     assert Example("a", ids, ids).num_targets == 4  # nothing predicts it
+
+
+def test_a_template_that_draws_leaves_the_runs_generator_as_it_is(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer.chat_template += "{{ [1, 2, 3, 4, 5, 6, 7, 8] | random }}"
+    messages = [{"role": "user", "content": "Hello"}]
+    before = random.getstate()
+    texts = {render(tokenizer, messages, True) for _ in range(8)}
+    assert len(texts) == 1 and random.getstate() == before
