@@ -20,7 +20,13 @@ from .conversations import Conversation, dialogue_text, note_text, read_split
 from .identifiers import find_identifiers
 from .parallel import in_chunks, map_chunks
 from .report import DatasetReport
-from .tokenization import IGNORE, PLAIN_TEMPLATE, Example, encode_examples
+from .tokenization import (
+    IGNORE,
+    PLAIN_TEMPLATE,
+    Example,
+    RefusedChatError,
+    encode_examples,
+)
 
 
 @dataclasses.dataclass
@@ -122,6 +128,9 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         limit = f"the base's context of {longest} tokens; take a base with a longer one"
     seen: set[bytes] = set()
     for conversation, encoded in _encode_all(tokenizer, conversations, config, split):
+        if isinstance(encoded, str):
+            report.skipped.append(encoded)
+            continue
         example = encoded.example
         if len(example) > longest:
             if config.data.overlong == "error":
@@ -195,8 +204,11 @@ class Encoded(NamedTuple):
 
 def _encode_all(
     tokenizer, conversations: list[Conversation], config: Config, split: str
-) -> Iterator[tuple[Conversation, Encoded]]:
-    """Each conversation with its example, in order. The list is empty afterwards."""
+) -> Iterator[tuple[Conversation, Encoded | str]]:
+    """Each conversation with its example, in order, or with why it has none.
+
+    The list is empty afterwards.
+    """
     chunks = in_chunks(conversations)
     conversations.clear()
     encode = functools.partial(_encode_chunk, tokenizer, config, split)
@@ -207,7 +219,28 @@ def _encode_all(
 
 def _encode_chunk(
     tokenizer, config: Config, split: str, conversations: list[Conversation]
+) -> list[Encoded | str]:
+    """Each conversation's example; where data.on_error is skip, a line for a chat that has none."""
+    try:
+        return [*_encode_accepted(tokenizer, config, split, conversations)]
+    except RefusedChatError as error:
+        if config.data.on_error == "stop":
+            raise ConfigError(
+                f"data.{split}, {error} (data.on_error=skip leaves such chats out and lists them)"
+            ) from error
+        if len(conversations) == 1:
+            return [f"data.{split}, {error}"]
+    return [
+        encoded
+        for conversation in conversations
+        for encoded in _encode_chunk(tokenizer, config, split, [conversation])
+    ]
+
+
+def _encode_accepted(
+    tokenizer, config: Config, split: str, conversations: list[Conversation]
 ) -> list[Encoded]:
+    """Raises RefusedChatError for the first chat that the base's template refuses."""
     looks = split == "train" and config.data.identifiers != "off"
     found = []
     examples = encode_examples(tokenizer, conversations, config.data.supervise)
