@@ -39,7 +39,8 @@ class DatasetReport:
         if self.without_headings:
             lines.append(
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
-                f"lack {self.headings} in this order"
+                f"lack {self.headings} in this order, each beginning a line and with a text "
+                "(data.normalize_headings reads other styles)"
             )
         if self.notes_normalized:
             lines.append(

@@ -312,11 +312,6 @@ def test_ids_of_a_folder_of_tables_stay_as_they_are_written(tmp_path):
     locations._load_dataset.cache_clear()
     with pytest.raises(ConfigError, match="row 2: has another number of fields"):
         read(tmp_path)
-    files = "configs:\n- config_name: a\n  data_files: data/train.csv\n  sep: '#'\n"
-    (tmp_path / "README.md").write_text(f"---\n{files}---\n")
-    path.write_text("id#dialogue#soap\n1#a#b\n")  # as the folder itself says
-    locations._load_dataset.cache_clear()
-    assert [c.id for c in read(tmp_path)] == ["1"]
 
 
 def test_an_address_and_the_home_folder(tmp_path, monkeypatch):
