@@ -184,6 +184,7 @@ def test_what_failed_does_not_stop_the_others_and_what_is_finished_is_not_repeat
     assert sweep.folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_bases_and_data_are_checked_before_the_first_run(config_file, tmp_path, capsys):
     missing, good = tmp_path / "missing.jsonl", load_config(["--config", str(config_file)])
     sweeps = {
@@ -209,6 +210,21 @@ def test_runs_that_share_base_and_data_are_checked_once(sweep_of, monkeypatch):
     monkeypatch.setattr(subprocess, "run", ask)
     inputs.check_inputs(sweep_of("lr=1e-4,2e-4", "lora.r=4,8", "--gpus", "1").runs)
     assert len(asked) == 2 and not any("gpus" in word for words in asked for word in words)
+
+
+def test_what_the_last_run_lacks_is_said_before_the_first(sweep_of, monkeypatch, capsys):
+    def ask(arguments, **_):
+        told = "a warning\nerror: base=x: no such folder\n" if "lora.r=8" in arguments else ""
+        return SimpleNamespace(returncode=2 if told else 0, stderr=told)
+
+    sweep = sweep_of("lora.r=4,8")
+    monkeypatch.setattr(subprocess, "run", ask)
+    monkeypatch.setattr(command, "plan_sweep", lambda argv: sweep)
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (2, "")
+    assert told.err == "error: run lora.r=8: base=x: no such folder\n"
 
 
 def test_a_stop_is_passed_on_to_the_runs_that_are_on(sweep_of, monkeypatch):
