@@ -7,6 +7,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 import dataclasses
 import functools
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,6 +27,13 @@ from .tokenization import (
     Example,
     RefusedChatError,
     encode_examples,
+)
+
+# HTML that was left in a text, as web forms and exports leave it.
+MARKUP = re.compile(
+    r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{1,5}|#x[0-9a-f]{1,5});"
+    r"|</?(?:p|br|div|span|b|i|u|strong|em|li|ul|ol|td|tr|h[1-6])(?:\s[^<>]{0,200})?/?>",
+    re.IGNORECASE,
 )
 
 
@@ -147,6 +155,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             report.truncated.append(example.id)
             example = shorter
         report.without_headings += encoded.lacks_headings
+        report.with_markup += encoded.has_markup
         report.notes_normalized += conversation.headings_changed > 0
         report.headings_normalized += conversation.headings_changed
         if encoded.changed:
@@ -199,6 +208,7 @@ class Encoded(NamedTuple):
     example: Example
     changed: str  # what the tokenizer does to the note, as `note_change` says it
     lacks_headings: bool
+    has_markup: bool
     identifiers: list[str]  # the kinds in its texts
 
 
@@ -252,8 +262,10 @@ def _encode_accepted(
         if note is not None and config.data.supervise == "note":
             changed = note_change(note, text)
         lacks = note is not None and not soap.has_all_sections(note, config.task)
-        text = dialogue_text(conversation) + "\n" + note_text(conversation) if looks else ""
-        found.append(Encoded(example, changed, lacks, find_identifiers(text)))
+        text = dialogue_text(conversation) + "\n" + note_text(conversation)
+        markup = MARKUP.search(text) is not None
+        kinds = find_identifiers(text) if looks else []
+        found.append(Encoded(example, changed, lacks, markup, kinds))
     return found
 
 

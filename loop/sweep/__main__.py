@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         sweep = plan_sweep(sys.argv[1:] if argv is None else argv)
         make_folder(sweep)
-        check_inputs([run for run in sweep.runs if not read_result(run).finished])
+        check_inputs(sweep.runs)
     except ConfigError as error:
         exit_with_config_error(error)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import sys
 
 from ..config.schema import Config, ConfigError
 from .grid import Run
+from .results import read_result
 
 # What a base and its data are judged by. Runs that have these in common are checked once.
 INPUTS = {"base", "revision", "method", "lora", "adapter", "max_seq_len", "data", "task"}
@@ -27,7 +28,7 @@ def check_inputs(runs: list[Run]) -> None:
     seen: set[str] = set()
     for run in runs:
         inputs = inputs_of(run.config)
-        if inputs in seen:
+        if inputs in seen or read_result(run).finished:
             continue
         seen.add(inputs)
         words = [word for word in run.args if not word.startswith(("--gpus=", "--hostfile="))]

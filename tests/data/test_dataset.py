@@ -311,3 +311,16 @@ def test_chats_that_the_template_refuses_are_skipped_and_counted(load):
     assert report.rows == 5 == report.kept + len(report.skipped)
     assert ["id twice" in report.skipped[0], "id answers" in report.skipped[1]] == [True, True]
     assert "secret" not in "".join(report.skipped)
+
+
+def test_html_that_was_left_in_the_texts_is_counted(load):
+    texts = ["BP &lt; 120", "a<br>b", "a<BR/>b", "<p class='x'>a</p>", "it&#39;s"]
+    others = ["T < 37 and > 36", "a & b", "<3", "R&amp", "<b"]
+    rows = [
+        {"id": f"m{i}", "dialogue": f"Doctor: {i}", "soap": f"S: {text}"}
+        for i, text in enumerate(texts + others)
+    ]
+    _, report = load([*ROWS, *rows], "data.headings=optional")
+    assert report.with_markup == len(texts)
+    (line,) = [line for line in report.lines("train", 1024) if line.startswith("markup")]
+    assert "5 of 16 examples in data.train hold HTML" in line

@@ -210,6 +210,35 @@ def test_what_cannot_be_read_says_what_would_help(name, tmp_path):
     assert words in str(caught.value) and name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"SQLite format 3\0" + b"\0" * 80, "a database: export its table as CSV"),
+        ("a.jsonl", b"%PDF-1.4\n1 0 obj", "a PDF"),
+        ("b.csv", b"{\\rtf1 a}", "in RTF"),
+        ("c.csv", b"<!DOCTYPE html>\n<html>", "a web page"),
+        ("b.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("c.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("d.csv", table(",").encode("utf-32"), "in UTF-32: save it as UTF-8"),
+        ("d.jsonl", JSONL.decode().encode("utf-32"), "in UTF-32: save it as UTF-8"),
+        ("e.csv", table(",").replace("Doctor", "Doc\0tor").encode(), "holds the sign NUL"),
+        ("e.jsonl", row(dialogue='[{"speaker": "d", "text": "a"}]'), "a list written as a text"),
+        ("f.jsonl", row(dialogue="[{'speaker': 'd', 'text': 'a'}]"), "a list written as a text"),
+        ("g.jsonl", row(dialogue='["Doctor: a", "Patient: b"]'), "a list written as a text"),
+    ],
+)
+def test_files_of_another_kind_than_their_name_are_said(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value) and f"{name}, row 1" in str(error.value)
+
+
+def test_brackets_around_a_speaker_are_no_list(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(row(dialogue="[Doctor] a\n[Patient] [b]"))
+    assert len(read(tmp_path / "a.jsonl")) == 1
+
+
 def test_what_clinicians_write_for_nothing_is_a_note(tmp_path):
     notes = ["None", "N/A", "-", "Null findings.", "Sees C:\\new folder: no"]
     (tmp_path / "a.jsonl").write_bytes(

@@ -42,6 +42,14 @@ NO_TEXT = {
     b"PAR1": "Parquet: name it .parquet",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"ARROW1": "Feather or Arrow: write it as Parquet",
+    b"SQLite format 3": "a database: export its table as CSV",
+    b"%PDF": "a PDF: copy its texts into a table",
+    b"{\\rtf": "a document in RTF: copy its texts into a table",
+    b"<!DOCTYPE html": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file by git lfs pull",
+    codecs.BOM_UTF32_LE: "in UTF-32: save it as UTF-8",
+    codecs.BOM_UTF32_BE: "in UTF-32: save it as UTF-8",
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")  # a character that XML can't hold
@@ -97,7 +105,7 @@ def read_json(path: Path) -> Rows:
     try:
         with _open(path) as file:
             start = file.read(64)
-            if start.startswith(UTF16):
+            if start.startswith(UTF16) and not start.startswith(codecs.BOM_UTF32_LE):
                 yield 1, BadRow("is UTF-16, nor is what follows it read: save the file as UTF-8")
                 return
             _check_is_text(start)
@@ -380,6 +388,14 @@ def _check_size_unpacked(file: BinaryIO) -> None:
     file.seek(0)
 
 
+def _check_is_parquet(path: Path) -> None:
+    """Raises BadRow where a file begins as one of another kind does."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start.startswith(b"PAR1"):
+        _check_is_text(start)
+
+
 def _read_parquet(path: Path) -> Rows:
     number = 0
     source: Path | io.BytesIO = path
@@ -387,6 +403,8 @@ def _read_parquet(path: Path) -> Rows:
         if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
             with _open(path) as packed:
                 source = io.BytesIO(_read_rest(packed))
+        else:
+            _check_is_parquet(path)
         file = pyarrow.parquet.ParquetFile(source)
         names = file.schema_arrow.names
         if len({*names}) < len(names):
