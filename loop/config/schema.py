@@ -67,6 +67,11 @@ NO_PLACEHOLDER = re.compile(
 )
 
 
+def both_compositions(text: str) -> list[str]:
+    """The text with each accented letter as one character, and as two."""
+    return [unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
+
+
 class TaskConfig(Section):
     """What is asked of the model: the prompt around a dialogue, and the headings of its notes."""
 
@@ -159,7 +164,7 @@ class TaskConfig(Section):
         found = {}
         for heading, others in self.headings.items():
             own = [heading, *([others] if isinstance(others, str) else others)]
-            composed = [unicodedata.normalize(form, o) for o in own for form in ("NFC", "NFD")]
+            composed = [spelling for text in own for spelling in both_compositions(text)]
             found[heading] = list(dict.fromkeys([*own, *composed]))
         return found
 

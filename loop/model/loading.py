@@ -35,7 +35,7 @@ from ..distributed.timeline import timed
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from ..untrusted.bases import check_base_folder, read_model_config
+from ..untrusted.bases import ADAPTER, check_base_folder, read_model_config
 from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
@@ -87,11 +87,16 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
             if not (path / "config.json").is_file():
                 raise ConfigError(
                     f"base={base}: the folder has no config.json, so it is not a model in the "
-                    "hub's layout"
+                    f"hub's layout{_hint_at_model(base, path)}"
                 )
             # Absolute, as an adapter names its base so, and is loaded from anywhere.
             return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
     if not HUB_ID.fullmatch(base) or base.endswith(FILE_SUFFIXES) or Path(base).parent.is_dir():
+        if Path(base).is_file():
+            raise ConfigError(
+                f"base={base}: is a file; give a folder in the hub's layout (config.json, "
+                "tokenizer, *.safetensors), or a hub id (owner/name)"
+            )
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
             "(owner/name)"
@@ -100,6 +105,14 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
     if revision is None and (converted / "config.json").is_file():
         return LOCAL | {"pretrained_model_name_or_path": str(converted)}
     return NO_CODE | {"pretrained_model_name_or_path": base}
+
+
+def _hint_at_model(base: str, folder: Path) -> str:
+    """What to name instead of a folder that is no model; "" where nothing tells."""
+    if (folder / ADAPTER).is_file():
+        return f": it is an adapter; name it as adapter={base}, and the model it belongs to as base"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f": name its folder {inner[0][:80]}, which has one" if len(inner) == 1 else ""
 
 
 def checked_base(base: str, revision: str | None = None) -> dict[str, Any]:

@@ -309,3 +309,18 @@ def test_a_template_is_found_wherever_bases_keep_it(base, tmp_path):
         load_tokenizer(str(folder))
     (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE)
     assert load_tokenizer(str(folder)).chat_template == OTHER_TEMPLATE
+
+
+def test_a_folder_or_file_that_is_no_model_says_what_to_name(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "whole" / "inner")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    for name, said in (
+        ("whole", ": name its folder inner, which has one"),
+        ("adapter", f": it is an adapter; name it as adapter={tmp_path / 'adapter'}, and the"),
+        ("model.Q4.gguf", "is a file; give a folder in the hub's layout"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_tokenizer(str(tmp_path / name))
+        assert said in str(error.value)
