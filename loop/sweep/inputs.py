@@ -11,7 +11,17 @@ from .grid import Run
 from .results import read_result
 
 # What a base and its data are judged by. Runs that have these in common are checked once.
-INPUTS = {"base", "revision", "method", "lora", "adapter", "max_seq_len", "data", "task"}
+INPUTS = {
+    "base",
+    "revision",
+    "method",
+    "lora",
+    "adapter",
+    "max_seq_len",
+    "data",
+    "task",
+    "deepspeed",
+}
 
 
 def inputs_of(config: Config) -> str:

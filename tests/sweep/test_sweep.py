@@ -91,6 +91,9 @@ def test_every_combination_is_a_run_of_its_own(sweep_of, config_file):
     ("words", "said"),
     [
         (["lr=1e-4"], "nothing to sweep"),
+        (["lr=1e-4;3e-4"], r"nothing to sweep \(lr=1e-4;3e-4: one value each\): give a key"),
+        (["lr=[1e-4,3e-4]"], r"\(lr=\[1e-4,3e-4\]: one value each\)"),
+        (["lr=1e-4,"], r"\(lr=1e-4,: one value each\)"),
         (["lr=1e-4,1e-4"], "twice"),
         (["lr=1e-4,3e-4", "lr=1e-3,2e-3"], "twice"),
         (["lr=1e-4,3e-4", "lr=1e-3"], "lr=1e-3: lr is swept already"),
