@@ -60,6 +60,16 @@ REQUEST = (
 # What data.columns maps; other names there stand for the {columns} of a request.
 COLUMNS = ("id", "dialogue", "note", "messages", "conversations")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+# Spellings of other tools, which would stand in the request as they are.
+NO_PLACEHOLDER = re.compile(
+    r"\{\{\s*[A-Za-z_]\w*\s*\}\}|\$\{[A-Za-z_]\w*\}"  # of Jinja and of a shell
+    r"|\{(?:\s+[A-Za-z_]\w*\s*|[A-Za-z_]\w*(?:\s+|[:!][^{}\s\"']*))\}"  # of Python
+)
+
+
+def both_compositions(text: str) -> list[str]:
+    """The text with each accented letter as one character, and as two."""
+    return [unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
 
 
 class TaskConfig(Section):
@@ -108,6 +118,12 @@ class TaskConfig(Section):
     def _check_texts(self):
         if PLACEHOLDER.search(self.system):
             raise ValueError("system: a {NAME} is filled in the request alone; put it there")
+        if other := NO_PLACEHOLDER.search(self.request):
+            (name,) = re.findall(r"[A-Za-z_]\w*", other[0])[:1]
+            raise ValueError(
+                f"request: {other[0][:60]} stands for no column; write {{{name}}}, without blanks, "
+                "a format or other signs"
+            )
         if taken := sorted(self.columns & set(COLUMNS)):
             raise ValueError(
                 f"request: {{{taken[0]}}} is filled from no column; the dialogue always stands "
@@ -124,6 +140,14 @@ class TaskConfig(Section):
                 )
             if spellings.count(text) > 1:
                 raise ValueError(f"headings: {text!r} is named twice")
+        owner: dict[str, str] = {}
+        for heading, forms in self.spellings.items():
+            for text in forms:
+                if owner.setdefault(text.casefold(), heading) != heading:
+                    raise ValueError(
+                        f"headings: {text!r} of {heading} differs from one of "
+                        f"{owner[text.casefold()]} in case alone; give another spelling"
+                    )
         return self
 
     @property
@@ -140,9 +164,8 @@ class TaskConfig(Section):
         found = {}
         for heading, others in self.headings.items():
             own = [heading, *([others] if isinstance(others, str) else others)]
-            composed = [unicodedata.normalize("NFC", spelling) for spelling in own]
-            apart = [unicodedata.normalize("NFD", spelling) for spelling in own]
-            found[heading] = list(dict.fromkeys([*own, *composed, *apart]))
+            composed = [spelling for text in own for spelling in both_compositions(text)]
+            found[heading] = list(dict.fromkeys([*own, *composed]))
         return found
 
 

@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..config.schema import Config
 from ..config.source import source_digest
@@ -26,6 +26,9 @@ from .sources.locations import digest_sources
 from .tokenization import Example
 
 MAX_FILES = 8  # the oldest ones above this number are removed
+DTYPES = {"int32": "I32", "int64": "I64", "uint8": "U8"}  # as safetensors names them
+
+Parts = Sequence[np.ndarray]  # of a tensor of one dimension, one after another
 
 
 def cache_key(config: Config, tokenizer, split: str) -> str:
@@ -74,12 +77,13 @@ def _acquire_lock(config: Config, tokenizer, split: str) -> TextIO | None:
     return lock
 
 
-def content_hash(*tensors: np.ndarray) -> str:
-    """SHA-256, in hex, of what a cache file holds, in any order."""
+def content_hash(*tensors: Parts) -> str:
+    """SHA-256, in hex, of the tensors of a cache file, in any order."""
     hashes = []
-    for tensor in tensors:
-        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
-        digest.update(np.ascontiguousarray(tensor).data)
+    for parts in tensors:
+        digest = hashlib.sha256(f"{parts[0].dtype} {sum(map(len, parts))} ".encode())
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).data)
         hashes.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
@@ -94,7 +98,7 @@ def read_cache(path: Path) -> tuple[list[Example], DatasetReport] | None:
             about, ends = file.get_tensor("about"), file.get_tensor("ends")
             digest = file.metadata()["sha256"]
         input_ids, labels = (_map_tensor(path, name) for name in ("input_ids", "labels"))
-        if digest != content_hash(about, ends, input_ids, labels):
+        if digest != content_hash([about], [ends], [input_ids], [labels]):
             return None
         about = json.loads(about.tobytes())
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
@@ -130,19 +134,42 @@ def write_cache(path: Path, examples: list[Example], report: DatasetReport) -> N
         "weights": [e.weight for e in examples],
         "report": dataclasses.asdict(report),
     }
-    tensors = {
-        "input_ids": np.concatenate([e.input_ids for e in examples]),
-        "labels": np.concatenate([e.labels for e in examples]),
-        "ends": np.cumsum([len(e) for e in examples]),
+    tensors: dict[str, Parts] = {
+        "ends": [np.cumsum([len(e) for e in examples])],
+        "input_ids": [e.input_ids for e in examples],
+        "labels": [e.labels for e in examples],
         # A tensor, because a header of safetensors holds at most 100 MB: some million ids.
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "about": [np.frombuffer(json.dumps(about).encode(), np.uint8)],
     }
     unfinished = path.with_suffix(".writing")
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(OSError):
         # Not forced onto the disk: a file that a crash leaves half written has another hash.
-        save_file(tensors, unfinished, metadata={"sha256": content_hash(*tensors.values())})
+        try:
+            _save_tensors(unfinished, tensors)
+        except OSError:
+            unfinished.unlink(missing_ok=True)  # a full disk needs the room
+            raise
         unfinished.rename(path)
         by_age = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in by_age[:-MAX_FILES]:
             old.unlink()
             old.with_suffix(".lock").unlink()
+
+
+def _save_tensors(path: Path, tensors: dict[str, Parts]) -> None:
+    """Writes a file of safetensors, part by part: the library would need it twice in memory."""
+    header: dict = {"__metadata__": {"sha256": content_hash(*tensors.values())}}
+    end = 0
+    for name, parts in tensors.items():
+        start, end = end, end + sum(part.nbytes for part in parts)
+        header[name] = {
+            "dtype": DTYPES[str(parts[0].dtype)],
+            "shape": [sum(map(len, parts))],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers after it are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in itertools.chain.from_iterable(tensors.values()):
+            file.write(np.ascontiguousarray(part).data)

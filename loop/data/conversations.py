@@ -31,6 +31,9 @@ SPEAKERS = {
     "system": "system",
     "tool": "tool",
 }
+# Columns beside a chat whose content a prompt would have to show; and what they hold for nothing.
+TOOL_COLUMNS = ("tools", "functions", "tool_calls")
+NOTHING: tuple = (None, "", "[]", "null", [], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +257,8 @@ def check_row(
 ) -> Conversation:
     """The conversation of a row with the id `key`. Raises BadRow."""
     columns = columns_of(data)
-    if "messages" in columns:
-        return Conversation(key, _check_messages(row, columns["messages"]), weight=weight)
-    if "conversations" in columns:
-        return Conversation(key, _check_sharegpt(row, columns["conversations"]), weight=weight)
+    if {"messages", "conversations"} & columns.keys():
+        return Conversation(key, _check_chat(row, columns), weight=weight)
     dialogue = check_dialogue(row, data)
     note = check_text(pick(row, columns["note"]), "note")
     changed = 0
@@ -298,6 +299,30 @@ def check_dialogue(row: dict, data: DataConfig) -> str:
     return check_text(pick(row, columns_of(data)["dialogue"]), "dialogue")
 
 
+def _check_chat(row: dict, columns: dict[str, list[str]]) -> list[dict[str, str]]:
+    """The chat messages of a row, with the system's text that a column of its own holds.
+
+    Raises BadRow, also for columns that change what the messages mean.
+    """
+    if "messages" in columns:
+        messages = _check_messages(row, columns["messages"])
+    else:
+        messages = _check_sharegpt(row, columns["conversations"])
+    for name in TOOL_COLUMNS:
+        if row.get(name) not in NOTHING:
+            raise BadRow(f"has {name}, which no prompt shows: remove the column, or the row")
+    text = row.get("system")
+    if text in NOTHING:
+        return messages
+    text = check_text(text, "system")
+    written = [m["content"].strip() for m in messages if m["role"] == "system"]
+    if not written:
+        return [{"role": "system", "content": text}, *messages]
+    if text.strip() not in written:
+        raise BadRow("its column system and its system's turn differ: remove one of them")
+    return messages
+
+
 def _check_sharegpt(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages of ShareGPT's `from` and `value`. Raises BadRow."""
     turns = pick(row, names)
@@ -325,8 +350,9 @@ def _content(message: dict) -> Any:
             "an answer has the weight 0, and every one is supervised: "
             "end the chat before it, or remove the weight"
         )
-    if message.get("tool_calls"):
-        raise BadRow("an answer has tool_calls, which are not trained: remove that turn")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise BadRow(f"an answer has {name}, which are not trained: remove that turn")
     content = message.get("content")
     if isinstance(content, list) and content:
         texts = [
@@ -359,4 +385,10 @@ def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
             f"{names[0]} begins with the assistant's turn, which answers nothing: "
             "put the user's before it or remove it"
         )
+    for before, message in zip([None, *messages], messages):
+        if message["role"] == "tool" and (not before or before["role"] in ("system", "user")):
+            raise BadRow(
+                f"{names[0]} has a tool's turn that no assistant's turn asked for: put that turn "
+                "before it or remove it"
+            )
     return messages

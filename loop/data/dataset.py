@@ -7,6 +7,7 @@ that has it. No row is lost without an entry in the `DatasetReport`.
 import dataclasses
 import functools
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +21,20 @@ from .conversations import Conversation, dialogue_text, note_text, read_split
 from .identifiers import find_identifiers
 from .parallel import in_chunks, map_chunks
 from .report import DatasetReport
-from .tokenization import IGNORE, PLAIN_TEMPLATE, Example, encode_examples
+from .tokenization import (
+    IGNORE,
+    PLAIN_TEMPLATE,
+    Example,
+    RefusedChatError,
+    encode_examples,
+)
+
+# HTML that was left in a text, as web forms and exports leave it.
+MARKUP = re.compile(
+    r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{1,5}|#x[0-9a-f]{1,5});"
+    r"|</?(?:p|br|div|span|b|i|u|strong|em|li|ul|ol|td|tr|h[1-6])(?:\s[^<>]{0,200})?/?>",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass
@@ -122,6 +136,9 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
         limit = f"the base's context of {longest} tokens; take a base with a longer one"
     seen: set[bytes] = set()
     for conversation, encoded in _encode_all(tokenizer, conversations, config, split):
+        if isinstance(encoded, str):
+            report.skipped.append(encoded)
+            continue
         example = encoded.example
         if len(example) > longest:
             if config.data.overlong == "error":
@@ -138,6 +155,7 @@ def prepare_examples(config: Config, tokenizer, split: str) -> tuple[list[Exampl
             report.truncated.append(example.id)
             example = shorter
         report.without_headings += encoded.lacks_headings
+        report.with_markup += encoded.has_markup
         report.notes_normalized += conversation.headings_changed > 0
         report.headings_normalized += conversation.headings_changed
         if encoded.changed:
@@ -190,13 +208,17 @@ class Encoded(NamedTuple):
     example: Example
     changed: str  # what the tokenizer does to the note, as `note_change` says it
     lacks_headings: bool
+    has_markup: bool
     identifiers: list[str]  # the kinds in its texts
 
 
 def _encode_all(
     tokenizer, conversations: list[Conversation], config: Config, split: str
-) -> Iterator[tuple[Conversation, Encoded]]:
-    """Each conversation with its example, in order. The list is empty afterwards."""
+) -> Iterator[tuple[Conversation, Encoded | str]]:
+    """Each conversation with its example, in order, or with why it has none.
+
+    The list is empty afterwards.
+    """
     chunks = in_chunks(conversations)
     conversations.clear()
     encode = functools.partial(_encode_chunk, tokenizer, config, split)
@@ -207,7 +229,28 @@ def _encode_all(
 
 def _encode_chunk(
     tokenizer, config: Config, split: str, conversations: list[Conversation]
+) -> list[Encoded | str]:
+    """Each conversation's example; where data.on_error is skip, a line for a chat that has none."""
+    try:
+        return [*_encode_accepted(tokenizer, config, split, conversations)]
+    except RefusedChatError as error:
+        if config.data.on_error == "stop":
+            raise ConfigError(
+                f"data.{split}, {error} (data.on_error=skip leaves such chats out and lists them)"
+            ) from error
+        if len(conversations) == 1:
+            return [f"data.{split}, {error}"]
+    return [
+        encoded
+        for conversation in conversations
+        for encoded in _encode_chunk(tokenizer, config, split, [conversation])
+    ]
+
+
+def _encode_accepted(
+    tokenizer, config: Config, split: str, conversations: list[Conversation]
 ) -> list[Encoded]:
+    """Raises RefusedChatError for the first chat that the base's template refuses."""
     looks = split == "train" and config.data.identifiers != "off"
     found = []
     examples = encode_examples(tokenizer, conversations, config.data.supervise)
@@ -219,8 +262,10 @@ def _encode_chunk(
         if note is not None and config.data.supervise == "note":
             changed = note_change(note, text)
         lacks = note is not None and not soap.has_all_sections(note, config.task)
-        text = dialogue_text(conversation) + "\n" + note_text(conversation) if looks else ""
-        found.append(Encoded(example, changed, lacks, find_identifiers(text)))
+        text = dialogue_text(conversation) + "\n" + note_text(conversation)
+        markup = MARKUP.search(text) is not None
+        kinds = find_identifiers(text) if looks else []
+        found.append(Encoded(example, changed, lacks, markup, kinds))
     return found
 
 

@@ -20,6 +20,7 @@ class DatasetReport:
     notes_changed: list[str] = dataclasses.field(default_factory=list)  # ids: see `note_change`
     notes_lost: int = 0  # those of them that lose more than white space
     duplicates: int = 0  # kept examples that repeat an earlier one, token for token
+    with_markup: int = 0  # kept examples whose texts hold HTML
     notes_normalized: int = 0  # notes whose headings data.normalize_headings rewrote
     headings_normalized: int = 0  # the headings in them
     # Ids of kept examples by the kind of identifier that they hold, as `find_identifiers` names it.
@@ -39,7 +40,8 @@ class DatasetReport:
         if self.without_headings:
             lines.append(
                 f"headings    {self.without_headings:,} of {self.kept:,} notes in data.{split} "
-                f"lack {self.headings} in this order"
+                f"lack {self.headings} in this order, each beginning a line and with a text "
+                "(data.normalize_headings reads other styles)"
             )
         if self.notes_normalized:
             lines.append(
@@ -55,6 +57,11 @@ class DatasetReport:
             lines.append(
                 f"duplicates  {self.duplicates:,} of {self.kept:,} examples in data.{split} "
                 "repeat an earlier one word for word, and count twice"
+            )
+        if self.with_markup:
+            lines.append(
+                f"markup      {self.with_markup:,} of {self.kept:,} examples in data.{split} hold "
+                "HTML (&amp;, <br>), which a model learns to write; remove it from the texts"
             )
         for kind, ids in self.identifiers.items():
             reason = f"a {kind} in it (data.identifiers)"

@@ -4,7 +4,9 @@ Also the shortening of a dialogue that is too long for the model. What the promp
 are is configuration; `SOAP` is the task of a run that says nothing.
 """
 
+import contextlib
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -184,6 +186,11 @@ FRAME = re.compile(
     r"^[ \t]*([=~+'-])\1{1,60}[ \t]{0,9}(.{1,80}?)[ \t]{0,9}\1{2,60}(.*)"
 )  # "== Plan =="
 INITIAL = re.compile(r"^([\s>#-]*)[*_(\[]+([A-Za-z])[*_)\]]+(?=[a-z]{2})")  # "**P**lan"
+CELL = re.compile(
+    r"^[ \t]*\|[ \t]*([^|:]{1,60}?)[:*_ \t]*\|[ \t]*(.*?)[ \t]*\|?[ \t]*$"
+)  # "| Plan | x |"
+# A pictogram before a heading.
+PICTOGRAMS = "\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff"
 RULE = re.compile(r"[ \t]*([=~_^*-])\1{2,}[ \t]*")  # what underlines a heading
 
 
@@ -197,7 +204,7 @@ def _styled_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     names = _one_of(sorted(spellings, key=len, reverse=True))
     joint = f"(?P<joint>{JOINT})|" if {"A", "P"} <= {*spellings} else ""
     return re.compile(
-        rf"(?P<mark>(?:[{BULLETS}{BLANKS}>#*_]|{TAG}){{0,40}})"
+        rf"(?P<mark>(?:[{BULLETS}{BLANKS}{PICTOGRAMS}>#*_]|{TAG}){{0,40}})"
         rf"(?P<number>\(?(?:\d{{1,2}}|[IVX]{{1,4}}|[a-d](?=\)))[.)][{BLANKS}]*)?"
         rf"(?P<open>(?:[*_`\[(\u3010]|{TAG}){{0,10}})"
         rf"(?P<name>{joint}{names})(?:[ \t]*[(/][ \t]*(?P<again>{names})\)?)?"
@@ -215,6 +222,7 @@ def _heading_in(line: str, task: TaskConfig, following: str | None) -> tuple[str
     and so must a word whose sign could also be another's.
     """
     heading_of = {form.casefold(): h for h, forms in task.spellings.items() for form in forms}
+    line = CELL.sub(r"**\1**: \2", line)
     line = INITIAL.sub(r"\1\2", FRAME.sub(r"**\2**\3", line, count=1))
     match = _styled_pattern(tuple(f for o in task.spellings.values() for f in o)).fullmatch(line)
     if not match or re.match(VITAL_SIGN, line[match.start("name") :]):
@@ -283,8 +291,8 @@ def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
     begins P: nothing says which of its sentences is which.
     """
     lines: list[str] = []
-    changed = 0
-    for line in note.strip().split("\n"):
+    note, changed = _from_json_or_tags(note.strip(), task)
+    for line in note.split("\n"):
         sections = _split_inline(line, task)
         lines += sections
         changed += len(sections) if len(sections) > 1 else 0
@@ -305,6 +313,31 @@ def normalize_headings(note: str, task: TaskConfig = SOAP) -> tuple[str, int]:
             lines[i] = written
             changed += 1
     return "\n".join(lines), changed
+
+
+def _from_json_or_tags(note: str, task: TaskConfig) -> tuple[str, int]:
+    """A note that is a JSON object, or in XML's tags, as "S: text"; and how many headings it had.
+
+    (note, 0) where it is neither, or one of its keys or values is no heading or text.
+    """
+    heading_of = {form.casefold(): h for h, forms in task.spellings.items() for form in forms}
+    sections: list[tuple[str, str]] = []
+    if note.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(note)
+            if all(isinstance(text, str) for text in found.values()):
+                sections = [*found.items()]
+    elif note.startswith("<"):
+        names = _one_of(sorted(heading_of, key=len, reverse=True))
+        element = re.compile(rf"<({names})>\s*(.*?)\s*</\1>\s*", re.IGNORECASE | re.DOTALL)
+        note_element = re.fullmatch(r"<(note|soap)>\s*(.*?)\s*</\1>", note, re.I | re.DOTALL)
+        inner = note_element[2] if note_element else note
+        if names and not element.sub("", inner):
+            sections = element.findall(inner)
+    if not sections or any(name.casefold() not in heading_of for name, _ in sections):
+        return note, 0
+    lines = [f"{heading_of[name.casefold()]}: {text.strip()}".rstrip() for name, text in sections]
+    return "\n".join(lines), len(lines)
 
 
 def _listed_lines(lines: list[str]) -> set[int]:

@@ -23,6 +23,11 @@ from .conversations import Conversation
 
 Messages = list[dict[str, str]]  # each with "role" and "content"
 
+
+class RefusedChatError(ConfigError):
+    """The base's chat template refuses this one chat, as others may be in order."""
+
+
 IGNORE = -100  # the label of a token that is not supervised, as everywhere in the field
 # For a base that brings no chat template of its own.
 PLAIN_TEMPLATE = (
@@ -432,8 +437,8 @@ def encode_examples(
     """Token ids and labels of conversations, each up to the EOS of its last assistant turn.
 
     supervise: "note" for the assistant's turns, "all" for every token (pre-training). The prompt's
-    tokens are exactly those that generation will feed. Raises ConfigError where the chat template
-    rewrites earlier turns.
+    tokens are exactly those that generation will feed. Raises RefusedChatError where the chat
+    template refuses a chat or rewrites its earlier turns.
     """
     turns = [_assistant_turns(c, supervise) for c in conversations]
     flat = list(itertools.chain.from_iterable(turns))
@@ -455,7 +460,7 @@ def encode_examples(
                 ids.pop()
                 spans[-1] = (spans[-1][0], len(ids))
             if prompt[: len(ids)] != ids:
-                raise ConfigError(
+                raise RefusedChatError(
                     f"id {conversation.id}: the chat template rewrites earlier turns; "
                     "train on one turn at a time"
                 )
@@ -478,7 +483,9 @@ def _render_turn(tokenizer, conversation: Conversation, messages: Messages) -> s
     except ConfigError as error:
         if conversation.dialogue is not None:
             raise
-        raise ConfigError(f"id {conversation.id}: {error}: change the chat or remove it") from error
+        raise RefusedChatError(
+            f"id {conversation.id}: {error}: change the chat or remove it"
+        ) from error
 
 
 def _assistant_turns(conversation: Conversation, supervise: str) -> list[Messages]:

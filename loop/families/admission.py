@@ -1,5 +1,6 @@
 """Whether a base can be trained as the run wants it: asked before anything heavy."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from ..model.structure import attention_shape, context_length, rotary_settings
 from ..optim.lora_targets import put_lora
 from ..untrusted.bases import read_model_config, stored_shapes
 from .isolation import check_isolation
+
+# A family has all of these, and transformers assumes some other model's where one is missing.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 
 
 def admit_base(config: Config) -> tuple[Any, Any]:
@@ -61,9 +73,27 @@ def check_stored_weights(base: str, revision: str | None) -> None:
         return  # `check_isolation` says what is wrong with this family
     if shapes.keys() <= model.state_dict().keys():
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        check_shapes(base, wanted, shapes)
         missing = wanted.keys() - shapes.keys() - model.all_tied_weights_keys.keys()
-        check_loaded(base, {"mismatched_keys": [], "missing_keys": missing})
+        try:
+            check_shapes(base, wanted, shapes)
+            check_loaded(base, {"mismatched_keys": [], "missing_keys": missing})
+        except ConfigError as error:
+            raise ConfigError(f"{error}{say_assumed_sizes(folder, model_config)}") from error
+
+
+def say_assumed_sizes(folder: Path, model_config) -> str:
+    """What transformers assumes for sizes that a base's config.json does not name; "" for none."""
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    values = values.get("text_config") or values
+    text = model_config.get_text_config(decoder=True)
+    assumed = [
+        f"{size}={getattr(text, size)}"
+        for size in SIZES
+        if hasattr(text, size) and not {size, text.attribute_map.get(size)} & values.keys()
+    ]
+    if not assumed:
+        return ""
+    return f" (config.json does not say {', '.join(assumed)}, which transformers assumes)"
 
 
 def check_stored_codes(base: str, stored: dict[str, Any]) -> None:

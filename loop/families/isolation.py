@@ -55,6 +55,7 @@ def check_isolation(config: Config) -> None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
+        model_config = None
         try:
             location = checked_base(config.base, config.revision)
             model_config = read_model_config(location, config.revision)
@@ -69,6 +70,11 @@ def check_isolation(config: Config) -> None:
         except (ConfigError, AttentionError) as error:
             raise ConfigError(f"base={config.base}: {error}") from error
         except (*LIBRARY_ERRORS, MemoryError) as error:
+            if key := unknown_name(error, model_config):
+                raise ConfigError(
+                    f"base={config.base}: config.json: {key}={str(error)[:80]}: is no name that "
+                    "transformers knows; correct it"
+                ) from error
             raise ConfigError(
                 f"base={config.base}: this family can't be trained on packed rows "
                 f"({first_line(error).partition('. ')[0]}); take a base built like Llama"
@@ -78,6 +84,15 @@ def check_isolation(config: Config) -> None:
             f"base={config.base}: {type(model).__name__} does not keep packed documents apart "
             f"({problem}); take a base with attention alone"
         )
+
+
+def unknown_name(error: BaseException, model_config) -> str:
+    """The key of the configuration whose value transformers looked up in vain; "" for none."""
+    if not isinstance(error, KeyError) or not error.args or model_config is None:
+        return ""
+    values = model_config.get_text_config(decoder=True).to_dict()
+    wanted = error.args[0]
+    return next((k for k, v in values.items() if isinstance(v, str) and v == wanted), "")
 
 
 def check_linear_layers(layers: nn.ModuleList) -> None:

@@ -5,6 +5,7 @@ its weights are trained. `load_model` returns what `deepspeed.initialize` gets.
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils.hub import cached_file
 
 from ..config.device import user_cache
 from ..config.schema import ROOT, Config, ConfigError, check_path
@@ -33,7 +35,7 @@ from ..distributed.timeline import timed
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from ..untrusted.bases import check_base_folder, read_model_config
+from ..untrusted.bases import ADAPTER, check_base_folder, read_model_config
 from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
@@ -58,6 +60,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_SUFFIXES = (".gguf", ".bin", ".safetensors", ".pt", ".pth", ".json")  # no hub id ends so
 # The names of files that hold a tokenizer's vocabulary.
 VOCABULARY = re.compile(r"^tokenizer\.json$|vocab|tekken|tiktoken|\.model$")
+PROCESSOR_TEMPLATE = "chat_template.json"
+MISSING = ("gated_repo", "missing_entries", "connection_errors")  # of a file that may be absent
 GENERATION_CONFIG = "generation_config.json"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # also comes without a hub: see fetch_smollm2.py
 
@@ -83,11 +87,16 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
             if not (path / "config.json").is_file():
                 raise ConfigError(
                     f"base={base}: the folder has no config.json, so it is not a model in the "
-                    "hub's layout"
+                    f"hub's layout{_hint_at_model(base, path)}"
                 )
             # Absolute, as an adapter names its base so, and is loaded from anywhere.
             return LOCAL | {"pretrained_model_name_or_path": os.path.abspath(path)}
     if not HUB_ID.fullmatch(base) or base.endswith(FILE_SUFFIXES) or Path(base).parent.is_dir():
+        if Path(base).is_file():
+            raise ConfigError(
+                f"base={base}: is a file; give a folder in the hub's layout (config.json, "
+                "tokenizer, *.safetensors), or a hub id (owner/name)"
+            )
         raise ConfigError(
             f"base={base}: no such folder; give a folder in the hub's layout or a hub id "
             "(owner/name)"
@@ -96,6 +105,14 @@ def resolve_base(base: str, revision: str | None = None) -> dict[str, Any]:
     if revision is None and (converted / "config.json").is_file():
         return LOCAL | {"pretrained_model_name_or_path": str(converted)}
     return NO_CODE | {"pretrained_model_name_or_path": base}
+
+
+def _hint_at_model(base: str, folder: Path) -> str:
+    """What to name instead of a folder that is no model; "" where nothing tells."""
+    if (folder / ADAPTER).is_file():
+        return f": it is an adapter; name it as adapter={base}, and the model it belongs to as base"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f": name its folder {inner[0][:80]}, which has one" if len(inner) == 1 else ""
 
 
 def checked_base(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -125,6 +142,10 @@ def config_errors_for(base: str) -> Iterator[None]:
             raise ConfigError(
                 f"base={base}: needs code of its own (auto_map), which never runs here; take a "
                 "base of a kind that transformers knows"
+            ) from error
+        if isinstance(error, StrictDataclassError):
+            raise ConfigError(
+                f"base={base}: config.json: {first_line(error)}: correct it, or copy it anew"
             ) from error
         if not isinstance(error, (OSError, SafetensorError)):
             raise ConfigError(
@@ -157,6 +178,9 @@ LIBRARY_ERRORS = (
 def first_line(error: Exception) -> str:
     """A library's error in one short line."""
     lines = filter(str.strip, str(error).splitlines())
+    if isinstance(error, StrictDataclassError):  # its first line says only that there is one
+        what = " ".join(line.strip() for line in list(lines)[1:])
+        return re.sub(r"^\w*Error: |\(value: .*|[\s.]+$", "", what).strip()[:160]
     return f"{type(error).__name__}: {next(lines, '').strip()}"[:160]
 
 
@@ -177,6 +201,7 @@ def load_tokenizer(base: str, revision: str | None = None):
                 "vocab.json); copy the files of the base's tokenizer there"
             )
         tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
+        tokenizer.chat_template = choose_template(base, tokenizer, location, revision)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"base={base}: its tokenizer names no end-of-sequence token, so a note would never "
@@ -189,6 +214,40 @@ def load_tokenizer(base: str, revision: str | None = None):
     tokenizer.model_max_length = context_length(load_model_config(base, revision)) or 2**31
     try_tokenizer(base, tokenizer)
     return tokenizer
+
+
+def choose_template(base: str, tokenizer, location: dict[str, Any], revision: str | None):
+    """The chat template that the base brings, one text, or None. Raises ConfigError.
+
+    Of several (additional_chat_templates/) it is the one named "default". Bases of older processors
+    have theirs in chat_template.json alone, which a tokenizer does not read.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(sorted(template))[:120]
+            raise ConfigError(
+                f"base={base}: has the chat templates {names}, and none "
+                'named "default": save the one to use as chat_template.jinja'
+            )
+        return template["default"]
+    if template:
+        return template
+    name = location["pretrained_model_name_or_path"]
+    options = {key: value for key, value in location.items() if key == "local_files_only"}
+    options |= {f"_raise_exceptions_for_{what}": False for what in MISSING}
+    path = cached_file(name, PROCESSOR_TEMPLATE, revision=revision, **options)
+    if path is None:
+        return None
+    try:
+        template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"base={base}: {PROCESSOR_TEMPLATE} is no object with a chat_template: copy it anew"
+        ) from error
+    if not isinstance(template, str):
+        raise ConfigError(f"base={base}: {PROCESSOR_TEMPLATE}: chat_template must be a text")
+    return template
 
 
 def try_tokenizer(base: str, tokenizer) -> None:

@@ -14,6 +14,7 @@ import time
 from ..config.schema import ConfigError
 from ..distributed.exit import exit_with_config_error
 from .grid import Run, Sweep, plan_sweep
+from .inputs import check_inputs
 from .results import as_table, read_result, write_results
 
 STOPPED = 130  # as a shell has it after Ctrl-C
@@ -104,8 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         sweep = plan_sweep(sys.argv[1:] if argv is None else argv)
         make_folder(sweep)
+        check_inputs(sweep.runs)
     except ConfigError as error:
         exit_with_config_error(error)
+    except KeyboardInterrupt:
+        say("stopped before the first run")
+        sys.exit(STOPPED)
     gpus = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     runner = Runner(sweep, gpus)
     runner.run()

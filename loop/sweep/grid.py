@@ -71,7 +71,11 @@ def read_axes(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     if math.prod(map(len, axes.values())) > MOST_RUNS:
         raise ConfigError(f"{', '.join(axes)}: more than {MOST_RUNS:,} combinations; give fewer")
     if not axes:
-        raise ConfigError("nothing to sweep: give a key several values, as in lr=1e-4,3e-4")
+        words = [" ".join(arg.split()) for arg in others if "=" in arg[:40]]
+        single = f" ({', '.join(words)[:200]}: one value each)" if words else ""
+        raise ConfigError(
+            f"nothing to sweep{single}: give a key several values, as in lr=1e-4,3e-4"
+        )
     return axes, others
 
 

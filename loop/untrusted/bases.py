@@ -32,7 +32,8 @@ HEADS = ("num_attention_heads", "n_head")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # safetensors' names of what is no plain number
+WEIGHTS = "model.safetensors"
+NUMBERS = ("F16", "BF16", "F32", "F64")  # safetensors' names; a weight of another type is a code
 # What the loop reads of a model's output, whatever its configuration wishes.
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
@@ -69,7 +70,16 @@ def check_base_folder(base: str, folder: Path) -> None:
     if not tensors:
         return
     _check_against_weights(base, text, {name: shape for name, shape, _ in tensors})
-    codes = [name for name, shape, dtype in tensors if dtype in CODES and len(shape) == 2]
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise ConfigError(
+            f"base={base}: has *.safetensors, but neither {WEIGHTS} nor {INDEX}, by which weights "
+            "are found: copy the one that is missing"
+        )
+    codes = [
+        name
+        for name, shape, dtype in tensors
+        if dtype not in NUMBERS and len(shape) == 2 and name.endswith(".weight")
+    ]
     if codes and not config.get("quantization_config"):
         raise ConfigError(
             f"base={base}: {codes[0][:80]} is stored as codes, and config.json has no "

@@ -1,7 +1,9 @@
 """The key of the token cache covers the whole package, whatever its files are called."""
 
+import errno
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,24 @@ def test_without_a_cache_nothing_is_written(run):
     data = config.data.model_copy(update={"cache": False})
     examples, _ = load_examples(config.model_copy(update={"data": data}), tokenizer, "train")
     assert len(examples) == len(ROWS) and not (Path(config.run.dir) / ".tokens").exists()
+
+
+def test_writing_needs_no_second_copy_and_a_full_disk_keeps_nothing(run, tmp_path, monkeypatch):
+    config, tokenizer, _ = run
+    examples, report = prepare_examples(config, tokenizer, "train")
+    path = tmp_path / "tokens.safetensors"
+    many = examples * 5000
+    tracemalloc.start()
+    cache.write_cache(path, many, report)
+    assert tracemalloc.get_traced_memory()[1] < path.stat().st_size
+    tracemalloc.stop()
+    assert len(read_cache(path)[0]) == len(many)
+    path.unlink()
+
+    def full(*_):
+        path.with_suffix(".writing").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "_save_tensors", full)
+    cache.write_cache(path, examples, report)
+    assert not [*tmp_path.glob("tokens.*")]

@@ -279,3 +279,48 @@ def test_a_tokenizer_that_can_write_no_note_is_refused(config_file):
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ConfigError, match="can write none of the notes of data.train"):
         load_examples(config, tokenizer, "train")
+
+
+STRICT_TEMPLATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_chats_that_the_template_refuses_are_skipped_and_counted(load):
+    def prepare(config, tokenizer, split):
+        tokenizer.chat_template = STRICT_TEMPLATE
+        return prepare_examples(config, tokenizer, split)
+
+    def chat(name, *roles):
+        turns = [{"role": role, "content": f"secret {i}"} for i, role in enumerate(roles)]
+        return {"id": name, "messages": turns}
+
+    pair = ("user", "assistant")
+    bad = [chat("twice", "user", *pair), chat("answers", *pair, "assistant")]
+    rows = [chat("a", *pair), *bad, chat("b", *pair, *pair), chat("tail", *pair, "user")]
+    words = ["data.columns={messages: messages}"]
+    with pytest.raises(ConfigError) as stopped:
+        load(rows, *words, "data.on_error=stop", prepare=prepare)
+    assert "data.train, id twice: the base's chat template refuses" in str(stopped.value)
+    assert "data.on_error=skip" in str(stopped.value) and "secret" not in str(stopped.value)
+    examples, report = load(rows, *words, "data.on_error=skip", prepare=prepare)
+    assert [e.id for e in examples] == ["a", "b", "tail"]
+    assert report.rows == 5 == report.kept + len(report.skipped)
+    assert ["id twice" in report.skipped[0], "id answers" in report.skipped[1]] == [True, True]
+    assert "secret" not in "".join(report.skipped)
+
+
+def test_html_that_was_left_in_the_texts_is_counted(load):
+    texts = ["BP &lt; 120", "a<br>b", "a<BR/>b", "<p class='x'>a</p>", "it&#39;s"]
+    others = ["T < 37 and > 36", "a & b", "<3", "R&amp", "<b"]
+    rows = [
+        {"id": f"m{i}", "dialogue": f"Doctor: {i}", "soap": f"S: {text}"}
+        for i, text in enumerate(texts + others)
+    ]
+    _, report = load([*ROWS, *rows], "data.headings=optional")
+    assert report.with_markup == len(texts)
+    (line,) = [line for line in report.lines("train", 1024) if line.startswith("markup")]
+    assert "5 of 16 examples in data.train hold HTML" in line

@@ -117,6 +117,13 @@ def test_a_folder_says_which_of_its_parts_is_wanted(tmp_path):
         open_dataset(str(tmp_path), "train")
 
 
+def test_a_folder_that_says_how_its_tables_are_read_is_read_so(tmp_path):
+    (tmp_path / "train.csv").write_text("id#dialogue#soap\n007#a, b#c\n")
+    files = "configs:\n- config_name: a\n  data_files: train.csv\n  sep: '#'\n"
+    (tmp_path / "README.md").write_text(f"---\n{files}---\n")
+    assert open_dataset(str(tmp_path), "train")[0]["dialogue"] == "a, b"
+
+
 BOMB = b"a" * 2**24  # 16 MiB; some 16 kB when compressed
 LINE = json.dumps(ROWS[0]).encode() + b"\n"
 

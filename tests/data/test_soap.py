@@ -124,6 +124,11 @@ def test_a_section_ends_where_a_line_begins_another():
         ("<b>Subjective:</b> a<br><b>Objective:</b> b<br>Assessment: c | Plan: d", 4),
         ("\u200eS: a\n\u200fO: b\nA: c\nP: d", 2),
         ("S: a\nO: b\nA: c\nP: d", 0),
+        ("| S | a |\n| Objective | b |\n| **A:** | c |\n| PLAN | d |", 4),
+        ("\U0001f5e3\ufe0f Subjective: a\n\U0001fa7a **Objective**: b\n\u2705 A: c\nP: d", 3),
+        ('{"Subjective": "a", "o": "b", "ASSESSMENT": "c", "plan": "d"}', 4),
+        ("<Subjective>a</Subjective>\n<O> b </O>\n<assessment>\nc\n</assessment><P>d</P>", 4),
+        ("<note><S>a</S><O>b</O><A>c</A><P>d</P></note>", 4),
     ],
 )
 def test_headings_of_any_style_are_normalized_and_counted(note, changed):
@@ -136,6 +141,7 @@ def test_headings_of_any_style_are_normalized_and_counted(note, changed):
     "line",
     ["A) mild", "A. fib", "P = 80", "P -> home", "Plan of care", "plan - as before", "Plan (B): x"]
     + ["P: ~80", "P: 70-80", "P: 64 (regular)", "P: 80 per minute", "- P: 80", "S/O of a nurse"]
+    + ["| Plan of care | x |", '{"P": 80}', "<Plan>x", "\u2705 Planned", "| P: 80 | x |"]
     + ["Assessment was done", "Object\u0131ve: x", "\u017f - x", "- A: not the next"],
 )
 def test_what_only_looks_like_a_heading_stays_where_it_is(line):
@@ -177,6 +183,15 @@ def test_the_letters_of_a_list_of_pain_or_history_are_no_headings(listed):
     assert normalize_headings(note) == (note, 0)
     # The letters of SOAPIE are those of its sections.
     assert parse_note("S: a\nO: b\nA: c\nP: d\nI: e\nE: f")["P"] == "d\nI: e\nE: f"
+
+
+@pytest.mark.parametrize(
+    "note",
+    ['{"S": "a", "O": ["b"]}', '{"S": "a", "vitals": "b"}', '{"S": "a"', "<S>a</S> and more"]
+    + ["<S>a</O>", "<x><S>a</S></x>", "[1]", "{}"],
+)
+def test_json_and_tags_of_something_else_stay_as_they_are(note):
+    assert normalize_headings(note) == (note, 0)
 
 
 def test_a_pulse_stays_a_pulse():

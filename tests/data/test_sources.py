@@ -14,6 +14,7 @@ import pytest
 from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.conversations import read_split
+from loop.data.sources import locations
 from loop.data.sources.locations import hub_id, locate
 from loop.generation.decode import Note
 from loop.generation.notes_file import NotesFile, read_predictions, read_questions
@@ -128,6 +129,26 @@ def test_a_workbook_is_read_or_names_its_package(tmp_path):
         read(tmp_path / "c.xlsx")
 
 
+def test_what_is_hidden_in_a_workbook_is_said(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for cells in ([*ROWS[0]], [1, "a", "S: a"], [2, "b", "S: b"], [], [3, "c", "S: c"]):
+        book.active.append(cells)
+    book.active.row_dimensions[3].hidden = True
+    book.active.column_dimensions["B"].hidden = True  # data.columns names it, so it is read
+    book.create_sheet("H", 0).sheet_state = "hidden"
+    book.create_chartsheet("C", 0).add_chart(openpyxl.chart.BarChart())
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(ConfigError, match=r"row 2: is hidden in the workbook \(line 3\): show"):
+        read(tmp_path / "a.xlsx")
+    assert [c.dialogue for c in read(tmp_path / "a.xlsx", "data.on_error=skip")] == ["a", "c"]
+    book["Sheet"].sheet_state = "hidden"
+    book.create_sheet("V").append(["a note of the ward"])
+    book.save(tmp_path / "b.xlsx")
+    with pytest.raises(ConfigError, match="b.xlsx.*(holds no rows|has none)"):
+        read(tmp_path / "b.xlsx")
+
+
 def test_a_workbook_without_its_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "a.xlsx").write_bytes(b"PK")
@@ -187,6 +208,35 @@ def test_what_cannot_be_read_says_what_would_help(name, tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / name)
     assert words in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"SQLite format 3\0" + b"\0" * 80, "a database: export its table as CSV"),
+        ("a.jsonl", b"%PDF-1.4\n1 0 obj", "a PDF"),
+        ("b.csv", b"{\\rtf1 a}", "in RTF"),
+        ("c.csv", b"<!DOCTYPE html>\n<html>", "a web page"),
+        ("b.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("c.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("d.csv", table(",").encode("utf-32"), "in UTF-32: save it as UTF-8"),
+        ("d.jsonl", JSONL.decode().encode("utf-32"), "in UTF-32: save it as UTF-8"),
+        ("e.csv", table(",").replace("Doctor", "Doc\0tor").encode(), "holds the sign NUL"),
+        ("e.jsonl", row(dialogue='[{"speaker": "d", "text": "a"}]'), "a list written as a text"),
+        ("f.jsonl", row(dialogue="[{'speaker': 'd', 'text': 'a'}]"), "a list written as a text"),
+        ("g.jsonl", row(dialogue='["Doctor: a", "Patient: b"]'), "a list written as a text"),
+    ],
+)
+def test_files_of_another_kind_than_their_name_are_said(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value) and f"{name}, row 1" in str(error.value)
+
+
+def test_brackets_around_a_speaker_are_no_list(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(row(dialogue="[Doctor] a\n[Patient] [b]"))
+    assert len(read(tmp_path / "a.jsonl")) == 1
 
 
 def test_what_clinicians_write_for_nothing_is_a_note(tmp_path):
@@ -282,6 +332,17 @@ def test_folders_and_patterns(tmp_path):
         read(tmp_path / "none*.jsonl")
 
 
+def test_ids_of_a_folder_of_tables_stay_as_they_are_written(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "train.csv"
+    path.write_text("id;dialogue;soap\n007;Doctor: a;S: NA\n7;Doctor: b;S: b\n2026-01-01;c;d\n")
+    assert [c.id for c in read(tmp_path)] == ["007", "7", "2026-01-01"]
+    path.write_text("id,dialogue,soap\n1,a,b\n2,a\n")
+    locations._load_dataset.cache_clear()
+    with pytest.raises(ConfigError, match="row 2: has another number of fields"):
+        read(tmp_path)
+
+
 def test_an_address_and_the_home_folder(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="s3://b/a.jsonl: is an address, and only files of this"):
         read("s3://b/a.jsonl")
@@ -332,6 +393,36 @@ def test_chats_of_sharegpt_and_those_that_begin_with_the_answer(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"id": "x", "conversations": turns[1:]}))
     with pytest.raises(ConfigError, match=r"row 1 \(id x\): .* begins with the assistant's turn"):
         read(tmp_path / "b.jsonl", columns)
+
+
+def test_what_stands_beside_a_chat_is_no_silence(tmp_path):
+    ask, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    sharegpt = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    path = tmp_path / "a.jsonl"
+
+    def chat(**row):
+        path.write_text(json.dumps(row))
+        column = next(name for name in ("messages", "conversations") if name in row)
+        return read(path, f"data.columns={{{column}: {column}}}")[0].messages
+
+    first = {"role": "system", "content": "Be short."}
+    assert chat(conversations=sharegpt, system="Be short.")[0] == first
+    assert chat(conversations=sharegpt, system="", tools="[]") == [ask, answer]
+    assert chat(messages=[first, ask, answer], system="Be short.", tools=None)[0] == first
+    assert chat(messages=[ask, answer], system="Be short.")[0] == first
+    tool = {"role": "tool", "content": "t"}
+    assert [m["role"] for m in chat(messages=[ask, answer, tool, answer])][2] == "tool"
+    for row, words in (
+        ({"messages": [first, ask, answer], "system": "Be long."}, "system's turn differ"),
+        ({"messages": [ask, answer], "tools": [{"type": "function"}]}, "has tools, which no"),
+        ({"conversations": sharegpt, "tools": '[{"name": "f"}]'}, "has tools, which no"),
+        ({"messages": [ask, answer], "system": 3}, "system is int, not a text"),
+        ({"messages": [ask, tool, answer]}, "a tool's turn that no assistant's turn asked for"),
+        ({"messages": [ask, answer | {"function_call": {"a": 1}}]}, "has function_call"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            chat(**row)
+        assert "Be " not in str(error.value)
 
 
 def test_generate_gives_the_ids_that_evaluate_wants(tmp_path):

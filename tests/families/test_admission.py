@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -253,3 +254,73 @@ def test_layers_of_lora_are_those_of_the_whole_base(base, tmp_path):
     check_lora_fits(configure(base(), tmp_path, some, "lora.layers_to_transform=[2]"))
     with pytest.raises(ConfigError, match="layers_to_transform: '9' fits no module"):
         check_lora_fits(configure(base(), tmp_path, some, "lora.layers_to_transform=[2, 9]"))
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"hidden_act": "sulu"}, "config.json: hidden_act='sulu': is no name that transformers"),
+        ({"hidden_size": []}, "config.json: Field 'hidden_size' expected int, got list: correct"),
+        ({"tie_word_embeddings": "x"}, "config.json: Field 'tie_word_embeddings' expected bool"),
+        ({"layer_types": ["y"]}, "config.json: The `layer_types` entries must be in"),
+    ],
+)
+def test_a_wrong_value_of_a_configuration_is_named_with_its_key(base, tmp_path, values, said):
+    with pytest.raises(ConfigError) as error:
+        admit_base(configure(base(**values), tmp_path))
+    assert said in str(error.value) and "take another base" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_size_that_a_configuration_lacks_is_named(tiny_base, tmp_path, size):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    values = json.loads((folder / "config.json").read_text())
+    del values[size]
+    (folder / "config.json").write_text(json.dumps(values))
+    said = rf"config\.json does not say {size}=\d+, which transformers assumes"
+    with pytest.raises(ConfigError, match=said):
+        admit_base(configure(str(folder), tmp_path))
+
+
+OTHER_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_a_template_is_found_wherever_bases_keep_it(base, tmp_path):
+    folder = Path(base())
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    assert load_tokenizer(str(folder)).chat_template.endswith(PLAIN_TEMPLATE)
+    legacy = folder / "chat_template.json"
+    legacy.write_text(json.dumps({"chat_template": OTHER_TEMPLATE}))
+    assert load_tokenizer(str(folder)).chat_template == OTHER_TEMPLATE
+    for broken in ("{", "[]", "{}", '{"chat_template": 3}'):
+        legacy.write_text(broken)
+        with pytest.raises(ConfigError, match=r"chat_template\.json"):
+            load_tokenizer(str(folder))
+    legacy.unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    with pytest.raises(ConfigError, match='templates tool_use, and none named "default"'):
+        load_tokenizer(str(folder))
+    (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    assert load_tokenizer(str(folder)).chat_template == OTHER_TEMPLATE
+
+
+def test_a_folder_or_file_that_is_no_model_says_what_to_name(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "whole" / "inner")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    for name, said in (
+        ("whole", ": name its folder inner, which has one"),
+        ("adapter", f": it is an adapter; name it as adapter={tmp_path / 'adapter'}, and the"),
+        ("model.Q4.gguf", "is a file; give a folder in the hub's layout"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_tokenizer(str(tmp_path / name))
+        assert said in str(error.value)

@@ -12,14 +12,17 @@ import pytest
 import yaml
 from helpers import ROOT, communicate, wait_until
 
+from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.sweep import __main__ as command
+from loop.sweep import inputs
 from loop.sweep.grid import plan_sweep, split_values
 from loop.sweep.results import as_table, read_result, winner
 
 # In the place of Python with the ranks: a run whose lr is in the file `fails` fails, any other one
 # ends as runs do.
 STAND_IN = """#!/bin/sh
+case "$*" in *loop.commands.plan*) exit 0;; esac
 for word; do case $word in run.dir=*) dir=${word#*=};; run.name=*) name=${word#*=};; esac; done
 echo "$name" >> "$dir/started"
 grep -qx "$name" "$dir/fails" 2>/dev/null && exit 7
@@ -88,6 +91,9 @@ def test_every_combination_is_a_run_of_its_own(sweep_of, config_file):
     ("words", "said"),
     [
         (["lr=1e-4"], "nothing to sweep"),
+        (["lr=1e-4;3e-4"], r"nothing to sweep \(lr=1e-4;3e-4: one value each\): give a key"),
+        (["lr=[1e-4,3e-4]"], r"\(lr=\[1e-4,3e-4\]: one value each\)"),
+        (["lr=1e-4,"], r"\(lr=1e-4,: one value each\)"),
         (["lr=1e-4,1e-4"], "twice"),
         (["lr=1e-4,3e-4", "lr=1e-3,2e-3"], "twice"),
         (["lr=1e-4,3e-4", "lr=1e-3"], "lr=1e-3: lr is swept already"),
@@ -179,6 +185,49 @@ def test_what_failed_does_not_stop_the_others_and_what_is_finished_is_not_repeat
     written = json.loads((sweep.folder / "sweep.json").read_text())
     assert written["best"] is None and [row["finished"] for row in written["runs"]] == [True] * 3
     assert sweep.folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_bases_and_data_are_checked_before_the_first_run(config_file, tmp_path, capsys):
+    missing, good = tmp_path / "missing.jsonl", load_config(["--config", str(config_file)])
+    sweeps = {
+        "base=loop/embedded/base,nowhere/at/all": "run base=nowhere-at-all: base=nowhere/at/all",
+        f"data.train={good.data.train},{missing}": "no such file or folder",
+    }
+    for words, said in sweeps.items():
+        with pytest.raises(SystemExit) as end:
+            command.main(["--config", str(config_file), words, "run.name=checked"])
+        told = capsys.readouterr()
+        assert end.value.code == 2 and said in told.err and told.err.count("\n") == 1
+        assert "run 1 of" not in told.out
+    assert not [*(tmp_path / "runs" / "checked").glob("*/checkpoints")]
+
+
+def test_runs_that_share_base_and_data_are_checked_once(sweep_of, monkeypatch):
+    asked = []
+
+    def ask(arguments, **_):
+        asked.append(arguments)
+        return SimpleNamespace(returncode=1, stderr="error: no memory\n")  # the run will say it
+
+    monkeypatch.setattr(subprocess, "run", ask)
+    inputs.check_inputs(sweep_of("lr=1e-4,2e-4", "lora.r=4,8", "--gpus", "1").runs)
+    assert len(asked) == 2 and not any("gpus" in word for words in asked for word in words)
+
+
+def test_what_the_last_run_lacks_is_said_before_the_first(sweep_of, monkeypatch, capsys):
+    def ask(arguments, **_):
+        told = "a warning\nerror: base=x: no such folder\n" if "lora.r=8" in arguments else ""
+        return SimpleNamespace(returncode=2 if told else 0, stderr=told)
+
+    sweep = sweep_of("lora.r=4,8")
+    monkeypatch.setattr(subprocess, "run", ask)
+    monkeypatch.setattr(command, "plan_sweep", lambda argv: sweep)
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (2, "")
+    assert told.err == "error: run lora.r=8: base=x: no such folder\n"
 
 
 def test_a_stop_is_passed_on_to_the_runs_that_are_on(sweep_of, monkeypatch):

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from loop.config.schema import ConfigError
 from loop.untrusted import bases
@@ -30,6 +32,13 @@ def name_file(base: Path, name: str) -> None:
     shutil.copy(base / WEIGHTS, base / name)
 
 
+def store_as(base: Path, dtype: torch.dtype) -> None:
+    """All matrices of feed-forward blocks are stored in another type."""
+    weights = load_file(base / WEIGHTS)
+    changed = {name: w.to(dtype) if "mlp" in name else w for name, w in weights.items()}
+    save_file(changed, base / WEIGHTS, {"format": "pt"})
+
+
 FAULTS = {
     "model_type=None: must be the name": lambda base: change(base, model_type=None),
     "num_hidden_layers=0: must be a whole number": lambda base: change(base, num_hidden_layers=0),
@@ -49,6 +58,10 @@ FAULTS = {
         base / "pytorch_model.bin"
     ),
     f"{WEIGHTS} is damaged or cut off": lambda base: (base / WEIGHTS).write_bytes(b"\x09" * 99),
+    "has *.safetensors, but neither": lambda base: (base / WEIGHTS).rename(
+        base / "consolidated.safetensors"
+    ),
+    "is stored as codes, and config.json has no": lambda base: store_as(base, torch.int16),
     "config.json must hold one JSON object": lambda base: (base / "config.json").write_text("[]"),
 }
 

@@ -22,6 +22,8 @@ NO_VALUE = re.compile(
 )
 # A line break written as two signs, before a heading or a speaker.
 ESCAPED_BREAK = re.compile(r"\\n[ \t*#]*[A-Z][\w ./]{0,30}:")
+# A list as JSON or Python writes it: its speakers and brackets would be learned as they are.
+WRITTEN_LIST = re.compile(r"\s*\[\s*(?:\{.*\}|\".*\"|'.*')\s*\]\s*", re.DOTALL)
 # What to do about a cell that is no text, by its type.
 REMEDIES = {
     "NoneType": "fill it or remove the row",
@@ -120,6 +122,12 @@ def check_text(value: Any, name: str) -> str:
         raise BadRow(
             f"{name} has {size / 1e6:.1f} MB, more than {MAX_ROW_BYTES / 1e6:.0f} MB: "
             "split it or remove the row"
+        )
+    if "\0" in value:
+        raise BadRow(f"{name} holds the sign NUL: write the file again without it")
+    if WRITTEN_LIST.fullmatch(value):
+        raise BadRow(
+            f"{name} is a list written as a text: join its parts to one text, a line for each"
         )
     if "\n" not in value and ESCAPED_BREAK.search(value):
         raise BadRow(

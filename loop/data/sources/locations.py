@@ -5,17 +5,18 @@ hub. See `hub_id`.
 """
 
 import collections
+import dataclasses
 import functools
 import glob
 import hashlib
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config.schema import ROOT, Config, ConfigError, DataConfig
 from ...untrusted.datasets import check_data_folder
-from .readers import OPENERS, READERS, Rows, format_of, read_text_pairs
+from .readers import OPENERS, READERS, BadRow, Rows, format_of, read_text_pairs
 
 if TYPE_CHECKING:  # its import takes nearly a second, and files need none of it
     import datasets
@@ -38,6 +39,9 @@ FILE_SUFFIXES = {
     *(".hl7 .eml .msg .wav .mp3 .m4a .mp4 .bak .tmp .old".split()),
 }
 KINDS = f"{', '.join(READERS)}, each also with {', '.join(OPENERS)}"
+
+
+TEXT_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
 
 class Location(NamedTuple):
@@ -148,8 +152,12 @@ def locate(source: str, split: str) -> Location:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_dataset(at: Location) -> "datasets.Dataset":
-    """A split from the hub, from a folder in its layout, or from one of save_to_disk."""
+def _load_dataset(at: Location) -> "datasets.Dataset | list[dict | BadRow]":
+    """A split from the hub, from a folder in its layout, or from one of save_to_disk.
+
+    Of a folder of CSV or JSON files its rows, as this package reads such files: the library would
+    read the id 007 as the number 7.
+    """
     import datasets
 
     if at.path is None:
@@ -171,13 +179,31 @@ def _load_dataset(at: Location) -> "datasets.Dataset":
     # The library's cache would keep a copy of patients' dialogues in the home folder. A temporary
     # one is removed with this block.
     with tempfile.TemporaryDirectory() as cache:
+        builder = datasets.load_dataset_builder(str(at.path), at.subset, cache_dir=cache)
+        if files := _text_files(builder, at.split):
+            return [row for file in files for _, row in READERS[format_of(file)](file)]
         return datasets.load_dataset(
             str(at.path), at.subset, split=at.split, cache_dir=cache, keep_in_memory=True
         )
 
 
-def open_dataset(source: str, split: str) -> "datasets.Dataset":
-    """The rows of a source that the datasets library reads.
+def _text_files(builder: Any, split: str) -> list[Path]:
+    """The files of a folder's split; [] where the library must read them.
+
+    That is: they are in no text format, or the folder's README.md says how they are to be read.
+    """
+    files = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
+    plain = type(builder.config)()
+    where = {"name", "version", "data_dir", "data_files", "description"}
+    options = [field.name for field in dataclasses.fields(plain) if field.name not in where]
+    if any(getattr(builder.config, name) != getattr(plain, name) for name in options):
+        return []
+    readable = all(file.is_file() and format_of(file) in TEXT_FORMATS for file in files)
+    return files if readable else []
+
+
+def open_dataset(source: str, split: str) -> "datasets.Dataset | list[dict | BadRow]":
+    """The rows of a source that is a data set: of the hub, or a folder.
 
     Raises ConfigError naming the source.
     """
@@ -286,7 +312,8 @@ def digest_sources(config: Config) -> bytes:
             for name in expand(source, split):
                 path = locate(name, split).path
                 if path is None:
-                    digest.update(open_dataset(name, split)._fingerprint.encode())
+                    found: Any = open_dataset(name, split)  # of the hub, so the library's
+                    digest.update(found._fingerprint.encode())
                     continue
                 files = [path]
                 if path.is_dir():

@@ -16,6 +16,7 @@ import json
 import lzma
 import re
 import sys
+import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,14 @@ NO_TEXT = {
     b"PAR1": "Parquet: name it .parquet",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"ARROW1": "Feather or Arrow: write it as Parquet",
+    b"SQLite format 3": "a database: export its table as CSV",
+    b"%PDF": "a PDF: copy its texts into a table",
+    b"{\\rtf": "a document in RTF: copy its texts into a table",
+    b"<!DOCTYPE html": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file by git lfs pull",
+    codecs.BOM_UTF32_LE: "in UTF-32: save it as UTF-8",
+    codecs.BOM_UTF32_BE: "in UTF-32: save it as UTF-8",
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")  # a character that XML can't hold
@@ -96,7 +105,7 @@ def read_json(path: Path) -> Rows:
     try:
         with _open(path) as file:
             start = file.read(64)
-            if start.startswith(UTF16):
+            if start.startswith(UTF16) and not start.startswith(codecs.BOM_UTF32_LE):
                 yield 1, BadRow("is UTF-16, nor is what follows it read: save the file as UTF-8")
                 return
             _check_is_text(start)
@@ -252,7 +261,7 @@ def _text_lines(file: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
-def _with_header(lines: Iterable[list]) -> Rows:
+def _with_header(lines: Iterable[Any]) -> Rows:
     """The rows of a table whose first line names the columns. Those without a name are not read."""
     lines = iter(lines)
     header = next(lines, None)
@@ -264,6 +273,9 @@ def _with_header(lines: Iterable[list]) -> Rows:
         yield 1, BadRow("cannot be read: the header names a column twice: rename one of them")
         return
     for number, fields in enumerate(lines, 1):
+        if isinstance(fields, BadRow):
+            yield number, fields
+            continue
         surplus = fields[len(header) :]
         if fields[: len(header)] == header:
             yield number, BadRow("repeats the header: remove the line")
@@ -300,7 +312,9 @@ def _read_xlsx(path: Path) -> Rows:
         with _open(path) as file:
             _check_size_unpacked(file)
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-            for number, row in _with_header(_lines_of_sheet(book.worksheets[0])):
+            sheet = _first_sheet(book)
+            hidden = _hidden_rows(file, sheet)
+            for number, row in _with_header(_lines_of_sheet(sheet, hidden)):
                 yield number, row
             if not number and len(book.worksheets) > 1:
                 raise BadRow(
@@ -319,14 +333,41 @@ def _read_xlsx(path: Path) -> Rows:
         )
 
 
-def _lines_of_sheet(sheet: Any) -> Iterator[list]:
-    """The cells of each row that has some, all rows as long as the first of them."""
+def _first_sheet(book: Any) -> Any:
+    """The first sheet of cells that a person sees. Raises BadRow where all are hidden."""
+    for sheet in book.worksheets:
+        if sheet.sheet_state == "visible":
+            return sheet
+    raise BadRow("is not there: all sheets are hidden, show the one with the rows")
+
+
+def _hidden_rows(file: BinaryIO, sheet: Any) -> set[int]:
+    """The numbers of the rows that a person does not see, as behind a filter."""
+    with zipfile.ZipFile(file) as packed, packed.open(sheet._worksheet_path) as xml:
+        found = set()
+        for _, element in ElementTree.iterparse(xml):
+            if element.tag.endswith("}row"):
+                if element.get("hidden") in ("1", "true"):
+                    found.add(int(element.get("r", 0)))
+                element.clear()
+        return found
+
+
+def _lines_of_sheet(sheet: Any, hidden: set[int]) -> Iterator[list | BadRow]:
+    """The cells of each row that has some, all rows as long as the first of them.
+
+    The first names the columns. Of the others, one that is hidden is a BadRow.
+    """
     width = 0
-    for cells in sheet.iter_rows(values_only=True):
+    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         line = [_cell_value(cell) for cell in cells]
-        if any(value != "" for value in line):
-            width = width or len(line)
-            yield line + [""] * (width - len(line))
+        if not any(value != "" for value in line):
+            continue
+        if width and number in hidden:
+            yield BadRow(f"is hidden in the workbook (line {number}): show it or delete it")
+            continue
+        width = width or len(line)
+        yield line + [""] * (width - len(line))
 
 
 def _cell_value(cell: Any) -> Any:
@@ -347,6 +388,14 @@ def _check_size_unpacked(file: BinaryIO) -> None:
     file.seek(0)
 
 
+def _check_is_parquet(path: Path) -> None:
+    """Raises BadRow where a file begins as one of another kind does."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start.startswith(b"PAR1"):
+        _check_is_text(start)
+
+
 def _read_parquet(path: Path) -> Rows:
     number = 0
     source: Path | io.BytesIO = path
@@ -354,6 +403,8 @@ def _read_parquet(path: Path) -> Rows:
         if path.suffix.lower() in OPENERS:  # it is read from its end, so all of it
             with _open(path) as packed:
                 source = io.BytesIO(_read_rest(packed))
+        else:
+            _check_is_parquet(path)
         file = pyarrow.parquet.ParquetFile(source)
         names = file.schema_arrow.names
         if len({*names}) < len(names):
