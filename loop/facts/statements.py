@@ -6,6 +6,7 @@ from .body import PARTS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .drugs import drug_at
 from .measures.dates import DAY_WORDS, date_at
+from .measures.frequencies import FREQUENCY_WORDS
 from .measures.quantities import amount_at
 from .measures.units import Amount, describe
 from .phrases import Found
@@ -35,6 +36,7 @@ _AMOUNT_WORDS = frozenset(
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
     qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
+_AMOUNT_WORDS |= FREQUENCY_WORDS
 _NO_ALCOHOL = frozenset(
     """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
     pedialyte bottle breastmilk smoothie broth""".split()
@@ -378,7 +380,7 @@ class Document(Parsed):
             return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
-        vague = self.items[i].word in ("at", "in", "before", "on")
+        vague = self.items[i].word in ("at", "in", "before", "on", *FREQUENCY_WORDS)
         return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
     def _measure(self, i: int) -> str:

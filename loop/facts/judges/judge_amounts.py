@@ -2,7 +2,8 @@
 
 import bisect
 
-from ..measures.units import DAYS, TO_MG, UNITS, Amount
+from ..measures.dates import WEEKDAYS
+from ..measures.units import DAYS, UNITS, Amount, same_scale
 from ..reading.parsed import Statement
 from ..reading.vocabulary import MEASURES
 from .index import Index, distance, same_name
@@ -96,6 +97,8 @@ def judge_amount(index: Index, s: Statement) -> Verdict:
         if vague is not None:
             item = index.document.items[vague]
             return Verdict(s, SUPPORTED, (item.start, item.end), is_broader=True)
+        if s.kind == "age":
+            return _judge_age_range(index, s, s.amount)
         low = index.numbers.get(s.amount.low, [])
         if s.kind == "number" and low and s.amount.high in index.numbers:
             item = index.document.items[low[0]]
@@ -108,6 +111,18 @@ def judge_amount(index: Index, s: Statement) -> Verdict:
                 item = index.document.items[i]
                 return Verdict(s, SUPPORTED, (item.start, item.end))
     other = index.all("age") if s.kind == "age" else []
+    return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+
+def _judge_age_range(index: Index, s: Statement, amount: Amount) -> Verdict:
+    """ "In her forties", by any number without a unit that lies there, such as 47."""
+    for number, places in index.numbers.items():
+        if amount.low <= number * DAYS["year"] <= amount.high:
+            bare = [i for i in places if index.unit_at(i) == ""]
+            if bare:
+                item = index.document.items[bare[0]]
+                return Verdict(s, SUPPORTED, (item.start, item.end))
+    other = index.all("age")
     return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
 
 
@@ -142,8 +157,13 @@ def _divides(amount: Amount, days: float) -> bool:
 
 
 def judge_date(index: Index, s: Statement) -> Verdict:
-    """A date that has all that is stated, or lacks the year alone."""
+    """A date that has all that is stated, or lacks the year alone; a weekday by its name.
+
+    Contradicted where the day or the month alone is another.
+    """
     stated = set(s.value.split())
+    if s.value in WEEKDAYS:
+        return _judge_weekday(index, s)
     for o in index.all("date"):
         if stated <= set(o.value.split()):
             return Verdict(s, SUPPORTED, place_of(o))
@@ -151,7 +171,22 @@ def judge_date(index: Index, s: Statement) -> Verdict:
     for o in index.all("date"):
         if without_year and set(o.value.split()) == without_year:
             return Verdict(s, SUPPORTED, place_of(o), is_broader=True)
+    for o in index.all("date"):
+        other = set(o.value.split())
+        alike = [part[0] for part in other] == [part[0] for part in s.value.split()]
+        if alike and len(stated) > 1 and len(stated - other) == 1:
+            return Verdict(s, CONTRADICTED, place_of(o))
     return Verdict(s, NOT_SAID, None)
+
+
+def _judge_weekday(index: Index, s: Statement) -> Verdict:
+    """By the same weekday anywhere; contradicted by another one of a date."""
+    places = index.places_of_word.get(s.value)
+    if places:
+        item = index.document.items[places[0]]
+        return Verdict(s, SUPPORTED, (item.start, item.end))
+    others = [o for o in index.all("date") if o.value in WEEKDAYS]
+    return Verdict(s, CONTRADICTED, place_of(others[0])) if others else Verdict(s, NOT_SAID, None)
 
 
 def _dated(index: Index, amount: Amount) -> Statement | None:
@@ -166,19 +201,18 @@ def is_equal(s: Statement, o: Statement) -> bool:
     a, b = s.amount, o.amount
     if a is None or b is None:
         return False
+    scaled = same_scale(a, b)
+    if scaled is None:
+        return False
+    a, b, within = scaled
     low, high, other_low, other_high = a.low, a.high, b.low, b.high
-    if a.unit != b.unit:
-        if a.unit not in TO_MG or b.unit not in TO_MG:
-            return False
-        low, high = low * TO_MG[a.unit], high * TO_MG[a.unit]
-        other_low, other_high = other_low * TO_MG[b.unit], other_high * TO_MG[b.unit]
     if s.kind in ("dose", "ratio"):
-        return _close(low, other_low, 1e-6) and _close(high, other_high, 1e-6)
+        return _close(low, other_low, within) and _close(high, other_high, within)
     if s.kind == "frequency" and a.at and b.at and a.at != b.at:
         return False  # "at bedtime" is not "in the morning"
     if s.kind == "frequency":
         return _close(low, other_low, 1e-3) and _close(high, other_high, 1e-3)
-    slack = 0.08 if s.kind == "duration" and low >= 27 else 1e-3
+    slack = 0.08 if s.kind == "duration" and low >= 27 else max(1e-3, within)
     if _close(low, other_low, slack) and _close(high, other_high, slack):
         return True
     if a.is_vague and low <= other_low <= other_high <= high:

@@ -14,11 +14,16 @@ MONTHS = {name: i for i, name in enumerate(_MONTHS.split(), 1)}
 MONTHS |= {name[:3]: i for name, i in MONTHS.items() if name != "may"} | {"sept": 9}
 _SUFFIXES = ("st", "nd", "rd", "th")
 _BEFORE_MONTH = ("in", "since", "of", "last", "this", "until", "by", "early", "late", "mid", "next")
-DAY_WORDS = frozenset((*ORDINALS, *MONTHS))
+WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_BEFORE_WEEKDAY = frozenset("since on last this next by until from".split())
+DAY_WORDS = frozenset((*ORDINALS, *MONTHS, *WEEKDAYS))
 
 
 class Date(NamedTuple):
-    """A date that begins at some item, such as "m7 d29 y2008" without what is not stated."""
+    """A date that begins at some item, such as "m7 d29 y2008" without what is not stated.
+
+    A weekday is one of its own.
+    """
 
     value: str
     num_items: int
@@ -36,6 +41,8 @@ def date_at(text: str, items: list[Item], i: int) -> Date | None:
         return _numeric(text, window) or _day_first(window) or _bare_year(window)
     if window[0].word in MONTHS:
         return _month_first(window, previous)
+    if window[0].word in WEEKDAYS:
+        return Date(window[0].word, 1) if previous in _BEFORE_WEEKDAY else None
     return _day_first(window) if window[0].word in ORDINALS else None
 
 
