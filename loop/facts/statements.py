@@ -8,25 +8,29 @@ from .drugs import drug_at
 from .measures.dates import DAY_WORDS, date_at
 from .measures.frequencies import FREQUENCY_WORDS
 from .measures.quantities import amount_at
-from .measures.units import Amount, describe
+from .measures.units import DAYS, UNITS, Amount, describe
 from .phrases import Found
 from .reading.belonging import Belonging
 from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
-from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
-from .reading.sides import compared_at, side_at
+from .reading.polarity import AFFIRMED, ASKED, CURRENT, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
+from .reading.sides import compared_at, latin_side_at, side_at
 from .reading.vocabulary import (
     ACTION_OF,
     ALLERGENS,
     HABITS,
+    LABELLED_UNITS,
+    LABELS,
     MEASURES,
     PHRASAL_ACTIONS,
     PHRASAL_VERBS,
+    REPLACES,
     SIDES,
+    SWITCHES,
 )
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
-_STATED = (AFFIRMED, DENIED, FORMER, ENDED)
+_STATED = (AFFIRMED, CURRENT, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
 _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
@@ -44,6 +48,7 @@ _NO_ALCOHOL = frozenset(
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 _BEFORE = frozenset("history prior previous previously".split())
 _NO_MORE = frozenset("still anymore more longer gone".split())
+_NO_ALLERGIES = ("nkda", "nka")
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
 # Behind a condition, they make it one that is looked for or prevented.
 _TESTED = frozenset(
@@ -58,6 +63,8 @@ _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
 _ENDS_OF_SCALE = ("no", "worst", "imaginable")
 _SCALE = frozenset("being scale imaginable".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
+_CURRENTLY = frozenset("current currently active actively ongoing continues still".split())
+_DID_ONCE = ("smoked", "drank", "vaped")
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -72,7 +79,7 @@ _LONG = frozenset("years months decades ages".split())
 _BESIDES, _BESIDES_REACH = frozenset("aside besides apart than except".split()), 8
 _ABOUT = frozenset("about how's how is for with".split())
 _OWN = frozenset("your his her".split())
-_PHRASAL_REACH = 6
+_PHRASAL_REACH, _SWITCH_REACH = 6, 16
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
 
 
@@ -159,6 +166,8 @@ class Document(Parsed):
                 compared = compared_at(self, i)
                 if compared:
                     found.append(self._make("side", compared, i, 1))
+            if self.items[i].word in SWITCHES | REPLACES:
+                found += self._switched(i)
             if statement:
                 found.append(statement)
                 if statement.amount and statement.amount.unit in _HABIT_UNITS:
@@ -172,6 +181,9 @@ class Document(Parsed):
     def _at(self, i: int) -> tuple[Statement | None, int]:
         """(the statement that begins at item i, how many items to go on)"""
         item, stems = self.padded[i], self.stems
+        latin = latin_side_at(self, i)
+        if latin:
+            return self._make("side", latin.side, i, 1)._replace(of=latin.part), 1
         if item.number is not None or item.word in DAY_WORDS:
             date = date_at(self.text, self.padded, i)
             if date:
@@ -217,6 +229,20 @@ class Document(Parsed):
             return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
 
+    def _switched(self, i: int) -> list[Statement]:
+        """What stops and starts behind the verb at item i; none where no drug is switched."""
+        ends = min(i + _SWITCH_REACH, len(self.items))
+        words = [self.items[k].word for k in range(i, ends)]
+        drugs = [k for k in range(i, ends) if drug_at(self.padded, self.stems, k)]
+        if len(drugs) < 2 or self.context.sentence[drugs[1]] != self.context.sentence[i]:
+            return []
+        from_to = words[0] in SWITCHES and "from" in words[: drugs[0] - i]
+        between = words[drugs[0] - i : drugs[1] - i]
+        if not (from_to and "to" in between) and not (words[0] in REPLACES and "with" in between):
+            return []
+        actions = zip(("stop", "start"), drugs)
+        return [self._make("action", action, k - 1, 1) for action, k in actions]
+
     def _phrasal_action(self, i: int) -> str:
         """What the verb at item i does together with a word close behind it: "go up on"."""
         for k in range(i + 1, min(i + _PHRASAL_REACH, len(self.items))):
@@ -257,6 +283,8 @@ class Document(Parsed):
         if made.polarity == DENIED and self.padded[i + count].word == "like":
             if self.padded[i + count + 1].word in ("this", "that"):
                 made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
+        if self.items[i].word in _NO_ALLERGIES:
+            return made._replace(polarity=DENIED)
         if self._denies_within(i, count):  # "can't breathe"
             made = made._replace(polarity=self._polarity_before(i))
         normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
@@ -264,7 +292,7 @@ class Document(Parsed):
             made = made._replace(polarity=NORMAL)
         if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
             made = made._replace(polarity=ENDED)
-        if made.polarity == AFFIRMED and not self.spoken and self.near(i, _BEFORE, 6):
+        if made.polarity == AFFIRMED and not self.spoken and self._is_of_before(i):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
@@ -280,6 +308,15 @@ class Document(Parsed):
         if meaning.name == "pain" and self._is_of_exam(i):
             return made._replace(value="tenderness")
         return made
+
+    def _is_of_before(self, i: int) -> bool:
+        """Whether "history of" or the like stands near item i; a "two-week history" goes on."""
+        clause = self.context.clause
+        for k in range(max(0, i - 6), min(len(self.items), i + 7)):
+            if clause[k] == clause[i] and self.items[k].word in _BEFORE:
+                if UNITS.get(self.items[k - 1].word if k else "") not in DAYS:
+                    return True
+        return False
 
     def _is_asked_about(self, i: int) -> bool:
         """Whether a question takes item i for granted: "how about your asthma, any attacks?"."""
@@ -342,7 +379,11 @@ class Document(Parsed):
         if made.polarity == DENIED and self.spoken and self._quit_behind(i):
             return made._replace(polarity=ENDED)
         former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
-        return made._replace(polarity=FORMER) if former else made
+        former = former or (self.spoken and word in _DID_ONCE and self._quit_behind(i))
+        if former:
+            return made._replace(polarity=FORMER)
+        goes_on = made.polarity == AFFIRMED and not self.spoken and self.near(i, _CURRENTLY, 2)
+        return made._replace(polarity=CURRENT) if goes_on else made
 
     def _quit_behind(self, i: int) -> bool:
         """Whether "quit" or "used to" follows in this turn or in the answer: "no, I quit"."""
@@ -365,10 +406,14 @@ class Document(Parsed):
         made = self._make(amount.kind, describe(amount), i, amount.num_items)
         bare = amount.kind == "number" and not amount.unit
         if bare and amount.low < 10 and amount.low == int(amount.low):
-            measure = self._measure(i)
+            measure = self._measure(i, MEASURES)
             if not measure:
                 return None
             made = made._replace(of=measure)
+        elif amount.kind == "number" and amount.unit in LABELLED_UNITS:
+            made = made._replace(of=self._measure(i, LABELS))
+            if (made.of, amount.unit) == ("temperature", ""):
+                amount = amount._replace(unit="degree")
         return made._replace(amount=amount)
 
     def _is_manner(self, amount: Amount, i: int) -> bool:
@@ -380,14 +425,17 @@ class Document(Parsed):
             return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
-        vague = self.items[i].word in ("at", "in", "before", "on", *FREQUENCY_WORDS)
+        vague = self.items[i].word in ("at", "in", "before", "on", "the", *FREQUENCY_WORDS)
         return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
-    def _measure(self, i: int) -> str:
+    def _measure(self, i: int, measures: dict[str, str]) -> str:
         """What the number at item i measures, such as "a1c"; "" for nothing that is known."""
         for k in range(i - 1, max(-1, i - 4), -1):
-            if self.context.clause[k] != self.context.clause[i]:
+            bounds = self.context.sentence if measures is LABELS else self.context.clause
+            if bounds[k] != bounds[i] or (measures is LABELS and self.items[k].number is not None):
                 break
-            if self.words[k] in MEASURES:
-                return MEASURES[self.words[k]]
+            if self.words[k] in measures:
+                return measures[self.words[k]]
+            if (self.words[k - 1], self.words[k]) == ("heart", "rate") and measures is LABELS:
+                return "pulse"
         return ""

@@ -13,6 +13,7 @@ from ..statements import Document
 from .verdicts import Key, Verdict, key_of
 
 CONDITION_KINDS = ("diagnosis", "symptom", "finding")
+_RATIO_ITEMS = 3  # of "120 over 80"
 MOST_RIVALS = 40  # mentions of one thing that are weighed, so that the time stays linear
 
 
@@ -39,6 +40,9 @@ class Index:
         for i, word in enumerate(document.words):
             self.places_of_word.setdefault(word, []).append(i)
         self.amounts = [o for o in document.statements if o.amount]
+        self.in_ratios = {
+            o.word + k for o in self.amounts if o.kind == "ratio" for k in range(_RATIO_ITEMS)
+        }
         self.measures = {MEASURES[word] for word in document.words if word in MEASURES}
         self.normal = document.normal_exams()
         for statement in document.statements:
@@ -69,11 +73,17 @@ class Index:
 
     def unit_at(self, i: int) -> str:
         """The unit that the number at item i is said with; "" for none."""
+        amount = self._amount_at(i)
+        return amount.amount.unit if amount and amount.amount else ""
+
+    def label_at(self, i: int) -> str:
+        """What the number at item i measures; "" for nothing that is known."""
+        amount = self._amount_at(i)
+        return amount.of if amount and amount.kind == "number" else ""
+
+    def _amount_at(self, i: int) -> Statement | None:
         at = bisect.bisect(self.amounts, i, key=lambda o: o.word)
-        for o in self.amounts[max(0, at - 1) : at]:
-            if o.word == i and o.amount:
-                return o.amount.unit
-        return ""
+        return next((o for o in self.amounts[max(0, at - 1) : at] if o.word == i), None)
 
     def keep_rivals(self, s: Statement, same: list[Statement], against: list[Statement]) -> None:
         """Keeps what supports a statement and what contradicts it, for `weigh` of nearness.py."""

@@ -5,15 +5,17 @@ import os.path
 from ..body import same_region
 from ..conditions import EXAMS_OF, KIND_OF, SCATTERED
 from ..reading.parsed import Statement
-from ..reading.polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
+from ..reading.polarity import AFFIRMED, CURRENT, DENIED, ENDED, FORMER, NORMAL
 from ..reading.subjects import FAMILY, PATIENT
 from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _GENERAL = ("cancer", "tumor")  # they support no special one
-_ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
+_ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, CURRENT, FORMER, ENDED))
+_ALIKE |= {AFFIRMED: (AFFIRMED, CURRENT, FORMER), CURRENT: (AFFIRMED, CURRENT)}
 _ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
-_OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
+_OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED, CURRENT), FORMER: (DENIED,)}
+_OPPOSITE |= {CURRENT: (DENIED, ENDED, FORMER)}
 _SO_CALLED = ("fever", "any allergy")  # their weak names, denied, deny them: "feel hot? - No"
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
 

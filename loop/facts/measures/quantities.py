@@ -21,9 +21,9 @@ _AFTER_ARTICLE = frozenset(
 _VAGUE = {"couple": (2.0, 2.0), "few": (2.0, 4.0), "several": (3.0, 9.0), "dozen": (12.0, 12.0)}
 # "in her forties"
 _DECADES = {f"{tens}s": int(tens) for tens in "20 30 40 50 60 70 80 90".split()}
-_DECADES |= {
-    word.replace("y", "ies"): value for word, value in TEENS_AND_TENS.items() if word[-1] == "y"
-}
+for _word, _value in TEENS_AND_TENS.items():
+    if _word[-1] == "y":
+        _DECADES |= {_word.replace("y", "ies"): _value, f"{_word}s": _value}  # "forty's"
 _OWNERS = frozenset("his her their my your".split())
 _PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25, "third": 1 / 3}
 

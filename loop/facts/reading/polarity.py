@@ -5,6 +5,7 @@ from .clauses import FOUND_WORDS, NO_WORDS, POSSIBLE_WORDS, SUBJECT_WORDS, Claus
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 FORMER = "former"  # "history of", "quit"
+CURRENT = "current"  # of a habit that a note says goes on
 QUIET = "quiet"  # of what a note says is there, but no other and no trouble
 ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"

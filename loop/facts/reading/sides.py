@@ -21,6 +21,19 @@ _MORE = frozenset("worse greater more bigger larger weaker stronger stiffer less
 _COMPARED_REACH, _THAN_REACH = 8, 5
 
 
+# "OS" is an eye where its clause speaks of eyes, and "AD" an ear; elsewhere they mean other things.
+_LATIN_SIDES = {"od": ("right", "eye"), "os": ("left", "eye"), "ou": ("both", "eye")}
+_LATIN_SIDES |= {"au": ("both", "ear"), "ad": ("right", "ear")}
+_OF_LATIN_SIDES = {
+    "eye": frozenset(
+        """eye eyes drop drops gtt gtts vision visual acuity cataract cataracts glaucoma ointment
+        ophthalmic cornea retina pupil iop lens timolol latanoprost""".split()
+    ),
+    "ear": frozenset("ear ears drop drops gtt gtts otic canal tympanic tm cerumen".split()),
+}
+_LATIN_REACH = 12
+
+
 class Side(NamedTuple):
     """A side that begins at some item."""
 
@@ -50,6 +63,14 @@ def side_at(parsed: Parsed, i: int) -> Side | None:
     if before in _SAYS or after in _NOT_A_SIDE:
         return None
     return Side(SIDES[word], "", 1) if before in _OWN or before in ("on", "to") else None
+
+
+def latin_side_at(parsed: Parsed, i: int) -> Side | None:
+    """The side of an eye or ear at item i, such as "OS"; None where the letters mean none."""
+    side, part = _LATIN_SIDES.get(parsed.items[i].word, ("", ""))
+    if not side or not parsed.near(i, _OF_LATIN_SIDES[part], _LATIN_REACH):
+        return None
+    return Side(side, part, 1)
 
 
 def compared_at(parsed: Parsed, i: int) -> str:
