@@ -164,10 +164,10 @@ class _Token(NamedTuple):
 
 
 def _tokenize(text: str) -> list[_Token]:
-    """The words, numbers, signs and breaks; t.i.d. is "tid"."""
+    """The words, numbers, signs and breaks; t.i.d. is "tid", and covid-19 "covid"."""
     return [
         _Token(
-            word.replace(".", "") if word[0].isalpha() else word,
+            word.replace(".", "").partition("-")[0] if word[0].isalpha() else word,
             match.start(),
             match.end(),
         )

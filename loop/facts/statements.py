@@ -64,6 +64,7 @@ _ENDS_OF_SCALE = ("no", "worst", "imaginable")
 _SCALE = frozenset("being scale imaginable".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _CURRENTLY = frozenset("current currently active actively ongoing continues still".split())
+_ONGOING = frozenset("ongoing persistent continued continuing current".split())
 _DID_ONCE = ("smoked", "drank", "vaped")
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
@@ -290,8 +291,11 @@ class Document(Parsed):
         normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
         if normal and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
-        if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
+        if made.polarity == AFFIRMED and (self.near(i, _OVER, 8) or self._stops(i + count)):
             made = made._replace(polarity=ENDED)
+        if made.polarity == AFFIRMED and not self.spoken and i:
+            if self.items[i - 1].word in _ONGOING and self.items[i].gap == "":
+                made = made._replace(polarity=CURRENT)
         if made.polarity == AFFIRMED and not self.spoken and self._is_of_before(i):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
@@ -308,6 +312,13 @@ class Document(Parsed):
         if meaning.name == "pain" and self._is_of_exam(i):
             return made._replace(value="tenderness")
         return made
+
+    def _stops(self, i: int) -> bool:
+        """Whether what ends before item i "stopped" or "went away"."""
+        k = i + (self.padded[i].word in ("has", "have", "had", "just", "finally", "all"))
+        words = [item.word for item in self.padded[k : k + 2]]
+        behind = self.padded[k].gap == "" and self.spoken
+        return behind and (words[0] == "stopped" or words in (["went", "away"], ["gone", "away"]))
 
     def _is_of_before(self, i: int) -> bool:
         """Whether "history of" or the like stands near item i; a "two-week history" goes on."""

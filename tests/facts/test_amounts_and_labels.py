@@ -32,6 +32,18 @@ PAIRS = [
     ("Patient: I smoked for years but I quit", "Former smoker.", "Current smoker."),
     ("Doctor: let's switch you from Zocor to Lipitor", "Stop Zocor.", "Stop Lipitor."),
     ("Doctor: I'll replace your Zocor with Lipitor", "Start Lipitor.", "Discontinue Lipitor."),
+    ("Patient: five, six times a day", "5-6 times daily.", "Once daily."),
+    ("Patient: coughing three going on four weeks", "Cough for 3-4 weeks.", "Cough 3-4 months."),
+    ("Patient: married 22 years, lupus for twelve", "Lupus for 12 years.", "Lupus for 15 years."),
+    ("Patient: It was Christmas of 2018.", "December 25, 2018.", "December 24, 2018."),
+    ("Doctor: your pulse ox is 98, heart rate is 68", "SpO2 98%, pulse 68.", "Pulse 98."),
+    ("Patient: I got my MMR.", "MMR given.", "Tdap given."),
+    ("Doctor: still smoking?\nPatient: Not for years", "Quit smoking.", "Currently smokes."),
+    ("Patient: the chest pain stopped", "Chest pain resolved.", "Ongoing chest pain."),
+    ("Doctor: the scan ruled out gallstones", "No gallstones.", "Cholelithiasis."),
+    ("Doctor: I doubt it's appendicitis.", "No appendicitis.", "Appendicitis."),
+    ("Doctor: no doubt it's appendicitis, okay?", "Appendicitis.", "No appendicitis."),
+    ("Patient: I had covid-19.", "COVID in the past.", "Denies COVID-19."),
     ("Patient: I've had pain for six weeks.", "Six-week history of pain.", "History of migraine."),
 ]
 

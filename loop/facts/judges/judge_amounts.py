@@ -15,6 +15,7 @@ TO_MG = ("mg", "mcg", "g")  # a tablet holds them
 _PIECES = ("tablet", "capsule", "puff", "patch", "spray")
 _COUNTS = (2.0, 3.0, 4.0)
 _PIECES_REACH = 10  # items between a drug and how many of its tablets are taken
+_ELIDED_REACH = 12  # items between a number and the unit before it
 _PACK_YEARS_SLACK = 0.1
 _OF_REACH = 3  # items up to the drug of "75 of the Plavix"
 _MEASURE_REACH = 8  # items between a number and what it measures
@@ -158,9 +159,25 @@ def judge_amount(index: Index, s: Statement) -> Verdict:
             if _may_mean(index, i, s):
                 item = index.document.items[i]
                 return Verdict(s, SUPPORTED, (item.start, item.end))
+    if s.kind == "duration":
+        elided = _elided(index, s.amount)
+        if elided is not None:
+            item = index.document.items[elided]
+            return Verdict(s, SUPPORTED, (item.start, item.end))
     other = index.all("age") if s.kind == "age" else []
     other += [o for o in index.all("number") if s.of and o.of == s.of]
     return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+
+def _elided(index: Index, amount: Amount) -> int | None:
+    """The item of a number that has the unit before it: "married 22 years, ill for twelve"."""
+    items = index.document.items
+    for unit in ("year", "month", "week", "day"):
+        for i in index.numbers.get(amount.low / DAYS[unit], ()):
+            said = {UNITS.get(item.word) for item in items[max(0, i - _ELIDED_REACH) : i]}
+            if i and items[i - 1].word == "for" and index.unit_at(i) == "" and unit in said:
+                return i
+    return None
 
 
 def _pack_years(index: Index, number: float) -> Statement | None:

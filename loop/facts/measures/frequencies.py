@@ -186,9 +186,10 @@ def _times(items: list[Item], i: int) -> tuple[float, float, int]:
     most = low
     joined = end + (items[end].word in JOINS[:3])
     more = _TIMES.get(items[joined].word, items[joined].number)
-    if more and low < more and items[joined].gap == items[end].gap == "":
+    next_one = more == low + 1 and items[joined].gap in ("", ",")  # "five, six times"
+    if more and low < more and (next_one or items[joined].gap == items[end].gap == ""):
         most, end = more, joined + 1
-    if items[end].word in ("time", "times", "x") and together(items, i, end):
+    if items[end].word in ("time", "times", "x") and together(items, end - 1, end):
         end += 1
     elif items[end - 1].number is not None:
         return 0.0, 0.0, 0

@@ -143,6 +143,8 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
     if items[end].number is not None and items[end].gap == "":
         if text[items[i].end : items[end].start].strip() in ("-", "\u2013", "\u2014"):
             other, end = items[end].number, end + 1
+    elif [item.word for item in items[end : end + 2]] == ["going", "on"]:
+        other, end = items[end + 2].number, end + 3  # "three going on four weeks"
     elif items[end].word in JOINS and items[end + 1].number is not None:
         is_and = items[end].word == "and" and items[i - 1].word != "between"
         if not is_and and together(items, i, end + 1):

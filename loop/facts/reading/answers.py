@@ -75,6 +75,8 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             given = own if first in _ANSWERS else answer
             if given == DENIED and _presupposes(items, clause):
                 given = ENDED
+            if given == DENIED and _ended(items, clause, following):
+                given = ENDED
             if given == ASKED and _asks_how_much(items, turn, clause) and _counts(items, following):
                 given = AFFIRMED
             stays = _says_no(items, clause) and not _insists(items, following)
@@ -120,6 +122,17 @@ def _presupposes(items: list[Item], clause: Clause) -> bool:
         if asks and words[behind : behind + 1] and words[behind] in _THE_KNOWN:
             return True
     return False
+
+
+def _ended(items: list[Item], clause: Clause, answer: list[Clause]) -> bool:
+    """Whether a "no" says that it was so once: "still smoking? - No", "not for two years"."""
+    if any(item.word == "still" for item in items[clause.start : clause.end]):
+        return True
+    if not answer or items[answer[0].start].word not in ("not", "no"):
+        return False
+    first = [item.word for item in items[answer[0].start : answer[0].start + 3]]
+    behind = first[2:] if first[1:2] == ["not"] else first[1:]
+    return behind[:1] in (["for"], ["since"], ["anymore"]) or behind[:2] == ["any", "more"]
 
 
 def _asks_how_much(items: list[Item], turn: list[Clause], clause: Clause) -> bool:

@@ -145,6 +145,7 @@ class Belonging:
             return statement
         forbidden = self._is_forbidden(statement.word)  # "I cannot have codeine"
         if forbidden or self._causes_reaction(statement.word):
+            self.context.polarity[statement.word] = AFFIRMED  # of an allergy to it
             return statement._replace(kind="allergy", polarity=AFFIRMED)
         if self._names_allergy(statement):
             return statement._replace(kind="allergy")

@@ -6,7 +6,7 @@ from ..numerals import Item, count_speakers
 
 NO_WORDS = frozenset(
     """no denies denied deny denying without not never neither nor negative absent absence cannot
-    n't nt free lacks nope ruled none nothing nobody wish""".split()
+    n't nt free lacks nope doubt ruled none nothing nobody wish""".split()
 )
 POSSIBLE_WORDS = frozenset(
     """possible possibly probable probably likely suspect suspected suspicion may might maybe

@@ -67,9 +67,9 @@ MEASURES = _by_name(
 # What others measure. A number that is said of one of these supports none of another.
 LABELS = MEASURES | _by_name(
     """pulse; respiration respiratory respirations rr; temperature temp; weight weigh weighed
-    weighs; saturation spo2 sat satting o2; glucose sugar; wbc white; platelet plt; sodium na;
-    bun; cholesterol; ldl; hdl; triglyceride; ejection ef lvef; hematocrit hct; ferritin; bmi;
-    height; ast; alt; bilirubin; lipase; bnp; esr; crp; pressure bp; ketone"""
+    weighs; saturation spo2 sat satting o2 ox oxygen; glucose sugar; wbc white; platelet plt;
+    sodium na; bun; cholesterol; ldl; hdl; triglyceride; ejection ef lvef; hematocrit hct;
+    ferritin; bmi; height; ast; alt; bilirubin; lipase; bnp; esr; crp; pressure bp; ketone"""
 )
 # Classes that people mix up: "grade 0" may be "stage zero".
 LOOSE_MEASURES = ("", "stage", "grade", "score")
