@@ -61,9 +61,11 @@ _SPEEDS = ("mile", "miles", "kilometers", "ml", "cc", "beats", "breaths")
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
 _ENDS_OF_SCALE = ("no", "worst", "imaginable")
-_SCALE = frozenset("being scale imaginable".split())
+_SCALE = frozenset("being scale imaginable possible".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
 _CURRENTLY = frozenset("current currently active actively ongoing continues still".split())
+_HAVE = frozenset("have get be suffer experience".split())
+_OCCASION = frozenset("during my your her this that".split())
 _ONGOING = frozenset("ongoing persistent continued continuing current".split())
 _DID_ONCE = ("smoked", "drank", "vaped")
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
@@ -274,8 +276,10 @@ class Document(Parsed):
         meaning, count = found
         if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
             return None
-        if self.items[i - 1].word in _ENDS_OF_SCALE and self.near(i, _SCALE, 6):
-            return None  # "zero being no pain"
+        before = [item.word for item in self.items[max(0, i - 2) : i]]
+        if (before[-1:] and before[-1] in _ENDS_OF_SCALE) or "worst" in before:
+            if self.near(i, _SCALE, 6):
+                return None  # "zero being no pain", "the worst possible pain"
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
@@ -305,6 +309,10 @@ class Document(Parsed):
                 made = made._replace(polarity=AFFIRMED)
             elif self._not_for_long(i + count):  # "no seizure in years"
                 made = made._replace(polarity=ENDED)
+        if made.polarity == AFFIRMED and self.spoken and self._used_to(i):
+            made = made._replace(polarity=FORMER)
+        if made.polarity == DENIED and meaning.name == "pregnancy" and _OCCASION & {*before}:
+            made = made._replace(polarity=AFFIRMED)  # "no infections during the pregnancy"
         if made.polarity == DENIED and self._denies_more(i, kind == "diagnosis"):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
@@ -312,6 +320,21 @@ class Document(Parsed):
         if meaning.name == "pain" and self._is_of_exam(i):
             return made._replace(value="tenderness")
         return made
+
+    def _used_to(self, i: int) -> bool:
+        """Whether "used to have" stands close before item i."""
+        words = [item.word for item in self.items[max(0, i - 5) : i]]
+        return any(
+            words[k : k + 2] == ["used", "to"] and set(words[k + 2 :]) & _HAVE
+            for k in range(len(words))
+        )
+
+    def _in_the_past(self, i: int) -> bool:
+        """Whether "in the past" stands close behind item i."""
+        for k in range(i + 1, min(i + 6, len(self.items))):
+            if self.items[k].word == "past" and self.items[k - 1].word in ("in", "the"):
+                return self.padded[k + 1].word == "" or self.padded[k + 1].gap != ""
+        return False
 
     def _stops(self, i: int) -> bool:
         """Whether what ends before item i "stopped" or "went away"."""
@@ -390,6 +413,7 @@ class Document(Parsed):
         if made.polarity == DENIED and self.spoken and self._quit_behind(i):
             return made._replace(polarity=ENDED)
         former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
+        former = former or (made.polarity == AFFIRMED and self._in_the_past(i))
         former = former or (self.spoken and word in _DID_ONCE and self._quit_behind(i))
         if former:
             return made._replace(polarity=FORMER)
@@ -415,6 +439,9 @@ class Document(Parsed):
             if amount.low == amount.high:
                 return None  # "over the last week"; in speech, "next week" may be "in 1 week"
         made = self._make(amount.kind, describe(amount), i, amount.num_items)
+        if (made.kind, made.polarity) == ("frequency", DENIED) and not self.spoken:
+            if not self._belonging.nearest_drug(i, "frequency"):
+                return None  # "does not need daily medication"
         bare = amount.kind == "number" and not amount.unit
         if bare and amount.low < 10 and amount.low == int(amount.low):
             measure = self._measure(i, MEASURES)

@@ -5,6 +5,7 @@ from collections import Counter
 
 from ..claims import Usage
 from ..conditions import EXAMS_OF, KIND_OF
+from ..measures.dates import ORDINALS
 from ..reading.parsed import Statement
 from ..reading.polarity import DENIED
 from ..reading.subjects import FAMILY
@@ -13,6 +14,7 @@ from ..statements import Document
 from .verdicts import Key, Verdict, key_of
 
 CONDITION_KINDS = ("diagnosis", "symptom", "finding")
+_LEAST_ORDINAL = 10  # lower ones count: "my first period"
 _RATIO_ITEMS = 3  # of "120 over 80"
 MOST_RIVALS = 40  # mentions of one thing that are weighed, so that the time stays linear
 
@@ -36,6 +38,8 @@ class Index:
         for i, item in enumerate(document.items):
             if item.number is not None:
                 self.numbers.setdefault(item.number, []).append(i)
+            elif ORDINALS.get(item.word, 0) >= _LEAST_ORDINAL:  # "the nineteenth"
+                self.numbers.setdefault(float(ORDINALS[item.word]), []).append(i)
         self.places_of_word: dict[str, list[int]] = {}
         for i, word in enumerate(document.words):
             self.places_of_word.setdefault(word, []).append(i)

@@ -235,6 +235,10 @@ def _every(items: list[Item], i: int) -> Amount | None:
         days = DAYS[period]
         often = sorted((round(1 / (low * days), 4), round(1 / (high * days), 4)))
         return Amount("frequency", often[0], often[1], "/day", end + 1 - i)
+    if following.word == "couple":
+        unit = i + 2 + (items[i + 2].word == "of")
+        period = _PERIODS.get(UNITS.get(items[unit].word, ""))
+        return _often(0.5 / DAYS[period], unit + 1 - i) if period else None
     single = following.word if items[i].word != "q" else ""
     period = _PERIODS.get(single)
     if period is None:

@@ -23,7 +23,7 @@ _YES_PHRASES = [
 _NAY = frozenset("nah naw uh-uh nuh-uh".split())
 _ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
 _FILLERS = frozenset(
-    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
+    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir a
     ma'am just it's think that it really""".split()
 )
 _THE_KNOWN = frozenset("your his her their the that those this".split())
@@ -35,12 +35,13 @@ _MEANT, _THAT = (
     frozenset("mean means huh pardon".split()),
     frozenset("that that's those like".split()),
 )
+_RATED = ("rate", "scale")
 _MEASURED = frozenset("much many often long".split())
 _SOME_OF = frozenset("a couple few half pack weekends weekly daily".split())
 # Before "the pain", they say that it is there.
 _DONE_FOR = frozenset(
     """for from help helps helped helping relieve relieves relieved ease eases caused triggers
-    trigger triggered worsen worsens""".split()
+    trigger triggered worsen worsens during after before since""".split()
 )
 _KNOWN_REACH = 3
 _ANSWER_REACH = 14  # items of an answer that are read
@@ -136,7 +137,12 @@ def _ended(items: list[Item], clause: Clause, answer: list[Clause]) -> bool:
 
 
 def _asks_how_much(items: list[Item], turn: list[Clause], clause: Clause) -> bool:
-    """Whether a question takes for granted that there is some: "how much do you smoke?"."""
+    """Whether a question takes for granted that there is some: "how much do you smoke?".
+
+    So does one for a figure on a scale: "how would you rate the pain?".
+    """
+    if any(item.word in _RATED for item in items[clause.start : clause.end]):
+        return True
     start = max(turn[0].start, clause.start - 3)
     first = [item.word for item in items[start : min(clause.end, clause.start + 4)]]
     return any(pair[0] == "how" and pair[1] in _MEASURED for pair in itertools.pairwise(first))

@@ -28,6 +28,7 @@ _SEEKING = frozenset(
     screening screened evaluate evaluating""".split()
 )
 _RESULTS = frozenset("margin margins node nodes".split())  # that are negative: nothing is denied
+_RELIEF = ("relief", "improvement")
 _DOUBTERS = frozenset("i we would highly really seriously".split())
 _PASSIVE = frozenset("was were is are been be being got".split())
 _BEHIND_PASSIVE = frozenset("by with on after for in as at".split())
@@ -161,6 +162,8 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
         return False  # "no clear evidence"
     if (word, following.word) == ("never", "touch"):
         return False
+    if any(item.word in _RELIEF for item in items[i + 1 : min(clause.end, i + 4)]):
+        return True  # "no long-term relief of"
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
