@@ -41,6 +41,15 @@ PAIRS = [
         "She has no tachycardia.",
     ),
     ("Doctor: did you get hurt?\nPatient: no", "Denies trauma.", "Reports trauma."),
+    ("Patient: one baby aspirin in the morning", "Aspirin 81 mg.", "Aspirin 325 mg."),
+    ("Doctor: I'll see you next week.", "Follow up in 1 week.", "Follow up in 2 weeks."),
+    (
+        "Doctor: right or left handed?\nPatient: Right.",
+        "He is right-handed.",
+        "He is left-handed.",
+    ),
+    ("Patient: I have sores in my mouth.", "Stomatitis.", "No stomatitis."),
+    ("Doctor: lung problems?\nPatient: No.", "Denies COPD.", "COPD."),
     ("Patient: I'm out of town from the nineteenth", "Away from the 19th.", "Away from the 18th."),
 ]
 

@@ -16,6 +16,7 @@ _PIECES = ("tablet", "capsule", "puff", "patch", "spray")
 _COUNTS = (2.0, 3.0, 4.0)
 _PIECES_REACH = 10  # items between a drug and how many of its tablets are taken
 _ELIDED_REACH = 12  # items between a number and the unit before it
+_BABY_ASPIRIN = "81 mg"
 _PACK_YEARS_SLACK = 0.1
 _OF_REACH = 3  # items up to the drug of "75 of the Plavix"
 _MEASURE_REACH = 8  # items between a number and what it measures
@@ -34,11 +35,24 @@ def judge_of_drug(index: Index, s: Statement) -> Verdict:
             index.keep_rivals(s, same, [o for o in index.all(s.kind) if not is_equal(s, o)])
         return Verdict(s, SUPPORTED, place_of(same[0]))
     if s.kind == "dose":
-        found = _bare(index, s, places) or _several(index, s, places)
+        found = (
+            _baby_dose(index, s, places) or _bare(index, s, places) or _several(index, s, places)
+        )
         if found:
             return found
     other = [o for o in index.all(s.kind) if s.of and o.of and same_name(s.of, o.of)]
     return Verdict(s, CONTRADICTED, place_of(other[0])) if other else Verdict(s, NOT_SAID, None)
+
+
+def _baby_dose(index: Index, s: Statement, places: list[int]) -> Verdict | None:
+    """The 81 mg of a "baby aspirin"."""
+    if s.value != _BABY_ASPIRIN or s.of != "aspirin":
+        return None
+    for i in places:
+        if i and index.document.items[i - 1].word in ("baby", "dose"):
+            item = index.document.items[i]
+            return Verdict(s, SUPPORTED, (item.start, item.end), is_broader=True)
+    return None
 
 
 def _bare(index: Index, s: Statement, places: list[int]) -> Verdict | None:

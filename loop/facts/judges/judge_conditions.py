@@ -11,7 +11,9 @@ from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _GENERAL = ("cancer", "tumor")  # they support no special one
-_ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, CURRENT, FORMER, ENDED))
+_ALIKE: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (FORMER, ENDED), (AFFIRMED, CURRENT, FORMER, ENDED)
+)
 _ALIKE |= {AFFIRMED: (AFFIRMED, CURRENT, FORMER), CURRENT: (AFFIRMED, CURRENT)}
 _ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
 _OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED, CURRENT), FORMER: (DENIED,)}

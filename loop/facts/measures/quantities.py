@@ -174,6 +174,8 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS:
             return _PARTS_OF_ONE[word], _PARTS_OF_ONE[word], end
+    if word == "next" and UNITS.get(following) in DAYS:
+        return 1.0, 1.0, i + 1
     if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE and len(following) > 1:
         return 1.0, 1.0, i + 1
     more = [item.word for item in items[i + 2 : i + 5]]

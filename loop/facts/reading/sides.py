@@ -17,6 +17,7 @@ _SPOKEN_REACH, _WRITTEN_REACH = 7, 5  # items in which the part follows
 _ANSWER_REACH = 6  # items of a turn in which "which side?" is answered
 _QUESTION_REACH = 20
 
+_HANDED = frozenset("handed dominant hander".split())
 _MORE = frozenset("worse greater more bigger larger weaker stronger stiffer less better".split())
 _COMPARED_REACH, _THAN_REACH = 8, 5
 
@@ -56,6 +57,8 @@ def side_at(parsed: Parsed, i: int) -> Side | None:
     if part:
         return Side(SIDES[word], part, count)
     answers = _answers_which(parsed, i)
+    if answers and _HANDED & {item.word for item in items[max(0, i - _QUESTION_REACH) : i]}:
+        return Side(SIDES[word], "handedness", 1)  # "right or left handed? - Right."
     if word.startswith("bi") or answers or parsed.stems[i + 1] in ("side", "sided"):
         return Side(SIDES[word], "", 1)
     if word == "both" and (after in _OWN or (after, items[i + 2].word) == ("the", "sides")):
