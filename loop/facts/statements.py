@@ -96,7 +96,7 @@ class Document(Parsed):
         self._belonging = Belonging(self, self.drugs, self.parts)
         self.statements = self._belonging.attach(self._read())
         if self.spoken:
-            self.statements = self._answered_in_part(self.statements)
+            self.statements = self._answered_in_part(self._of_one_side(self.statements))
         self.names = {i: f"{part} (part)" for i, part, _ in self.parts}
         self.names |= {s.word: s.value for s in self.statements if s.kind in NAMED}
         self.unknown = self._unknown()
@@ -108,6 +108,21 @@ class Document(Parsed):
         if statement.kind == "action" and not statement.of:
             return False
         return not self.spoken or statement.polarity in _STATED
+
+    def _of_one_side(self, found: list[Statement]) -> list[Statement]:
+        """Without the "both" of a question that is answered by one side: "just the left"."""
+        turn = self.context.turn
+        sides = [s for s in found if s.kind == "side"]
+        named = {turn[s.word] for s in sides if s.value in ("left", "right")}
+        named -= {turn[s.word] for s in sides if s.value == "both"}
+        return [
+            s
+            for s in found
+            if s.kind != "side"
+            or s.value != "both"
+            or not self.context.asks[s.word]
+            or turn[s.word] + 1 not in named
+        ]
 
     def _answered_in_part(self, found: list[Statement]) -> list[Statement]:
         """Denies what a question lists and its answer leaves out while it names another.
@@ -408,6 +423,8 @@ class Document(Parsed):
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:
             return made._replace(polarity=DENIED)
+        if word == "sober" and made.polarity == AFFIRMED:
+            return made._replace(polarity=ENDED)
         if word.startswith("drink") and self.near(i, _NO_ALCOHOL, 6):
             return None
         if made.polarity == DENIED and self.spoken and self._quit_behind(i):

@@ -49,7 +49,12 @@ PAIRS = [
         "He is left-handed.",
     ),
     ("Patient: I have sores in my mouth.", "Stomatitis.", "No stomatitis."),
-    ("Doctor: lung problems?\nPatient: No.", "Denies COPD.", "COPD."),
+    ("Doctor: lung problems?\nPatient: No.", "Denies COPD.", "Asthma."),
+    ("Doctor: numb in both hands?\nPatient: just the left", "Left hand.", "Right hand."),
+    ("Patient: I've been sober for years", "No alcohol.", "Drinks daily."),
+    ("Doctor: smoker?\nPatient: former", "Former smoker.", "Current smoker."),
+    ("Patient: my kids had strep, I have gout", "Gout.", "The patient has strep throat."),
+    ("Doctor: your temp is ninety nine nine", "Temperature 99.9.", "Temperature 98.6."),
     ("Patient: I'm out of town from the nineteenth", "Away from the 19th.", "Away from the 18th."),
 ]
 

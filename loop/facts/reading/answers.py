@@ -35,6 +35,7 @@ _MEANT, _THAT = (
     frozenset("mean means huh pardon".split()),
     frozenset("that that's those like".split()),
 )
+_ONCE = ("former", "formerly", "ex", "quit", "previously")
 _RATED = ("rate", "scale")
 _MEASURED = frozenset("much many often long".split())
 _SOME_OF = frozenset("a couple few half pack weekends weekly daily".split())
@@ -78,6 +79,8 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
                 given = ENDED
             if given == DENIED and _ended(items, clause, following):
                 given = ENDED
+            if given == ASKED and following and items[following[0].start].word in _ONCE:
+                given = ENDED  # "smoker? - Former."
             if given == ASKED and _asks_how_much(items, turn, clause) and _counts(items, following):
                 given = AFFIRMED
             stays = _says_no(items, clause) and not _insists(items, following)

@@ -128,8 +128,10 @@ def _part_behind(parsed: Parsed, i: int) -> tuple[str, int]:
 
 def _is_choice(parsed: Parsed, i: int) -> bool:
     """Whether the side at item i is one of "left or right", as a question asks."""
-    around = [item.word for item in parsed.items[max(0, i - 4) : i + 5]]
-    at = i - max(0, i - 4)
+    turn = parsed.context.turn
+    near = [k for k in range(max(0, i - 4), min(i + 5, len(turn))) if turn[k] == turn[i]]
+    around = [parsed.items[k].word for k in near]
+    at = near.index(i)
     return any(
         around[k] == "or" and around[k + 1 :] and SIDES.keys() & set(around[other])
         for k in range(len(around))

@@ -31,7 +31,10 @@ _TELLS = frozenset(
     mentions mentioned told tells saw worried concerned""".split()
 )
 _TELLS_REACH = 3
-_CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
+_CHILDREN = frozenset(
+    """son daughter sons daughters children son's daughter's kid kids grandson granddaughter
+    grandchildren""".split()
+)
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
     half grand other only older younger twin oldest youngest late great little big another

@@ -37,7 +37,7 @@ for _habit, _names in {
     "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
     "chewing tobacco,nonsmoker,non smoker,pack year,cigarette smoking",
     "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
+    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker,sober",
     "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
     "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
     "recreational,illegal drug,harder substance,hard drug,illicit substance,substance use",
