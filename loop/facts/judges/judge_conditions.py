@@ -68,6 +68,7 @@ def judge_habit(index: Index, s: Statement) -> Verdict:
     """By the mentions of tobacco, alcohol or drugs, and of their abuse."""
     habits = [o for o in index.all("habit") if o.value == s.value]
     habits += index.conditions.get(_ABUSES.get(s.value, ""), [])
+    habits = [o._replace(subject="") for o in habits]  # whoever has the habit
     return by_polarity(index, s._replace(subject=""), habits)._replace(statement=s)
 
 

@@ -172,7 +172,7 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
             word = items[i].word
             if word in _OTHER_PEOPLE and _is_ill(items, i):
                 subject = FAMILY
-            elif word in _FAMILY_WORDS or word in _CHILDREN:
+            elif (word in _FAMILY_WORDS or word in _CHILDREN) and not _are_others(items, i):
                 following = items[i + 1].word if i + 1 < len(items) else ""
                 if following not in _NOT_FAMILY_NEXT and not _accompanies(items, i):
                     subject = FAMILY
@@ -185,6 +185,11 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
                 subject = PATIENT
             subjects[i] = subject
     return subjects
+
+
+def _are_others(items: list[Item], i: int) -> bool:
+    """Whether the children at item i are nobody's in particular: "with other kids"."""
+    return items[i].word in ("kid", "kids") and i > 0 and items[i - 1].word == "other"
 
 
 def _accompanies(items: list[Item], i: int) -> bool:
