@@ -17,6 +17,8 @@ PAIRS = [
     ("Patient: dialysis Monday, Wednesday, Friday", "Dialysis MWF.", "Dialysis daily."),
     ("Patient: dialysis on Mondays and Fridays", "Dialysis twice weekly.", "Dialysis weekly."),
     ("Patient: metformin morning and night", "Metformin b.i.d.", "Metformin t.i.d."),
+    ("Patient: iron, one in the morning, one at night", "Iron twice daily.", "Iron t.i.d."),
+    ("Patient: iron twice a day", "Iron, 1 in the morning, 1 at night.", "Iron 1 in the morning."),
     ("Patient: metformin with breakfast and with dinner", "Metformin bid.", "Metformin qam."),
     ("Patient: I've had a cough since Tuesday.", "Cough since Tuesday.", "Cough since Friday."),
     ("Patient: I had it on June 12th.", "Onset June 12.", "Onset July 12."),

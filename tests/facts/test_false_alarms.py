@@ -70,6 +70,7 @@ UNSTATED = [
     ("With 0 being no pain and 10 being the worst possible pain.", "pain"),
     ("He does not require daily medication.", "frequency"),
     ("Since her husband died her headaches are worse.", "headache (family)"),
+    ("Started pottery during the COVID-19 pandemic.", "covid-19"),
     ("No long-term relief of his sciatica.", "no sciatica"),
     ("A man with no past history presented with malaise.", "no fatigue"),
 ]

@@ -139,7 +139,7 @@ def _day_parts(items: list[Item], i: int) -> tuple[int, int]:
         k += 1 + joined
         if not joined and items[k].gap != ",":
             return len(named), count
-        k += joined and (items[k].word in ("a", "again") or items[k].number in (1, 2))
+        k += items[k].word in ("a", "again") or items[k].number in (1, 2)  # "and one at night"
 
 
 def _weekdays(items: list[Item], i: int) -> tuple[int, int]:
