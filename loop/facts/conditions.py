@@ -84,7 +84,7 @@ _NOTHING = (
     "cut down; cut it down; cut back; fractured sleep; alcoholic beverage; non alcoholic;"
     "hay fever vaccine;clear cut;oxygen saturation;cut off;cut through;head start;broken english;"
     "high risk;in the fall;last fall;fall of;stable for discharge;for discharge;"
-    "facility discharge"
+    "facility discharge;covid pandemic;covid lockdown"
 )
 CONDITIONS: Phrases[Condition] = Phrases()
 for _phrase in _NOTHING.split(";"):

@@ -20,6 +20,7 @@ NOT_BEFORE_DECIMALS = ("this", "that", "the", "some", "what", "which", "one")
 _NUMBER_STARTS = frozenset(
     (*ONES, *TEENS_AND_TENS, "a", "hundred", "point", *"\u00bc\u00bd\u00be\u2153\u2154\u215b")
 )
+_TEMPERATURES = range(96, 106)  # in Fahrenheit, whose tenth is said without "point"
 MAX_NUMBER_WORDS = 40  # words that are read as one number at most
 MAX_DIGITS = 15  # before the decimal point, that a float keeps; more of them stay a word
 _EVERY = re.compile(r"\bq\.(?=\s?\d)")  # of "q.6 h."
@@ -164,10 +165,10 @@ class _Token(NamedTuple):
 
 
 def _tokenize(text: str) -> list[_Token]:
-    """The words, numbers, signs and breaks; t.i.d. is "tid"."""
+    """The words, numbers, signs and breaks; t.i.d. is "tid", and covid-19 "covid"."""
     return [
         _Token(
-            word.replace(".", "") if word[0].isalpha() else word,
+            word.replace(".", "").partition("-")[0] if word[0].isalpha() else word,
             match.start(),
             match.end(),
         )
@@ -249,9 +250,17 @@ def _read_number(words: list[str], previous: str) -> tuple[float, int] | None:
     digits = _decimal_digits(words[count:])
     if digits:
         return float(f"{value:.0f}.{''.join(digits)}"), count + 1 + len(digits)
+    if value in _TEMPERATURES and words[count : count + 1] and words[count] in ONES:
+        if not words[0][0].isdigit() and _ends_number(words[count + 1 : count + 2]):
+            return value + ONES[words[count]] / 10, count + 1  # "ninety eight six"
     if words[count : count + 3] == ["and", "a", "half"]:
         return value + 0.5, count + 3
     return value, count
+
+
+def _ends_number(following: list[str]) -> bool:
+    """Whether no word of a number, and no unit of time or share, goes on a number."""
+    return not following or following[0] in ("degrees", "fahrenheit", "today", "and", ".")
 
 
 def _written_number(word: str) -> tuple[float, int] | None:

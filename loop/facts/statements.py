@@ -6,26 +6,31 @@ from .body import PARTS
 from .conditions import EXAMINED, NORMAL_WORDS, PAINS, Condition, condition_at
 from .drugs import drug_at
 from .measures.dates import DAY_WORDS, date_at
+from .measures.frequencies import FREQUENCY_WORDS
 from .measures.quantities import amount_at
-from .measures.units import Amount, describe
+from .measures.units import DAYS, UNITS, Amount, describe
 from .phrases import Found
 from .reading.belonging import Belonging
 from .reading.clauses import NO_WORDS
 from .reading.parsed import Parsed, Statement
-from .reading.polarity import AFFIRMED, ASKED, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
-from .reading.sides import compared_at, side_at
+from .reading.polarity import AFFIRMED, ASKED, CURRENT, DENIED, DENIES, ENDED, FORMER, NORMAL, QUIET
+from .reading.sides import compared_at, latin_side_at, side_at
 from .reading.vocabulary import (
     ACTION_OF,
     ALLERGENS,
     HABITS,
+    LABELLED_UNITS,
+    LABELS,
     MEASURES,
     PHRASAL_ACTIONS,
     PHRASAL_VERBS,
+    REPLACES,
     SIDES,
+    SWITCHES,
 )
 
 _AGREEING = frozenset("yes yeah yep yup correct definitely absolutely both all true".split())
-_STATED = (AFFIRMED, DENIED, FORMER, ENDED)
+_STATED = (AFFIRMED, CURRENT, DENIED, FORMER, ENDED)
 NAMED = ("drug", "allergy", "diagnosis", "symptom", "finding", "weak", "habit")
 _HABIT_UNITS = {"beer": "alcohol", "drink": "alcohol", "cigarette": "tobacco"}
 _ASKED_KINDS = ("diagnosis", "symptom", "finding", "weak", "habit")
@@ -35,6 +40,7 @@ _AMOUNT_WORDS = frozenset(
     before in x a an the past last couple few several dozen half quarter next bid bd tid tds qid
     qds qd qam qpm qhs hs mane nocte qod qday third alternate""".split()
 )
+_AMOUNT_WORDS |= FREQUENCY_WORDS
 _NO_ALCOHOL = frozenset(
     """water milk juice coffee tea soda pop fluid fluids liquid liquids caffeine formula gatorade
     pedialyte bottle breastmilk smoothie broth""".split()
@@ -42,6 +48,7 @@ _NO_ALCOHOL = frozenset(
 _DENYING = frozenset(("nonsmoker", "nondrinker", "non"))
 _BEFORE = frozenset("history prior previous previously".split())
 _NO_MORE = frozenset("still anymore more longer gone".split())
+_NO_ALLERGIES = ("nkda", "nka")
 _OVER = frozenset("resolved resolving resolve resolves subsided gone cleared".split())
 # Behind a condition, they make it one that is looked for or prevented.
 _TESTED = frozenset(
@@ -54,8 +61,13 @@ _SPEEDS = ("mile", "miles", "kilometers", "ml", "cc", "beats", "breaths")
 _OTHER = frozenset("other further additional new".split())
 _NEVER_NORMAL = ("trauma", "fall")  # whoever fell, or was hit, was hurt
 _ENDS_OF_SCALE = ("no", "worst", "imaginable")
-_SCALE = frozenset("being scale imaginable".split())
+_SCALE = frozenset("being scale imaginable possible".split())
 _RECENT = frozenset("recent recently issue issues problem problems trouble complications".split())
+_CURRENTLY = frozenset("current currently active actively ongoing continues still".split())
+_HAVE = frozenset("have get be suffer experience".split())
+_OCCASION = frozenset("during my your her this that".split())
+_ONGOING = frozenset("ongoing persistent continued continuing current".split())
+_DID_ONCE = ("smoked", "drank", "vaped")
 _FORMERLY = frozenset("quit quitting former formerly stopped ex used previously".split())
 # Around "blood pressure" and the like, they say that it is not as it should be.
 _TROUBLE = frozenset(
@@ -70,7 +82,7 @@ _LONG = frozenset("years months decades ages".split())
 _BESIDES, _BESIDES_REACH = frozenset("aside besides apart than except".split()), 8
 _ABOUT = frozenset("about how's how is for with".split())
 _OWN = frozenset("your his her".split())
-_PHRASAL_REACH = 6
+_PHRASAL_REACH, _SWITCH_REACH = 6, 16
 _PLURALS = frozenset(("feet", "teeth", "extremities", "lips", "calves"))
 
 
@@ -84,7 +96,7 @@ class Document(Parsed):
         self._belonging = Belonging(self, self.drugs, self.parts)
         self.statements = self._belonging.attach(self._read())
         if self.spoken:
-            self.statements = self._answered_in_part(self.statements)
+            self.statements = self._answered_in_part(self._of_one_side(self.statements))
         self.names = {i: f"{part} (part)" for i, part, _ in self.parts}
         self.names |= {s.word: s.value for s in self.statements if s.kind in NAMED}
         self.unknown = self._unknown()
@@ -96,6 +108,21 @@ class Document(Parsed):
         if statement.kind == "action" and not statement.of:
             return False
         return not self.spoken or statement.polarity in _STATED
+
+    def _of_one_side(self, found: list[Statement]) -> list[Statement]:
+        """Without the "both" of a question that is answered by one side: "just the left"."""
+        turn = self.context.turn
+        sides = [s for s in found if s.kind == "side"]
+        named = {turn[s.word] for s in sides if s.value in ("left", "right")}
+        named -= {turn[s.word] for s in sides if s.value == "both"}
+        return [
+            s
+            for s in found
+            if s.kind != "side"
+            or s.value != "both"
+            or not self.context.asks[s.word]
+            or turn[s.word] + 1 not in named
+        ]
 
     def _answered_in_part(self, found: list[Statement]) -> list[Statement]:
         """Denies what a question lists and its answer leaves out while it names another.
@@ -157,6 +184,8 @@ class Document(Parsed):
                 compared = compared_at(self, i)
                 if compared:
                     found.append(self._make("side", compared, i, 1))
+            if self.items[i].word in SWITCHES | REPLACES:
+                found += self._switched(i)
             if statement:
                 found.append(statement)
                 if statement.amount and statement.amount.unit in _HABIT_UNITS:
@@ -170,6 +199,9 @@ class Document(Parsed):
     def _at(self, i: int) -> tuple[Statement | None, int]:
         """(the statement that begins at item i, how many items to go on)"""
         item, stems = self.padded[i], self.stems
+        latin = latin_side_at(self, i)
+        if latin:
+            return self._make("side", latin.side, i, 1)._replace(of=latin.part), 1
         if item.number is not None or item.word in DAY_WORDS:
             date = date_at(self.text, self.padded, i)
             if date:
@@ -215,6 +247,20 @@ class Document(Parsed):
             return self._make("action", ACTION_OF[item.word], i, 1), 1
         return None, part.num_items if part else 1
 
+    def _switched(self, i: int) -> list[Statement]:
+        """What stops and starts behind the verb at item i; none where no drug is switched."""
+        ends = min(i + _SWITCH_REACH, len(self.items))
+        words = [self.items[k].word for k in range(i, ends)]
+        drugs = [k for k in range(i, ends) if drug_at(self.padded, self.stems, k)]
+        if len(drugs) < 2 or self.context.sentence[drugs[1]] != self.context.sentence[i]:
+            return []
+        from_to = words[0] in SWITCHES and "from" in words[: drugs[0] - i]
+        between = words[drugs[0] - i : drugs[1] - i]
+        if not (from_to and "to" in between) and not (words[0] in REPLACES and "with" in between):
+            return []
+        actions = zip(("stop", "start"), drugs)
+        return [self._make("action", action, k - 1, 1) for action, k in actions]
+
     def _phrasal_action(self, i: int) -> str:
         """What the verb at item i does together with a word close behind it: "go up on"."""
         for k in range(i + 1, min(i + _PHRASAL_REACH, len(self.items))):
@@ -245,8 +291,10 @@ class Document(Parsed):
         meaning, count = found
         if not meaning.kind or (meaning.name == "any allergy" and self._is_heading(i, count)):
             return None
-        if self.items[i - 1].word in _ENDS_OF_SCALE and self.near(i, _SCALE, 6):
-            return None  # "zero being no pain"
+        before = [item.word for item in self.items[max(0, i - 2) : i]]
+        if (before[-1:] and before[-1] in _ENDS_OF_SCALE) or "worst" in before:
+            if self.near(i, _SCALE, 6):
+                return None  # "zero being no pain", "the worst possible pain"
         kind = "weak" if meaning.is_weak or self._is_tested(i, count) else meaning.kind
         made = self._make(kind, meaning.name, i, count)
         if i and self.items[i - 1].word == "no" and self.items[i].gap == "" and not self.spoken:
@@ -255,14 +303,19 @@ class Document(Parsed):
         if made.polarity == DENIED and self.padded[i + count].word == "like":
             if self.padded[i + count + 1].word in ("this", "that"):
                 made = made._replace(polarity=AFFIRMED)  # "never felt pain like this"
+        if self.items[i].word in _NO_ALLERGIES:
+            return made._replace(polarity=DENIED)
         if self._denies_within(i, count):  # "can't breathe"
             made = made._replace(polarity=self._polarity_before(i))
         normal = kind == "weak" and meaning.name not in _NEVER_NORMAL
         if normal and made.polarity == AFFIRMED and not self.near(i, _TROUBLE, 7):
             made = made._replace(polarity=NORMAL)
-        if made.polarity == AFFIRMED and self.near(i, _OVER, 8):
+        if made.polarity == AFFIRMED and (self.near(i, _OVER, 8) or self._stops(i + count)):
             made = made._replace(polarity=ENDED)
-        if made.polarity == AFFIRMED and not self.spoken and self.near(i, _BEFORE, 6):
+        if made.polarity == AFFIRMED and not self.spoken and i:
+            if self.items[i - 1].word in _ONGOING and self.items[i].gap == "":
+                made = made._replace(polarity=CURRENT)
+        if made.polarity == AFFIRMED and not self.spoken and self._is_of_before(i):
             made = made._replace(polarity=FORMER)
         if made.polarity == DENIED and self.spoken and self.near(i, _NO_MORE, 8):
             made = made._replace(polarity=ENDED)
@@ -271,6 +324,10 @@ class Document(Parsed):
                 made = made._replace(polarity=AFFIRMED)
             elif self._not_for_long(i + count):  # "no seizure in years"
                 made = made._replace(polarity=ENDED)
+        if made.polarity == AFFIRMED and self.spoken and self._used_to(i):
+            made = made._replace(polarity=FORMER)
+        if made.polarity == DENIED and meaning.name == "pregnancy" and _OCCASION & {*before}:
+            made = made._replace(polarity=AFFIRMED)  # "no infections during the pregnancy"
         if made.polarity == DENIED and self._denies_more(i, kind == "diagnosis"):
             made = made._replace(polarity=QUIET)
         if meaning.name in PAINS:
@@ -278,6 +335,37 @@ class Document(Parsed):
         if meaning.name == "pain" and self._is_of_exam(i):
             return made._replace(value="tenderness")
         return made
+
+    def _used_to(self, i: int) -> bool:
+        """Whether "used to have" stands close before item i."""
+        words = [item.word for item in self.items[max(0, i - 5) : i]]
+        return any(
+            words[k : k + 2] == ["used", "to"] and set(words[k + 2 :]) & _HAVE
+            for k in range(len(words))
+        )
+
+    def _in_the_past(self, i: int) -> bool:
+        """Whether "in the past" stands close behind item i."""
+        for k in range(i + 1, min(i + 6, len(self.items))):
+            if self.items[k].word == "past" and self.items[k - 1].word in ("in", "the"):
+                return self.padded[k + 1].word == "" or self.padded[k + 1].gap != ""
+        return False
+
+    def _stops(self, i: int) -> bool:
+        """Whether what ends before item i "stopped" or "went away"."""
+        k = i + (self.padded[i].word in ("has", "have", "had", "just", "finally", "all"))
+        words = [item.word for item in self.padded[k : k + 2]]
+        behind = self.padded[k].gap == "" and self.spoken
+        return behind and (words[0] == "stopped" or words in (["went", "away"], ["gone", "away"]))
+
+    def _is_of_before(self, i: int) -> bool:
+        """Whether "history of" or the like stands near item i; a "two-week history" goes on."""
+        clause = self.context.clause
+        for k in range(max(0, i - 6), min(len(self.items), i + 7)):
+            if clause[k] == clause[i] and self.items[k].word in _BEFORE:
+                if UNITS.get(self.items[k - 1].word if k else "") not in DAYS:
+                    return True
+        return False
 
     def _is_asked_about(self, i: int) -> bool:
         """Whether a question takes item i for granted: "how about your asthma, any attacks?"."""
@@ -335,12 +423,19 @@ class Document(Parsed):
         made = self._make("habit", found.meaning, i, found.num_items)
         if word in _DENYING:
             return made._replace(polarity=DENIED)
+        if word == "sober" and made.polarity == AFFIRMED:
+            return made._replace(polarity=ENDED)
         if word.startswith("drink") and self.near(i, _NO_ALCOHOL, 6):
             return None
         if made.polarity == DENIED and self.spoken and self._quit_behind(i):
             return made._replace(polarity=ENDED)
         former = made.polarity == AFFIRMED and self.near(i, _FORMERLY, 4)
-        return made._replace(polarity=FORMER) if former else made
+        former = former or (made.polarity == AFFIRMED and self._in_the_past(i))
+        former = former or (self.spoken and word in _DID_ONCE and self._quit_behind(i))
+        if former:
+            return made._replace(polarity=FORMER)
+        goes_on = made.polarity == AFFIRMED and not self.spoken and self.near(i, _CURRENTLY, 2)
+        return made._replace(polarity=CURRENT) if goes_on else made
 
     def _quit_behind(self, i: int) -> bool:
         """Whether "quit" or "used to" follows in this turn or in the answer: "no, I quit"."""
@@ -361,12 +456,19 @@ class Document(Parsed):
             if amount.low == amount.high:
                 return None  # "over the last week"; in speech, "next week" may be "in 1 week"
         made = self._make(amount.kind, describe(amount), i, amount.num_items)
+        if (made.kind, made.polarity) == ("frequency", DENIED) and not self.spoken:
+            if not self._belonging.nearest_drug(i, "frequency"):
+                return None  # "does not need daily medication"
         bare = amount.kind == "number" and not amount.unit
         if bare and amount.low < 10 and amount.low == int(amount.low):
-            measure = self._measure(i)
+            measure = self._measure(i, MEASURES)
             if not measure:
                 return None
             made = made._replace(of=measure)
+        elif amount.kind == "number" and amount.unit in LABELLED_UNITS:
+            made = made._replace(of=self._measure(i, LABELS))
+            if (made.of, amount.unit) == ("temperature", ""):
+                amount = amount._replace(unit="degree")
         return made._replace(amount=amount)
 
     def _is_manner(self, amount: Amount, i: int) -> bool:
@@ -378,14 +480,17 @@ class Document(Parsed):
             return True  # "40 miles per hour"
         if following in ("activities", "activity", "living", "life", "routine", "basis", "work"):
             return True
-        vague = self.items[i].word in ("at", "in", "before", "on")
+        vague = self.items[i].word in ("at", "in", "before", "on", "the", *FREQUENCY_WORDS)
         return vague and not self.spoken and not self._belonging.nearest_drug(i, "dose")
 
-    def _measure(self, i: int) -> str:
+    def _measure(self, i: int, measures: dict[str, str]) -> str:
         """What the number at item i measures, such as "a1c"; "" for nothing that is known."""
         for k in range(i - 1, max(-1, i - 4), -1):
-            if self.context.clause[k] != self.context.clause[i]:
+            bounds = self.context.sentence if measures is LABELS else self.context.clause
+            if bounds[k] != bounds[i] or (measures is LABELS and self.items[k].number is not None):
                 break
-            if self.words[k] in MEASURES:
-                return MEASURES[self.words[k]]
+            if self.words[k] in measures:
+                return measures[self.words[k]]
+            if (self.words[k - 1], self.words[k]) == ("heart", "rate") and measures is LABELS:
+                return "pulse"
         return ""

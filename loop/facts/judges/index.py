@@ -5,6 +5,7 @@ from collections import Counter
 
 from ..claims import Usage
 from ..conditions import EXAMS_OF, KIND_OF
+from ..measures.dates import ORDINALS
 from ..reading.parsed import Statement
 from ..reading.polarity import DENIED
 from ..reading.subjects import FAMILY
@@ -13,6 +14,8 @@ from ..statements import Document
 from .verdicts import Key, Verdict, key_of
 
 CONDITION_KINDS = ("diagnosis", "symptom", "finding")
+_LEAST_ORDINAL = 10  # lower ones count: "my first period"
+_RATIO_ITEMS = 3  # of "120 over 80"
 MOST_RIVALS = 40  # mentions of one thing that are weighed, so that the time stays linear
 
 
@@ -35,10 +38,15 @@ class Index:
         for i, item in enumerate(document.items):
             if item.number is not None:
                 self.numbers.setdefault(item.number, []).append(i)
+            elif ORDINALS.get(item.word, 0) >= _LEAST_ORDINAL:  # "the nineteenth"
+                self.numbers.setdefault(float(ORDINALS[item.word]), []).append(i)
         self.places_of_word: dict[str, list[int]] = {}
         for i, word in enumerate(document.words):
             self.places_of_word.setdefault(word, []).append(i)
         self.amounts = [o for o in document.statements if o.amount]
+        self.in_ratios = {
+            o.word + k for o in self.amounts if o.kind == "ratio" for k in range(_RATIO_ITEMS)
+        }
         self.measures = {MEASURES[word] for word in document.words if word in MEASURES}
         self.normal = document.normal_exams()
         for statement in document.statements:
@@ -69,11 +77,17 @@ class Index:
 
     def unit_at(self, i: int) -> str:
         """The unit that the number at item i is said with; "" for none."""
+        amount = self._amount_at(i)
+        return amount.amount.unit if amount and amount.amount else ""
+
+    def label_at(self, i: int) -> str:
+        """What the number at item i measures; "" for nothing that is known."""
+        amount = self._amount_at(i)
+        return amount.of if amount and amount.kind == "number" else ""
+
+    def _amount_at(self, i: int) -> Statement | None:
         at = bisect.bisect(self.amounts, i, key=lambda o: o.word)
-        for o in self.amounts[max(0, at - 1) : at]:
-            if o.word == i and o.amount:
-                return o.amount.unit
-        return ""
+        return next((o for o in self.amounts[max(0, at - 1) : at] if o.word == i), None)
 
     def keep_rivals(self, s: Statement, same: list[Statement], against: list[Statement]) -> None:
         """Keeps what supports a statement and what contradicts it, for `weigh` of nearness.py."""

@@ -5,15 +5,19 @@ import os.path
 from ..body import same_region
 from ..conditions import EXAMS_OF, KIND_OF, SCATTERED
 from ..reading.parsed import Statement
-from ..reading.polarity import AFFIRMED, DENIED, ENDED, FORMER, NORMAL
+from ..reading.polarity import AFFIRMED, CURRENT, DENIED, ENDED, FORMER, NORMAL
 from ..reading.subjects import FAMILY, PATIENT
 from .index import MOST_RIVALS, Index
 from .verdicts import CONTRADICTED, NOT_SAID, SUPPORTED, Verdict, place_of
 
 _GENERAL = ("cancer", "tumor")  # they support no special one
-_ALIKE = dict.fromkeys((FORMER, ENDED), (AFFIRMED, FORMER, ENDED)) | {AFFIRMED: (AFFIRMED, FORMER)}
+_ALIKE: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (FORMER, ENDED), (AFFIRMED, CURRENT, FORMER, ENDED)
+)
+_ALIKE |= {AFFIRMED: (AFFIRMED, CURRENT, FORMER), CURRENT: (AFFIRMED, CURRENT)}
 _ABUSES = {"alcohol": "alcohol abuse", "drugs": "substance abuse"}
-_OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED,), FORMER: (DENIED,)}
+_OPPOSITE = {AFFIRMED: (DENIED, ENDED), DENIED: (AFFIRMED, CURRENT), FORMER: (DENIED,)}
+_OPPOSITE |= {CURRENT: (DENIED, ENDED, FORMER)}
 _SO_CALLED = ("fever", "any allergy")  # their weak names, denied, deny them: "feel hot? - No"
 _COMMON_NAMES = frozenset("disease disorder syndrome chronic difficulty problem".split())
 
@@ -64,6 +68,7 @@ def judge_habit(index: Index, s: Statement) -> Verdict:
     """By the mentions of tobacco, alcohol or drugs, and of their abuse."""
     habits = [o for o in index.all("habit") if o.value == s.value]
     habits += index.conditions.get(_ABUSES.get(s.value, ""), [])
+    habits = [o._replace(subject="") for o in habits]  # whoever has the habit
     return by_polarity(index, s._replace(subject=""), habits)._replace(statement=s)
 
 

@@ -70,6 +70,8 @@ def _is_off(index: Index, i: int) -> bool:
     before = [item.word for item in index.document.items[max(0, i - 5) : i]]
     if _COME & set(before) and "off" in before[-3:]:
         return True  # "come off the prednisone"
+    if before[-1:] == ["except"] or before[-2:] == ["except", "for"]:
+        return True  # "continue your medicines except Prozac"
     needs = " need to take " in f" {' '.join(before)} "  # but not "need a refill"
     if needs and {"no", "n't", "not", "don't"} & set(before[: before.index("need")]):
         return True

@@ -12,13 +12,19 @@ _MONTHS = """january february march april may june july august september october
     december"""
 MONTHS = {name: i for i, name in enumerate(_MONTHS.split(), 1)}
 MONTHS |= {name[:3]: i for name, i in MONTHS.items() if name != "may"} | {"sept": 9}
+_HOLIDAYS = {"christmas": (12, 25), "halloween": (10, 31), "valentine's": (2, 14)}
 _SUFFIXES = ("st", "nd", "rd", "th")
 _BEFORE_MONTH = ("in", "since", "of", "last", "this", "until", "by", "early", "late", "mid", "next")
-DAY_WORDS = frozenset((*ORDINALS, *MONTHS))
+WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_BEFORE_WEEKDAY = frozenset("since on last this next by until from".split())
+DAY_WORDS = frozenset((*ORDINALS, *MONTHS, *WEEKDAYS, *_HOLIDAYS))
 
 
 class Date(NamedTuple):
-    """A date that begins at some item, such as "m7 d29 y2008" without what is not stated."""
+    """A date that begins at some item, such as "m7 d29 y2008" without what is not stated.
+
+    A weekday is one of its own.
+    """
 
     value: str
     num_items: int
@@ -36,6 +42,10 @@ def date_at(text: str, items: list[Item], i: int) -> Date | None:
         return _numeric(text, window) or _day_first(window) or _bare_year(window)
     if window[0].word in MONTHS:
         return _month_first(window, previous)
+    if window[0].word in _HOLIDAYS:
+        return _holiday(window)
+    if window[0].word in WEEKDAYS:
+        return Date(window[0].word, 1) if previous in _BEFORE_WEEKDAY else None
     return _day_first(window) if window[0].word in ORDINALS else None
 
 
@@ -95,6 +105,15 @@ def _month_first(window: list[Item], previous: str) -> Date | None:
     ):
         return None
     return Date(value, 1 + (day[1] if day else 0))
+
+
+def _holiday(window: list[Item]) -> Date:
+    """ "Christmas of 2018"."""
+    month, day = _HOLIDAYS[window[0].word]
+    behind = 1 + (window[1].word in ("day", "of", "in"))
+    year = _year(window[behind])
+    value = f"m{month} d{day}"
+    return Date(value, 1) if year is None else Date(f"{value} y{year}", behind + 1)
 
 
 def _day_first(window: list[Item]) -> Date | None:

@@ -3,6 +3,7 @@
 import re
 
 from ..numerals import JOINS, Item, together
+from .dates import WEEKDAYS
 from .units import DAYS, DOSES, UNITS, Amount
 
 _TIMES = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
@@ -34,6 +35,7 @@ _ADVERBS = {
     "weekly": 1 / 7,
     "monthly": 1 / 30,
 }
+_LATIN |= {"mwf": 3 / 7, "tts": 3 / 7}
 _EVERY = re.compile(r"q(\d{1,2})(h|hr|hrs|hours|d|days|wk|w|weeks|mo|m)")  # q8h
 _EVERY_UNIT = {"h": 24.0, "d": 1.0, "w": 1 / 7, "m": 1 / 30}
 _AT_NIGHT = frozenset("qhs hs qpm nocte nightly night bedtime bed evening".split())
@@ -41,6 +43,15 @@ _IN_THE_MORNING = frozenset("qam mane morning".split())
 _WEEKDAYS = frozenset(
     "mondays tuesdays wednesdays thursdays fridays saturdays sundays weekends".split()
 )
+_LISTED_WEEKDAYS = 3  # "Monday, Wednesday, Friday" without "on" are so many at least
+# Parts of a day that a drug is taken at: "in the morning and at bedtime" is twice.
+_DAY_PARTS = {"am": "morning", "breakfast": "morning", "morning": "morning"}
+_DAY_PARTS |= dict.fromkeys("noon lunch lunchtime midday afternoon".split(), "noon")
+_DAY_PARTS |= dict.fromkeys("pm evening night dinner supper bedtime bed".split(), "night")
+_BEFORE_PART = frozenset("in the at before with each every after".split())
+_TWICE_A_DAY = 2  # parts at least, that make a frequency
+# What `frequency_at` may begin with, besides numbers and "every" and the like.
+FREQUENCY_WORDS = frozenset((*_DAY_PARTS, *WEEKDAYS, "with", "after", "mwf", "tts"))
 
 
 def frequency_at(items: list[Item], i: int) -> Amount | None:
@@ -49,6 +60,8 @@ def frequency_at(items: list[Item], i: int) -> Amount | None:
     if often is None:
         return None
     words = {item.word for item in items[i : i + often.num_items]}
+    if words & _AT_NIGHT and words & _IN_THE_MORNING:
+        return often
     if words & _AT_NIGHT:
         return often._replace(at="night")
     if words & _IN_THE_MORNING:
@@ -58,6 +71,9 @@ def frequency_at(items: list[Item], i: int) -> Amount | None:
 
 def _frequency(items: list[Item], i: int) -> Amount | None:
     word, following = items[i].word, items[i + 1].word
+    parts, count = _day_parts(items, i)
+    if parts >= _TWICE_A_DAY:
+        return _often(parts, count)
     if word in _LATIN:
         return _often(_LATIN[word], 1)
     match = _EVERY.fullmatch(word) if word[:1] == "q" else None
@@ -77,9 +93,9 @@ def _frequency(items: list[Item], i: int) -> Amount | None:
         return _per(items, i + 2, items[i + 1].number or 1.0, 2)
     if word in ("a", "per", "/") and following in _PER_DAY and i and _counts(items, i - 1):
         return _often(1 / DAYS[_PERIODS[following]], 2)
-    weekdays, count = _weekdays(items, i) if word == "on" else (0, 0)
-    if weekdays:
-        return _often(weekdays / 7, count + 1)
+    weekdays, count = _weekdays(items, i + 1) if word == "on" else _weekdays(items, i)
+    if weekdays and (word == "on" or weekdays >= _LISTED_WEEKDAYS):
+        return _often(weekdays / 7, count + (word == "on"))
     days, count = _days_a_week(items, i)
     if count:
         return _often(days / 7, count)
@@ -107,12 +123,35 @@ def _every_so_many(items: list[Item], i: int) -> Amount | None:
     return _often(1 / (low * DAYS[unit]), end + 1 - i, 1 / ((high or low) * DAYS[unit]))
 
 
+def _day_parts(items: list[Item], i: int) -> tuple[int, int]:
+    """(parts of a day, items) of "in the morning and one at night" from item i on."""
+    named: set[str] = set()
+    count, k = 0, i
+    while True:
+        while items[k].word in _BEFORE_PART and items[k].gap in ("", ","):
+            k += 1
+        part = _DAY_PARTS.get(items[k].word)
+        if part is None or (k > i and items[k].gap not in ("", ",")):
+            return len(named), count
+        named.add(part)
+        count = k + 1 - i
+        joined = items[k + 1].word == "and"
+        k += 1 + joined
+        if not joined and items[k].gap != ",":
+            return len(named), count
+        k += items[k].word in ("a", "again") or items[k].number in (1, 2)  # "and one at night"
+
+
 def _weekdays(items: list[Item], i: int) -> tuple[int, int]:
-    """(days, items) of "Mondays, Wednesdays and Fridays" behind item i."""
-    days, end = 0, i + 1
-    while items[end].word in _WEEKDAYS or (days and items[end].word == "and"):
+    """(days, items) of "Mondays, Wednesdays and Fridays" from item i on.
+
+    One day alone is no habit: "on Monday" is a date.
+    """
+    days, end = 0, i
+    plural = items[i].word in _WEEKDAYS
+    while items[end].word in _WEEKDAYS | {*WEEKDAYS} or (days and items[end].word == "and"):
         days, end = days + (items[end].word != "and"), end + 1
-    return days, end - i - 1
+    return (days, end - i) if plural or days > 1 else (0, 0)
 
 
 def _days_a_week(items: list[Item], i: int) -> tuple[float, int]:
@@ -147,9 +186,10 @@ def _times(items: list[Item], i: int) -> tuple[float, float, int]:
     most = low
     joined = end + (items[end].word in JOINS[:3])
     more = _TIMES.get(items[joined].word, items[joined].number)
-    if more and low < more and items[joined].gap == items[end].gap == "":
+    next_one = more == low + 1 and items[joined].gap in ("", ",")  # "five, six times"
+    if more and low < more and (next_one or items[joined].gap == items[end].gap == ""):
         most, end = more, joined + 1
-    if items[end].word in ("time", "times", "x") and together(items, i, end):
+    if items[end].word in ("time", "times", "x") and together(items, end - 1, end):
         end += 1
     elif items[end - 1].number is not None:
         return 0.0, 0.0, 0
@@ -195,6 +235,10 @@ def _every(items: list[Item], i: int) -> Amount | None:
         days = DAYS[period]
         often = sorted((round(1 / (low * days), 4), round(1 / (high * days), 4)))
         return Amount("frequency", often[0], often[1], "/day", end + 1 - i)
+    if following.word == "couple":
+        unit = i + 2 + (items[i + 2].word == "of")
+        period = _PERIODS.get(UNITS.get(items[unit].word, ""))
+        return _often(0.5 / DAYS[period], unit + 1 - i) if period else None
     single = following.word if items[i].word != "q" else ""
     period = _PERIODS.get(single)
     if period is None:

@@ -4,7 +4,7 @@ An amount is a range of numbers with a unit. Durations are in days, so that "a f
 "2 weeks" are one; frequencies are times a day, so that "every 8 hours" is "t.i.d.".
 """
 
-from ..numerals import JOINS, Item, together
+from ..numerals import JOINS, TEENS_AND_TENS, Item, together
 from .frequencies import frequency_at
 from .units import DAYS, DOSES, UNITS, Amount
 
@@ -15,10 +15,16 @@ _WHOLES |= {"minute": "min", "hour": "hr", "kilogram": "kg", "kilo": "kg"}
 # Units that "a" and "half a" may stand before, as in "a week" and "half a tablet".
 _AFTER_ARTICLE = frozenset(
     """hour day week fortnight month year decade pack glass beer tablet capsule puff
-    teaspoon""".split()
+    teaspoon tablespoon mg mcg g ml spray""".split()
 )
 # "a couple of", "a few", and where they lie at most
 _VAGUE = {"couple": (2.0, 2.0), "few": (2.0, 4.0), "several": (3.0, 9.0), "dozen": (12.0, 12.0)}
+# "in her forties"
+_DECADES = {f"{tens}s": int(tens) for tens in "20 30 40 50 60 70 80 90".split()}
+for _word, _value in TEENS_AND_TENS.items():
+    if _word[-1] == "y":
+        _DECADES |= {_word.replace("y", "ies"): _value, f"{_word}s": _value}  # "forty's"
+_OWNERS = frozenset("his her their my your".split())
 _PARTS_OF_ONE = {"half": 0.5, "quarter": 0.25, "third": 1 / 3}
 
 
@@ -27,7 +33,18 @@ def amount_at(text: str, items: list[Item], i: int) -> Amount | None:
 
     items: with some empty ones behind the last, so that it can look ahead.
     """
-    return frequency_at(items, i) or _ratio(items, i) or _quantity(text, items, i)
+    found = _decade(items, i) if items[i].word == "in" else None
+    return found or frequency_at(items, i) or _ratio(items, i) or _quantity(text, items, i)
+
+
+def _decade(items: list[Item], i: int) -> Amount | None:
+    """ "In her forties", "in his early 60s"."""
+    end = i + 2 + (items[i + 2].word in ("early", "mid", "late"))
+    years = _DECADES.get(items[end].word.replace("'", ""))
+    if items[i + 1].word not in _OWNERS or years is None or not together(items, i, end):
+        return None
+    low, high = years * DAYS["year"], (years + 9) * DAYS["year"]
+    return Amount("age", low, high, "day", end + 1 - i, is_vague=True)
 
 
 def _ratio(items: list[Item], i: int) -> Amount | None:
@@ -126,6 +143,8 @@ def _numbers(text: str, items: list[Item], i: int) -> tuple[float, float, int]:
     if items[end].number is not None and items[end].gap == "":
         if text[items[i].end : items[end].start].strip() in ("-", "\u2013", "\u2014"):
             other, end = items[end].number, end + 1
+    elif [item.word for item in items[end : end + 2]] == ["going", "on"]:
+        other, end = items[end + 2].number, end + 3  # "three going on four weeks"
     elif items[end].word in JOINS and items[end + 1].number is not None:
         is_and = items[end].word == "and" and items[i - 1].word != "between"
         if not is_and and together(items, i, end + 1):
@@ -155,7 +174,9 @@ def _vague(items: list[Item], i: int) -> tuple[float, float, int]:
         end += items[end].word in ("a", "an")
         if items[end].word in UNITS:
             return _PARTS_OF_ONE[word], _PARTS_OF_ONE[word], end
-    if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE:
+    if word == "next" and UNITS.get(following) in DAYS:
+        return 1.0, 1.0, i + 1
+    if word in ("a", "an") and UNITS.get(following) in _AFTER_ARTICLE and len(following) > 1:
         return 1.0, 1.0, i + 1
     more = [item.word for item in items[i + 2 : i + 5]]
     if word in ("last", "past") and UNITS.get(following) and more == ["and", "a", "half"]:

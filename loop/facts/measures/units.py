@@ -33,7 +33,22 @@ DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1, "week": 7, "fortnight": 14
 DAYS |= {"second": 1 / 86400, "month": 30, "year": 360, "decade": 3600}  # 12 months are a year
 DOSES = frozenset("mg mcg g ml unit meq tablet capsule puff drop spray patch teaspoon".split())
 DOSES |= {"tablespoon", "l"}
-TO_MG = {"mcg": 0.001, "mg": 1.0, "g": 1000.0}
+# What a unit is in another of its dimension.
+_SCALES = {
+    "mg": {"mcg": 0.001, "mg": 1.0, "g": 1000.0},
+    "ml": {"ml": 1.0, "teaspoon": 5.0, "tablespoon": 15.0, "l": 1000.0},
+    "cm": {"mm": 0.1, "cm": 1.0, "m": 100.0, "inch": 2.54, "foot": 30.48},
+    "kg": {"kg": 1.0, "pound": 0.4536, "ounce": 0.02835},
+}
+SCALE_OF = {
+    unit: (dimension, factor)
+    for dimension, factors in _SCALES.items()
+    for unit, factor in factors.items()
+}
+_METRIC = frozenset("mg mcg g ml l teaspoon tablespoon mm cm m kg".split())
+# How far two may lie apart that are rounded: "five foot four" is 163 cm.
+_EXACTLY, _ROUNDED = 1e-6, 0.01
+_HOTTEST_CELSIUS = 45.0  # above it a temperature is in Fahrenheit
 
 
 class Amount(NamedTuple):
@@ -46,6 +61,34 @@ class Amount(NamedTuple):
     num_items: int
     is_vague: bool = False  # of "a few days"
     at: str = ""  # the time of day of a frequency: "morning", "night", or none
+
+
+def same_scale(a: Amount, b: Amount) -> tuple[Amount, Amount, float] | None:
+    """Both in one unit, and how far they may lie apart; None where their units can't be compared.
+
+    "A teaspoon" is 5 mL, "180 pounds" are 82 kg, and a temperature is in Fahrenheit.
+    """
+    if a.unit == b.unit == "degree":
+        return _in_fahrenheit(a), _in_fahrenheit(b), 0.001
+    if a.unit == b.unit:
+        return a, b, _EXACTLY
+    if a.unit not in SCALE_OF or b.unit not in SCALE_OF:
+        return None
+    (dimension, factor), (other, other_factor) = SCALE_OF[a.unit], SCALE_OF[b.unit]
+    if dimension != other:
+        return None
+    slack = _EXACTLY if (a.unit in _METRIC) == (b.unit in _METRIC) else _ROUNDED
+    return _times(a, factor), _times(b, other_factor), slack
+
+
+def _times(amount: Amount, factor: float) -> Amount:
+    return amount._replace(low=amount.low * factor, high=amount.high * factor)
+
+
+def _in_fahrenheit(amount: Amount) -> Amount:
+    if amount.high > _HOTTEST_CELSIUS:
+        return amount
+    return amount._replace(low=amount.low * 1.8 + 32, high=amount.high * 1.8 + 32)
 
 
 def describe(amount: Amount) -> str:

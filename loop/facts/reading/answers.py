@@ -23,7 +23,7 @@ _YES_PHRASES = [
 _NAY = frozenset("nah naw uh-uh nuh-uh".split())
 _ANSWERS = frozenset("no nope yes yeah yep yup none never".split())
 _FILLERS = frozenset(
-    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir
+    """um uh well oh okay ok so i you know mean doctor ah hmm alright and like actually right sir a
     ma'am just it's think that it really""".split()
 )
 _THE_KNOWN = frozenset("your his her their the that those this".split())
@@ -35,12 +35,14 @@ _MEANT, _THAT = (
     frozenset("mean means huh pardon".split()),
     frozenset("that that's those like".split()),
 )
+_ONCE = ("former", "formerly", "ex", "quit", "previously")
+_RATED = ("rate", "scale")
 _MEASURED = frozenset("much many often long".split())
 _SOME_OF = frozenset("a couple few half pack weekends weekly daily".split())
 # Before "the pain", they say that it is there.
 _DONE_FOR = frozenset(
     """for from help helps helped helping relieve relieves relieved ease eases caused triggers
-    trigger triggered worsen worsens""".split()
+    trigger triggered worsen worsens during after before since""".split()
 )
 _KNOWN_REACH = 3
 _ANSWER_REACH = 14  # items of an answer that are read
@@ -75,6 +77,10 @@ def answer_questions(items: list[Item], clauses: list[Clause], polarities: list[
             given = own if first in _ANSWERS else answer
             if given == DENIED and _presupposes(items, clause):
                 given = ENDED
+            if given == DENIED and _ended(items, clause, following):
+                given = ENDED
+            if given == ASKED and following and items[following[0].start].word in _ONCE:
+                given = ENDED  # "smoker? - Former."
             if given == ASKED and _asks_how_much(items, turn, clause) and _counts(items, following):
                 given = AFFIRMED
             stays = _says_no(items, clause) and not _insists(items, following)
@@ -122,8 +128,24 @@ def _presupposes(items: list[Item], clause: Clause) -> bool:
     return False
 
 
+def _ended(items: list[Item], clause: Clause, answer: list[Clause]) -> bool:
+    """Whether a "no" says that it was so once: "still smoking? - No", "not for two years"."""
+    if any(item.word == "still" for item in items[clause.start : clause.end]):
+        return True
+    if not answer or items[answer[0].start].word not in ("not", "no"):
+        return False
+    first = [item.word for item in items[answer[0].start : answer[0].start + 3]]
+    behind = first[2:] if first[1:2] == ["not"] else first[1:]
+    return behind[:1] in (["for"], ["since"], ["anymore"]) or behind[:2] == ["any", "more"]
+
+
 def _asks_how_much(items: list[Item], turn: list[Clause], clause: Clause) -> bool:
-    """Whether a question takes for granted that there is some: "how much do you smoke?"."""
+    """Whether a question takes for granted that there is some: "how much do you smoke?".
+
+    So does one for a figure on a scale: "how would you rate the pain?".
+    """
+    if any(item.word in _RATED for item in items[clause.start : clause.end]):
+        return True
     start = max(turn[0].start, clause.start - 3)
     first = [item.word for item in items[start : min(clause.end, clause.start + 4)]]
     return any(pair[0] == "how" and pair[1] in _MEASURED for pair in itertools.pairwise(first))

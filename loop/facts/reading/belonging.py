@@ -10,6 +10,10 @@ from .vocabulary import HABITS, PHRASAL_VERBS
 _PART_REACH = 6
 _CAUSES = frozenset("gives gave causes caused makes".split())
 _REACTIONS = frozenset("hives itch itchy itching swell anaphylaxis wheeze".split())
+_FOR_ALLERGY = frozenset(
+    """relief medicine medication medications pill pills shot shots spray season test tests testing
+    symptoms""".split()
+)
 _NO_OBJECT = frozenset(
     """taking with use using this that these those their your until when after before immediately
     having completely about from currently present been prior very really just then""".split()
@@ -127,13 +131,24 @@ class Belonging:
         before = [item.word for item in self.items[max(0, i - 4) : i]]
         return bool({"with", "from"} & set(before[-2:]) and _REACTIONS & set(before))
 
+    def _names_allergy(self, statement: Statement) -> bool:
+        """Whether "allergy" follows at once, as in "latex allergy"; no "allergy shots"."""
+        k = bisect.bisect_left(self.parsed.ends, statement.end) + 1
+        following, behind = self.parsed.padded[k], self.parsed.padded[k + 1]
+        if following.word not in ("allergy", "allergies", "allergic") or following.gap:
+            return False
+        return behind.word not in _FOR_ALLERGY or behind.gap != ""
+
     def _allergy(self, statement: Statement) -> Statement:
         """A drug behind "allergic to" or "allergies:" is an allergy."""
         if statement.kind not in ("drug", "allergen"):
             return statement
         forbidden = self._is_forbidden(statement.word)  # "I cannot have codeine"
         if forbidden or self._causes_reaction(statement.word):
+            self.context.polarity[statement.word] = AFFIRMED  # of an allergy to it
             return statement._replace(kind="allergy", polarity=AFFIRMED)
+        if self._names_allergy(statement):
+            return statement._replace(kind="allergy")
         start = max(0, statement.word - 12)
         sentence = self.context.sentence
         for k in range(statement.word - 1, start - 1, -1):

@@ -6,7 +6,7 @@ from ..numerals import Item, count_speakers
 
 NO_WORDS = frozenset(
     """no denies denied deny denying without not never neither nor negative absent absence cannot
-    n't nt free lacks nope ruled none nothing nobody wish""".split()
+    n't nt free lacks nope doubt ruled none nothing nobody wish""".split()
 )
 POSSIBLE_WORDS = frozenset(
     """possible possibly probable probably likely suspect suspected suspicion may might maybe
@@ -31,7 +31,7 @@ _BREAKS = frozenset(
 _WRITTEN_BREAKS = frozenset(
     """reports reported endorses endorsed states stated complains admits admitted presents notes
     explains positive remarkable significant believes continues describes confirms
-    acknowledges mentions exception""".split()
+    acknowledges mentions exception presented""".split()
 )
 _NO_BREAK_BEHIND = frozenset("no not any without was were been be is".split())  # "was admitted"
 # Behind a comma, they begin another clause of a note.
@@ -110,6 +110,8 @@ def _begins_clause(items: list[Item], i: int, spoken: bool) -> bool:
             return previous not in _NO_BREAK_BEHIND
         if previous == "and" and word in ("he", "she", "they", "there"):
             return True
+        if previous == "and" and word in ("his", "her"):  # "not on it and her rate is up"
+            return any(item.word in _COPULAS for item in items[i + 1 : i + 4])
         return items[i].gap == "," and word in _AFTER_COMMA
     if word in _SPOKEN_BREAKS:
         return True

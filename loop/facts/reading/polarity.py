@@ -5,6 +5,7 @@ from .clauses import FOUND_WORDS, NO_WORDS, POSSIBLE_WORDS, SUBJECT_WORDS, Claus
 
 AFFIRMED, DENIED, POSSIBLE, ASKED = "affirmed", "denied", "possible", "asked"
 FORMER = "former"  # "history of", "quit"
+CURRENT = "current"  # of a habit that a note says goes on
 QUIET = "quiet"  # of what a note says is there, but no other and no trouble
 ENDED = "ended"  # "resolved", and in speech what is denied with "still" or "no more"
 NORMAL = "normal"  # of what may be normal or not, such as "blood pressure"
@@ -14,7 +15,9 @@ _RESETS = frozenset(
     prompting""".split()
 )
 _TESTS = frozenset("test tests result screen swab hiv covid strep flu mono".split())
-_THOUGHTS = frozenset("think believe feel suppose recall remember know notice noticed see".split())
+_THOUGHTS = frozenset(
+    "think believe feel suppose recall remember know notice noticed see doubt".split()
+)
 _BEHIND_NO = frozenset(
     """change changes only doubt problem problems matter further sure worries idea just
     necessarily""".split()
@@ -25,6 +28,10 @@ _SEEKING = frozenset(
     screening screened evaluate evaluating""".split()
 )
 _RESULTS = frozenset("margin margins node nodes".split())  # that are negative: nothing is denied
+_RELIEF = ("relief", "improvement")
+_DOUBTERS = frozenset("i we would highly really seriously".split())
+_PASSIVE = frozenset("was were is are been be being got".split())
+_BEHIND_PASSIVE = frozenset("by with on after for in as at".split())
 _THESE = frozenset("her his my this your the".split())
 # "It did not relieve the pain" and "risks are not limited to pain" deny no pain.
 _LEFT_AS_IT_IS = frozenset(
@@ -127,7 +134,8 @@ def _is_behind(items: list[Item], i: int, clause: Clause) -> bool:
             return later in ("issue", "problem", "concern")
         return following in FOUND_WORDS and later not in ("prior", "before", "until")
     if word == "ruled":
-        return following == "out"
+        passive = items[i - 1].word in _PASSIVE or i + 2 >= clause.end
+        return following == "out" and (passive or items[i + 2].word in _BEHIND_PASSIVE)
     if word in ("negative", "absent") and items[i - 1].word in ("is", "are", "was", "were"):
         return following != "for" and not _is_of_result(items, i)
     if word in ("negative", "absent", "none", "denies", "denied", "never"):
@@ -144,14 +152,18 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
     """Whether the word at item i is an answer, or belongs to "no longer" and the like."""
     word = items[i].word
     following = items[i + 1] if i + 1 < clause.end else None
+    if word == "doubt" and items[i - 1].word not in _DOUBTERS:
+        return True  # "no doubt", "in doubt"
     if following is None:
-        return word != "n't"
+        return word not in ("n't", "doubt")
     if following.word == "more":
         return i + 2 < clause.end and items[i + 2].word == "than"
     if (word, following.word) == ("no", "clear"):
         return False  # "no clear evidence"
     if (word, following.word) == ("never", "touch"):
         return False
+    if any(item.word in _RELIEF for item in items[i + 1 : min(clause.end, i + 4)]):
+        return True  # "no long-term relief of"
     if following.word in _BEHIND_NO or following.word in _LEFT_AS_IT_IS:
         return True
     if following.word.endswith("ly") or following.word in ("significant", "much", "really"):
@@ -165,4 +177,6 @@ def _negates_nothing(items: list[Item], i: int, clause: Clause, spoken: bool) ->
         return following.word not in ("for", "any") and not tested
     if word == "no" and spoken:  # an answer: "no , i have pain"
         return following.gap == "," or following.word in SUBJECT_WORDS | {"no", "not"}
-    return word in ("none", "ruled", "nope")
+    if word == "ruled":
+        return following.word != "out"
+    return word in ("none", "nope")

@@ -17,8 +17,22 @@ _SPOKEN_REACH, _WRITTEN_REACH = 7, 5  # items in which the part follows
 _ANSWER_REACH = 6  # items of a turn in which "which side?" is answered
 _QUESTION_REACH = 20
 
+_HANDED = frozenset("handed dominant hander".split())
 _MORE = frozenset("worse greater more bigger larger weaker stronger stiffer less better".split())
 _COMPARED_REACH, _THAN_REACH = 8, 5
+
+
+# "OS" is an eye where its clause speaks of eyes, and "AD" an ear; elsewhere they mean other things.
+_LATIN_SIDES = {"od": ("right", "eye"), "os": ("left", "eye"), "ou": ("both", "eye")}
+_LATIN_SIDES |= {"au": ("both", "ear"), "ad": ("right", "ear")}
+_OF_LATIN_SIDES = {
+    "eye": frozenset(
+        """eye eyes drop drops gtt gtts vision visual acuity cataract cataracts glaucoma ointment
+        ophthalmic cornea retina pupil iop lens timolol latanoprost""".split()
+    ),
+    "ear": frozenset("ear ears drop drops gtt gtts otic canal tympanic tm cerumen".split()),
+}
+_LATIN_REACH = 12
 
 
 class Side(NamedTuple):
@@ -43,6 +57,8 @@ def side_at(parsed: Parsed, i: int) -> Side | None:
     if part:
         return Side(SIDES[word], part, count)
     answers = _answers_which(parsed, i)
+    if answers and _HANDED & {item.word for item in items[max(0, i - _QUESTION_REACH) : i]}:
+        return Side(SIDES[word], "handedness", 1)  # "right or left handed? - Right."
     if word.startswith("bi") or answers or parsed.stems[i + 1] in ("side", "sided"):
         return Side(SIDES[word], "", 1)
     if word == "both" and (after in _OWN or (after, items[i + 2].word) == ("the", "sides")):
@@ -50,6 +66,14 @@ def side_at(parsed: Parsed, i: int) -> Side | None:
     if before in _SAYS or after in _NOT_A_SIDE:
         return None
     return Side(SIDES[word], "", 1) if before in _OWN or before in ("on", "to") else None
+
+
+def latin_side_at(parsed: Parsed, i: int) -> Side | None:
+    """The side of an eye or ear at item i, such as "OS"; None where the letters mean none."""
+    side, part = _LATIN_SIDES.get(parsed.items[i].word, ("", ""))
+    if not side or not parsed.near(i, _OF_LATIN_SIDES[part], _LATIN_REACH):
+        return None
+    return Side(side, part, 1)
 
 
 def compared_at(parsed: Parsed, i: int) -> str:
@@ -104,8 +128,10 @@ def _part_behind(parsed: Parsed, i: int) -> tuple[str, int]:
 
 def _is_choice(parsed: Parsed, i: int) -> bool:
     """Whether the side at item i is one of "left or right", as a question asks."""
-    around = [item.word for item in parsed.items[max(0, i - 4) : i + 5]]
-    at = i - max(0, i - 4)
+    turn = parsed.context.turn
+    near = [k for k in range(max(0, i - 4), min(i + 5, len(turn))) if turn[k] == turn[i]]
+    around = [parsed.items[k].word for k in near]
+    at = near.index(i)
     return any(
         around[k] == "or" and around[k + 1 :] and SIDES.keys() & set(around[other])
         for k in range(len(around))

@@ -11,7 +11,7 @@ _FAMILY_WORDS = frozenset(
     grandma grandpa cousin parent sibling family familial maternal paternal brothers sisters
     mother's father's mom's dad's grandparent grandparents parents siblings sister's brother's
     aunts uncles cousins relatives relative nephew niece
-    grandmother's grandfather's""".split()
+    grandmother's grandfather's granny gran nana grandad granddad grandmom auntie""".split()
 )
 # Who speaks for a patient may call him a son or a daughter.
 _OTHERS = frozenset("he she they his her their he's she's they're him them anyone else".split())
@@ -23,6 +23,7 @@ _OTHER_PEOPLE = frozenset(
     friend boss classmate""".split()
 )
 _IS_ILL = frozenset("has had is was got gets tested died caught suffers suffered".split())
+_CAUSED_BY = ("of", "from", "after")
 # What a relative does who tells of the patient: it is no illness of his own.
 _TELLS = frozenset(
     """noticed notices notes noted says said say states stated reports reported report denies deny
@@ -30,7 +31,10 @@ _TELLS = frozenset(
     mentions mentioned told tells saw worried concerned""".split()
 )
 _TELLS_REACH = 3
-_CHILDREN = frozenset("son daughter sons daughters children son's daughter's".split())
+_CHILDREN = frozenset(
+    """son daughter sons daughters children son's daughter's kid kids grandson granddaughter
+    grandchildren""".split()
+)
 _OWNERS = frozenset(
     """my your his her their our the patient's in of maternal paternal and or both a one 's step
     half grand other only older younger twin oldest youngest late great little big another
@@ -52,6 +56,7 @@ _HEADINGS = frozenset(
     vitals""".split()
 )
 _LONGEST_HEADING = 5  # words
+_KINDS = frozenset(("kind", "type"))
 _HE_OR_SHE = frozenset("he she they he's she's".split())
 _RELATIVE_REACH = 3
 _RELATIVE_SPEAKS = re.compile(
@@ -73,6 +78,7 @@ def read_spoken_subjects(text: str, items: list[Item], clauses: list[Clause]) ->
     asked_of_family = ""
     topic = was_asked = False  # whether the family is what is asked about, turn after turn
     since = _RELATIVE_REACH  # turns since a relative was named
+    kind_asked = False  # whether the turn before asks "what kind?"
     answers = False  # what runs in the family: then "i have diabetes" says who has it of none
     for clause in clauses:
         if clause.new_turn:
@@ -85,7 +91,10 @@ def read_spoken_subjects(text: str, items: list[Item], clauses: list[Clause]) ->
             elif asked_of_family:
                 subject = FAMILY
             since += 1
-            if since < _RELATIVE_REACH and first & _HE_OR_SHE and not first & SELF_OR_YOU:
+            names_kind = kind_asked or bool(_KINDS & first)  # "what kind of cancer?"
+            kind_asked = clause.asks and bool(_KINDS & first)
+            goes_on = first & _HE_OR_SHE or names_kind
+            if since < _RELATIVE_REACH and goes_on and not first & SELF_OR_YOU:
                 subject = FAMILY  # "how did she pass? - She had lung cancer"
             answers = asked_of_family == "runs"
             asked_of_family = ""
@@ -133,6 +142,8 @@ def _is_ill(items: list[Item], i: int) -> bool:
     following = items[i + 1] if i + 1 < len(items) else None
     if following is None or following.gap != "" or following.word not in _IS_ILL:
         return False
+    if following.word == "died" and not (i + 2 < len(items) and items[i + 2].word in _CAUSED_BY):
+        return False  # "since her husband died her headaches"
     return not _tells_of(items, i)
 
 
@@ -161,11 +172,12 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
             word = items[i].word
             if word in _OTHER_PEOPLE and _is_ill(items, i):
                 subject = FAMILY
-            elif word in _FAMILY_WORDS or word in _CHILDREN:
+            elif (word in _FAMILY_WORDS or word in _CHILDREN) and not _are_others(items, i):
                 following = items[i + 1].word if i + 1 < len(items) else ""
                 if following not in _NOT_FAMILY_NEXT and not _accompanies(items, i):
                     subject = FAMILY
                 behind = i > 1 and (items[i - 1].word == "in" or items[i - 2].word == "in")
+                behind = behind or following == "side"  # "migraine on the maternal side"
                 if behind or (word in ("family", "side") and items[i - 1].word != "no"):
                     for k in range(clause.start, i):
                         subjects[k] = FAMILY
@@ -173,6 +185,11 @@ def read_written_subjects(text: str, items: list[Item], clauses: list[Clause]) -
                 subject = PATIENT
             subjects[i] = subject
     return subjects
+
+
+def _are_others(items: list[Item], i: int) -> bool:
+    """Whether the children at item i are nobody's in particular: "with other kids"."""
+    return items[i].word in ("kid", "kids") and i > 0 and items[i - 1].word == "other"
 
 
 def _accompanies(items: list[Item], i: int) -> bool:

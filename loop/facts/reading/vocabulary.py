@@ -26,12 +26,18 @@ PHRASAL_ACTIONS = {
 }
 PHRASAL_VERBS = frozenset(verb for verb, _ in PHRASAL_ACTIONS)
 ACTION_OF = {word: action for action, words in ACTIONS.items() for word in words.split()}
+# "Switch from X to Y", "replace X with Y": what stops stands behind the first word.
+SWITCHES = frozenset(
+    """switch switched switching change changed changing transition transitioned swap swapped
+    convert converted""".split()
+)
+REPLACES = frozenset("replace replaced replacing swap swapped substitute substituted".split())
 HABITS: Phrases[str] = Phrases()
 for _habit, _names in {
     "tobacco": "tobacco,smoke,smoking,smoker,smoked,cigarette,cigar,nicotine,vape,vaping,"
     "chewing tobacco,nonsmoker,non smoker,pack year,cigarette smoking",
     "alcohol": "alcohol,drink alcohol,drinking,drinker,drinks,beer,wine,liquor,etoh,ethanol,drink,"
-    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker",
+    "alcoholic beverage,whiskey,vodka,nondrinker,non drinker,sober",
     "drugs": "illicit drug,recreational drug,street drug,drug use,marijuana,cocaine,heroin,weed,"
     "cannabis,methamphetamine,iv drug,illicit,intravenous drug,illicit substance,meth,drugs,"
     "recreational,illegal drug,harder substance,hard drug,illicit substance,substance use",
@@ -46,12 +52,25 @@ for _phrase in (
     "adhesive,tape,nickel,ragweed,fish,shrimp,horse serum,bandage,perfume,cockroach"
 ).split(","):
     ALLERGENS.add(_phrase, _phrase)
+
+
+def _by_name(table: str) -> dict[str, str]:
+    """{each name: the first of its entry} of "name other other; name other"."""
+    return {name: names.split()[0] for names in table.split(";") for name in names.split()}
+
+
 # What numbers below 10 measure; in speech, most others are "one of them".
-MEASURES = {
-    name: names.split()[0]
-    for names in (
-        """a1c hba1c glycohemoglobin; inr; potassium k; creatinine cr; gleason; apgar; gcs; psa;
-        stage; grade; hemoglobin hgb hb; calcium ca; albumin; tsh; score; dilated; ph"""
-    ).split(";")
-    for name in names.split()
-}
+MEASURES = _by_name(
+    """a1c hba1c glycohemoglobin; inr; potassium k; creatinine cr; gleason; apgar; gcs; psa;
+    stage; grade; hemoglobin hgb hb; calcium ca; albumin; tsh; score; dilated; ph"""
+)
+# What others measure. A number that is said of one of these supports none of another.
+LABELS = MEASURES | _by_name(
+    """pulse; respiration respiratory respirations rr; temperature temp; weight weigh weighed
+    weighs; saturation spo2 sat satting o2 ox oxygen; glucose sugar; wbc white; platelet plt;
+    sodium na; bun; cholesterol; ldl; hdl; triglyceride; ejection ef lvef; hematocrit hct;
+    ferritin; bmi; height; ast; alt; bilirubin; lipase; bnp; esr; crp; pressure bp; ketone"""
+)
+# Classes that people mix up: "grade 0" may be "stage zero".
+LOOSE_MEASURES = ("", "stage", "grade", "score")
+LABELLED_UNITS = ("", "%", "degree", "bpm")  # of a number that a label may tell apart
