@@ -18,7 +18,7 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ..checkpoint.store import UNREADABLE, read_masters, step_of, verified_manifest
+from ..checkpoint.store import UNREADABLE, is_checkpoint, read_masters, step_of, verified_manifest
 from ..config.cli import load_config
 from ..config.schema import Config, ConfigError, check_path
 from ..data.batch_plan import plan_run
@@ -55,7 +55,7 @@ def read_checkpoint(checkpoint: str) -> SavedStep:
     """
     check_path("--checkpoint", checkpoint)
     path = Path(os.path.realpath(checkpoint))  # of a link to itself, it is what it was
-    if not (path / "manifest.json").is_file() or not path.name[5:].isdigit():
+    if not (path / "manifest.json").is_file() or not is_checkpoint(path):
         raise ConfigError(
             f"--checkpoint {checkpoint}: is no checkpoint; give runs/NAME/checkpoints/step-000200, "
             "or best or newest in the place of the step"
