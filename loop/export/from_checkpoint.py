@@ -29,7 +29,7 @@ from ..model.loading import checked_base, config_errors_for, load_tokenizer
 from ..model.quantization import compute_dtype
 from ..optim.adamw import trainable_parameters
 from ..untrusted.bases import read_model_config
-from .adapter import provenance_of, write_model
+from .adapter import provenance_of, save_tokenizer, write_model
 from .audit import AuditError, audit_loss, check_tensor, describe_audit
 from .card import describe_run, write_papers
 
@@ -101,7 +101,7 @@ def export_checkpoint(checkpoint: str, out: str) -> tuple[Path, int]:
     state = trained_weights(saved, model)
     tokenizer = load_tokenizer(config.base, config.revision)
     with atomic_folder(Path(out)) as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         write_model(model, state, config, folder)
         trained = provenance_of(folder, config, saved.dtype)
         check_base(saved, trained)

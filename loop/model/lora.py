@@ -17,6 +17,7 @@ from peft import (
 )
 from pydantic import ValidationError
 
+from ..config.error_text import first_line
 from ..config.lora_fields import HIGHEST_RANK
 from ..config.schema import ConfigError, GenerationSettings, check_path
 from ..distributed.files import sha256
@@ -50,6 +51,7 @@ NEVER_NULL = ("base", "method", "dtype", "double_quant")
 LONGEST_TEXT = 2000  # characters of a name or a hash
 LONGEST_FILE = 2**22  # bytes of a file that describes an adapter
 LONGEST_CHAIN = 1000  # adapters that one was trained on from
+PER_PROMPT = ("alora_invocation_tokens", "arrow_config")  # fields of LoraConfig
 # What an adapter from elsewhere does not tell.
 DEFAULTS = {"revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"}
 
@@ -73,6 +75,7 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     try:
         written = _read_description(f"{option}{adapter}", folder / "adapter_config.json")
         check_is_lora(f"{option}{adapter}", written)
+        check_peft_reads(f"{option}{adapter}", folder)
         if (folder / "trained.json").is_file():
             trained = _read_description(f"{option}{adapter}", folder / "trained.json")
         trained = {"base": written["base_model_name_or_path"]} | DEFAULTS | trained
@@ -108,12 +111,28 @@ def check_is_lora(named: str, written: dict[str, Any]) -> None:
                 f"{named}: adapter_config.json: {key}={str(written[key])[:60]!r}; only "
                 "LoRA of a causal language model is read"
             )
+    for key in PER_PROMPT:
+        if written.get(key):
+            raise ConfigError(
+                f"{named}: adapter_config.json: {key}={str(written[key])[:60]!r}: is a variant of "
+                "LoRA whose weights depend on the prompt; only those that do not are read"
+            )
     rank = written.get("r", 8)
     if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
         raise ConfigError(
             f"{named}: adapter_config.json: r={str(rank)[:60]}: must lie between 1 and "
             f"{HIGHEST_RANK}"
         )
+
+
+def check_peft_reads(named: str, folder: Path) -> None:
+    """Raises ConfigError for an adapter_config.json that peft.LoraConfig refuses."""
+    try:
+        LoraConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT raises anything at a field that does not fit
+        raise ConfigError(
+            f"{named}: adapter_config.json: peft.LoraConfig refuses it ({first_line(error, 160)})"
+        ) from error
 
 
 def check_trained(named: str, trained: dict[str, Any]) -> None:
@@ -255,6 +274,7 @@ def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> st
             continue
         mine, other = (sorted(v) if isinstance(v, (list, set)) else v for v in values)
         if mine != other:
+            other = str(other)[:200]
             raise ConfigError(
                 f"{named}: has lora.{key}={other}, and this run {mine}; set lora.{key}={other}"
             )

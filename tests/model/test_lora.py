@@ -183,3 +183,14 @@ def test_a_huge_description_is_not_read(adapter, name):
     rewrite(adapter / name, started_from=[{"sha256": "x" * 5_000_000}])
     with pytest.raises(ConfigError, match=f"{name} has more than 4,194,304 bytes"):
         read_adapter(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("arrow_config", 0), ("arrow_config", {"a": 5}), ("alora_invocation_tokens", "x")],
+)
+def test_a_variant_of_lora_that_peft_can_not_read_is_one_line(adapter, key, value):
+    rewrite(adapter / "adapter_config.json", **{key: value})
+    with pytest.raises(ConfigError, match="adapter_config.json: ") as error:
+        read_adapter(str(adapter))
+    assert "\n" not in str(error.value)
