@@ -41,7 +41,8 @@ class CheckpointStore:
 
     def finished(self) -> list[Path]:
         """All checkpoints with a final name, oldest first."""
-        return sorted(filter(is_checkpoint, self.folder.glob("step-*")), key=step_of)
+        paths = filter(is_checkpoint, self.folder.glob("step-*"))
+        return sorted(paths, key=step_of)
 
     def write(
         self, step: int, tensor_files: Iterator[dict[str, torch.Tensor]], manifest: Manifest
