@@ -169,7 +169,9 @@ def _is_of(value: Any, kind: type) -> bool:
         return kind is bool
     if isinstance(value, int):
         return kind is int and 0 <= value < 2**63
-    return isinstance(value, kind) and (kind is not str or len(value) <= LONGEST_TEXT)
+    if isinstance(value, str):
+        return kind is str and len(value) <= LONGEST_TEXT
+    return isinstance(value, kind)
 
 
 def _is_chain(starts: list[Any]) -> bool:
