@@ -100,6 +100,11 @@ for name in PYTHONHASHSEED PYTHONIOENCODING PYTHONHOME; do
   [[ ! ${!name-} ]] || "$any_python" -c "" 2>/dev/null ||
     die "Python does not start with $name=${!name}; unset it"
 done
+# libgomp only says that such a value is invalid, and takes all cores.
+threads='[1-9][0-9]{0,2}'
+[[ ! ${OMP_NUM_THREADS-} || $OMP_NUM_THREADS =~ ^$threads(,$threads)*$ ]] ||
+  die "OMP_NUM_THREADS=$OMP_NUM_THREADS: must be a whole number from 1 to 999; correct or unset it"
+[[ ${OMP_NUM_THREADS-} ]] || unset OMP_NUM_THREADS
 for arg in "$@"; do
   if [[ $arg == -h || $arg == --help ]]; then
     need_python "$any_python"

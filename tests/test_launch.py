@@ -36,3 +36,12 @@ def test_deepspeeds_own_launcher_can_start_it(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: lr='fast'")
+
+
+@pytest.mark.parametrize("value", ["garbage", "0", "-1", "1.5", "4,", "99999"])
+def test_a_number_of_threads_that_is_none_is_named(value):
+    """libgomp would take all cores; where it says so, it is before the command's own lines."""
+    env = os.environ | {"LOOP_PYTHON": PYTHON, "OMP_NUM_THREADS": value}
+    done = subprocess.run([ENTRY, "plan"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"launch.sh: OMP_NUM_THREADS={value}: must be a whole number")

@@ -8,6 +8,7 @@ and renamed, so one with its final name is complete. `newest` and `best` are sym
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ class CheckpointStore:
 
     def finished(self) -> list[Path]:
         """All checkpoints with a final name, oldest first."""
-        paths = (p for p in self.folder.glob("step-*") if p.name[5:].isdigit())
+        paths = filter(is_checkpoint, self.folder.glob("step-*"))
         return sorted(paths, key=step_of)
 
     def write(
@@ -80,6 +81,11 @@ class CheckpointStore:
         notes = [
             f"{p.name.removeprefix('.')} passed over: it was never finished"
             for p in sorted(self.folder.glob(".writing-*"))
+        ]
+        notes += [
+            f"{ascii(p.name)[:60]} passed over: is no name of a checkpoint"
+            for p in sorted(self.folder.glob("step-*"))
+            if not is_checkpoint(p)
         ]
         for path in reversed(self.finished()):
             try:
@@ -131,7 +137,7 @@ class CheckpointStore:
     def _hide(self, path: Path) -> None:
         """Renames a checkpoint that will be deleted: half deleted, it must not look like one."""
         hidden = self.folder / f".old-{path.name}"
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
         path.rename(hidden)
 
     def _tidy(self, newest: Path) -> None:
@@ -149,7 +155,7 @@ class CheckpointStore:
         for path in set(self.finished()) - {best, *complete[-self.keep :]}:
             self._hide(path)
         for leftover in [*self.folder.glob(".old-*"), *self.folder.glob(".writing-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
 
     def link_anew(self) -> None:
         """Makes `newest` and `best` true: a kill may have fallen between a checkpoint and them."""
@@ -170,6 +176,19 @@ class CheckpointStore:
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / name)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder; of a link to one elsewhere, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for the name of a finished checkpoint; `isdigit` takes digits of other scripts."""
+    return bool(re.fullmatch("step-[0-9]{1,9}", path.name))
 
 
 def step_of(path: Path) -> int:
@@ -200,6 +219,8 @@ def verified_manifest(path: Path) -> Manifest:
         facts = {key: value for key, value in manifest.items() if key not in SEAL}
         if manifest.get("sha256") != _hash_of(facts):
             raise ValueError("manifest.json is not what was written")
+    if is_checkpoint(path) and manifest.get("step") != step_of(path):
+        raise ValueError(f"manifest.json is of step {str(manifest.get('step'))[:20]}")
     for name, recorded in manifest["files"].items():
         set_activity(f"checking {path.name}")
         file = path / name

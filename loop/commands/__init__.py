@@ -6,6 +6,7 @@ Errors still come through, and what this project has to say it prints. A Ctrl-C 
 standard output that is full is one line.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -38,7 +39,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     Nor for a full standard output, which may be met wherever a command prints, nor for a library
     that can't be imported as a variable has a wrong value."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
     elif isinstance(error, Exception) and (names := _wrong_variables(error, trace)):
         reason = f"{names}: a library can't be imported with that ({first_line(error)})"
         try:
@@ -46,9 +47,15 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         except SystemExit:  # which Python would report as a mistake of this hook
             os._exit(2)
     elif issubclass(kind, OutputLost):
-        print(f"error: standard output: {error}", file=sys.stderr)
+        _tell(f"error: standard output: {error}")
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _tell(line: str) -> None:
+    """Writes a line past torch, which puts "[rank0]: " before all that a hook says on stderr."""
+    with contextlib.suppress(OSError, ValueError):  # nobody need read it
+        print(line, file=sys.__stderr__, flush=True)
 
 
 sys.excepthook = _report

@@ -190,7 +190,7 @@ def record_in_card(config: Config, options: EvaluationOptions, report: dict) -> 
     reference = f", against {options.reference}" if options.reference else ""
     try:
         record_evaluation(folder, f"{options.split}{reference}", report)
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         print(f"not in the card of {folder}: {error}", file=sys.stderr)
 
 

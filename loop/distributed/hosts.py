@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,6 +123,36 @@ def _read_first_line(commands: BinaryIO) -> Hosts:
         raise ConfigError(
             "--hostfile -: is how ./launch.sh starts other machines; name a file"
         ) from error
+
+
+def check_network_names() -> None:
+    """Raises ConfigError where MASTER_ADDR or an interface in the environment can't be one.
+
+    NCCL's variable may begin with ^, and its names are prefixes. A machine that is not known yet
+    may become so while ranks wait.
+    """
+    address = os.environ.get("MASTER_ADDR") or "localhost"
+    if not re.fullmatch(r"[A-Za-z0-9_[][\w.:%\]-]{0,254}", address, re.ASCII):
+        raise ConfigError(
+            f"MASTER_ADDR={printable(address[:60])}: is no name or address of a machine; correct "
+            "or unset it"
+        )
+    here = [name for _, name in socket.if_nameindex()]
+    names = os.environ.get("GLOO_SOCKET_IFNAME") or ""
+    if names and not set(names.split(",")) <= set(here):  # gloo takes each of them
+        raise _no_interface("GLOO_SOCKET_IFNAME", here)
+    names = os.environ.get("NCCL_SOCKET_IFNAME") or "^"
+    prefixes = names.removeprefix("=").split(",")  # NCCL takes the first that is here
+    found = [own for own in here for prefix in prefixes if own.startswith(prefix.split(":")[0])]
+    if not names.startswith("^") and not found:
+        raise _no_interface("NCCL_SOCKET_IFNAME", here)
+
+
+def _no_interface(variable: str, here: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{variable}={printable(os.environ[variable][:60])}: there is no such network interface "
+        f"here, but {', '.join(here)[:200]}; correct or unset it"
+    )
 
 
 def is_number(text: str) -> bool:

@@ -31,7 +31,7 @@ import psutil
 from ..config.cli import take_options
 from ..config.schema import ROOT, ConfigError
 from .exit import exit_process, exit_with_config_error
-from .hosts import Hosts, find_hosts, read_number
+from .hosts import Hosts, check_network_names, find_hosts, read_number
 
 # How the names begin of the environment variables that other machines get.
 PASSED_ON = ("GLOO_", "HF_H", "LOOP_", "MASTER_", "NCCL_", "OMP_")
@@ -261,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         options = take_options(args, {"--gpus": None, "--hostfile": None, "--node-rank": None})
         hostfile = options["--hostfile"]
         node = options["--node-rank"]
+        if hostfile is None:  # other machines have interfaces of their own
+            check_network_names()
         if hostfile == "-":
             # Without a buffer: a thread that waits at its lock could not be left behind.
             commands = open(0, "rb", buffering=0, closefd=False)

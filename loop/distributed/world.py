@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ..config.device import uses_gpu
 from ..config.schema import ConfigError, RunConfig
-from .hosts import read_number
+from .hosts import check_network_names, read_number
 from .rendezvous import join_process_group, keep_to_this_machine
 from .stop import StopRequest
 from .timeline import timed
@@ -148,6 +148,7 @@ def read_rank_environment() -> None:
         )
     read_number("LOCAL_RANK", 0)
     read_number("MASTER_PORT", 0, most=65535)
+    check_network_names()
 
 
 def _terminate_with_parent() -> None:

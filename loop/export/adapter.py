@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoint.train_state import TrainState
+from ..config.error_text import first_line
 from ..config.schema import Config
 from ..data.batch_plan import BatchPlan, PackingSpec
 from ..data.dataset import TrainingData
@@ -178,7 +179,7 @@ def write_and_audit(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     write_model(model, state, config, folder)
     if not sample:
         return {}
@@ -187,6 +188,14 @@ def write_and_audit(
         torch.cuda.empty_cache()
     timeout = 30 * config.run.stall_timeout_minutes
     return audit_loss(folder, sample, loss, device, timeout)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Writes a tokenizer's files. Raises OSError: of a full disk tokenizers makes an Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(f"the tokenizer: {first_line(error)}") from error
 
 
 def provenance_of(folder: Path, config: Config, dtype: torch.dtype) -> dict:

@@ -14,6 +14,7 @@ import yaml
 
 from ..checkpoint.identity import examples_fingerprint
 from ..checkpoint.run_dir import collect_versions, whole_lines
+from ..config.error_text import first_line
 from ..config.plain_yaml import read_small_file, read_yaml
 from ..config.schema import Config, ConfigError, GenerationSettings
 from ..data.batch_plan import BatchPlan
@@ -111,7 +112,8 @@ def validation_loss(run_dir: Path, step: int) -> float | None:
 def record_evaluation(folder: Path, name: str, report: dict[str, Any]) -> None:
     """Adds the figures of an evaluation to the trained.json and the card of a folder.
 
-    It does nothing where there is no card: older runs wrote none. Raises OSError.
+    It does nothing where there is no card: older runs wrote none. Raises OSError, and ConfigError
+    where trained.json is broken; the folder is what it was then.
 
     Args:
         folder: of the adapter or model that was evaluated.
@@ -120,9 +122,13 @@ def record_evaluation(folder: Path, name: str, report: dict[str, Any]) -> None:
     """
     if not (folder / CARD).is_file() or not (folder / TRAINED).is_file():
         return
-    trained = json.loads((folder / TRAINED).read_text())
     kept = {key: report[key] for key in ("examples", "notes", "figures") if key in report}
-    trained.setdefault("figures", {}).setdefault("evaluate", {})[name] = kept
+    try:
+        trained = json.loads((folder / TRAINED).read_text())
+        trained.setdefault("figures", {}).setdefault("evaluate", {})[name] = kept
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{TRAINED} is broken ({type(error).__name__})") from error
+    check_card(str(folder), folder, trained)
     write_atomically(folder / TRAINED, json.dumps(trained, indent=1))
     write_card(folder, trained)
 
@@ -157,8 +163,29 @@ def settings_of(trained: dict[str, Any]) -> GenerationSettings:
     return GenerationSettings(**trained.get("generation") or {})
 
 
+def check_card(named: str, folder: Path, trained: dict[str, Any]) -> None:
+    """Raises ConfigError where no card can be written of a stranger's trained.json.
+
+    To be called before the work that ends with the card. named: the folder as it was given.
+    """
+    try:
+        card_text(folder, trained)
+    except ConfigError:
+        raise
+    except Exception as error:  # any key may hold any type
+        raise ConfigError(
+            f"{named}: {TRAINED} is not what a run writes ({first_line(error, 80)}); copy it "
+            "again, or remove it"
+        ) from error
+
+
 def write_card(folder: Path, trained: dict[str, Any]) -> None:
-    """Writes README.md. trained: the content of trained.json; it may lack any key but the base."""
+    """Writes README.md; arguments as in `card_text`."""
+    write_atomically(folder / CARD, card_text(folder, trained))
+
+
+def card_text(folder: Path, trained: dict[str, Any]) -> str:
+    """The card. trained: the content of trained.json; it may lack any key but the base."""
     base = trained["base"]
     name = base_name(base)
     task = task_of(trained)
@@ -182,7 +209,7 @@ def write_card(folder: Path, trained: dict[str, Any]) -> None:
         f"## Limits\n\n{limits_section(trained)}",
         f"## Licence\n\nThe licence of the base: {license_id}. The data may set further terms.",
     ]
-    write_atomically(folder / CARD, "\n\n".join(sections) + "\n")
+    return "\n\n".join(sections) + "\n"
 
 
 def base_name(base: str) -> str:

@@ -18,7 +18,7 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ..checkpoint.store import UNREADABLE, read_masters, step_of, verified_manifest
+from ..checkpoint.store import UNREADABLE, is_checkpoint, read_masters, step_of, verified_manifest
 from ..config.cli import load_config
 from ..config.schema import Config, ConfigError, check_path
 from ..data.batch_plan import plan_run
@@ -29,7 +29,7 @@ from ..model.loading import checked_base, config_errors_for, load_tokenizer
 from ..model.quantization import compute_dtype
 from ..optim.adamw import trainable_parameters
 from ..untrusted.bases import read_model_config
-from .adapter import provenance_of, write_model
+from .adapter import provenance_of, save_tokenizer, write_model
 from .audit import AuditError, audit_loss, check_tensor, describe_audit
 from .card import describe_run, write_papers
 
@@ -55,7 +55,7 @@ def read_checkpoint(checkpoint: str) -> SavedStep:
     """
     check_path("--checkpoint", checkpoint)
     path = Path(os.path.realpath(checkpoint))  # of a link to itself, it is what it was
-    if not (path / "manifest.json").is_file() or not path.name[5:].isdigit():
+    if not (path / "manifest.json").is_file() or not is_checkpoint(path):
         raise ConfigError(
             f"--checkpoint {checkpoint}: is no checkpoint; give runs/NAME/checkpoints/step-000200, "
             "or best or newest in the place of the step"
@@ -101,7 +101,7 @@ def export_checkpoint(checkpoint: str, out: str) -> tuple[Path, int]:
     state = trained_weights(saved, model)
     tokenizer = load_tokenizer(config.base, config.revision)
     with atomic_folder(Path(out)) as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         write_model(model, state, config, folder)
         trained = provenance_of(folder, config, saved.dtype)
         check_base(saved, trained)

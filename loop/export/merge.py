@@ -32,7 +32,7 @@ from ..model.lora import check_patterns
 from ..untrusted.bases import check_base_folder, read_model_config
 from ..zero3.optimizer_state import FILE_BYTES
 from .audit import check_adapter
-from .card import TRAINED, write_papers
+from .card import TRAINED, check_card, write_papers
 
 # What an adapter is merged into: the base as published, or its dequantised weights.
 WAYS = ("16bit", *QUANTIZATIONS)
@@ -92,6 +92,7 @@ def merge(
     is not what was trained, OSError and SafetensorError when nothing can be written.
     """
     trained = check_adapter(adapter, base)
+    check_card(f"--adapter {adapter}", Path(adapter), trained)
     double_quant = trained["double_quant"]
     # Which weights are quantised matters for the 16-bit base as well: they must be 16-bit there.
     quantization = QUANTIZATIONS["nf4" if into == "16bit" else into]

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..config.schema import ConfigError, check_path
 from ..distributed.files import atomic_folder
-from ..export.card import TRAINED, is_adapter, settings_of, write_card
+from ..export.card import TRAINED, check_card, is_adapter, settings_of, write_card
 from ..export.merge import StoredBase, check_free_space, find_base
 from ..export.ollama import modelfile
 from ..generation.prompt import prompt_texts
@@ -59,6 +59,8 @@ def export_gguf(model: str, out: str, kind: str) -> Path:
     config = AutoConfig.from_pretrained(source.folder)
     tokenizer = load_tokenizer(model)
     trained = read_trained(source.folder)
+    if trained:
+        check_card(f"--model {model}", source.folder, trained)
     prompt = trained.get("prompt") or prompt_texts()
     metadata = shape_metadata(source, config) | tokenizer_metadata(tokenizer, config.vocab_size)
     context = trained.get("max_seq_len") or config.max_position_embeddings

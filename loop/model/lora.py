@@ -17,6 +17,7 @@ from peft import (
 )
 from pydantic import ValidationError
 
+from ..config.error_text import first_line
 from ..config.lora_fields import HIGHEST_RANK
 from ..config.schema import ConfigError, GenerationSettings, check_path
 from ..distributed.files import sha256
@@ -36,8 +37,21 @@ COMPARED_FIELDS = (
     "layers_to_transform",
     "target_modules",
 )
-# Of trained.json; each may be missing or null.
-SECTIONS = {"data": dict, "generation": dict, "prompt": dict, "started_from": list}
+# Of trained.json: what stands there, if it does, and is not null.
+TRAINED_TYPES: dict[str, type] = {
+    **dict.fromkeys(("data", "generation", "prompt", "figures", "recipe", "versions"), dict),
+    **dict.fromkeys(("base", "method", "dtype", "revision", "storage"), str),
+    **dict.fromkeys(("base_fingerprint", "sha256", "merged_into", "adapter_sha256", "gguf"), str),
+    **dict.fromkeys(("steps", "planned_steps", "tokens", "supervised_tokens"), int),
+    "max_seq_len": int,
+    "double_quant": bool,
+    "started_from": list,
+}
+NEVER_NULL = ("base", "method", "dtype", "double_quant")
+LONGEST_TEXT = 2000  # characters of a name or a hash
+LONGEST_FILE = 2**22  # bytes of a file that describes an adapter
+LONGEST_CHAIN = 1000  # adapters that one was trained on from
+PER_PROMPT = ("alora_invocation_tokens", "arrow_config")  # fields of LoraConfig
 # What an adapter from elsewhere does not tell.
 DEFAULTS = {"revision": None, "method": "qlora", "double_quant": True, "dtype": "bfloat16"}
 
@@ -59,12 +73,11 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
             raise ConfigError(f"{option}{adapter}: no {name} there; give a run's adapter/ folder")
     trained = {}
     try:
-        written = json.loads((folder / "adapter_config.json").read_text())
-        if not isinstance(written, dict):
-            raise TypeError
+        written = _read_description(f"{option}{adapter}", folder / "adapter_config.json")
         check_is_lora(f"{option}{adapter}", written)
+        check_peft_reads(f"{option}{adapter}", folder)
         if (folder / "trained.json").is_file():
-            trained = json.loads((folder / "trained.json").read_text())
+            trained = _read_description(f"{option}{adapter}", folder / "trained.json")
         trained = {"base": written["base_model_name_or_path"]} | DEFAULTS | trained
         check_trained(f"{option}{adapter}", trained)
         return trained
@@ -75,6 +88,16 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
             f"{option}{adapter}: adapter_config.json or trained.json is broken "
             f"({type(error).__name__})"
         ) from error
+
+
+def _read_description(named: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an adapter. Raises ConfigError for a huge one, and TypeError."""
+    if path.stat().st_size > LONGEST_FILE:
+        raise ConfigError(f"{named}: {path.name} has more than {LONGEST_FILE:,} bytes")
+    written = json.loads(path.read_text())
+    if not isinstance(written, dict):
+        raise TypeError
+    return written
 
 
 def check_is_lora(named: str, written: dict[str, Any]) -> None:
@@ -88,6 +111,12 @@ def check_is_lora(named: str, written: dict[str, Any]) -> None:
                 f"{named}: adapter_config.json: {key}={str(written[key])[:60]!r}; only "
                 "LoRA of a causal language model is read"
             )
+    for key in PER_PROMPT:
+        if written.get(key):
+            raise ConfigError(
+                f"{named}: adapter_config.json: {key}={str(written[key])[:60]!r}: is a variant of "
+                "LoRA whose weights depend on the prompt; only those that do not are read"
+            )
     rank = written.get("r", 8)
     if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
         raise ConfigError(
@@ -96,29 +125,30 @@ def check_is_lora(named: str, written: dict[str, Any]) -> None:
         )
 
 
+def check_peft_reads(named: str, folder: Path) -> None:
+    """Raises ConfigError for an adapter_config.json that peft.LoraConfig refuses."""
+    try:
+        LoraConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT raises anything at a field that does not fit
+        raise ConfigError(
+            f"{named}: adapter_config.json: peft.LoraConfig refuses it ({first_line(error, 160)})"
+        ) from error
+
+
 def check_trained(named: str, trained: dict[str, Any]) -> None:
     """Raises ConfigError where trained.json holds what no run writes."""
-    texts = ("base", "method", "dtype")
-    wrong = [key for key in texts if not isinstance(trained[key], str)]
-    if trained["revision"] is not None and not isinstance(trained["revision"], str):
-        wrong.append("revision")
-    if not isinstance(trained["double_quant"], bool):
-        wrong.append("double_quant")
+    wrong = [key for key in NEVER_NULL if trained[key] is None]
+    for key, kind in TRAINED_TYPES.items():
+        value = trained.get(key)
+        if value is not None and not _is_of(value, kind):
+            wrong.append(key)
     if trained["dtype"] not in ("float32", "bfloat16", "float16"):
         wrong.append("dtype")
-    for key, kind in SECTIONS.items():
-        if not isinstance(trained.get(key) or kind(), kind):
-            wrong.append(key)
-    if "data" not in wrong and not all(
-        isinstance(split, dict) for split in (trained.get("data") or {}).values()
-    ):
+    data = trained.get("data") or {}
+    if "data" not in wrong and not all(isinstance(split, dict) for split in data.values()):
         wrong.append("data")
-    if not isinstance(trained.get("steps") or 0, int):
-        wrong.append("steps")
     starts = trained.get("started_from") or []
-    if "started_from" not in wrong and not all(
-        isinstance(start, dict) and isinstance(start.get("steps", 0), int) for start in starts
-    ):
+    if "started_from" not in wrong and not _is_chain(starts):
         wrong.append("started_from")
     if wrong:
         raise ConfigError(
@@ -131,6 +161,28 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))
         raise ConfigError(f"{named}: trained.json: generation: {key}: {mistake['msg']}") from error
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether a value is of a type of JSON: a boolean is no number, and a name is no long text."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind is int and 0 <= value < 2**63
+    if isinstance(value, str):
+        return kind is str and len(value) <= LONGEST_TEXT
+    return isinstance(value, kind)
+
+
+def _is_chain(starts: list[Any]) -> bool:
+    """Whether these are the adapters of `describe_start`."""
+    texts = ("sha256", "data", "prompt")
+    return len(starts) <= LONGEST_CHAIN and all(
+        isinstance(start, dict)
+        and _is_of(start.get("steps", 0), int)
+        and all(_is_of(start.get(key, ""), str) for key in texts)
+        for start in starts
+    )
 
 
 def is_as_written(folder: Path, trained: dict[str, Any]) -> bool:
@@ -224,6 +276,7 @@ def check_start(adapter: str, lora: dict[str, Any], base_fingerprint: str) -> st
             continue
         mine, other = (sorted(v) if isinstance(v, (list, set)) else v for v in values)
         if mine != other:
+            other = str(other)[:200]
             raise ConfigError(
                 f"{named}: has lora.{key}={other}, and this run {mine}; set lora.{key}={other}"
             )

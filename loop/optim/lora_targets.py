@@ -31,6 +31,12 @@ def put_lora(model: Any, lora: dict[str, Any]) -> PeftModel:
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PEFT raises anything at a field that does not fit
+        kind = re.match(r"Target module (\w+)\(.*is not supported", str(error), re.DOTALL)
+        if kind:
+            raise ConfigError(
+                f"lora.target_modules: {str(targets)[:60]!r} fits a {kind[1]} too, which gets no "
+                "LoRA; name linear layers alone, such as q_proj, or take all-linear"
+            ) from error
         raise ConfigError(f"lora: {first_line(error)}") from error
     if lora_config.target_parameters:
         raise ConfigError(

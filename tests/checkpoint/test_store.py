@@ -19,7 +19,9 @@ from loop.evaluation.choosing import Choice
 
 
 def write(store: CheckpointStore, step: int) -> None:
-    store.write(step, iter([{"w.master": torch.zeros(4)}, {"v.master": torch.ones(2)}]), {})
+    store.write(
+        step, iter([{"w.master": torch.zeros(4)}, {"v.master": torch.ones(2)}]), {"step": step}
+    )
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -105,7 +107,7 @@ def test_a_full_disk_is_said_whoever_finds_it_and_leaves_nothing(tmp_path, monke
 def test_a_file_of_another_content_or_size_is_no_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path, 9)
     write(store, 1)
-    shutil.copytree(store.folder / "step-000001", store.folder / "step-000002")
+    write(store, 2)
     file = store.folder / "step-000002" / "state-00001.safetensors"
     content = file.read_bytes()
     for spoilt in (content + b"\0", content[:-1] + b"\1", content[:-1]):
@@ -113,6 +115,54 @@ def test_a_file_of_another_content_or_size_is_no_checkpoint(tmp_path):
         path, manifest, notes = store.newest()
         assert path.name == "step-000001" and "step-000002 passed over" in notes[0]
         assert json.loads((path / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize("name", ["step-0x10", "step-１０", "step-²", "step-10.old", "step--1"])
+def test_what_only_looks_like_a_step_is_no_checkpoint(tmp_path, name):
+    store = CheckpointStore(tmp_path, 9)
+    write(store, 1)
+    shutil.copytree(store.folder / "step-000001", store.folder / name)
+    path, _, notes = store.newest()
+    assert path.name == "step-000001" and store.finished() == [path]
+    assert len(notes) == 1 and notes[0].endswith("passed over: is no name of a checkpoint")
+    write(store, 2)
+    assert (store.folder / name / "manifest.json").is_file()  # nobody else's folder is deleted
+
+
+def test_a_checkpoint_by_another_steps_name_is_none(tmp_path):
+    """The run would make steps again that a checkpoint has, or leave some out."""
+    store = CheckpointStore(tmp_path, 9)
+    for step in (1, 2):
+        write(store, step)
+    shutil.copytree(store.folder / "step-000001", store.folder / "step-000009")
+    path, _, notes = store.newest()
+    assert path.name == "step-000002"
+    assert notes == ["step-000009 passed over: manifest.json is of step 1"]
+
+
+def test_of_a_linked_checkpoint_the_link_alone_is_deleted(tmp_path):
+    """As where a disk was full and its checkpoints were moved to another."""
+    store = CheckpointStore(tmp_path / "run", 1)
+    write(store, 1)
+    (store.folder / "step-000001").rename(tmp_path / "moved")
+    (store.folder / "step-000001").symlink_to(tmp_path / "moved")
+    assert store.newest()[0].name == "step-000001"
+    write(store, 2)
+    assert {p.name for p in store.folder.iterdir()} == {"step-000002", "newest", "best"}
+    assert (tmp_path / "moved" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("target", ["nothing", "/etc", "../..", "newest", "step-000001"])
+def test_where_the_links_lead_decides_nothing(tmp_path, target):
+    store = CheckpointStore(tmp_path, 9)
+    for step in (1, 2):
+        write(store, step)
+    for name in ("newest", "best"):
+        (store.folder / name).unlink()
+        (store.folder / name).symlink_to(target)
+    assert store.newest()[0].name == "step-000002"
+    store.link_anew()
+    assert (store.folder / "newest").readlink().name == "step-000002"
 
 
 @pytest.mark.parametrize("lost", [set(), {"sealed"}, {"sha256"}], ids=str)
@@ -180,7 +230,7 @@ def test_the_best_weights_are_put_back_where_they_are_exported(
     checkpointer, put_back, said = checkpointer_of(tmp_path, export=export), [], []
     for step, loss in ((2, 1.0), (3, 2.0)):
         tensors = iter([{"weight.master": torch.full((2, 2), float(step))}])
-        checkpointer.store.write(step, tensors, {"figures": {"eval/loss": loss}})
+        checkpointer.store.write(step, tensors, {"step": step, "figures": {"eval/loss": loss}})
     monkeypatch.setattr(
         module, "scatter_full_tensor", lambda p, kind, full, ranks: put_back.append(full)
     )

@@ -93,3 +93,21 @@ def test_a_variable_with_which_a_library_can_not_be_imported_is_named(name, valu
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert name in done.stderr.split(": a library can't be imported with that (")[0]
+
+
+def test_a_hook_of_torch_puts_no_rank_before_the_line():
+    """torch's hook of a process group takes what another hook writes to sys.stderr."""
+    body = """
+import io
+earlier = sys.excepthook
+def hook(*args):
+    kept, sys.stderr = sys.stderr, io.StringIO()
+    earlier(*args)
+    said, sys.stderr = sys.stderr.getvalue(), kept
+    sys.stderr.write(f"[rank0]: {said}" if said else "")
+sys.excepthook = hook
+from loop.distributed.exit import OutputLost
+raise OutputLost("full")
+"""
+    done = run(body)
+    assert (done.returncode, done.stderr) == (1, "said\nerror: standard output: full\n")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from helpers import free_port, run_ok
 
 from loop.config.schema import ConfigError, RunConfig
-from loop.distributed import rendezvous, world
+from loop.distributed import hosts, rendezvous, world
 from loop.distributed.rendezvous import RendezvousError, listen_here_alone
 from loop.distributed.seeding import seed_everything
 from loop.distributed.world import SINGLE_PROCESS, read_rank_environment
@@ -153,10 +153,27 @@ def test_seeding_repeats_every_generator(seed):
         {"WORLD_SIZE": "0"},
         {"LOCAL_RANK": "-1"},
         {"MASTER_PORT": "70000"},
+        {"MASTER_ADDR": "no machine"},
+        {"MASTER_ADDR": "x/../y"},
+        {"GLOO_SOCKET_IFNAME": "nope"},
+        {"GLOO_SOCKET_IFNAME": "lo,nope"},
+        {"NCCL_SOCKET_IFNAME": "nope"},
+        {"NCCL_SOCKET_IFNAME": "=nope"},
     ],
 )
 def test_what_can_be_no_rank_is_refused_by_name(monkeypatch, wrong):
     for name in SINGLE_PROCESS:
         monkeypatch.setenv(name, wrong.get(name, ""))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, wrong.get(name, ""))
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         read_rank_environment()
+
+
+@pytest.mark.parametrize("names", ["", "lo", "l", "^lo", "^nope", "=lo", "nope,lo", "lo:2"])
+def test_interfaces_are_named_as_nccl_reads_them(monkeypatch, names):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", names)
+    for address in ("", "127.0.0.1", "fe80::1%eth0", "node-1.cluster.local", "[::1]"):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        hosts.check_network_names()

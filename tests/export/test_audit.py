@@ -20,6 +20,7 @@ from loop.config.cli import load_config
 from loop.config.schema import ConfigError
 from loop.data.dataset import load_examples
 from loop.export import adapter, audit
+from loop.export.adapter import save_tokenizer
 from loop.export.audit import (
     WEIGHTS,
     AuditError,
@@ -301,3 +302,13 @@ def test_the_process_starts_as_long_before_the_end_as_its_imports_take(
         adapter.prepare_audit(config, SimpleNamespace(is_main=True), left)
         clock[0] += step_seconds + 60 * (left == 12)
     assert started[0] == first
+
+
+def test_a_tokenizer_that_can_not_be_written_is_an_error_of_the_disk(tmp_path):
+    """tokenizers makes a bare Exception of a full disk."""
+
+    def save_pretrained(folder):
+        raise Exception("File too large (os error 27)")
+
+    with pytest.raises(OSError, match="the tokenizer: File too large"):
+        save_tokenizer(SimpleNamespace(save_pretrained=save_pretrained), tmp_path)

@@ -281,3 +281,29 @@ def test_no_line_of_metrics_is_no_loss(tmp_path):
     lines = ['{"step": 3, "train/loss": 2.0}', '{"step": 3, "eval/loss": 1.5}', '{"step": 4, "e']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert card.validation_loss(tmp_path, 3) == 1.5 and card.validation_loss(tmp_path, 4) is None
+
+
+def test_what_no_card_can_be_made_of_is_refused_before_the_work(trained, tmp_path):
+    """Keys of trained.json that the card alone reads, as a stranger may write them."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", folder)
+    whole = json.loads((folder / "trained.json").read_text())
+    for key, value in (
+        ("recipe", {"lora": 5}),
+        ("versions", None),
+        ("prompt", {"system": ""}),
+        ("data", {"train": {}}),
+        ("figures", {"evaluate": 5}),
+        ("figures", {"validation_loss": "x"}),
+        ("planned_steps", None),
+        ("steps", None),
+        ("started_from", [{"steps": 3}]),
+    ):
+        changed = json.dumps(whole | {key: value})
+        (folder / "trained.json").write_text(changed)
+        with pytest.raises(ConfigError, match="trained.json is "):
+            merge(str(folder), str(tmp_path / "merged"))
+        with pytest.raises(ConfigError, match="trained.json is "):
+            record_evaluation(folder, "test", {"examples": 1})
+        assert (folder / "trained.json").read_text() == changed
+        assert not (tmp_path / "merged").exists()

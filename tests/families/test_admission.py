@@ -84,6 +84,13 @@ def test_a_base_is_refused_without_its_weights(base, tmp_path):
     admit_base(configure(base(), tmp_path, words.replace("0.1", "0.0")))
     words = "lora={r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [nothing]}"
     assert "lora: " in refusal(configure(base(), tmp_path, words))
+    for pattern, kind in (
+        (".*", "LlamaModel"),
+        (".*mlp.*", "LlamaMLP"),
+        (".*norm", "LlamaRMSNorm"),
+    ):
+        refused = refusal(configure(base(), tmp_path, f"lora.target_modules={pattern}"))
+        assert f"lora.target_modules: {pattern!r} fits a {kind} too, which gets no LoRA" in refused
 
 
 WRONG = {  # a change of the configuration: what is said of weights that stay as they were

@@ -177,3 +177,62 @@ def test_a_run_goes_on_from_an_adapter_and_is_resumed(trained, tmp_path):
     assert [start["steps"] for start in says["started_from"]] == [3, 6]
     card = (tmp_path / "third" / "adapter" / "README.md").read_text()
     assert "trained on from, 1" in card and says["started_from"][1]["sha256"][:16] in card
+
+
+LONG = "x" * 10_000
+WRONG = {
+    "steps": ("x", [], {}, -1, 1.5, True, float("inf"), 2**64),
+    "started_from": (
+        "x",
+        {},
+        5,
+        [5],
+        [{"steps": "x"}],
+        [{"steps": -1}],
+        [{"sha256": []}],
+        [{"sha256": LONG}],
+        [{}] * 1001,
+    ),
+    "prompt": ("x", 5, []),
+    "generation": ("x", 5, [], {"max_new_tokens": "x"}, {"nothing": 1}),
+    "base_fingerprint": (5, [], {}, True, LONG),
+    "sha256": (5, [], {}, LONG),
+    "storage": (5, [], LONG),
+    "data": (5, [], {"train": 5}),
+    "double_quant": (None, 0, "x", [], {}),
+    "base": (None, 0, [], {}, LONG),
+    "max_seq_len": ("x", [], -1, float("inf")),
+    "figures": (5, "x", []),
+}
+
+
+def test_what_no_run_writes_into_trained_json_is_refused_by_its_key(adapter):
+    read_adapter(str(adapter))
+    before = (adapter / "trained.json").read_text()
+    for key, values in WRONG.items():
+        for value in values:
+            rewrite(adapter / "trained.json", **{key: value})
+            with pytest.raises(ConfigError, match=f"trained.json: {key}") as error:
+                read_adapter(str(adapter))
+            assert len(str(error.value).replace(str(adapter), "")) < 300
+            (adapter / "trained.json").write_text(before)
+    rewrite(adapter / "trained.json", **{key: None for key in ("steps", "started_from", "prompt")})
+    read_adapter(str(adapter))
+
+
+@pytest.mark.parametrize("name", ["trained.json", "adapter_config.json"])
+def test_a_huge_description_is_not_read(adapter, name):
+    rewrite(adapter / name, started_from=[{"sha256": "x" * 5_000_000}])
+    with pytest.raises(ConfigError, match=f"{name} has more than 4,194,304 bytes"):
+        read_adapter(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("arrow_config", 0), ("arrow_config", {"a": 5}), ("alora_invocation_tokens", "x")],
+)
+def test_a_variant_of_lora_that_peft_can_not_read_is_one_line(adapter, key, value):
+    rewrite(adapter / "adapter_config.json", **{key: value})
+    with pytest.raises(ConfigError, match="adapter_config.json: ") as error:
+        read_adapter(str(adapter))
+    assert "\n" not in str(error.value)
