@@ -44,7 +44,7 @@ def test_the_seed_configuration_is_the_missions():
         (["betas=[0.9, 1.0]"], "betas"),
         (["lora.rank=8"], "'rank'"),
         (["lora.r=0"], "r must be"),
-        (["lora.use_dora=true"], "use_dora"),
+        (["lora.use_dora=true"], "use_dora does not work on a partitioned 4-bit base"),
         (["lora.task_type=CAUSAL_LM"], "task_type is set by the loop; leave it out"),
         (["lora.lora_dropout=much"], "lora_dropout must be a number"),
         (["lora.lora_alpha=.inf"], "lora_alpha must be a number"),

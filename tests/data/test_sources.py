@@ -102,8 +102,8 @@ def test_files_of_every_kind_hold_the_same_rows(name, tmp_path):
 def test_a_workbook_is_read_or_names_its_package(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
-    header = [*ROWS[0], "by"]
-    for cells in [header, [7, "Doctor: hi", "S: x", None], [8.0, "Doctor: ho", "S: y", "me"]]:
+    header = ["by", *ROWS[0]]
+    for cells in [header, [None, 7, "Doctor: hi", "S: x"], ["me", 8.0, "Doctor: ho", "S: y"]]:
         book.active.append(cells)  # an empty cell is no missing one
     book.save(tmp_path / "a.xlsx")
     assert [c.id for c in read(tmp_path / "a.xlsx")] == ["7", "8"]
