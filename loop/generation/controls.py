@@ -28,22 +28,40 @@ def note_key(seed: int, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def gumbel_noise(keys: torch.Tensor, places: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Standard Gumbel noise, float64 [notes, num_tokens], the same on every device.
+def gumbel_noise(keys: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float64, the same on every device.
 
     It is a hash (splitmix64; Steele et al., OOPSLA 2014) of a note's key, the place of the token in
     the note, and the token. So there is no state, and no neighbour changes a note.
 
     Args:
-        keys: int64 [notes], of `note_key`.
-        places: int64 [notes], how many tokens each note has before this one.
-        num_tokens: of the vocabulary.
+        keys: int64, of `note_key`.
+        places: int64, how many tokens each note has before this one.
+        tokens: int64 ids. The noise has the shape to which it and the others broadcast.
     """
-    start = _mix(keys + places * _GOLDEN)
-    tokens = torch.arange(num_tokens, device=keys.device)
-    bits = _mix(start[:, None] + tokens * _GOLDEN)
+    bits = _mix(_mix(keys + places * _GOLDEN) + tokens * _GOLDEN)
     uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log()
+
+
+def add_gumbel_noise(
+    scores: torch.Tensor, keys: torch.Tensor, places: torch.Tensor, few_left: bool
+) -> torch.Tensor:
+    """Scores with Gumbel noise, float64 [notes, V].
+
+    Args:
+        scores: [notes, V].
+        keys, places: int64 [notes], as in `gumbel_noise`.
+        few_left: most scores are -inf, so noise is made for the others alone; the same noise.
+    """
+    noisy = scores.to(torch.float64, copy=True)
+    if few_left:
+        notes, tokens = (scores > -torch.inf).nonzero(as_tuple=True)
+        noisy[notes, tokens] += gumbel_noise(keys[notes], places[notes], tokens)
+        return noisy
+    tokens = torch.arange(scores.shape[1], device=keys.device)
+    noise = gumbel_noise(keys[:, None], places[:, None], tokens)
+    return noisy + noise.to(scores.device)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed number; products and sums wrap around
@@ -74,9 +92,9 @@ class GumbelSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores: [notes, V]."""
-        noise = gumbel_noise(self.keys, self.places, scores.shape[1])
+        noisy = add_gumbel_noise(scores, self.keys, self.places, few_left=False)
         self.places += 1
-        return scores.double() + noise.to(scores.device)
+        return noisy
 
 
 class NgramBan:
@@ -174,12 +192,15 @@ class LoopDetector:
 def sampling_warpers(temperature: float, top_p: float, min_p: float = 0.0) -> LogitsProcessorList:
     """What makes logits those to draw from; empty for greedy notes.
 
+    A top_p of 1 would sort the vocabulary for each token and leave it as it is.
+
     top_p: of Holtzman et al., arXiv 1904.09751. min_p: of Nguyen et al., arXiv 2407.01082.
     """
     processors = LogitsProcessorList()
     if temperature:
         processors.append(TemperatureLogitsWarper(temperature))
-        processors.append(TopPLogitsWarper(top_p))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
         if min_p:
             processors.append(MinPLogitsWarper(min_p))
     return processors
@@ -231,8 +252,9 @@ class SlotChoice:
             logits = ban_tokens(logits, [ban.banned() if ban else [] for ban in chosen])
         if self.warpers:
             logits = self.warpers(None, logits)
-            noise = gumbel_noise(self.keys[slots], self.places[slots], logits.shape[1])
-            logits = logits.double() + noise
+            keys, places = self.keys[slots], self.places[slots]
+            few_left = len(self.warpers) > 1  # top_p or min_p
+            logits = add_gumbel_noise(logits, keys, places, few_left)
         self.places[slots] += 1
         return logits.argmax(1)
 

@@ -13,6 +13,7 @@ from loop.generation.controls import (
     LoopDetector,
     NoRepeatNgram,
     logits_processors,
+    sampling_warpers,
 )
 
 PROMPT = [5, 6, 7, 5, 6, 7]
@@ -151,3 +152,10 @@ def test_three_times_the_same_is_no_loop_and_four_times_is():
     ids = torch.tensor([[99, *period * 4]])
     found = [bool(detector.update(ids[:, : n + 1])) for n in range(ids.shape[1])]
     assert found.index(True) == 4 * 40
+
+
+def test_the_vocabulary_is_sorted_only_for_a_top_p():
+    """Which takes most of a token's time on a CPU."""
+    kinds = [[type(w).__name__ for w in sampling_warpers(0.7, p, 0.1)] for p in (1.0, 0.9)]
+    assert kinds[0] == ["TemperatureLogitsWarper", "MinPLogitsWarper"]
+    assert kinds[1] == ["TemperatureLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loop.config.schema import GenerationSettings
 from loop.generation import controls, decode, engine, engine_choice, kv_slots
-from loop.generation.controls import gumbel_noise
+from loop.generation.controls import add_gumbel_noise, gumbel_noise
 from loop.generation.decode import Note, plain_writer, write_notes, write_with_headings
 from loop.generation.dense_weights import DenseWeights
 from loop.generation.engine import NoteRequest
@@ -164,11 +164,23 @@ def test_what_is_drawn_depends_on_key_and_seed_alone(model, tokenizer, by_engine
 
 def test_the_noise_is_the_same_for_a_note_wherever_it_stands():
     keys, places = torch.tensor([7, 2**62, 7]), torch.tensor([0, 3, 1])
-    noise = gumbel_noise(keys, places, 5000)
-    alone = gumbel_noise(keys[1:2], places[1:2], 5000)
-    assert torch.equal(noise[1:2], alone)
+    noise = gumbel_noise(keys[:, None], places[:, None], torch.arange(5000))
+    assert torch.equal(noise[1], gumbel_noise(keys[1], places[1], torch.arange(5000)))
+    assert noise[2, 4321] == gumbel_noise(keys[2], places[2], torch.tensor(4321))
     assert abs(noise.mean() - 0.5772) < 0.05 and abs(noise.var() - 1.6449) < 0.1
     assert abs(torch.corrcoef(noise) - torch.eye(3)).max() < 0.05
+
+
+def test_tokens_that_are_ruled_out_get_no_noise():
+    torch.manual_seed(0)
+    keys, places = torch.tensor([7, 8]), torch.tensor([0, 3])
+    scores = torch.randn(2, 500)
+    left = scores.masked_fill(torch.rand(2, 500) < 0.9, -torch.inf)
+    before = left.clone()
+    few, all_of_them = (add_gumbel_noise(left, keys, places, flag) for flag in (True, False))
+    assert torch.equal(few, all_of_them) and torch.equal(left, before)
+    assert few.dtype == torch.float64 and torch.equal(few.isinf(), left.isinf())
+    assert not torch.equal(few.argmax(1), left.argmax(1))
 
 
 @pytest.mark.parametrize("training", [False, True])
