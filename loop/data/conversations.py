@@ -19,16 +19,17 @@ from .sources.cells import check_id, check_text, pick
 from .sources.locations import columns_of, expand, read_rows, sources_of
 from .sources.readers import BadRow
 
-ROLES = ("system", "user", "assistant", "tool")
-# ShareGPT's names of the roles, in any case.
-SPEAKERS = {
-    "human": "user",
+# The names that a role has in files of OpenAI, ShareGPT, Google or LangChain, in any case.
+ROLES = {
+    "system": "system",
+    "developer": "system",
     "user": "user",
+    "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
+    "ai": "assistant",
     "tool": "tool",
 }
 # Columns beside a chat whose content a prompt would have to show; and what they hold for nothing.
@@ -326,26 +327,31 @@ def _check_chat(row: dict, columns: dict[str, list[str]]) -> list[dict[str, str]
 def _check_sharegpt(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages of ShareGPT's `from` and `value`. Raises BadRow."""
     turns = pick(row, names)
-    speakers = [
-        SPEAKERS.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
-        for turn in (turns if isinstance(turns, list) else [None])
-    ]
-    if None in speakers:
+    roles = _roles_of(turns, "from")
+    if "" in roles:
         what = "" if isinstance(turns, list) else f"is {type(turns).__name__} and "
         raise BadRow(
-            f"{names[0]} {what}must be a list of from ({', '.join(SPEAKERS)}) and value; "
+            f"{names[0]} {what}must be a list of from ({', '.join(ROLES)}) and value; "
             "lists of role and content are mapped as data.columns={messages: ...}"
         )
-    messages = [{"role": role, "content": t.get("value")} for role, t in zip(speakers, turns)]
+    messages = [{"role": role, "content": t.get("value")} for role, t in zip(roles, turns)]
     return _check_messages({names[0]: messages}, names)
 
 
-def _content(message: dict) -> Any:
+def _roles_of(turns: Any, key: str) -> list[str]:
+    """The role of each turn; "" for what is none, and for turns that are no list."""
+    return [
+        ROLES.get(str(turn.get(key)).strip().lower(), "") if isinstance(turn, dict) else ""
+        for turn in (turns if isinstance(turns, list) else [None])
+    ]
+
+
+def _content(message: dict, role: str) -> Any:
     """The content of a chat message; of a list of parts that are texts, their text.
 
     Raises BadRow for an answer whose training would not be what the row says.
     """
-    if message["role"] == "assistant" and message.get("weight") == 0:  # OpenAI's sign
+    if role == "assistant" and message.get("weight") == 0:  # OpenAI's sign
         raise BadRow(
             "an answer has the weight 0, and every one is supervised: "
             "end the chat before it, or remove the weight"
@@ -366,17 +372,16 @@ def _content(message: dict) -> Any:
 def _check_messages(row: dict, names: list[str]) -> list[dict[str, str]]:
     """The chat messages in the first of the columns `names`. Raises BadRow."""
     messages = pick(row, names)
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and m.get("role") in ROLES for m in messages
-    ):
+    roles = _roles_of(messages, "role")
+    if "" in roles:
         what = "" if isinstance(messages, list) else f"is {type(messages).__name__} and "
         raise BadRow(
             f"{names[0]} {what}must be a list of role ({', '.join(ROLES)}) and content; "
             "lists of from and value are mapped as data.columns={conversations: ...}"
         )
     messages = [
-        {"role": m["role"], "content": check_text(_content(m), f"message {i} ({m['role']})")}
-        for i, m in enumerate(messages, 1)
+        {"role": role, "content": check_text(_content(message, role), f"message {i} ({role})")}
+        for i, (role, message) in enumerate(zip(roles, messages), 1)
     ]
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow(f"{names[0]} has no assistant's turn, so nothing to learn")

@@ -410,6 +410,15 @@ def test_what_stands_beside_a_chat_is_no_silence(tmp_path):
     assert chat(conversations=sharegpt, system="", tools="[]") == [ask, answer]
     assert chat(messages=[first, ask, answer], system="Be short.", tools=None)[0] == first
     assert chat(messages=[ask, answer], system="Be short.")[0] == first
+    others = [
+        ("developer", "Be short."),
+        ("Human", "u"),
+        ("ai", "a"),
+        ("USER", "u"),
+        ("model", "a"),
+    ]
+    others = [{"role": role, "content": content} for role, content in others]
+    assert chat(messages=others) == [first, ask, answer, ask, answer]
     tool = {"role": "tool", "content": "t"}
     assert [m["role"] for m in chat(messages=[ask, answer, tool, answer])][2] == "tool"
     for row, words in (
