@@ -41,6 +41,7 @@ def check_inputs(runs: list[Run]) -> None:
         if inputs in seen or read_result(run).finished:
             continue
         seen.add(inputs)
+        print(f"checking the base and the data of run {run.config.run.name}", flush=True)
         words = [word for word in run.args if not word.startswith(("--gpus=", "--hostfile="))]
         command = [sys.executable, "-m", "loop.commands.plan", *words]
         asked = subprocess.run(command, capture_output=True, text=True)

@@ -203,7 +203,7 @@ def test_bases_and_data_are_checked_before_the_first_run(config_file, tmp_path, 
     assert not [*(tmp_path / "runs" / "checked").glob("*/checkpoints")]
 
 
-def test_runs_that_share_base_and_data_are_checked_once(sweep_of, monkeypatch):
+def test_runs_that_share_base_and_data_are_checked_once(sweep_of, monkeypatch, capsys):
     asked = []
 
     def ask(arguments, **_):
@@ -213,6 +213,7 @@ def test_runs_that_share_base_and_data_are_checked_once(sweep_of, monkeypatch):
     monkeypatch.setattr(subprocess, "run", ask)
     inputs.check_inputs(sweep_of("lr=1e-4,2e-4", "lora.r=4,8", "--gpus", "1").runs)
     assert len(asked) == 2 and not any("gpus" in word for words in asked for word in words)
+    assert capsys.readouterr().out.count("checking the base and the data of run ") == 2
 
 
 def test_what_the_last_run_lacks_is_said_before_the_first(sweep_of, monkeypatch, capsys):
