@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         sweep = plan_sweep(sys.argv[1:] if argv is None else argv)
         make_folder(sweep)
-        check_inputs(sweep.runs)
+        check_inputs(sweep.runs, say)
     except ConfigError as error:
         exit_with_config_error(error)
     except KeyboardInterrupt:

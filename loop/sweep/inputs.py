@@ -5,6 +5,7 @@ Else a base that is missing would be said hours later, when its run is at turn.
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 from ..config.schema import Config, ConfigError
 from .grid import Run
@@ -29,11 +30,13 @@ def inputs_of(config: Config) -> str:
     return config.model_dump_json(include=INPUTS)
 
 
-def check_inputs(runs: list[Run]) -> None:
+def check_inputs(runs: list[Run], say: Callable[[str], None]) -> None:
     """Raises ConfigError naming the first run whose base or data can't be used.
 
     Each is asked by `plan`, in a process of its own, so that its memory is given back. The tokens
     that it makes are in the cache then. Where it fails for another reason, the run will say that.
+
+    say: takes a line for whoever waits.
     """
     seen: set[str] = set()
     for run in runs:
@@ -41,7 +44,7 @@ def check_inputs(runs: list[Run]) -> None:
         if inputs in seen or read_result(run).finished:
             continue
         seen.add(inputs)
-        print(f"checking the base and the data of run {run.config.run.name}", flush=True)
+        say(f"checking the base and the data of run {run.config.run.name}")
         words = [word for word in run.args if not word.startswith(("--gpus=", "--hostfile="))]
         command = [sys.executable, "-m", "loop.commands.plan", *words]
         asked = subprocess.run(command, capture_output=True, text=True)
