@@ -1,8 +1,13 @@
 """The patches of DeepSpeed have a way back: an engine trains on as if it had never been patched."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import run_ok
+
+from loop.zero3 import replicated
 
 DS_CONFIG = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -98,8 +103,6 @@ def test_restore_gives_the_engine_back(world_size):
 
 
 def test_an_engine_without_zero3_is_left_alone():
-    from types import SimpleNamespace
-
     from loop.zero3.replicated import is_replicated, replicate_weights
 
     model = torch.nn.Linear(2, 2)
@@ -135,6 +138,42 @@ def test_the_cache_of_parameters_can_be_undone():
     assert parameter_offload.iter_params is original
     restore_module_parameters()  # without a patch it does nothing
     assert partitioned_param_coordinator.iter_params is original
+
+
+def fake_optimizer(gradient: float):
+    """Of one weight: what `ReplicatedStep` reads of ZeRO-3's optimizer, and torch's plain AdamW."""
+    master = torch.nn.Parameter(torch.ones(1))
+    shard = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    inner = torch.optim.AdamW([master], lr=0.5)
+    calls = []
+
+    def step_group(group):
+        calls.append("update")
+        inner.step()
+
+    return SimpleNamespace(
+        optimizer=inner,
+        averaged_gradients={0: [torch.tensor([gradient])]},
+        fp32_partitioned_groups_flat=[master],
+        fp16_partitioned_groups_flat=[shard],
+        _pre_step=lambda: calls.append("prepare"),
+        _optimizer_step=step_group,
+        calls=calls,
+    )
+
+
+@pytest.mark.parametrize(("gradient", "skipped"), [(1.0, False), (math.nan, True)])
+def test_plain_adamw_takes_no_step_with_a_gradient_that_is_no_number(
+    monkeypatch, gradient, skipped
+):
+    monkeypatch.setattr(replicated.dist, "all_reduce", lambda tensor: None)
+    optimizer = fake_optimizer(gradient)
+    replicated.ReplicatedStep(optimizer, world_size=1)()
+    assert optimizer.overflow is skipped
+    # ZeRO-3's own preparations come first, whatever follows.
+    assert optimizer.calls == (["prepare"] if skipped else ["prepare", "update"])
+    weight = optimizer.fp16_partitioned_groups_flat[0]
+    assert weight.isfinite().all() and (weight == 1).all() == skipped
 
 
 if __name__ == "__main__":
