@@ -273,6 +273,28 @@ def test_groups_hold_every_parameter_once_and_lora_plus_scales_b():
     assert math.isclose(optimizer.defaults["lr"], 1e-4)
 
 
+def test_a_shard_decays_as_the_matrix_that_it_is_a_part_of():
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        p.ds_shape = p.shape
+        p.data = torch.empty(0)  # as ZeRO-3 leaves it
+    groups = adamw.parameter_groups(model, Config(**PLAIN, weight_decay=0.1))
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decays[id(model.weight)], decays[id(model.bias)]) == (0.1, 0.0)
+
+
+def test_an_adamw_that_is_not_the_fused_one_is_warned_of(monkeypatch):
+    monkeypatch.setattr(adamw.check_results, "failure_reason", lambda *args: "wrong: too far off")
+    monkeypatch.setattr(adamw.check_results, "measured_speed", lambda name: None)
+    for name, warned in (("auto", True), ("plain", False), ("adamw", True)):
+        warning = optimizer_warning(Config(**PLAIN, optimizer=name))
+        assert ("fused is wrong: too far off" in warning) is warned, name
+    with pytest.raises(ConfigError, match="^optimizer=fused: wrong: too far off"):
+        optimizer_warning(Config(**PLAIN, optimizer="fused"))
+    monkeypatch.setitem(OPTIMIZERS, "momentum", MOMENTUM)
+    assert optimizer_warning(Config(**PLAIN, optimizer="momentum")) == ""
+
+
 def test_a_spike_is_so_many_deviations_above_what_came_before():
     recent = [1.0, 3.0] * 10  # mean 2, deviation 1
     assert math.isclose(loss_spike_threshold(recent, 3.0), 5.0)
