@@ -1,16 +1,33 @@
 """Does it fit: what `auto` takes, and that what is proposed makes a run fit."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import tinyllama_shape
 from transformers import LlamaConfig
 
 from loop.config.deepspeed import build_ds_config
 from loop.config.schema import Config, ConfigError
+from loop.memory import planner
 from loop.memory.estimate import LOADED, STATES, WORKING, RunShape
-from loop.memory.planner import CONTEXT, choose_micro_batch, plan_memory, working_bytes
-from loop.memory.report import describe_memory, read_gpus, settings_that_fit
+from loop.memory.planner import (
+    CONTEXT,
+    MemoryPlan,
+    choose_micro_batch,
+    choose_weight_placement,
+    free_gpu_bytes,
+    plan_memory,
+    working_bytes,
+)
+from loop.memory.report import (
+    describe_memory,
+    embedding_and_loss_settings,
+    format_bytes,
+    read_gpus,
+    settings_that_fit,
+)
 
 GIB = 2**30
 LLAMA_70B = LlamaConfig(
@@ -159,6 +176,43 @@ def test_a_no_that_nothing_changes_is_said():
 def test_a_step_needs_the_bucket_and_the_slack_beside_what_it_computes():
     parts = {name: 1 for name in (*LOADED, *STATES, *WORKING, "allocator slack")}
     assert working_bytes(parts | {"gradient bucket": 100}) == len(WORKING) + 1 + 100
+
+
+def test_weights_on_the_cpu_are_replicated_on_no_rank():
+    config, ds_config = of_seed(replicate_weights=True)
+    zero = ds_config["zero_optimization"] | {"offload_param": {"device": "cpu"}}
+    offloading = ds_config | {"zero_optimization": zero}
+    for gpus in (1, 2):
+        run = RunShape(world_size=gpus, fused=True)
+        arguments = tinyllama_shape(), run, 1000 * GIB
+        assert choose_weight_placement(config, offloading, *arguments) == (offloading, False)
+        assert choose_weight_placement(config, ds_config, *arguments)[1]
+    assert not plan_memory(config, ds_config, tinyllama_shape(), 1, None).replicated
+
+
+def test_a_plan_fits_to_the_last_byte():
+    def plan(memory: int | None) -> MemoryPlan:
+        return MemoryPlan(1, False, False, False, parts={"a": GIB}, memory=memory)
+
+    assert plan(None).fits and plan(2 * GIB).fits and not plan(2 * GIB - 1).fits
+    assert format_bytes(GIB) == "1.00 GiB" and format_bytes(GIB - 2**20) == "1,023.0 MiB"
+
+
+def test_a_trained_embedding_stays_on_the_gpu():
+    for method, offered in (("qlora", True), ("lora", True), ("full", False)):
+        config, _ = of_seed(method=method)
+        settings = embedding_and_loss_settings(config, tinyllama_shape(), 1)
+        assert ("embedding_on_cpu" in settings) is offered, method
+    assert "embedding_on_cpu" not in embedding_and_loss_settings(config, tinyllama_shape(), 2)
+
+
+def test_each_rank_keeps_room_for_its_shard_of_what_the_engine_adds(monkeypatch):
+    """Of each trained weight: Adam's 8 bytes, master and gradient of 4, a gradient of 2."""
+    monkeypatch.setattr(planner.torch.cuda, "mem_get_info", lambda: (1000, 2000))
+    monkeypatch.setattr(planner.torch, "tensor", lambda value, device: torch.as_tensor(value))
+    monkeypatch.setattr(planner.dist, "all_reduce", lambda tensor, op: None)
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    assert free_gpu_bytes(10, 8, ranks) == 1000 - 18 * 10 // 2
 
 
 def test_what_is_typed():
