@@ -34,6 +34,8 @@ FAILED = (
     OSError,
     torch.OutOfMemoryError,
 )
+# What torch's error says where the memory of a CPU is full.
+NO_MEMORY = "can't allocate memory"
 
 
 def exit_with_failure(error: Exception) -> NoReturn:
@@ -58,6 +60,10 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_config_error(error)
     except FAILED as error:
         exit_with_failure(error)
+    except RuntimeError as error:  # torch has no class for it on the CPU
+        if NO_MEMORY not in str(error):
+            raise
+        exit_process(1, "error: memory ran out: free some, raise its limit, or lower max_seq_len")
     if "exported" in report:
         show_summary(config, report)
     dist.barrier()

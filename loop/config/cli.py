@@ -33,7 +33,7 @@ def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Removes a command's own options from `args` and returns their values.
 
     defaults: each option with its default. An option is written `--name value` or `--name=value`;
-    its value is a text. Raises ConfigError where one has no value.
+    its value is a text. Raises ConfigError where one has no value, or is there twice.
     """
     options = dict(defaults)
     words = []
@@ -48,6 +48,8 @@ def take_options(args: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{name}: its value is missing")
             options[name] = args[at + 1]
             del args[at : at + 2]
+        if name in args:
+            raise ConfigError(f"{name}: is there twice; give it once")
     return options
 
 
@@ -141,6 +143,8 @@ def apply_override(tree: dict[str, Any], arg: str) -> None:
     key, separator, value = arg.partition("=")
     if not separator or key.startswith("-"):
         raise ConfigError(f"{printable(arg)}: not understood; write --config FILE or key=value")
+    if any("\ud800" <= c <= "\udfff" for c in arg):  # how Python shows bytes that are no UTF-8
+        raise ConfigError(f"{printable(arg)}: is not UTF-8; type it anew, or put it in a file")
     if key in RENAMED:
         raise ConfigError(f"{key} is {RENAMED[key]} now")
     *sections, last = key.split(".")

@@ -24,6 +24,7 @@ from ..distributed.files import write_atomically
 from ..evaluation.scoring import Metric, metrics_of
 from ..generation.prompt import prompt_texts, task_of
 from ..model.loading import load_tokenizer, resolve_base
+from ..model.lora import without_nulls
 from ..model.streaming import fetch_base
 from .card_text import (
     LLAMA_CPP,
@@ -124,8 +125,9 @@ def record_evaluation(folder: Path, name: str, report: dict[str, Any]) -> None:
         return
     kept = {key: report[key] for key in ("examples", "notes", "figures") if key in report}
     try:
-        trained = json.loads((folder / TRAINED).read_text())
-        trained.setdefault("figures", {}).setdefault("evaluate", {})[name] = kept
+        trained = without_nulls(json.loads((folder / TRAINED).read_text()))
+        figures = without_nulls(trained.get("figures", {}))
+        trained["figures"] = figures | {"evaluate": figures.get("evaluate", {}) | {name: kept}}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{TRAINED} is broken ({type(error).__name__})") from error
     check_card(str(folder), folder, trained)
@@ -148,7 +150,7 @@ def write_papers(folder: Path, trained: dict[str, Any]) -> None:
     if is_adapter(folder) or not (folder / "tokenizer_config.json").is_file():
         return
     tokenizer = load_tokenizer(str(folder))
-    prompt = trained.get("prompt") or prompt_texts()
+    prompt = prompt_of(trained)
     context = trained.get("max_seq_len") or CONTEXT
     text = modelfile(tokenizer, prompt, context, settings_of(trained))
     (folder / "Modelfile").write_text(text, "utf-8")
@@ -156,6 +158,11 @@ def write_papers(folder: Path, trained: dict[str, Any]) -> None:
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
+
+
+def prompt_of(trained: dict[str, Any]) -> dict[str, Any]:
+    """The prompt of the training; where trained.json does not say, the one of `generate`."""
+    return prompt_texts(task_of(trained)) | without_nulls(trained.get("prompt") or {})
 
 
 def settings_of(trained: dict[str, Any]) -> GenerationSettings:
@@ -255,8 +262,8 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
     if task_of(trained) == SOAP:
         matter |= {"language": ["en"]}  # of the prompt
         matter["tags"] = ["soap-notes", "medical", "summarization", method]
-    if data:
-        matter["datasets"] = [f"sha256-{data['train']['fingerprint']}"]
+    if fingerprint := data.get("train", {}).get("fingerprint"):
+        matter["datasets"] = [f"sha256-{fingerprint}"]
     return matter
 
 
@@ -265,7 +272,7 @@ def front_matter(folder: Path, trained: dict, name: str, license_id: str) -> dic
 
 def usage(folder: Path, trained: dict[str, Any]) -> str:
     """How a note is written: a sentence and code for transformers, PEFT, vLLM or llama.cpp."""
-    prompt = trained.get("prompt") or prompt_texts()
+    prompt = prompt_of(trained)
     settings = settings_of(trained)
     if "gguf" in trained:
         file = f"model-{trained['gguf']}.gguf"
@@ -357,8 +364,8 @@ def beyond_the_recipe(settings: GenerationSettings) -> list[str]:
 
 def prompt_section(trained: dict[str, Any]) -> str:
     """The prompt's texts, word for word, and their hashes."""
-    prompt = trained.get("prompt") or prompt_texts()
-    if trained.get("prompt"):
+    prompt = prompt_of(trained)
+    if "sha256" in prompt and "chat_template_sha256" in prompt:
         lead = (
             f"Its SHA-256 is `{prompt['sha256']}`, the chat template's "
             f"`{prompt['chat_template_sha256']}`."
@@ -394,7 +401,7 @@ def data_section(trained: dict[str, Any], name: str) -> str:
         lines += [
             f"| {split}: {key.replace('_', ' ')} | {_number(value)} |"
             for key, value in counts.items()
-            if counts["examples"]
+            if counts.get("examples")
         ]
     return "\n".join(lines)
 
@@ -408,18 +415,19 @@ def recipe_section(trained: dict[str, Any]) -> str:
     if "recipe" not in trained:
         steps = f" It had made {trained['steps']:,} steps." if "steps" in trained else ""
         return f"Not recorded.{steps}"
-    rows = {
-        "steps": f"{trained['steps']:,} of {trained['planned_steps']:,} planned",
-        "tokens": _number(trained["tokens"]),
-        "supervised tokens": _number(trained["supervised_tokens"]),
-    }
+    rows = {}
+    if "steps" in trained:
+        planned = f" of {trained['planned_steps']:,} planned" if "planned_steps" in trained else ""
+        rows["steps"] = f"{trained['steps']:,}{planned}"
+    counts = ("tokens", "supervised_tokens")
+    rows |= {key.replace("_", " "): _number(trained[key]) for key in counts if key in trained}
     recipe = dict(trained["recipe"])
     for number, start in enumerate(trained.get("started_from", []), 1):
         steps = f", after {start['steps']:,} steps" if "steps" in start else ""
         rows[f"trained on from, {number}"] = f"adapter `{start['sha256'][:16]}`{steps}"
-    rows |= {f"lora.{key}": value for key, value in recipe.pop("lora", {}).items()}
+    rows |= {f"lora.{key}": value for key, value in (recipe.pop("lora", None) or {}).items()}
     rows |= recipe
-    rows |= trained["versions"]
+    rows |= trained.get("versions", {})
     lines = ["| what | value |", "|---|---|"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])
 
@@ -430,9 +438,10 @@ def figures_section(trained: dict[str, Any]) -> str:
     metrics = metrics_of(task_of(trained))
     parts = []
     if (loss := figures.get("validation_loss")) is not None:
-        count = trained["data"]["valid"]["examples"]
-        parts.append(f"Validation loss {loss:.4f} nats a token, on {count:,} examples.")
-    for name, report in figures.get("evaluate", {}).items():
+        count = trained.get("data", {}).get("valid", {}).get("examples")
+        on = f", on {count:,} examples" if count else ""
+        parts.append(f"Validation loss {loss:.4f} nats a token{on}.")
+    for name, report in (figures.get("evaluate") or {}).items():
         counts = [f"{report[key]:,} {key}" for key in ("examples", "notes") if key in report]
         lines = ["| figure | value | 95 % interval |", "|---|---|---|"]
         for key, values in report["figures"].items():
@@ -458,9 +467,8 @@ def limits_section(trained: dict[str, Any]) -> str:
         "- The notes are drafts; a clinician must review each one. Wrong doses, sides and findings "
         "occur, and no figure above says that a note is safe to sign."
     ]
-    data = trained.get("data")
-    if data:
-        lines.append(f"- It was trained on {data['train']['examples']:,} examples.")
+    if count := trained.get("data", {}).get("train", {}).get("examples"):
+        lines.append(f"- It was trained on {count:,} examples.")
     if "max_seq_len" in trained:
         lines.append(
             f"- Conversation and note together had at most {trained['max_seq_len']:,} tokens."

@@ -37,7 +37,8 @@ def task_of(trained: dict[str, Any], default: TaskConfig = SOAP) -> TaskConfig:
     recorded = trained.get("prompt") or {}
     if not isinstance(recorded, dict):
         raise ConfigError(f"trained.json is broken: prompt is a {type(recorded).__name__}")
-    texts = {key: recorded[key] for key in TaskConfig.model_fields if key in recorded}
+    known = {key: recorded.get(key) for key in TaskConfig.model_fields}
+    texts = {key: value for key, value in known.items() if value is not None}
     if not texts:
         return default
     try:

@@ -48,6 +48,18 @@ TRAINED_TYPES: dict[str, type] = {
     "started_from": list,
 }
 NEVER_NULL = ("base", "method", "dtype", "double_quant")
+# Where null is an answer: no revision was named; the rows brought their own prompts.
+NULL_ANSWERS = ("revision", "prompt")
+# Inside of it, as the card tells it.
+NESTED_TYPES: dict[tuple[str, ...], type] = {
+    ("recipe", "lora"): dict,
+    ("figures", "evaluate"): dict,
+    ("figures", "validation_loss"): float,
+    **{("data", split, "examples"): int for split in ("train", "valid")},
+    ("data", "train", "fingerprint"): str,
+    ("prompt", "sha256"): str,
+    ("prompt", "chat_template_sha256"): str,
+}
 LONGEST_TEXT = 2000  # characters of a name or a hash
 LONGEST_FILE = 2**22  # bytes of a file that describes an adapter
 LONGEST_CHAIN = 1000  # adapters that one was trained on from
@@ -60,10 +72,10 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
     """What an adapter's folder says of its training: the base, and how the base was stored.
 
     The keys are those of trained.json: base, revision, method, double_quant, dtype, and of a run's
-    own adapter also storage, base_fingerprint, generation and sha256. An adapter from elsewhere
-    only names its base; the rest is this project's defaults. Raises ConfigError where there is no
-    adapter, or one of another kind than LoRA for a language model; option: how it was named, for
-    the message.
+    own adapter also storage, base_fingerprint, generation and sha256. A null there says as much as
+    no key, but in NULL_ANSWERS. An adapter from elsewhere only names its base; the rest is this
+    project's defaults. Raises ConfigError where there is no adapter, or one of another kind than
+    LoRA for a language model; option: how it was named, for the message.
     """
     check_path(option.strip(" ="), adapter)
     folder = Path(adapter)
@@ -80,7 +92,7 @@ def read_adapter(adapter: str, option: str = "--adapter ") -> dict[str, Any]:
             trained = _read_description(f"{option}{adapter}", folder / "trained.json")
         trained = {"base": written["base_model_name_or_path"]} | DEFAULTS | trained
         check_trained(f"{option}{adapter}", trained)
-        return trained
+        return without_nulls(trained)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -135,6 +147,11 @@ def check_peft_reads(named: str, folder: Path) -> None:
         ) from error
 
 
+def without_nulls(trained: dict[str, Any]) -> dict[str, Any]:
+    """The content of trained.json without the keys that say nothing."""
+    return {k: v for k, v in trained.items() if v is not None or k in NULL_ANSWERS}
+
+
 def check_trained(named: str, trained: dict[str, Any]) -> None:
     """Raises ConfigError where trained.json holds what no run writes."""
     wrong = [key for key in NEVER_NULL if trained[key] is None]
@@ -150,6 +167,8 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
     starts = trained.get("started_from") or []
     if "started_from" not in wrong and not _is_chain(starts):
         wrong.append("started_from")
+    if not wrong:
+        check_nested(named, trained)
     if wrong:
         raise ConfigError(
             f"{named}: adapter_config.json or trained.json: "
@@ -163,12 +182,24 @@ def check_trained(named: str, trained: dict[str, Any]) -> None:
         raise ConfigError(f"{named}: trained.json: generation: {key}: {mistake['msg']}") from error
 
 
+def check_nested(named: str, trained: dict[str, Any]) -> None:
+    """Raises ConfigError where a part of trained.json holds a value that the card can't tell."""
+    for keys, kind in NESTED_TYPES.items():
+        value: Any = trained
+        for key in keys:
+            value = (value or {}).get(key)
+        if value is not None and not _is_of(value, kind):
+            raise ConfigError(
+                f"{named}: trained.json: {'.'.join(keys)}={str(value)[:60]!r} can't be used"
+            )
+
+
 def _is_of(value: Any, kind: type) -> bool:
     """Whether a value is of a type of JSON: a boolean is no number, and a name is no long text."""
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, int):
-        return kind is int and 0 <= value < 2**63
+        return kind in (int, float) and 0 <= value < 2**63
     if isinstance(value, str):
         return kind is str and len(value) <= LONGEST_TEXT
     return isinstance(value, kind)
@@ -180,6 +211,7 @@ def _is_chain(starts: list[Any]) -> bool:
     return len(starts) <= LONGEST_CHAIN and all(
         isinstance(start, dict)
         and _is_of(start.get("steps", 0), int)
+        and "sha256" in start
         and all(_is_of(start.get(key, ""), str) for key in texts)
         for start in starts
     )

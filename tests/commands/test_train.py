@@ -30,3 +30,18 @@ def test_a_full_gpu_is_one_line_that_says_who_holds_it(
     assert line.startswith("error: the memory of GPU 3 is full: of 80.0 GiB this process holds 2.0")
     remedy = "--batch-size" if command is generate else "micro_batch_size"
     assert "others and CUDA 77.8" in line and remedy in line
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"), [("DefaultCPUAllocator: can't allocate memory: you", True), ("x", False)]
+)
+def test_memory_that_ran_out_on_a_cpu_is_one_line(config_file, monkeypatch, capsys, text, ends):
+    def full(*args):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(train, "train", full)
+    with pytest.raises(SystemExit if ends else RuntimeError) as caught:
+        train.main(["--config", str(config_file)])
+    if ends:
+        assert caught.value.code == 1
+        assert capsys.readouterr().err.startswith("error: memory ran out: ")

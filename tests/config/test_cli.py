@@ -123,3 +123,16 @@ def test_an_old_key_ends_a_command_with_2_and_one_line():
     assert (done.returncode, done.stderr) == (2, "error: keep_whole is replicate_weights now\n")
     with pytest.raises(ConfigError, match="run.bad_steps.* is run.max_skipped_in_a_row now"):
         load("run={bad_steps: 1}")
+
+
+def test_an_option_that_is_there_twice_is_named():
+    with pytest.raises(ConfigError, match="^--config: is there twice; give it once$"):
+        load("--config", "other.yaml")
+
+
+@pytest.mark.parametrize("arg", ["\udcff=1", "run.name=\udcff", "\udcff"])
+def test_bytes_that_are_no_utf_8_are_named(arg):
+    """Python shows such a byte of the command line as half of a surrogate pair."""
+    with pytest.raises(ConfigError, match=r"\\udcff.*: (is not UTF-8|not understood)") as caught:
+        load(arg)
+    assert str(caught.value).isascii()

@@ -1,5 +1,6 @@
 """The card says what made the model, and the code that it shows writes the model's own notes."""
 
+import functools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from loop.generation.decode import write_notes
 from loop.generation.engine import NoteRequest
 from loop.generation.loading import prompt_ids
 from loop.model.loading import load_base, load_tokenizer
+from loop.model.lora import NEVER_NULL, NULL_ANSWERS, read_adapter
 
 DIALOGUES = ["Doctor: 5?\nPatient: pain 7", "Patient: x\nDoctor: since when? 12\n", "Doctor: 81?"]
 
@@ -290,20 +292,55 @@ def test_what_no_card_can_be_made_of_is_refused_before_the_work(trained, tmp_pat
     whole = json.loads((folder / "trained.json").read_text())
     for key, value in (
         ("recipe", {"lora": 5}),
-        ("versions", None),
-        ("prompt", {"system": ""}),
-        ("data", {"train": {}}),
+        ("data", {"train": {"examples": "x"}}),
         ("figures", {"evaluate": 5}),
+        ("figures", {"evaluate": {"test": 5}}),
         ("figures", {"validation_loss": "x"}),
-        ("planned_steps", None),
-        ("steps", None),
         ("started_from", [{"steps": 3}]),
     ):
         changed = json.dumps(whole | {key: value})
         (folder / "trained.json").write_text(changed)
-        with pytest.raises(ConfigError, match="trained.json is "):
+        with pytest.raises(ConfigError, match="trained.json"):
             merge(str(folder), str(tmp_path / "merged"))
         with pytest.raises(ConfigError, match="trained.json is "):
             record_evaluation(folder, "test", {"examples": 1})
         assert (folder / "trained.json").read_text() == changed
         assert not (tmp_path / "merged").exists()
+
+
+def parts(tree: dict, above: tuple = ()) -> list[tuple]:
+    """The keys of each value of a tree, from the outside in."""
+    found = []
+    for key, value in tree.items():
+        found.append((*above, key))
+        if isinstance(value, dict):
+            found += parts(value, (*above, key))
+    return found
+
+
+def test_the_card_takes_what_an_adapter_is_read_with(trained, tmp_path):
+    """A null says as much as no key, and nothing is read that `merge` refuses for its card."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", folder)
+    whole = json.loads((folder / "trained.json").read_text())
+    whole["started_from"] = [{"sha256": "0" * 64, "steps": 3}]
+    whole["figures"]["evaluate"] = {}
+    headings = ("prompt", "headings")  # without one of them it is no task, to any command
+    for keys in (found for found in parts(whole) if found[:-1] != headings):
+        cards = []
+        for null in (False, True):
+            changed = json.loads(json.dumps(whole))
+            *above, last = keys
+            inside = functools.reduce(dict.__getitem__, above, changed)
+            del inside[last]
+            if null:
+                inside[last] = None
+            (folder / "trained.json").write_text(json.dumps(changed))
+            try:
+                described = read_adapter(str(folder))
+            except ConfigError:
+                continue
+            card.check_card("x", folder, described)
+            cards.append(card.card_text(folder, described))
+        if len(keys) == 1 and keys[0] not in (*NEVER_NULL, *NULL_ANSWERS):
+            assert len(cards) == 2 and len(set(cards)) == 1, keys
