@@ -5,7 +5,6 @@ its weights are trained. `load_model` returns what `deepspeed.initialize` gets.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from ..distributed.timeline import timed
 from ..kernels.attention import ATTENTION_BACKENDS
 from ..kernels.quantization import QUANTIZATIONS
 from ..optim.lora_targets import put_lora
-from ..untrusted.bases import ADAPTER, check_base_folder, read_model_config
+from ..untrusted.bases import ADAPTER, check_base_folder, read_model_config, read_object
 from ..untrusted.limits import LimitError, try_in_child
 from .host_embedding import keep_embedding_on_cpu
 from .lora import attach_adapter, load_start
@@ -239,12 +238,7 @@ def choose_template(base: str, tokenizer, location: dict[str, Any], revision: st
     path = cached_file(name, PROCESSOR_TEMPLATE, revision=revision, **options)
     if path is None:
         return None
-    try:
-        template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(
-            f"base={base}: {PROCESSOR_TEMPLATE} is no object with a chat_template: copy it anew"
-        ) from error
+    template = read_object(base, Path(path)).get("chat_template")
     if not isinstance(template, str):
         raise ConfigError(f"base={base}: {PROCESSOR_TEMPLATE}: chat_template must be a text")
     return template

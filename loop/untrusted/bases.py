@@ -49,7 +49,7 @@ def check_base_folder(base: str, folder: Path) -> None:
             f"base={base}: holds an adapter ({ADAPTER}), which transformers would put on the base: "
             "remove that file for the base alone, or merge the adapter into it"
         )
-    config = _read_object(base, folder / "config.json")
+    config = read_object(base, folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(
@@ -107,7 +107,7 @@ def read_model_config(location: dict[str, Any], revision: str | None) -> Any:
     return config
 
 
-def _read_object(base: str, path: Path) -> dict[str, Any]:
+def read_object(base: str, path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError."""
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
@@ -146,7 +146,7 @@ def _stored_tensors(base: str, folder: Path) -> Iterator[tuple[str, tuple[int, .
     """(name, shape, type) of each stored tensor, from the files' headers. Raises ConfigError."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        weight_map = _read_object(base, folder / INDEX).get("weight_map")
+        weight_map = read_object(base, folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"base={base}: {INDEX} has no weight_map")
         files = sorted({str(name) for name in weight_map.values()})
